@@ -77,9 +77,7 @@ def load_model_args(folder: Path) -> ModelArgs:
     params = read_params(folder)
     fields = {field.name: field for field in dataclasses.fields(ModelArgs) if field.name != "moe"}
     missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and params.get(name) is None
+        name for name, field in fields.items() if field.default is dataclasses.MISSING and params.get(name) is None
     ]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it must state the shapes of a Mistral model.")
@@ -97,7 +95,7 @@ def load_model_args(folder: Path) -> ModelArgs:
     return ModelArgs(moe=_moe_args(path, params.get("moe")), **values)
 
 
-def _moe_args(path: Path, moe: Any) -> MoeArgs | None:  # noqa: ANN401 - raw JSON
+def _moe_args(path: Path, moe: Any) -> MoeArgs | None:
     if moe is None:
         return None
     known = {field.name for field in dataclasses.fields(MoeArgs)}

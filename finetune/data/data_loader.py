@@ -1,0 +1,144 @@
+"""Sequences -> batches, made ahead of the step that needs them."""
+
+import copy
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
+from .args import DataArgs
+from .dataset import EvalStream, MixedStream, build_eval_stream, build_training_stream
+from .packing import Sequence
+from .tokenize import SampleEncoder
+
+_BATCHES_AHEAD = 4
+
+
+@dataclasses.dataclass
+class Batch:
+    """`batch_size` packed sequences laid flat. T = batch_size * seq_len."""
+
+    x: np.ndarray  # [T] int64, tokens to read
+    y: np.ndarray  # [T] int64, tokens to predict
+    sizes: list[int]  # document lengths over all sequences; their sum is T
+    y_mask: np.ndarray | None = None  # [T] bool, true where trained; None where every position is
+
+    @classmethod
+    def collate(cls, sequences: list[Sequence]) -> "Batch":
+        mask = np.concatenate([sequence.mask for sequence in sequences])
+        return cls(
+            x=np.concatenate([sequence.x for sequence in sequences]),
+            y=np.concatenate([sequence.y for sequence in sequences]),
+            sizes=[size for sequence in sequences for size in sequence.sizes],
+            y_mask=None if mask.all() else mask,
+        )
+
+
+def _batches(stream: MixedStream | EvalStream, batch_size: int) -> Iterator[Batch]:
+    sequences: list[Sequence] = []
+    for sequence in stream:
+        sequences.append(sequence)
+        if len(sequences) == batch_size:
+            yield Batch.collate(sequences)
+            sequences = []
+    if sequences:
+        yield Batch.collate(sequences)
+
+
+class EvalLoader:
+    """All evaluation batches of a rank, anew at each iteration; nothing is kept in memory."""
+
+    def __init__(self, stream: EvalStream, batch_size: int) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self._stream, self._batch_size)
+
+
+class TrainLoader:
+    """Endless training batches. A background thread tokenises and packs some of them ahead.
+
+    `state_dict` is the place behind the last batch handed out, whatever has been prepared beyond it.
+    """
+
+    def __init__(self, stream: MixedStream, batch_size: int) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self._state = copy.deepcopy(stream.state_dict())
+        self._ready: queue.Queue[tuple[Batch, dict[str, Any]] | Exception] = queue.Queue(_BATCHES_AHEAD)
+        self._stop = threading.Event()
+        self._worker: threading.Thread | None = None
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises whatever the worker met, at the batch where it met it."""
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="data loader", daemon=True)
+            self._worker.start()
+        item = self._ready.get()
+        if isinstance(item, Exception):
+            self._ready.put(item)  # asked again, it fails again
+            raise item
+        batch, self._state = item
+        return batch
+
+    def _work(self) -> None:
+        try:
+            for batch in _batches(self._stream, self._batch_size):
+                self._put((batch, self._stream.state_dict()))
+                if self._stop.is_set():
+                    return
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: tuple[Batch, dict[str, Any]] | Exception) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists; nothing of the texts."""
+        return copy.deepcopy(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on behind the batch after which `state` was taken. Call it before the first batch."""
+        assert self._worker is None, "the loader has already started"
+        self._stream.load_state_dict(state)
+        self._state = copy.deepcopy(state)
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._stop.set()
+        if self._worker is not None:
+            self._worker.join()
+
+
+def build_data_loader(
+    instruct_tokenizer: InstructTokenizerBase,
+    args: DataArgs,
+    batch_size: int,
+    seq_len: int,
+    seed: int | None,
+    rank: int,
+    world_size: int,
+    is_eval: bool,
+) -> TrainLoader | EvalLoader:
+    """Builds a rank's loader: endless batches for training, one pass for evaluation (where `seed` is not used).
+
+    Raises:
+        UserError: bad sources, a bad seed, or nothing for this rank to train on.
+    """
+    encoder = SampleEncoder(instruct_tokenizer)
+    if is_eval:
+        return EvalLoader(build_eval_stream(encoder, args, seq_len, rank, world_size), batch_size)
+    assert seed is not None, "training needs a seed"
+    return TrainLoader(build_training_stream(encoder, args, seq_len, seed, rank, world_size), batch_size)

@@ -1,0 +1,303 @@
+"""jsonl files -> an endless, seeded, resumable stream of packed sequences.
+
+Only line offsets are held in memory. A row is read and tokenised when its turn comes, and the place in the stream is a
+handful of numbers, so going on after an interruption costs the same at the first step and at the millionth.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import UserError
+
+from .args import DataArgs, Source, parse_sources, training_sources
+from .exceptions import BadRowError, RowError
+from .packing import Resume, Sequence, concat
+from .tokenize import SampleEncoder, SampleType, TokenSample, chunk_ends, parse_conversation, parse_row
+
+_BLOCK = 1 << 24  # bytes read at a time while looking for line ends
+_WHOLE = 0  # an entry that is the row as it stands, not a conversation cut short
+
+
+def line_offsets(path: Path) -> np.ndarray:
+    """Byte offsets [rows + 1] int64 at which rows start, and the end of the file. CR, LF and CRLF end a row.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    starts = [np.zeros(1, dtype=np.int64)]
+    position, after_cr = 0, False
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                data = np.frombuffer(block, dtype=np.uint8)
+                is_lf, is_cr = data == 10, data == 13
+                if after_cr and is_lf[0]:
+                    starts[-1] = starts[-1][:-1]  # the CR before the block did not end the row, this LF does
+                ends = is_lf | is_cr
+                ends[:-1] &= ~(is_cr[:-1] & is_lf[1:])
+                starts.append(np.flatnonzero(ends) + position + 1)
+                after_cr = bool(is_cr[-1])
+                position += len(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    offsets = np.concatenate(starts)
+    return offsets if offsets[-1] == position else np.append(offsets, position)
+
+
+class JsonlFile:
+    """The rows of one file that one rank reads: row i belongs to rank i mod world_size."""
+
+    def __init__(self, path: Path, sample_type: SampleType, chunk: bool, rank: int, world_size: int) -> None:
+        self.path = path
+        self.sample_type = sample_type
+        offsets = line_offsets(path)
+        self.total_rows = len(offsets) - 1
+        self._rows = np.arange(rank, self.total_rows, world_size, dtype=np.int64)
+        self._starts, self._ends = offsets[self._rows], offsets[self._rows + 1]
+        # An entry is (index into _rows, messages to keep); the rank's rows first, then the conversations cut short.
+        whole = np.stack([np.arange(len(self._rows)), np.full(len(self._rows), _WHOLE)], axis=1)
+        self.entries = np.concatenate([whole, self._chunks()]) if chunk else whole
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def _chunks(self) -> np.ndarray:
+        found = []
+        with self.path.open("rb") as file:
+            for index in range(len(self._rows)):
+                line = self._read(file, index)
+                # Parsing is slow, and most rows have no tools.
+                if b"tools" in line or b"only_last" in line:
+                    found += [(index, keep) for keep in self._chunk_ends(index, line)]
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def _chunk_ends(self, index: int, line: bytes) -> list[int]:
+        try:
+            return chunk_ends(parse_conversation(parse_row(line)))
+        except RowError as error:
+            raise self._bad_row(index, error) from error
+
+    def _read(self, file: Any, index: int) -> bytes:
+        file.seek(self._starts[index])
+        line = file.read(self._ends[index] - self._starts[index]).rstrip(b"\r\n")
+        return line.removeprefix(b"\xef\xbb\xbf") if self._starts[index] == 0 else line
+
+    def _bad_row(self, index: int, error: RowError) -> BadRowError:
+        return BadRowError(self.path, int(self._rows[index]) + 1, error)
+
+    def encode(self, file: Any, entry: int, encoder: SampleEncoder) -> TokenSample:
+        """Reads and tokenises one entry through the open binary `file`.
+
+        Raises:
+            BadRowError: the row cannot be trained on.
+        """
+        index, keep = self.entries[entry]
+        try:
+            row = parse_row(self._read(file, index))
+            if keep == _WHOLE:
+                return encoder.encode(row, self.sample_type)
+            conversation = parse_conversation(row)
+            return encoder.encode_conversation(dataclasses.replace(conversation, messages=conversation.messages[:keep]))
+        except RowError as error:
+            raise self._bad_row(index, error) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """A sample in a source's endless stream."""
+
+    epoch: int = 0
+    file: int = 0  # index in the source's list of files
+    entry: int = 0  # place in the file's order of this epoch
+
+
+class SourceStream:
+    """One source: its files one after the other, for ever or once, packed into sequences."""
+
+    def __init__(
+        self,
+        source: Source,
+        sample_type: SampleType,
+        encoder: SampleEncoder,
+        seq_len: int,
+        rank: int,
+        world_size: int,
+        shuffle_seed: int | None = None,
+        chunk: bool = False,
+        repeat: bool = True,
+    ) -> None:
+        """Indexes the source's files.
+
+        Args:
+            shuffle_seed: seed of the rows' order at each epoch; None keeps the files' order.
+            chunk: add the shorter conversations of rows with tools.
+            repeat: go on for ever; else once through.
+
+        Raises:
+            UserError: there is nothing for this rank to read.
+        """
+        self.source = source
+        self._encoder = encoder
+        self._seq_len = seq_len
+        self._repeat = repeat
+        self._files = [JsonlFile(path, sample_type, chunk, rank, world_size) for path in source.files()]
+        if repeat and not any(map(len, self._files)):
+            raise UserError(_too_few_rows(source.path, sum(file.total_rows for file in self._files), rank, world_size))
+        self._shuffle_key = None if shuffle_seed is None else np.array((shuffle_seed, rank))
+        self.state: dict[str, int] = dataclasses.asdict(Cursor()) | {"offset": 0}
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Yields sequences from `state` on, which always says where the one after the last goes on."""
+        position = dict(self.state)
+        offset = position.pop("offset")
+        idle_since_sequence = 0
+
+        def counted() -> Iterator[tuple[Cursor, TokenSample]]:
+            nonlocal idle_since_sequence
+            for item in self._samples(Cursor(**position)):
+                yield item
+                idle_since_sequence = 0 if any(item[1].masks[1:]) else idle_since_sequence + 1
+                if self._repeat and idle_since_sequence > sum(map(len, self._files)):
+                    raise UserError(
+                        f"Not one of the rows of {self.source.path} that this process reads has a token to train on; "
+                        "is every assistant message's `weight` 0?"
+                    )
+
+        for sequence, resume in concat(counted(), self._seq_len, offset):
+            self.state = _as_state(resume)
+            yield sequence
+
+    def _samples(self, start: Cursor) -> Iterator[tuple[Cursor, TokenSample]]:
+        for epoch, index, order in self._orders(start.epoch):
+            if epoch == start.epoch and index < start.file:
+                continue
+            first = start.entry if (epoch, index) == (start.epoch, start.file) else 0
+            file = self._files[index]
+            with file.path.open("rb") as handle:
+                for place in range(first, len(order)):
+                    yield Cursor(epoch, index, place), file.encode(handle, order[place], self._encoder)
+
+    def _orders(self, first_epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yields (epoch, file, order of its entries).
+
+        Each epoch shuffles in place what the one before left, so earlier epochs' shuffles are replayed: index
+        arithmetic alone, no row is read.
+        """
+        orders = [np.arange(len(file)) for file in self._files]
+        random = None if self._shuffle_key is None else np.random.RandomState(self._shuffle_key)
+        epoch = 0
+        while True:
+            for index, order in enumerate(orders):
+                if random is not None:
+                    random.shuffle(order)
+                if epoch >= first_epoch:
+                    yield epoch, index, order
+            epoch += 1
+            if not self._repeat:
+                return
+
+
+def _as_state(resume: Resume[Cursor]) -> dict[str, int]:
+    return dataclasses.asdict(resume.cursor) | {"offset": resume.offset}
+
+
+def _too_few_rows(path: Path, rows: int, rank: int, world_size: int) -> str:
+    if rows == 0:
+        return f"{path} holds no rows; a jsonl file has one JSON object per line."
+    return (
+        f"{path} has too few rows ({rows}) for {world_size} processes: process {rank} has none to read. "
+        f"Start at most {rows} (--nproc-per-node) or add rows."
+    )
+
+
+class MixedStream:
+    """Several endless sources, interleaved sequence by sequence in proportion to their weights."""
+
+    def __init__(self, streams: list[SourceStream], seed: int, rank: int) -> None:
+        weights = np.array([stream.source.weight for stream in streams])
+        self._streams = streams
+        self._weights = weights / weights.sum()
+        self._random = np.random.RandomState(np.array((seed, rank)))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        iterators = [iter(stream) for stream in self._streams]
+        while True:
+            yield next(iterators[self._random.choice(len(iterators), p=self._weights)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream goes on: plain numbers and lists."""
+        name, keys, position, *gauss = self._random.get_state(legacy=True)
+        return {
+            "sources": [dict(stream.state) for stream in self._streams],
+            "random": [name, keys.tolist(), position, *gauss],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`; takes effect with the next iteration."""
+        for stream, source_state in zip(self._streams, state["sources"], strict=True):
+            stream.state = dict(source_state)
+        self._random.set_state(tuple(state["random"]))
+
+
+class EvalStream:
+    """All rows once, the sources one after the other; each ends with a padded sequence."""
+
+    def __init__(self, streams: list[SourceStream]) -> None:
+        self._streams = streams
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for stream in self._streams:
+            stream.state = dataclasses.asdict(Cursor()) | {"offset": 0}
+            yield from stream
+
+
+def build_training_stream(
+    encoder: SampleEncoder, args: DataArgs, seq_len: int, seed: int, rank: int, world_size: int
+) -> MixedStream:
+    """The stream a rank trains on: pretrain sources first, then instruct sources, mixed by weight.
+
+    Raises:
+        UserError: bad sources, a seed numpy refuses, or a source with nothing for this rank.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"`seed` is {seed}; it must lie between 0 and 2**32 - 1.")
+    pretrain, instruct = training_sources(args)
+    if not pretrain and not instruct:
+        raise UserError("`data.instruct_data` and `data.data` are both empty: name at least one training source.")
+    common = {"encoder": encoder, "seq_len": seq_len, "rank": rank, "world_size": world_size}
+    streams = [
+        SourceStream(source, SampleType.PRETRAIN, shuffle_seed=seed if args.shuffle else None, **common)
+        for source in pretrain
+    ]
+    streams += [
+        SourceStream(
+            source,
+            SampleType.INSTRUCT,
+            shuffle_seed=seed if args.instruct.shuffle else None,
+            chunk=args.instruct.dynamic_chunk_fn_call,
+            **common,
+        )
+        for source in instruct
+    ]
+    return MixedStream(streams, seed, rank)
+
+
+def build_eval_stream(encoder: SampleEncoder, args: DataArgs, seq_len: int, rank: int, world_size: int) -> EvalStream:
+    """The stream a rank evaluates on.
+
+    Raises:
+        UserError: bad sources or none.
+    """
+    sources = parse_sources(args.eval_instruct_data)
+    if not sources:
+        raise UserError("`data.eval_instruct_data` is empty: name evaluation data or set `no_eval: true`.")
+    return EvalStream(
+        [
+            SourceStream(source, SampleType.INSTRUCT, encoder, seq_len, rank, world_size, repeat=False)
+            for source in sources
+        ]
+    )

@@ -1,0 +1,82 @@
+"""Linear layers that keep their checkpoint names, with and without a low-rank adapter."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .args import LoraArgs
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer that computes in its input's dtype.
+
+    Parameters that train are kept in fp32 and are their own master copy; the cast gives the working copy.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LoRALinear(Linear):
+    """W x + scaling * B(A(dropout(x))): `weight` keeps its name, `lora_A.weight` [R, in], `lora_B.weight` [out, R]."""
+
+    def __init__(self, in_features: int, out_features: int, lora: LoraArgs) -> None:
+        super().__init__(in_features, out_features)
+        self.lora_A = Linear(in_features, lora.rank)
+        self.lora_B = Linear(lora.rank, out_features)
+        self.dropout = nn.Dropout(lora.dropout)
+        self.scaling = lora.scaling
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+
+def add_lora(model: nn.Module, lora: LoraArgs) -> None:
+    """Gives every linear layer of the attention and feed-forward parts an adapter and freezes all else.
+
+    The gate of a mixture of experts, the output head and the embeddings get none. Works on the meta device.
+    """
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        parent_name, _, attribute = name.rpartition(".")
+        if not name.startswith("layers.") or not isinstance(module, Linear) or attribute == "gate":
+            continue
+        with module.weight.device:
+            wrapped = LoRALinear(module.in_features, module.out_features, lora)
+        wrapped.weight = module.weight
+        setattr(model.get_submodule(parent_name), attribute, wrapped)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yields (checkpoint name, layer) in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def initial_lora_tensors(model: nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Draws the adapter a run starts from: A Kaiming-uniform (a = sqrt 5), B zero, full size, on the CPU.
+
+    All of A is drawn from one generator in module order and in the dtype of the base weights, which is what the
+    original does: the same seed starts the same run, whatever the number of ranks.
+
+    Yields:
+        (parameter name, tensor)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in lora_layers(model):
+        weight_a = torch.empty(layer.lora_A.weight.shape, dtype=dtype, device="cpu")
+        nn.init.kaiming_uniform_(weight_a, a=math.sqrt(5), generator=generator)
+        yield f"{name}.lora_A.weight", weight_a
+        yield f"{name}.lora_B.weight", torch.zeros(layer.lora_B.weight.shape, dtype=dtype, device="cpu")
+
+
+def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling * B A, in W's dtype: weight [out, in], lora_a [R, in], lora_b [out, R]."""
+    return weight + (lora_b.to(weight.dtype) @ lora_a.to(weight.dtype)) * scaling

@@ -1,0 +1,322 @@
+"""Reads and writes weight files one tensor at a time, so that no second copy of a model stands in memory.
+
+Both formats reduce to a table "this tensor lies at that offset of that file". Reads go through plain file I/O and not
+through a memory map, whose touched pages would count as memory of the process until the map is closed.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+
+from .errors import UserError
+
+SAFETENSORS_NAME = "consolidated.safetensors"
+PTH_NAME = "consolidated.00.pth"
+SHARD_PATTERN = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors")
+
+# Names of https://github.com/huggingface/safetensors#format. Its own writer lays tensors out by falling alignment, that
+# is in the reverse of this order, then by name; we do the same so that both write the same bytes.
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_DTYPE_RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES.values())}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where one contiguous tensor lies."""
+
+    file: Path
+    offset: int  # bytes from the start of the file
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WeightsReader:
+    """Named tensors on disk. Holds no file open, so it may be shared by threads and processes.
+
+    Attributes:
+        source: folder or file the weights were opened from, for messages.
+        shapes: shape of each tensor.
+        dtypes: dtype of each tensor.
+        size_bytes: size of all files together.
+    """
+
+    def __init__(self, source: Path, locations: dict[str, TensorLocation]) -> None:
+        self.source = source
+        self._locations = locations
+        self.shapes = {name: location.shape for name, location in locations.items()}
+        self.dtypes = {name: location.dtype for name, location in locations.items()}
+        self.size_bytes = sum(file.stat().st_size for file in {location.file for location in locations.values()})
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Reads a tensor, or some rows of it, into fresh CPU memory.
+
+        Args:
+            name: one of `shapes`.
+            rows: range of the first dimension; only these rows are read from disk.
+
+        Returns:
+            The tensor, [rows, ...], in the dtype it is stored in.
+
+        Raises:
+            KeyError: there is no such tensor.
+            UserError: the file became shorter since it was opened.
+        """
+        location = self._locations[name]
+        shape, offset = location.shape, location.offset
+        if rows is not None:
+            start, stop, step = rows.indices(shape[0])
+            if step != 1:
+                raise ValueError(f"Rows are read in one piece, step {step} is not possible.")
+            offset += start * math.prod(shape[1:]) * location.dtype.itemsize
+            shape = (max(stop - start, 0), *shape[1:])
+        tensor = torch.empty(shape, dtype=location.dtype)
+        buffer = _as_bytes(tensor)
+        with open(location.file, "rb") as file:
+            file.seek(offset)
+            if file.readinto(buffer) != buffer.nbytes:
+                raise UserError(f"{location.file} ends inside `{name}`: the file was changed while it was read.")
+        return tensor
+
+
+def open_weights(path: Path) -> WeightsReader:
+    """Opens the weights of a Mistral model: a folder as Mistral publishes it, or a single .safetensors or .pth file.
+
+    All headers are checked, no tensor is read.
+
+    Raises:
+        UserError: there are no weights, more than one set of them, or a file is damaged.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _open_pth(path)
+    return open_safetensors(path)
+
+
+def open_safetensors(path: Path) -> WeightsReader:
+    """Opens one safetensors file, such as an adapter's lora.safetensors.
+
+    Raises:
+        UserError: there is no such file, it is no safetensors file, or it is truncated.
+    """
+    return WeightsReader(path, _safetensors_locations(path))
+
+
+def _open_folder(folder: Path) -> WeightsReader:
+    single = [folder / name for name in (SAFETENSORS_NAME, PTH_NAME) if (folder / name).is_file()]
+    shards = _shards(folder)
+    sets = [file.name for file in single] + ([f"{len(shards)} shards {shards[0].name} ..."] if shards else [])
+    if len(sets) > 1:
+        raise UserError(f"{folder} holds {' and '.join(sets)}: keep one of them, so that it is clear which to load.")
+    if not sets:
+        present = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise UserError(
+            f"{folder} holds no weights in Mistral's layout: expected {SAFETENSORS_NAME}, {PTH_NAME} or "
+            f"consolidated-00001-of-0000N.safetensors, found {present}. (Files named model*.safetensors or "
+            "pytorch_model*.bin are the Hugging Face layout; the same repositories offer the consolidated one.)"
+        )
+    if not shards:
+        return open_weights(single[0])
+    locations: dict[str, TensorLocation] = {}
+    for shard in shards:
+        found = _safetensors_locations(shard)
+        if twice := sorted(found.keys() & locations.keys()):
+            raise UserError(f"`{twice[0]}` stands both in {locations[twice[0]].file} and in {shard}.")
+        locations |= found
+    return WeightsReader(folder, locations)
+
+
+def _shards(folder: Path) -> list[Path]:
+    matches = [match for file in sorted(folder.iterdir()) if (match := SHARD_PATTERN.fullmatch(file.name))]
+    if not matches:
+        return []
+    total = int(matches[0][2])
+    expected = [f"consolidated-{index:05d}-of-{total:05d}.safetensors" for index in range(1, total + 1)]
+    present = [match[0] for match in matches]
+    if present != expected:
+        wrong = ", ".join(sorted(set(expected) ^ set(present)))
+        raise UserError(f"{folder} should hold {total} shards of the weights; missing or unexpected: {wrong}.")
+    return [folder / name for name in present]
+
+
+def _safetensors_locations(path: Path) -> dict[str, TensorLocation]:
+    """Reads and checks the header: a little-endian u64 length, then that many bytes of JSON."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist (or is no file).")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= header_bytes <= _MAX_HEADER_BYTES:
+            raise _damaged(path, f"has {size} bytes and does not begin with a safetensors header")
+        if 8 + header_bytes > size:
+            raise _damaged(path, f"has {size} bytes but its header alone should have {8 + header_bytes}")
+        try:
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            locations = {name: _location(path, 8 + header_bytes, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, f"has a header that cannot be read ({error!r})") from error
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + header_bytes + end != size:
+        raise _damaged(path, f"has {size} bytes but its header announces {8 + header_bytes + end}")
+    return locations
+
+
+def _location(path: Path, data_start: int, entry: dict[str, Any]) -> TensorLocation:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(width) for width in entry["shape"])
+    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {entry['dtype']}")
+    return TensorLocation(path, data_start + begin, shape, dtype)
+
+
+def _damaged(path: Path, finding: str) -> UserError:
+    return UserError(f"{path} {finding}: it is damaged, cut short or of another format. Copy or download it again.")
+
+
+def _open_pth(path: Path) -> WeightsReader:
+    """Opens what `torch.save` wrote: a zip without compression, so that each tensor can be read where it lies."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist (or is no file).")
+    if not zipfile.is_zipfile(path):  # its table of contents stands at the end, so this finds truncated files too
+        raise _damaged(path, f"has {path.stat().st_size} bytes and is no file of torch.save (a zip archive)")
+    try:
+        # "meta" loads the table only; each storage then carries its offset in the file.
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a table of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} must hold a flat dict of tensors (a state dict), found {type(tensors).__name__}.")
+    locations = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise UserError(f"{path}: `{name}` was saved transposed; save it again after .contiguous().")
+        offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+        locations[name] = TensorLocation(path, offset, tuple(tensor.shape), tensor.dtype)
+    return WeightsReader(path, locations)
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor; the file appears under its name only when it is complete.
+
+        with SafetensorsWriter(path, {"norm.weight": ((64,), torch.bfloat16)}) as writer:
+            writer.write("norm.weight", tensor)
+
+    Tensors may come in any order. On any exception the unfinished file is removed and an existing one left as it was.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Lays the file out.
+
+        Args:
+            path: file to write, in an existing folder.
+            tensors: shape and dtype of every tensor that will be written.
+        """
+        self._path = path
+        self._aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
+        self._missing = set(tensors)
+        self._header, self._offsets, self._size = _layout(self._tensors)
+        self._file: BinaryIO
+
+    def __enter__(self) -> Self:
+        free = shutil.disk_usage(self._path.parent).free
+        if self._size > free:
+            raise UserError(f"{self._path} needs {self._size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left.")
+        self._file = open(self._aside, "wb")
+        self._file.write(self._header)
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one of the announced tensors, from any device.
+
+        Raises:
+            ValueError: it is not announced, already written, or of another shape or dtype.
+        """
+        if name not in self._missing:
+            raise ValueError(f"`{name}` is not announced or already written.")
+        if (found := (tuple(tensor.shape), tensor.dtype)) != self._tensors[name]:
+            raise ValueError(f"`{name}` is {found}, announced as {self._tensors[name]}.")
+        self._file.seek(self._offsets[name])
+        self._file.write(_as_bytes(tensor.detach().cpu().contiguous()))
+        self._missing.remove(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._missing:
+                    raise ValueError(f"Announced but not written: {', '.join(sorted(self._missing))}.")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                os.replace(self._aside, self._path)
+        finally:
+            self._file.close()
+            self._aside.unlink(missing_ok=True)
+
+
+def _layout(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bytes, dict[str, int], int]:
+    """Returns the header, the offset of each tensor in the file, and the size of the whole file."""
+    entries, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-_DTYPE_RANKS[tensors[name][1]], name)):
+        shape, dtype = tensors[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
+    return header, offsets, len(header) + end
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `path` at the end of the block, or vanishes on an exception.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
