@@ -1,9 +1,22 @@
-"""Small things the entry points share."""
+"""What the entry points share: clean failures, seeds, the run folder, the state of a run."""
 
+import dataclasses
+import random
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
 
 from model.errors import UserError
+
+from .args import TrainArgs
+from .data.data_loader import Batch
 
 
 def run_cli(main: Callable[[], object]) -> None:
@@ -13,3 +26,92 @@ def run_cli(main: Callable[[], object]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def set_seed(seed: int) -> None:
+    """Seeds every generator that dropout or library code may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuses a run folder that already exists: two runs' metrics and checkpoints would mix.
+
+    Raises:
+        UserError: it exists and is not an empty folder.
+    """
+    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        raise UserError(f"The run folder {run_dir} already exists. Choose another `run_dir`, or move it away first.")
+
+
+def create_run_dir(run_dir: Path, args: TrainArgs) -> None:
+    """Creates the run folder and writes the resolved settings to `args.yaml`; keys of trackers are left out.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.yaml").write_text(yaml.safe_dump(args.to_dict()), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The run folder {run_dir} cannot be written: {error.strerror}.") from error
+
+
+@dataclasses.dataclass
+class TrainState:
+    """How far a run is, how fast it went and what came of it."""
+
+    max_steps: int
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    step: int = 0
+    tokens: int = 0  # of all ranks
+    seconds: float = 0.0  # in training steps, data included; evaluations and checkpoints are not
+    step_tokens: int = 0
+    step_seconds: float = 0.0
+    trained_tokens: int = 0  # of this rank: positions that carried loss
+    skipped_steps: int = 0  # whose gradient was not finite
+    first_loss: float | None = None
+    last_loss: float | None = None
+    eval_losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    checkpoint: Path | None = None
+
+    @contextmanager
+    def timed_step(self, tokens: int) -> Iterator[None]:
+        """Counts a step of `tokens` tokens and the time it takes."""
+        start = time.perf_counter()
+        yield
+        self.step_seconds = time.perf_counter() - start
+        self.seconds += self.step_seconds
+        self.step_tokens = tokens
+        self.tokens += tokens
+        self.step += 1
+
+    def note(self, batches: list[Batch], skipped: bool) -> None:
+        """Takes note of what a step trained on and whether it was skipped."""
+        self.trained_tokens += sum(len(b.x) if b.y_mask is None else int(b.y_mask.sum()) for b in batches)
+        self.skipped_steps += skipped
+
+    def note_loss(self, loss: float) -> None:
+        """Takes note of a step's training loss, the mean over ranks."""
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
+
+    def due(self, freq: int) -> bool:
+        """Whether something done every `freq` steps, and always after the last one, is due; 0: only after the last."""
+        return self.step == self.max_steps or (freq > 0 and self.step % freq == 0)
+
+    def progress(self) -> dict[str, Any]:
+        """What a training step's metrics are made of."""
+        names = ("step", "max_steps", "step_tokens", "step_seconds", "tokens", "seconds")
+        return {name: getattr(self, name) for name in names} | {"loss": self.last_loss}
+
+    def totals(self) -> dict[str, Any]:
+        """What the closing summary is made of."""
+        names = ("max_steps", "skipped_steps", "tokens", "first_loss", "last_loss", "eval_losses", "checkpoint")
+        wall_seconds = time.perf_counter() - self.started
+        return {name: getattr(self, name) for name in names} | {
+            "steps": self.step,
+            "wall_seconds": wall_seconds,
+            "train_seconds": self.seconds,
+        }

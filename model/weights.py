@@ -280,7 +280,8 @@ class SafetensorsWriter:
                 os.fsync(self._file.fileno())
                 os.replace(self._aside, self._path)
         finally:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk: what counts was flushed above
+                self._file.close()
             self._aside.unlink(missing_ok=True)
 
 
@@ -305,10 +306,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: `path` exists and is not an empty folder.
     """
+    path = path.resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same id
     aside.mkdir()
     try:
         yield aside

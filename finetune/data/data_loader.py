@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
+from model.errors import UserError
+
 from .args import DataArgs
 from .dataset import EvalStream, MixedStream, build_eval_stream, build_training_stream
 from .packing import Sequence
@@ -60,6 +62,9 @@ class EvalLoader:
         return _batches(self._stream, self._batch_size)
 
 
+_Item = tuple[Batch, dict[str, Any]] | Exception  # a batch with the state behind it, or why there is none
+
+
 class TrainLoader:
     """Endless training batches. A background thread tokenises and packs some of them ahead.
 
@@ -70,7 +75,8 @@ class TrainLoader:
         self._stream = stream
         self._batch_size = batch_size
         self._state = copy.deepcopy(stream.state_dict())
-        self._ready: queue.Queue[tuple[Batch, dict[str, Any]] | Exception] = queue.Queue(_BATCHES_AHEAD)
+        self._ready: queue.Queue[_Item] = queue.Queue(_BATCHES_AHEAD)
+        self._first: _Item | None = None  # taken from the queue, not yet handed out
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
 
@@ -79,15 +85,28 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         """Raises whatever the worker met, at the batch where it met it."""
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="data loader", daemon=True)
-            self._worker.start()
-        item = self._ready.get()
+        self.wait_for_first()
+        item, self._first = self._first, None
         if isinstance(item, Exception):
-            self._ready.put(item)  # asked again, it fails again
+            self._first = item  # asked again, it fails again
             raise item
         batch, self._state = item
         return batch
+
+    def wait_for_first(self) -> "TrainLoader":
+        """Starts the worker and waits until the next batch is there, so that bad data is known before training.
+
+        Raises:
+            UserError: what is wrong with the data.
+        """
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="data loader", daemon=True)
+            self._worker.start()
+        if self._first is None:
+            self._first = self._ready.get()
+        if isinstance(self._first, UserError):
+            raise self._first
+        return self
 
     def _work(self) -> None:
         try:
@@ -98,7 +117,7 @@ class TrainLoader:
         except Exception as error:
             self._put(error)
 
-    def _put(self, item: tuple[Batch, dict[str, Any]] | Exception) -> None:
+    def _put(self, item: _Item) -> None:
         while not self._stop.is_set():
             try:
                 return self._ready.put(item, timeout=0.2)

@@ -1,0 +1,237 @@
+"""The training YAML: every key, its default, and what is refused."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from simple_parsing.helpers import Serializable
+
+from model.args import LoraArgs
+from model.attention import ENGINES
+from model.errors import UserError
+
+from .data.args import DataArgs
+from .mixed_precision import DTYPES
+from .monitoring.args import MLFlowArgs, WandbArgs
+
+
+@dataclasses.dataclass
+class OptimArgs(Serializable):
+    """AdamW under PyTorch's OneCycleLR: lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
+
+    lr: float = 1e-4  # highest learning rate; 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
+    weight_decay: float = 0.1
+    pct_start: float = 0.05  # share of the steps spent warming up, 0 to 1
+    div_factor: float = 25.0  # lr / div_factor is the first step's rate; at least 1
+    final_div_factor: float = 1e4  # the first rate / final_div_factor is the last step's
+
+    def problems(self) -> list[str]:
+        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
+        found = []
+        if not 0 <= self.pct_start <= 1:
+            found.append(f"`optim.pct_start` is {self.pct_start}; it is a share of the steps, between 0 and 1.")
+        if not self.lr >= 0:
+            found.append(f"`optim.lr` is {self.lr}; it cannot be negative.")
+        if not self.weight_decay >= 0:
+            found.append(f"`optim.weight_decay` is {self.weight_decay}; it cannot be negative.")
+        for key in ("div_factor", "final_div_factor"):
+            if not getattr(self, key) > 0:
+                found.append(f"`optim.{key}` is {getattr(self, key)}; it must be positive.")
+        return found
+
+
+@dataclasses.dataclass
+class TrainArgs(Serializable):
+    data: DataArgs
+    model_id_or_path: str  # folder with params.json and consolidated.safetensors (or consolidated.00.pth)
+    run_dir: str  # folder to create for checkpoints, metrics and logs
+
+    optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
+    seed: int = 0  # adapter initialisation, data order, dropout; 0 to 2**32 - 1
+    num_microbatches: int = 1  # batches whose gradients are averaged before a step
+    seq_len: int = 2048  # tokens per packed sequence
+    batch_size: int = 1  # sequences per process and micro-batch
+    max_norm: float = 1.0  # the gradient's norm is clipped to this
+    max_steps: int = 100  # tokens seen: max_steps * num_microbatches * batch_size * seq_len * processes
+    log_freq: int = 1  # steps between log lines
+
+    ckpt_freq: int = 0  # steps between checkpoints; 0: only after the last step
+    save_adapters: bool = True  # checkpoints hold the adapter alone; false: adapter merged into the base
+    no_ckpt: bool = False  # save nothing
+    num_ckpt_keep: int | None = 3  # newest checkpoints to keep; null: all
+
+    eval_freq: int = 0  # steps between evaluations; 0: only after the last step
+    no_eval: bool = True
+
+    checkpoint: bool = True  # recompute each block's activations in the backward pass: less memory, about 1/4 slower
+    param_dtype: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 from Ampere on, fp16 before, fp32 on CPU
+    attention: str = "auto"  # auto, xformers, varlen or sdpa; auto takes the first that runs on the card
+
+    world_size: int | None = None  # set by the launcher and recorded in args.yaml; read from there, never from here
+
+    wandb: WandbArgs = dataclasses.field(default_factory=WandbArgs)
+    mlflow: MLFlowArgs = dataclasses.field(default_factory=MLFlowArgs)
+    lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
+
+    def problems(self) -> list[str]:
+        """Says everything that is wrong, one sentence each; looks at paths, reads no weights and no rows."""
+        found = []
+        for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq"):
+            if getattr(self, key) < 1:
+                found.append(f"`{key}` is {getattr(self, key)}; it must be at least 1.")
+        for key in ("ckpt_freq", "eval_freq"):
+            if getattr(self, key) < 0:
+                found.append(f"`{key}` is {getattr(self, key)}; it must be 0 (only after the last step) or more.")
+        if self.num_ckpt_keep is not None and self.num_ckpt_keep < 1:
+            found.append(f"`num_ckpt_keep` is {self.num_ckpt_keep}; it must be at least 1, or null to keep all.")
+        if not self.max_norm > 0:
+            found.append(f"`max_norm` is {self.max_norm}; it must be positive.")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"`seed` is {self.seed}; it must lie between 0 and 2**32 - 1.")
+        if self.param_dtype != "auto" and self.param_dtype not in DTYPES:
+            found.append(f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(DTYPES)}.")
+        if self.attention != "auto" and self.attention not in ENGINES:
+            found.append(f"`attention` is {self.attention!r}; expected auto, {', '.join(ENGINES)}.")
+        if self.save_adapters and not self.lora.enable and not self.no_ckpt:
+            found.append(
+                "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
+                "Set `save_adapters: false` to save the full weights."
+            )
+        if not self.no_eval and not self.data.eval_instruct_data.strip():
+            found.append("`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`.")
+        if not Path(self.model_id_or_path).is_dir():
+            found.append(f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist.")
+        if not self.run_dir.strip():
+            found.append("`run_dir` is empty; name a folder to create.")
+        for block in (self.data, self.optim, self.lora, self.wandb, self.mlflow):
+            found += block.problems()
+        return found
+
+
+def load_train_args(path: Path) -> TrainArgs:
+    """Reads and checks a training YAML.
+
+    Raises:
+        UserError: the file cannot be read, or everything that is wrong with it, in one message.
+    """
+    raw = _read_yaml(path)
+    problems: list[str] = []
+    args = _build(TrainArgs, _nested(raw), "", problems)
+    if args is not None:
+        problems += args.problems()
+    if problems:
+        raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return args
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"The configuration {path} does not exist (or is no file).")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8 (byte {error.start + 1}).") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise UserError(f"{path} must hold `key: value` pairs, found {type(raw).__name__}.")
+    return raw
+
+
+def _nested(raw: dict[str, Any]) -> dict[str, Any]:
+    """`wandb.project: x` means the same as `project: x` inside `wandb:`."""
+    nested: dict[str, Any] = {}
+    for key, value in raw.items():
+        block, dot, inner = key.partition(".")
+        if dot and isinstance(nested.setdefault(block, {}), dict):
+            nested[block] = nested[block] | _nested({inner: value})
+        elif isinstance(value, dict) and isinstance(nested.get(key), dict):
+            nested[key] = nested[key] | value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
+    """Builds a dataclass from YAML values, converting texts and numbers where nothing is lost.
+
+    Adds one sentence per fault to `problems`; returns None where the object cannot be built at all.
+    """
+    if not isinstance(raw, dict):
+        problems.append(f"`{prefix.rstrip('.')}` is {raw!r}; expected a block of keys.")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in fields:
+            problems.append(f"`{prefix}{key}` is no setting{_suggestion(str(key), fields)}.")
+    values, complete = {}, True
+    for name, field in fields.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], prefix + name, problems)
+            complete &= values[name] is not None or _is_optional(hints[name])
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"`{prefix}{name}` is missing; it must be given.")
+            complete = False
+    return cls(**values) if complete else None
+
+
+def _suggestion(key: str, fields: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, fields, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; expected one of {', '.join(sorted(fields))}"
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{name}.", problems)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    try:
+        return _CONVERTERS[hint](value)
+    except (TypeError, ValueError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+        problems.append(f"`{name}` is {value!r}; expected {expected}.")
+        return None
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    number = float(value)  # also of a text: YAML 1.1 reads 1e-4, without a dot, as one
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError
+    return number
+
+
+def _to_int(value: Any) -> int:
+    number = _to_float(value)
+    if number != int(number):
+        raise ValueError
+    return int(value) if isinstance(value, int) else int(number)
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, bool | dict | list) or value is None:
+        raise ValueError
+    return str(value)
+
+
+_CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}

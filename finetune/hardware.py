@@ -1,0 +1,62 @@
+"""The one place that decides device, dtype and attention engine."""
+
+import dataclasses
+import resource
+import sys
+
+import torch
+
+from model.args import ModelArgs
+from model.attention import choose_engine
+from model.errors import UserError
+
+from .mixed_precision import choose_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    device: torch.device
+    dtype: torch.dtype  # computes; frozen parameters are stored in it
+    attention: str  # one of model.attention.ENGINES
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}, attention: {self.attention}"
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The process's own GPU where there is CUDA, else the CPU.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"Process {local_rank} of this machine has no GPU: {count} are visible. "
+            f"Start torchrun with --nproc-per-node {count} or check CUDA_VISIBLE_DEVICES."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_hardware(device: torch.device, param_dtype: str, attention: str, model_args: ModelArgs) -> Hardware:
+    """Resolves what the YAML leaves to us.
+
+    Raises:
+        UserError: the attention engine asked for does not run here.
+    """
+    dtype = choose_dtype(param_dtype, device)
+    return Hardware(device, dtype, choose_engine(attention, device, dtype, model_args.head_dim))
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """(highest so far, now): memory allocated on the GPU, or the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        with open("/proc/self/statm") as file:
+            return peak, int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # no Linux
+        return peak, peak

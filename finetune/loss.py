@@ -1,0 +1,87 @@
+"""Cross-entropy without the logits: the output head is applied where there is a loss, some rows at a time.
+
+Shapes: T tokens, N trained tokens, D model width, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model.transformer import Head, Transformer
+
+from .data.data_loader import Batch
+
+_LOGITS_PER_CHUNK = 1 << 25  # fp32 values that exist at a time: 128 MiB
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `hidden @ weight.T`, with the gradients computed along with the loss.
+
+    Only one chunk of logits exists at any time; nothing of size [N, V] is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
+    ) -> torch.Tensor:
+        working_weight = weight.to(hidden.dtype)  # [V, D]
+        # Gradients stay undivided by N until backward: fp16 would lose the small ones.
+        grad_hidden = torch.empty_like(hidden) if needs_grad and hidden.requires_grad else None
+        grad_weight = torch.zeros_like(weight) if needs_grad and weight.requires_grad else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, _LOGITS_PER_CHUNK // weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            chunk, chunk_targets = hidden[start : start + rows], targets[start : start + rows]
+            logits = F.linear(chunk, working_weight).float()  # [n, V]
+            loss += F.cross_entropy(logits, chunk_targets, reduction="sum")
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits = softmax(logits) - one_hot(targets)
+            probabilities = torch.softmax(logits, dim=-1)
+            probabilities[torch.arange(len(chunk), device=chunk.device), chunk_targets] -= 1
+            grad_logits = probabilities.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, working_weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ chunk
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.count = max(len(hidden), 1)
+        return loss / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = (
+            None if grad is None else (grad * (grad_output / ctx.count)).to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return *grads, None, None
+
+
+def cross_entropy_head(targets: torch.Tensor, trained: torch.Tensor | None) -> Head:
+    """Makes the head that turns final hidden states [T, D] into the mean loss over the trained positions.
+
+    Args:
+        targets: [T] int64, the token to predict at each position.
+        trained: [N] int64, positions that carry loss; None: all of them.
+    """
+    return functools.partial(_cross_entropy, targets=targets, trained=trained)
+
+
+def _cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, trained: torch.Tensor | None
+) -> torch.Tensor:
+    if trained is not None:
+        hidden, targets = hidden[trained], targets[trained]
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
+def batch_loss(model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Mean cross-entropy over a batch's trained positions, a scalar in nats."""
+    targets = torch.from_numpy(batch.y).to(device, non_blocking=True)
+    trained = None
+    if batch.y_mask is not None:
+        trained = torch.from_numpy(np.flatnonzero(batch.y_mask)).to(device, non_blocking=True)
+    inputs = torch.from_numpy(batch.x).to(device, non_blocking=True)
+    return model(inputs, batch.sizes, head=cross_entropy_head(targets, trained))

@@ -1,0 +1,126 @@
+"""The picture of a run: losses above, learning rate below."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.errors import UserError
+
+from .metrics_logger import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTH_FROM = 50  # with more points than this the raw curve is drawn thin under a smoothed one
+LOG_SCALE_FROM = 50.0  # a loss that spans more than this ratio is drawn on a logarithmic axis
+
+RAW, TRAIN, EVAL, LR, BAD = "#9dbbd8", "#1f5f99", "#d9622b", "#5b6b73", "#b3261e"
+
+
+def draw_loss_curve(run_dir: Path) -> Path:
+    """Draws `run_dir/loss.png` from the run's metrics files and returns its path.
+
+    A run that has logged nothing yet gives a picture that says so.
+
+    Raises:
+        UserError: `run_dir` is no folder.
+    """
+    from matplotlib.figure import Figure  # used without pyplot: no display, no global state
+
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no run folder: expected one that holds metrics.train.jsonl.")
+    train, evals = read_metrics(run_dir, "train"), read_metrics(run_dir, "eval")
+    figure = Figure(figsize=(9, 5.6), dpi=130, layout="constrained")
+    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    figure.suptitle(f"Loss of {run_dir.resolve().name}", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    _draw_losses(loss_axes, train, evals)
+    _draw_learning_rate(lr_axes, train)
+
+    path = run_dir / "loss.png"
+    unfinished = run_dir / ".loss.png.part"
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)
+    return path
+
+
+def _draw_losses(axes: "Axes", train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+    steps, losses = _series(train, "loss")
+    eval_steps, eval_losses = _series(evals, "eval_loss")
+    if len(steps) > SMOOTH_FROM:
+        axes.plot(steps, losses, color=RAW, linewidth=0.7, label="train, each step logged")
+        axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=1.9, label="train, smoothed")
+    elif len(steps):
+        axes.plot(steps, losses, color=TRAIN, linewidth=1.5, marker="o", markersize=3, label="train")
+    if len(eval_steps):
+        axes.plot(eval_steps, eval_losses, color=EVAL, linewidth=1.2, marker="o", markersize=5, label="eval")
+    _mark_non_finite(axes, np.concatenate([steps[np.isnan(losses)], eval_steps[np.isnan(eval_losses)]]))
+    values = np.concatenate([losses, eval_losses])
+    _scale_losses(axes, values[~np.isnan(values)])
+    axes.set_ylabel("loss (nats per token)")
+    _tidy(axes)
+    if len(values):
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=9)
+
+
+def _mark_non_finite(axes: "Axes", steps: np.ndarray) -> None:
+    if len(steps):
+        bottom = axes.get_xaxis_transform()  # x in steps, y from 0 to 1 over the panel
+        axes.plot(
+            steps, np.full(len(steps), 0.02), "x", color=BAD, transform=bottom, label=f"not finite ({len(steps)})"
+        )
+
+
+def _scale_losses(axes: "Axes", finite: np.ndarray) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if not len(finite):
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite loss logged", transform=axes.transAxes, ha="center", va="center", color=LR)
+    elif finite.min() > 0 and finite.max() / finite.min() > LOG_SCALE_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_learning_rate(axes: "Axes", train: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    steps, rates = _series(train, "lr")
+    axes.plot(steps, rates, color=LR, linewidth=1.4, marker="o" if len(steps) == 1 else None, markersize=3)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    _tidy(axes)
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps [N] and values [N]; NaN where a number was not finite when it was logged."""
+    rows = [record for record in records if key in record]
+    steps = np.array([row["step"] for row in rows], dtype=float)
+    values = np.array([math.nan if row[key] is None else row[key] for row in rows], dtype=float)
+    return steps, np.where(np.isfinite(values), values, math.nan)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving average [N] of `values` [N], weighted by a Hann window; NaN stays NaN and counts nowhere else.
+
+    The window covers about a tenth of the curve; at the ends it shrinks to what there is.
+    """
+    window = np.hanning(max(7, len(values) // 10) | 1)
+    known = ~np.isnan(values)
+    weights = np.convolve(known.astype(float), window, mode="same")
+    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    return np.divide(sums, weights, out=np.full(len(values), math.nan), where=known)

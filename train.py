@@ -1,0 +1,156 @@
+"""Fine-tunes a Mistral model: `torchrun --nproc-per-node N -m train CONFIG.yaml` (or plain `python -m train`)."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+from pathlib import Path
+
+import fire
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+from finetune.args import TrainArgs, load_train_args
+from finetune.checkpointing import Checkpointer
+from finetune.data.data_loader import Batch, build_data_loader
+from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.distributed import World, init_world
+from finetune.eval import evaluate
+from finetune.hardware import choose_hardware, memory_bytes
+from finetune.loss import batch_loss
+from finetune.mixed_precision import LossScaler
+from finetune.monitoring.metrics_logger import (
+    MetricsLogger,
+    eval_log_message,
+    eval_metrics,
+    train_log_message,
+    train_metrics,
+)
+from finetune.monitoring.plot import draw_loss_curve
+from finetune.monitoring.summary import summary
+from finetune.monitoring.utils import set_up_logging
+from finetune.optim import build_optimizer
+from finetune.utils import TrainState, check_run_dir, create_run_dir, run_cli, set_seed
+from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
+from model.transformer import Transformer
+
+logger = logging.getLogger("train")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    loss: torch.Tensor  # scalar, mean over this rank's micro-batches
+    grad_norm: float  # of all ranks' mean gradient, before clipping
+    lr: float  # what the step used
+    skipped: bool  # the gradient was not finite and the weights are as they were
+
+
+def train_step(
+    model: Transformer,
+    batches: list[Batch],
+    optimizer: Optimizer,
+    schedule: OneCycleLR,
+    scaler: LossScaler,
+    max_norm: float,
+    device: torch.device,
+) -> StepResult:
+    """One optimizer step on the mean of the micro-batches' mean losses; gradients are averaged over ranks."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        microbatch_loss = batch_loss(model, batch, device)
+        (microbatch_loss * (scaler.scale / len(batches))).backward()
+        loss += microbatch_loss.detach() / len(batches)
+
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item() / scaler.scale
+    lr = schedule.get_last_lr()[0]
+    finite = math.isfinite(grad_norm)
+    if finite:
+        # Unscales and clips at once. The 1e-6 is that of clip_grad_norm_.
+        torch._foreach_mul_(gradients, min(1.0, max_norm / (grad_norm + 1e-6)) / scaler.scale)
+        optimizer.step()
+    scaler.update(finite)
+    if schedule.last_epoch < schedule.total_steps - 1:  # there is no rate beyond the last step's
+        schedule.step()
+    return StepResult(loss, grad_norm, lr, skipped=not finite)
+
+
+def train(config: str) -> None:
+    """Trains as the YAML file `config` says."""
+    with init_world() as world:
+        set_up_logging(world.rank)
+        args = world.together(lambda: load_train_args(Path(config)))
+        run(dataclasses.replace(args, world_size=world.size), world)
+
+
+def run(args: TrainArgs, world: World) -> None:
+    """Trains as `args` say, on every rank. Whatever the user can get wrong is found before the run folder exists."""
+    run_dir = Path(args.run_dir)
+    set_seed(args.seed)
+    world.together(lambda: check_run_dir(run_dir))
+    base = world.together(lambda: open_base_model(args))
+    hardware = world.together(lambda: choose_hardware(world.device, args.param_dtype, args.attention, base.args))
+    tokenizer = world.together(lambda: load_instruct_tokenizer(base.folder, base.args.vocab_size))
+    loader = (tokenizer, args.data, args.batch_size, args.seq_len)
+    train_batches = world.together(
+        lambda: build_data_loader(*loader, args.seed, world.rank, world.size, is_eval=False).wait_for_first()
+    )
+    eval_batches = None if args.no_eval else build_data_loader(*loader, None, world.rank, world.size, is_eval=True)
+    world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
+    logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
+
+    model = build_model(base, args, hardware, world)
+    optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
+    scaler = LossScaler(hardware.dtype)
+    checkpointer = Checkpointer(model, tokenizer, args, run_dir, hardware.dtype, world)
+    state = TrainState(args.max_steps)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(train_batches.close)
+        sinks = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
+        train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks))
+        eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
+        bar = stack.enter_context(tqdm(total=args.max_steps, unit="step", disable=None if world.is_master else True))
+
+        while state.step < args.max_steps:
+            with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
+                batches = list(itertools.islice(train_batches, args.num_microbatches))
+                result = train_step(model, batches, optimizer, schedule, scaler, args.max_norm, world.device)
+            state.note(batches, result.skipped)
+            bar.update()
+
+            log_due, eval_due = state.step % args.log_freq == 0, not args.no_eval and state.due(args.eval_freq)
+            if log_due or eval_due:
+                state.note_loss(world.mean(result.loss).item())
+            if log_due:
+                peak_bytes, allocated_bytes = memory_bytes(world.device)
+                metrics = train_metrics(
+                    **state.progress(), lr=result.lr, peak_bytes=peak_bytes, allocated_bytes=allocated_bytes
+                )
+                logger.info(train_log_message(metrics))
+                metrics |= {"grad_norm": result.grad_norm, "skipped_steps": state.skipped_steps}
+                train_log.log(metrics | ({"loss_scale": scaler.scale} if scaler.enabled else {}), state.step)
+            if eval_due:
+                state.eval_losses[state.step] = evaluate(model, eval_batches, world)
+                metrics = eval_metrics(
+                    step=state.step, train_loss=state.last_loss, eval_loss=state.eval_losses[state.step]
+                )
+                logger.info(eval_log_message(metrics))
+                eval_log.log(metrics, state.step)
+            if not args.no_ckpt and state.due(args.ckpt_freq):
+                state.checkpoint = checkpointer.save(state.step)
+
+    trained_tokens = int(world.sum(torch.tensor(state.trained_tokens)).item())
+    if world.is_master:
+        draw_loss_curve(run_dir)
+        logger.info(summary(**state.totals(), trained_tokens=trained_tokens, peak_bytes=memory_bytes(world.device)[0]))
+
+
+if __name__ == "__main__":
+    run_cli(lambda: fire.Fire(train))

@@ -1,0 +1,125 @@
+"""Reading jsonl row by row, writing it whole or not at all, and saying which rows were left out."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.data.exceptions import JsonError
+from finetune.data.tokenize import parse_row
+from model.errors import UserError
+
+Row = dict[str, Any]
+
+SHOWN_LINES = 20  # line numbers a report names per reason
+
+
+class SkipRow(Exception):
+    """A row that cannot be converted.
+
+    Args:
+        reason: the kind of fault; a report groups its lines by it.
+        detail: what is particular to this row; a report quotes the first one of each reason.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclasses.dataclass
+class _Group:
+    lines: list[int] = dataclasses.field(default_factory=list)  # the first SHOWN_LINES of them
+    count: int = 0
+    example: str = ""
+
+
+class LineReport:
+    """Lines of a file, grouped by what there is to say about them. Its size does not grow with their number."""
+
+    def __init__(self, unit: str = "line") -> None:
+        self.count = 0
+        self._unit = unit
+        self._groups: dict[str, _Group] = {}
+
+    def add(self, line: int, reason: str, detail: str = "") -> None:
+        group = self._groups.setdefault(reason, _Group(example=detail))
+        if len(group.lines) < SHOWN_LINES:
+            group.lines.append(line)
+        group.count += 1
+        self.count += 1
+
+    def __str__(self) -> str:
+        ordered = sorted(self._groups.items(), key=lambda item: -item[1].count)
+        return "\n".join(self._describe(reason, group) for reason, group in ordered)
+
+    def _describe(self, reason: str, group: _Group) -> str:
+        numbers = ", ".join(map(str, group.lines))
+        if group.count > len(group.lines):
+            numbers += f" and {group.count - len(group.lines):,} more"
+        unit = self._unit if group.count == 1 else f"{self._unit}s"
+        example = f" ({self._unit} {group.lines[0]}: {group.example})" if group.example else ""
+        return f"  {reason}: {unit} {numbers}{example}"
+
+
+def require_file(path: Path) -> None:
+    """Raises UserError unless path is a file."""
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}.")
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1; CR, LF and CRLF end a line, U+2028 does not."""
+    with path.open(encoding=encoding, errors=errors, newline=None) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.rstrip("\n")
+
+
+def load_row(line: str) -> Row:
+    """Parses a line; bytes that were not UTF-8 may stand in it as Python's surrogate escapes.
+
+    Raises:
+        SkipRow: the line is no JSON object.
+    """
+    try:
+        return parse_row(line.encode("utf-8", "surrogateescape"))
+    except JsonError as error:
+        raise SkipRow("not a valid JSON object", str(error)) from error
+
+
+def dump_row(row: Row) -> str:
+    """One line of jsonl, accents as they are.
+
+    Raises:
+        SkipRow: the row cannot be written in UTF-8.
+    """
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SkipRow("half of a surrogate pair, which is no character") from error
+    return line
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turns what the operating system refuses (no permission, disk full) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.") from error
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside path to write to before `os.replace`; whatever still stands there at the end is removed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
