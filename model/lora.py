@@ -78,5 +78,10 @@ def initial_lora_tensors(model: nn.Module, seed: int, dtype: torch.dtype) -> Ite
 
 
 def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + scaling * B A, in W's dtype: weight [out, in], lora_a [R, in], lora_b [out, R]."""
-    return weight + (lora_b.to(weight.dtype) @ lora_a.to(weight.dtype)) * scaling
+    """W + scaling * B A in W's dtype: weight [out, in], lora_a [R, in], lora_b [out, R].
+
+    The factors are rounded to W's dtype, as they are in the saved adapter; their product is taken in fp32, which CPUs
+    do ten times faster than fp16 and bf16.
+    """
+    product = lora_b.to(weight.dtype).float() @ lora_a.to(weight.dtype).float()
+    return weight + product.to(weight.dtype) * scaling

@@ -10,6 +10,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import types
@@ -310,11 +311,14 @@ def run_alone(script, tmp_path, **environment):
     return done.stdout + done.stderr
 
 
-def files_with_key(folder):
-    forms = [KEY.encode(), base64.b64encode(b"api:" + KEY.encode())]
+def files_with(folder, *texts):
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
-    return [path for path in files if any(form in path.read_bytes() for form in forms)]
+    return [path for path in files if any(text.encode() in path.read_bytes() for text in texts)]
+
+
+def files_with_key(folder):
+    return files_with(folder, KEY, base64.b64encode(f"api:{KEY}".encode()).decode())
 
 
 def recorded_runs(run_dir):
@@ -325,11 +329,12 @@ def recorded_runs(run_dir):
 TRAIN_A_LITTLE = """
     import socket, sys
     from pathlib import Path
-    connect = socket.socket.connect
-    def local_only(self, address):
-        assert self.family == socket.AF_UNIX or address[0] == "127.0.0.1", f"connects to {address}"
-        return connect(self, address)
-    socket.socket.connect = local_only
+    connected = []
+    def local_only(event, args):
+        if event == "socket.connect":
+            connected.append(args[1])
+            assert args[0].family == socket.AF_UNIX or args[1][0] == "127.0.0.1", f"connects to {args[1]}"
+    sys.addaudithook(local_only)
 
     from finetune.monitoring.args import MLFlowArgs, WandbArgs
     from finetune.monitoring.metrics_logger import MetricsLogger
@@ -341,6 +346,7 @@ TRAIN_A_LITTLE = """
     def logger(tag):
         return MetricsLogger(run_dir, tag, WANDB, MLFlowArgs(), config, True)
     with logger("train") as train, logger("eval") as evaluation:
+        print("said " + "aloud")
         train.log({"lr": 0.5, "step": 1, "loss": 3.0}, 1)
         evaluation.log({"step": 2, "eval_loss": 2.5}, 2)
         train.log({"lr": 0.25, "step": 2, "loss": float("nan")}, 2)
@@ -368,6 +374,8 @@ def test_wandb_offline_records_everything_and_asks_nobody(tmp_path, server):
     assert_recorded(run)
     assert run.name == "first"
     assert server.requests == []
+    assert "said aloud" in printed
+    assert files_with(tmp_path, "said aloud") == [], "console output stays out of the tracker"
     assert files_with_key(tmp_path) == []
     assert KEY not in printed
 
@@ -405,7 +413,7 @@ except RuntimeError:
 
 def test_without_a_project_wandb_is_not_even_imported(tmp_path):
     script = training_script("WandbArgs(project='', key='unused', run_name='')")
-    script += "assert 'wandb' not in sys.modules and 'mlflow' not in sys.modules\n"
+    script += "assert 'wandb' not in sys.modules and 'mlflow' not in sys.modules and not connected\n"
     run_alone(script, tmp_path)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.train.jsonl", "metrics.eval.jsonl", "tb"}
 
@@ -573,10 +581,11 @@ def test_log_lines_stand_above_the_progress_bar():
         from tqdm import tqdm
         from finetune.monitoring.utils import set_up_logging
         set_up_logging(0)
-        for step in tqdm(range(3), disable=None, mininterval=0, ncols=60):
+        for step in tqdm(range(3), disable=None, mininterval=0):
             logging.getLogger("train").info("step %d", step)
     """
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdout=theirs, stderr=theirs, cwd=ROOT, close_fds=True
     )

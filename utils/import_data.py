@@ -8,10 +8,7 @@ SOURCE is a csv, tsv, parquet, jsonl or json file. Templates name its columns in
 
 import argparse
 import dataclasses
-import difflib
-import itertools
 import os
-import random
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -23,97 +20,10 @@ from tqdm import tqdm
 
 from finetune.utils import run_cli
 from model.errors import UserError
-from utils.jsonl import LineReport, Row, SkipRow, aside, dump_row, require_file
-from utils.tables import counts_lines, read_table
-from utils.templates import MissingKeyError, Template, as_text, look_up
-
-SPLIT_NAMES = ("train", "eval", "test")
-
-
-@dataclasses.dataclass
-class Recipe:
-    """How a row of the source becomes a row of ours: `user` and `assistant`, or `text` alone."""
-
-    user: Template | None = None
-    assistant: Template | None = None
-    system: Template | None = None
-    text: Template | None = None
-    group: str | None = None  # the field whose equal values stay in one split
-    found: set[str] = dataclasses.field(default_factory=set)  # fields that some row had
-    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # field: what its first row had instead
-
-    def templates(self) -> dict[str, Template]:
-        """The given templates by their option, the ones a row must fill first."""
-        named = {"--user": self.user, "--assistant": self.assistant, "--text": self.text, "--system": self.system}
-        return {option: template for option, template in named.items() if template is not None}
-
-    def convert(self, row: Row) -> tuple[Row, str | None]:
-        """The new row, and its group if there are groups.
-
-        Raises:
-            SkipRow: what has to be learnt or said is empty, or the group is.
-        """
-        templates = self.templates()
-        fields = itertools.chain.from_iterable(template.fields for template in templates.values())
-        values = {field: self._value(row, field) for field in fields}
-        texts = {option: template.render(values) for option, template in templates.items()}
-        for option, text in texts.items():
-            if not text and option != "--system":
-                raise SkipRow(f"{option} is empty")
-        group = None if self.group is None else self._value(row, self.group).strip()
-        if group == "":
-            raise SkipRow(f"the group {self.group!r} is empty, so its split cannot be chosen")
-        if "--text" in texts:
-            return {"text": texts["--text"]}, group
-        roles = {"system": texts.get("--system"), "user": texts["--user"], "assistant": texts["--assistant"]}
-        return {"messages": [{"role": role, "content": text} for role, text in roles.items() if text]}, group
-
-    def _value(self, row: Row, field: str) -> str:
-        try:
-            value = as_text(look_up(row, field))
-        except MissingKeyError as error:
-            self.missing.setdefault(field, error.available)
-            return ""
-        self.found.add(field)
-        return value
-
-    def require_found(self, path: Path) -> None:
-        """Raises UserError for the fields that no row had: names that are mistaken."""
-        problems = []
-        for field, available in self.missing.items():
-            if field not in self.found:
-                close = difflib.get_close_matches(field.split(".")[-1], available, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                problems.append(f"  {{{field}}}: {hint}There is: {', '.join(map(repr, available)) or 'nothing'}.")
-        if problems:
-            raise UserError(f"No row of {path} has what is asked for:\n" + "\n".join(problems))
-
-
-def assign_splits(sizes: Sequence[int], fractions: Sequence[float], seed: int) -> bytearray:
-    """Gives each unit (a row, or all rows of a group) a split, so that the rows divide as `fractions` do.
-
-    The largest units come first, in seeded order among equals; each goes where it overfills least (d'Hondt's rule). For
-    rows without groups the counts are exact wherever they can be.
-
-    Args:
-        sizes: rows per unit.
-        fractions: of all rows, per split; they sum to 1.
-        seed: of the order.
-
-    Returns:
-        The number of a split per unit.
-    """
-    order = list(range(len(sizes)))
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda unit: -sizes[unit])
-    filled = [0] * len(fractions)
-    splits = bytearray(len(sizes))
-    for unit in order:
-        size = sizes[unit]
-        split = min(range(len(fractions)), key=lambda split: (filled[split] + size) / fractions[split])
-        filled[split] += size
-        splits[unit] = split
-    return splits
+from utils.jsonl import LineReport, SkipRow, aside, dump_row, file_errors, require_file
+from utils.splits import SPLIT_NAMES, parse_fractions, split_rows
+from utils.tables import counts_lines, has_fixed_columns, read_table
+from utils.templates import Recipe, Template
 
 
 @dataclasses.dataclass
@@ -143,7 +53,7 @@ def import_table(
 ) -> Imported:
     """Converts a table and splits it into train, eval and test files; all of them appear at the end, or none.
 
-    Rows keep the source's order within each file. Memory: a few bytes per row, and the names of the groups.
+    Rows keep the source's order within each file. Memory: some tens of bytes per row, and the groups' names.
 
     Args:
         source: see `read_table`.
@@ -161,30 +71,18 @@ def import_table(
     require_file(source)
     paths = _output_paths(out)
     _require_free(paths, source, overwrite)
-    with ExitStack() as stack:
-        stack.enter_context(file_errors())
+    with file_errors():
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        rows = stack.enter_context(_scratch_file(paths[0].parent))
-        units, read, dropped = _convert_rows(source, encoding, recipe, rows)
-        recipe.require_found(source)
-        if not units:
-            raise UserError(f"No row of {source} could be used.\n{dropped}".rstrip())
-        sizes = array("L", [0]) * (max(units) + 1)
-        for unit in units:
-            sizes[unit] += 1
-        splits = assign_splits(sizes, fractions, seed)
-        counts = [0] * len(fractions)
-        for unit in units:
-            counts[splits[unit]] += 1
-        if 0 in counts:
-            raise UserError(
-                f"{SPLIT_NAMES[counts.index(0)]} would have no row: {len(units)} rows in {len(sizes)} "
-                f"{'groups' if recipe.group else 'units'} are too few for these shares; give --split other ones, or 1."
-            )
-        _distribute(rows, [splits[unit] for unit in units], paths[: len(fractions)])
-    for stale in paths[len(fractions) :]:
-        stale.unlink(missing_ok=True)  # it would hold rows that are now in another split
-    return Imported(read, dropped, dict(zip(paths, counts)))
+        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n", dir=paths[0].parent) as rows:
+            units, read, dropped = _convert_rows(source, encoding, recipe, rows)
+            recipe.require_found(source)
+            if not units:
+                raise UserError(f"No row of {source} could be used.\n{dropped}".rstrip())
+            splits = split_rows(units, fractions, seed)
+            _distribute(rows, splits, paths[: len(fractions)])
+        for stale in paths[len(fractions) :]:
+            stale.unlink(missing_ok=True)  # it would hold rows that are now in another split
+    return Imported(read, dropped, {path: splits.count(number) for number, path in enumerate(paths[: len(fractions)])})
 
 
 def _output_paths(out: str) -> list[Path]:
@@ -209,21 +107,25 @@ def _convert_rows(source: Path, encoding: str, recipe: Recipe, out: TextIO) -> t
     units = array("L")
     groups: dict[str, int] = {}
     read = 0
+    fixed = has_fixed_columns(source)
     for number, row in tqdm(read_table(source, encoding), unit=" rows", disable=None):
+        if fixed and recipe.missing:
+            recipe.require_found(source)
         read += 1
         try:
             if isinstance(row, SkipRow):
                 raise row
             converted, group = recipe.convert(row)
+            line = dump_row(converted)
         except SkipRow as skip:
             dropped.add(number, skip.reason, skip.detail)
             continue
         units.append(len(units) if group is None else groups.setdefault(group, len(groups)))
-        out.write(dump_row(converted) + "\n")
+        out.write(line + "\n")
     return units, read, dropped
 
 
-def _distribute(rows: TextIO, splits: list[int], paths: list[Path]) -> None:
+def _distribute(rows: TextIO, splits: bytearray, paths: list[Path]) -> None:
     rows.seek(0)
     with ExitStack() as stack:
         temporaries = [stack.enter_context(aside(path)) for path in paths]
@@ -236,24 +138,6 @@ def _distribute(rows: TextIO, splits: list[int], paths: list[Path]) -> None:
                 files[split].write(line)
         for temporary, path in zip(temporaries, paths):
             os.replace(temporary, path)
-
-
-def parse_fractions(text: str) -> list[float]:
-    """Reads "0.9,0.1".
-
-    Raises:
-        UserError: not one to three positive numbers that sum to 1.
-    """
-    try:
-        fractions = [float(part) for part in text.split(",")]
-    except ValueError:
-        fractions = []
-    if not 1 <= len(fractions) <= len(SPLIT_NAMES) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"--split {text!r}: expected the shares of train, eval and test (or fewer of them), which sum to 1, "
-            "such as 0.9,0.1 or 0.8,0.1,0.1 or 1."
-        )
-    return fractions
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.utils import run_cli
+from finetune.wrapped_model import ADAPTER_NAME
 from model.args import LoraArgs, read_params
 from model.errors import UserError
 from model.lora import merged_weight
@@ -25,7 +26,6 @@ from model.weights import (
     open_weights,
 )
 
-ADAPTER_NAME = "lora.safetensors"
 TOKENIZER_PATTERNS = ("tokenizer.model*", "tekken*.json")
 MERGEABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_NAMED_PROBLEMS = 20
@@ -114,7 +114,7 @@ def _fit_problems(base: WeightsReader, adapter: WeightsReader, stem: str) -> lis
         return problems
     shape_a, shape_b = (adapter.shapes[name] for name in names)
     shape = base.shapes[weight]
-    if len(shape_a) != 2 or len(shape_b) != 2 or (shape_b[0], shape_a[1]) != shape:
+    if len(shape_a) != 2 or len(shape_b) != 2 or (shape_b[0], shape_a[1]) != shape or shape_a[0] != shape_b[1]:
         return [f"{stem}lora_*: B {list(shape_b)} times A {list(shape_a)} cannot be added to {weight} {list(shape)}"]
     return []
 

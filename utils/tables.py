@@ -78,9 +78,8 @@ def _first_wrong_byte(path: Path, encoding: str) -> str:
             try:
                 decoder.decode(line)
             except UnicodeDecodeError as error:
-                # The decoder may have kept the first bytes of a character from the line before.
-                byte, column = error.object[error.start], error.start + 1 - (len(error.object) - len(line))
-                return f"byte 0x{byte:02x} in line {number}, column {column}; give --encoding (cp1252 in older exports)."
+                found = f"byte 0x{error.object[error.start]:02x} in line {number}, column {error.start + 1}"
+                return f"{found}; give --encoding (cp1252 in older exports)."
             except UnicodeError as error:
                 return f"{error}."
     return "it ends within a character."

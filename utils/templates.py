@@ -1,12 +1,17 @@
-"""Templates like "{instruction}\\n{context}" that make a text of a row's columns."""
+"""Templates like "{instruction}\\n{context}" that make the texts of a training row from a table's columns."""
 
 import dataclasses
+import difflib
+import itertools
 import json
 import string
+from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from utils.jsonl import Row
+from utils.jsonl import Row, SkipRow
+
+_SHOWN_NAMES = 40  # columns or keys an error lists
 
 
 class MissingKeyError(Exception):
@@ -103,3 +108,63 @@ def _on_one_line(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(_on_one_line(item).strip() for item in value)
     return as_text(value)
+
+
+@dataclasses.dataclass
+class Recipe:
+    """How a row of the source becomes a row of ours: `user` and `assistant`, or `text` alone."""
+
+    user: Template | None = None
+    assistant: Template | None = None
+    system: Template | None = None
+    text: Template | None = None
+    group: str | None = None  # the field whose equal values stay in one split
+    found: set[str] = dataclasses.field(default_factory=set)  # fields that some row had
+    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # field: what its first row had instead
+
+    def templates(self) -> dict[str, Template]:
+        """The given templates by their option, the ones a row must fill first."""
+        named = {"--user": self.user, "--assistant": self.assistant, "--text": self.text, "--system": self.system}
+        return {option: template for option, template in named.items() if template is not None}
+
+    def convert(self, row: Row) -> tuple[Row, str | None]:
+        """The new row, and its group if there are groups.
+
+        Raises:
+            SkipRow: what has to be learnt or said is empty, or the group is.
+        """
+        templates = self.templates()
+        fields = itertools.chain.from_iterable(template.fields for template in templates.values())
+        values = {field: self._value(row, field) for field in fields}
+        texts = {option: template.render(values) for option, template in templates.items()}
+        for option, text in texts.items():
+            if not text and option != "--system":
+                raise SkipRow(f"{option} is empty")
+        group = None if self.group is None else self._value(row, self.group).strip()
+        if group == "":
+            raise SkipRow(f"the group {self.group!r} is empty, so its split cannot be chosen")
+        if "--text" in texts:
+            return {"text": texts["--text"]}, group
+        roles = {"system": texts.get("--system"), "user": texts["--user"], "assistant": texts["--assistant"]}
+        return {"messages": [{"role": role, "content": text} for role, text in roles.items() if text]}, group
+
+    def _value(self, row: Row, field: str) -> str:
+        try:
+            value = as_text(look_up(row, field))
+        except MissingKeyError as error:
+            self.missing.setdefault(field, error.available)
+            return ""
+        self.found.add(field)
+        return value
+
+    def require_found(self, path: Path) -> None:
+        """Raises UserError for the fields that no row had: names that are mistaken."""
+        problems = []
+        for field, available in self.missing.items():
+            if field not in self.found:
+                close = difflib.get_close_matches(field.split(".")[-1], available, n=1, cutoff=0.5)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                names = ", ".join(map(repr, available[:_SHOWN_NAMES])) or "nothing"
+                problems.append(f"  {{{field}}}: {hint}There is: {names}.")
+        if problems:
+            raise UserError(f"No row of {path} has what is asked for:\n" + "\n".join(problems))

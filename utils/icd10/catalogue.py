@@ -1,0 +1,178 @@
+"""What fictional stays are made of: common diagnoses and how clinicians write them (`common_codes.toml`)."""
+
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from model.errors import UserError
+from utils.icd10.codes import ALLOWED_TYPES, Cim10Entry, Cim10Table, category, chapter
+
+_COMMON_CODES = Path(__file__).with_name("common_codes.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """A diagnosis as the note writer knows it; `common_codes.toml` explains the fields."""
+
+    code: str
+    label: str
+    written: tuple[str, ...]
+    unseen: tuple[str, ...]
+    kind: str
+    type: int = 0
+    sex: str = "FM"
+    age: tuple[int, int] = (18, 95)
+    group: str = ""
+    dp: float = 0
+    das: float = 0
+    associated: tuple[str, ...] = ()
+    sessions: tuple[str, ...] = ()
+    absent: bool = False
+    past: bool = False
+    family: bool = False
+    managed: tuple[str, ...] = ()
+    drugs: tuple[str, ...] = ()
+    measures: tuple[tuple[str, float, float], ...] = ()
+    systems: tuple[str, ...] = ()
+    service: str = "médecine polyvalente"
+    scheduled: bool = False
+    stay: tuple[int, int] = (3, 7)
+    complaints: tuple[str, ...] = ()
+    history: tuple[str, ...] = ()
+    exam: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    care: tuple[str, ...] = ()
+    rule_out: tuple[str, ...] = ()
+
+    def may_be(self, role: str) -> bool:
+        """Whether its type is accepted as DP, DR or DAS."""
+        return self.type in ALLOWED_TYPES[role]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """`common` by code; `others`: further main diagnoses, of a given table, known by their labels only."""
+
+    common: dict[str, Condition]
+    others: tuple[Condition, ...] = ()
+
+
+def load_catalogue(table: Cim10Table | None = None) -> Catalogue:
+    """Loads the common diagnoses; with a table, keeps those it has, under its labels and types, and adds its others.
+
+    Raises:
+        UserError: the table has none of the common codes that may stand as DP.
+    """
+    common = {condition.code: condition for condition in _read_common_codes()}
+    if table is None:
+        return Catalogue(common)
+    listed = {code: (condition, table.get(code)) for code, condition in common.items()}
+    kept = {
+        code: replace(condition, label=entry.label, type=entry.type)
+        for code, (condition, entry) in listed.items()
+        if entry and entry.type != 3
+    }
+    if not any(condition.dp and condition.may_be("DP") for condition in kept.values()):
+        raise UserError(
+            f"the CIM-10 table ({len(table)} codes) allows none of the common main diagnoses of fictional stays "
+            "(J189, I639, S7200...); give a complete table of ATIH."
+        )
+    return Catalogue(kept, _others(table, common))
+
+
+def _read_common_codes() -> list[Condition]:
+    with _COMMON_CODES.open("rb") as file:
+        records = tomllib.load(file)
+    return [_condition(code, record) for code, record in records.items()]
+
+
+def _condition(code: str, record: dict) -> Condition:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    fields["measures"] = tuple((name, *span) for name, span in record.get("measures", {}).items())
+    return Condition(code=code, **{"group": category(code), **fields})
+
+
+# --- Main diagnoses of a table that the common codes do not have ------------------------------------------------------
+
+# Chapters whose codes make sense for an adult of any kind without knowing more than the label.
+_CHAPTERS = {"I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XVIII"}
+_VAGUE_OR_YOUNG = re.compile(
+    r"autre|ailleurs|\*|sièges? |précisée?s\b|nouveau-né|enfan|infanti|juvéni|congénit|néonat|foet|gross|puerp|obstétr|matern",
+    re.IGNORECASE,
+)
+_SEX_OF_RANGES = (
+    ("C51", "C58", "F"),
+    ("C60", "C63", "M"),
+    ("D06", "D06", "F"),
+    ("D25", "D28", "F"),
+    ("D29", "D29", "M"),
+    ("E28", "E28", "F"),
+    ("E29", "E29", "M"),
+    ("N40", "N51", "M"),
+    ("N70", "N98", "F"),
+)
+_LONGEST_LABEL = 90
+
+
+def _others(table: Cim10Table, common: dict[str, Condition]) -> tuple[Condition, ...]:
+    groups = {category(condition.code): condition.group for condition in common.values()}
+    phrases = [bare(wording).lower() for item in common.values() for wording in (*item.written, *item.unseen)]
+    return tuple(
+        _known_by_label(entry, groups)
+        for entry in table
+        if _may_be_told(entry) and entry.code not in common and not any(p in entry.label.lower() for p in phrases)
+    )
+
+
+def _may_be_told(entry: Cim10Entry) -> bool:
+    return (
+        entry.type == 0
+        and chapter(entry.code) in _CHAPTERS
+        and len(entry.label) <= _LONGEST_LABEL
+        and not _VAGUE_OR_YOUNG.search(entry.label)
+    )
+
+
+def _known_by_label(entry: Cim10Entry, groups: dict[str, str]) -> Condition:
+    code = category(entry.code)
+    phrase = re.sub(r"\s*(\([^)]*\)|\[[^]]*\])|, sans précision", "", entry.label)
+    if not phrase[:2].isupper():
+        phrase = phrase[:1].lower() + phrase[1:]
+    return Condition(
+        code=entry.code,
+        label=entry.label,
+        written=(phrase,),
+        unseen=(phrase,),
+        kind="event",
+        sex=next((sex for first, last, sex in _SEX_OF_RANGES if first <= code <= last), "FM"),
+        age=(30, 90),
+        group=groups.get(code, code),
+        sessions=("Z511", "Z5101") if code <= "C97" and code[0] == "C" else (),
+    )
+
+
+# --- Wordings ---------------------------------------------------------------------------------------------------------
+
+_ARTICLES = ("un", "une", "des")
+
+
+def bare(written: str) -> str:
+    """A wording without its article: `une HTA` -> `HTA`."""
+    article, _, rest = written.partition(" ")
+    return rest if article in _ARTICLES else written
+
+
+def wording_forms(written: str) -> dict[str, str]:
+    """The forms that sentences ask for: nu (HTA), un (une HTA), d_un (d'une HTA), de (d'HTA)."""
+    phrase = bare(written)
+    # Aspirated h: the only such word among the wordings.
+    elided = phrase[0].lower() in "aàâeéèêiîoôœuûh" and not phrase.startswith("hernie")
+    without_article = ("d'" if elided else "de ") + phrase
+    counted = written.startswith(("un ", "une "))
+    return {
+        "nu": phrase,
+        "un": written,
+        "d_un": f"d'{written}" if counted else without_article,
+        "de": without_article,
+    }
