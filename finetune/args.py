@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,25 +136,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8 (byte {error.start + 1}).") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+    if not isinstance(raw, dict):
         raise UserError(f"{path} must hold `key: value` pairs, found {type(raw).__name__}.")
     return raw
 
 
 def _nested(raw: dict[str, Any]) -> dict[str, Any]:
-    """`wandb.project: x` means the same as `project: x` inside `wandb:`."""
+    """`wandb.project: x` means the same as `project: x` inside `wandb:`, at any depth.
+
+    Raises:
+        UserError: a setting is given in both ways.
+    """
     nested: dict[str, Any] = {}
-    for key, value in raw.items():
-        block, dot, inner = key.partition(".")
-        if dot and isinstance(nested.setdefault(block, {}), dict):
-            nested[block] = nested[block] | _nested({inner: value})
-        elif isinstance(value, dict) and isinstance(nested.get(key), dict):
-            nested[key] = nested[key] | value
-        else:
-            nested[key] = value
+    for path, value in _leaves(raw):
+        *blocks, name = path
+        block = nested
+        for key in blocks:
+            block = block.setdefault(key, {})
+            if not isinstance(block, dict):
+                raise UserError(f"`{'.'.join(path)}` is given, but `{key}` is {block!r}; expected a block of keys.")
+        if name in block:
+            raise UserError(f"`{'.'.join(path)}` is given twice.")
+        block[name] = value
     return nested
+
+
+def _leaves(raw: dict[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in raw.items():
+        inner = (*path, *str(key).split("."))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, inner)
+        else:
+            yield inner, value
 
 
 def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
@@ -198,7 +214,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
     try:
         return _CONVERTERS[hint](value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
         problems.append(f"`{name}` is {value!r}; expected {expected}.")
         return None

@@ -10,6 +10,7 @@ from model.transformer import Transformer
 from .data.data_loader import Batch
 from .distributed import World
 from .loss import batch_loss
+from .wrapped_model import reshard
 
 _PLACEHOLDER = Batch(x=np.zeros(1, dtype=np.int64), y=np.zeros(1, dtype=np.int64), sizes=[1])
 
@@ -31,6 +32,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], world: World) -> floa
         loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
         if batch is not None:
             total += torch.tensor([loss.item(), 1.0], dtype=torch.float64)
+    reshard(model)
     model.train()
     loss_sum, count = world.sum(total).tolist()
     return loss_sum / count if count else None

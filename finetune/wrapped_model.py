@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -148,6 +148,12 @@ def _tensors(
     elif args.lora.enable:
         for name, tensor in initial_lora_tensors(model, args.seed, hardware.dtype):
             yield name, tensor[own_rows(len(tensor), world)].clone()
+
+
+def reshard(model: Transformer) -> None:
+    """Gives back what a forward pass without a backward pass leaves unsharded: embeddings, last norm and head."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def own_rows(rows: int, world: World) -> slice:

@@ -338,6 +338,11 @@ def test_no_group_stands_in_two_splits(groups, fractions, seed):
         assert abs(splits.count(split) - fraction * len(groups)) <= largest * len(fractions)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_group_leaves_room_for_the_small_ones(seed):
+    assert list(assign_splits([5, 100, 5], [0.9, 0.1], seed)) == [1, 0, 1]
+
+
 @given(count=st.integers(1, 300), seed=st.integers(0, 9))
 def test_rows_without_groups_divide_as_asked(count, seed):
     splits = assign_splits([1] * (10 * count), [0.7, 0.2, 0.1], seed)

@@ -150,7 +150,13 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     for name, template in parsed.items():
         if name != "system" and not template.fields:
             raise UserError(f"--{name} {given[name]!r} names no column; columns stand in braces: '{{{given[name]}}}'.")
-    return Recipe(**parsed, group=args.group)
+    return Recipe(
+        user=parsed.get("user"),
+        assistant=parsed.get("assistant"),
+        system=parsed.get("system"),
+        text=parsed.get("text"),
+        group=args.group,
+    )
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def _message(turn: Any, has_tools: bool, note: Note) -> Row | None:
 
 def _called(text: str) -> list[Any]:
     """The calls of a function-call turn: JSON, JSON with its arguments in single quotes, or a Python literal."""
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, _unquoted, ast.literal_eval):
         try:
             calls = parse(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

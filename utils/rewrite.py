@@ -101,8 +101,9 @@ def _convert_rows(source: Path, target: Path, convert: Convert, new_id: NewId) -
 
 def _keep_backup(path: Path) -> Path:
     """Copies the file to the first free of NAME.bak, NAME.bak1, ...: an earlier backup may be the only original."""
-    names = itertools.chain([""], itertools.count(1))
-    backup = next(name for n in names if not (name := path.with_name(f"{path.name}.bak{n}")).exists())
+    suffixes = itertools.chain([""], itertools.count(1))
+    names = (path.with_name(f"{path.name}.bak{suffix}") for suffix in suffixes)
+    backup = next(name for name in names if not name.exists())
     shutil.copy2(path, backup)
     return backup
 

@@ -119,8 +119,8 @@ class Recipe:
     system: Template | None = None
     text: Template | None = None
     group: str | None = None  # the field whose equal values stay in one split
-    found: set[str] = dataclasses.field(default_factory=set)  # fields that some row had
-    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # field: what its first row had instead
+    found: set[str] = dataclasses.field(default_factory=set, init=False)  # fields that some row had
+    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict, init=False)  # field: what stood there
 
     def templates(self) -> dict[str, Template]:
         """The given templates by their option, the ones a row must fill first."""

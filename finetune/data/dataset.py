@@ -154,14 +154,16 @@ class SourceStream:
         """Yields sequences from `state` on, which always says where the one after the last goes on."""
         position = dict(self.state)
         offset = position.pop("offset")
-        idle_since_sequence = 0
+        rows = sum(map(len, self._files))
+        idle_rows = 0  # since the last one that trains anything
 
         def counted() -> Iterator[tuple[Cursor, TokenSample]]:
-            nonlocal idle_since_sequence
+            nonlocal idle_rows
             for item in self._samples(Cursor(**position)):
                 yield item
-                idle_since_sequence = 0 if any(item[1].masks[1:]) else idle_since_sequence + 1
-                if self._repeat and idle_since_sequence > sum(map(len, self._files)):
+                idle_rows = 0 if any(item[1].masks[1:]) else idle_rows + 1
+                # Between the first row of one epoch and the last of the next lie 2 * rows - 2 others.
+                if self._repeat and idle_rows > 2 * rows - 2:
                     raise UserError(
                         f"Not one of the rows of {self.source.path} that this process reads has a token to train on; "
                         "is every assistant message's `weight` 0?"

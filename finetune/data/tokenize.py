@@ -67,7 +67,7 @@ def load_instruct_tokenizer(model_folder: Path, vocab_size: int) -> InstructToke
         return MistralTokenizer.v3(is_tekken=vocab_size > V3_VOCABULARY).instruct_tokenizer
     try:
         tokenizer = MistralTokenizer.from_file(str(files[0])).instruct_tokenizer
-    except (MistralCommonException, ValueError, KeyError, RuntimeError, OSError) as error:
+    except (MistralCommonException, ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
         raise UserError(f"The tokenizer {files[0]} cannot be read: {error}") from error
     if tokenizer.tokenizer.n_words > vocab_size:
         raise UserError(
@@ -330,6 +330,8 @@ class SampleEncoder:
             return self._encode_request(request, conversation.only_last)
         except MistralCommonException as error:
             raise ConversationFormatError(str(error)) from error
+        except RecursionError as error:
+            raise ConversationFormatError("Its tools' parameters are nested too deeply.") from error
         except (ValueError, AssertionError, TypeError) as error:
             raise error if isinstance(error, RowError) else RowError(str(error)) from error
 

@@ -85,7 +85,7 @@ class WandbTracker:
         import wandb
 
         self._owns_run = wandb.run is None
-        self._run = _start_wandb(args, run_dir, config) if self._owns_run else wandb.run
+        self._run = wandb.run or _start_wandb(args, run_dir, config)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
@@ -99,7 +99,7 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
     """Returns a new wandb run: online unless the settings say otherwise or the server cannot be reached."""
     import wandb
 
-    options = {
+    options: dict[str, Any] = {
         "project": args.project,
         "name": args.run_name or run_dir.name,
         "dir": str(run_dir),
@@ -107,7 +107,7 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
         "job_type": "training",
     }
     # Metrics and settings are what a tracker is for; console output, sources and diffs stay here.
-    private = {"console": "off", "disable_code": True, "disable_git": True}
+    private: dict[str, Any] = {"console": "off", "disable_code": True, "disable_git": True}
     if not args.offline:
         try:
             # Given this way, the key lives in this process only: wandb writes neither ~/.netrc nor a settings file.

@@ -22,19 +22,19 @@ class Diagnosis(NamedTuple):
 # "diagnostic principal", "Diagnostics associés significatifs (DAS)", "relié :" opening a line, "DP :", "DAS I10".
 _ROLE = re.compile(
     rf"""diagn\w*\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
-    | ^\W*(?P<opening>princip|reli|associ)\w*\s*(?=:)
+    | ^[^\w\n]*(?P<opening>princip|reli|associ)\w*\s*(?=:)
     | \b(?P<short>DP|DR|DAS)\b(?=\s*[:=–—-]|\s+{CODE_PATTERN}\b)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 _ROLE_OF_STEM = {"princip": "DP", "reli": "DR", "associ": "DAS", "dp": "DP", "dr": "DR", "das": "DAS"}
 
-# Not the start of a longer word, of a range (C00-D48), nor a code of the asterisk system (G01*).
-_CODE = rf"(?P<{{name}}>{CODE_PATTERN})(?![\w*†+]|\.?-\S|\.-)"
-_IN_PARENTHESES = rf"[(\[]\s*(?:code|cim(?:[ -]?10)?)?\s*:?\s*{_CODE.format(name='inner')}\s*(?:[)\]]|$)"
+# A code is not the start of a longer word, of a range (C00-D48), nor one of the asterisk system (G01*).
+_END = r"(?![\w*†+]|\.?-\S|\.-)"
+_IN_PARENTHESES = rf"[(\[]\s*(?:code|cim(?:[ -]?10)?)?\s*:?\s*(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
 # Without parentheses a code opens an item ("- I10 : HTA", "code I10") or closes it ("HTA I10,"); "vitamine B12" and
 # "sorti à J10" are none.
-_OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)\s*{_CODE.format(name='opening')}"
-_CLOSING = rf"(?<!vitamine\s)(?<!\sà\s)\b{_CODE.format(name='closing')}(?=\s*(?:[.;,|\n]|\bet\b|$))"
+_OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)[^\S\n]*(?P<opening>{CODE_PATTERN}){_END}"
+_CLOSING = rf"(?<!vitamine\s)(?<!\sà\s)\b(?P<closing>{CODE_PATTERN}){_END}(?=\s*(?:[.;,|\n]|\bet\b|$))"
 _CODES = re.compile(rf"{_IN_PARENTHESES}|{_OPENING}|{_CLOSING}", re.IGNORECASE | re.MULTILINE)
 _GROUP = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _AROUND_LABEL = " \t\r\n:,;=•*–—-"
@@ -104,7 +104,11 @@ def _codes(section: str) -> list[tuple[str, str]]:
 def _same_item(match: re.Match[str], following: re.Match[str], section: str) -> bool:
     """Whether the parenthesised code that follows closes the item that this match stands in."""
     between = section[match.end() : following.start()]
-    return not between.strip() if match["inner"] else not re.search(r"[,;\n]", between)
+    if not match["inner"]:
+        return not re.search(r"[,;\n]", between)
+    # "Arthrite (A39.8) - Coude, poignet (M0102)": only the label's reference has its dot.
+    reference = "." in match["inner"] and "." not in following["inner"] and len(following["inner"]) > 3
+    return not between.strip() or (reference and re.fullmatch(r" - [^;\n]*", between) is not None)
 
 
 def _blank_remarks(section: str) -> str:

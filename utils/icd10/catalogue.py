@@ -95,10 +95,12 @@ def _condition(code: str, record: dict) -> Condition:
 
 # --- Main diagnoses of a table that the common codes do not have ------------------------------------------------------
 
-# Chapters whose codes make sense for an adult of any kind without knowing more than the label.
+# Chapters whose codes make sense for any adult without knowing more than the label.
 _CHAPTERS = {"I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XVIII"}
-_VAGUE_OR_YOUNG = re.compile(
-    r"autre|ailleurs|\*|sièges? |précisée?s\b|nouveau-né|enfan|infanti|juvéni|congénit|néonat|foet|gross|puerp|obstétr|matern",
+# Vague or only found at another age; `(G01*)`, `(A18.0)`: a manifestation, whose cause comes first.
+_NOT_TELLING = re.compile(
+    r"autre|ailleurs| - |\([A-Z]\d|\*|sièges? |précisée?s\b"
+    r"|nouveau-né|enfan|infanti|juvéni|congénit|néonat|foet|gross|puerp|obstétr|matern",
     re.IGNORECASE,
 )
 _SEX_OF_RANGES = (
@@ -130,13 +132,13 @@ def _may_be_told(entry: Cim10Entry) -> bool:
         entry.type == 0
         and chapter(entry.code) in _CHAPTERS
         and len(entry.label) <= _LONGEST_LABEL
-        and not _VAGUE_OR_YOUNG.search(entry.label)
+        and not _NOT_TELLING.search(entry.label)
     )
 
 
 def _known_by_label(entry: Cim10Entry, groups: dict[str, str]) -> Condition:
     code = category(entry.code)
-    phrase = re.sub(r"\s*(\([^)]*\)|\[[^]]*\])|, sans précision", "", entry.label)
+    phrase = re.sub(r"\s*(\([^)]*\)|\[[^]]*\])|, sans précision", "", entry.label).rstrip(" ,")
     if not phrase[:2].isupper():
         phrase = phrase[:1].lower() + phrase[1:]
     return Condition(
@@ -148,7 +150,13 @@ def _known_by_label(entry: Cim10Entry, groups: dict[str, str]) -> Condition:
         sex=next((sex for first, last, sex in _SEX_OF_RANGES if first <= code <= last), "FM"),
         age=(30, 90),
         group=groups.get(code, code),
-        sessions=("Z511", "Z5101") if code <= "C97" and code[0] == "C" else (),
+        sessions=("Z511", "Z5101") if "C00" <= code <= "C97" else (),
+        history=(
+            "Symptomatologie évoluant depuis {2-10} jours, sans traitement spécifique avant l'admission.",
+            "Aggravation progressive malgré le traitement prescrit en ville il y a {3-9} jours.",
+        ),
+        tests=("Explorations réalisées selon le protocole du service, résultats joints au dossier.",),
+        care=("Traitement adapté débuté dès l'admission.", "Surveillance clinique et biologique régulière."),
     )
 
 

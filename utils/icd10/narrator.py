@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable, Sequence
+from datetime import date, timedelta
 
 from utils.icd10 import phrases
 from utils.icd10.catalogue import Condition, wording_forms
@@ -28,6 +29,8 @@ class Narrator:
         self.stay = stay
         self.told: list[str] = []
         self._wordings = wordings
+        # `managed` and `drugs` are parallel lists: one number keeps "sous ramipril" and its prescription together.
+        self._treatments = {condition.code: rng.randrange(12) for condition in stay.conditions}
         self._context = _people(rng, stay) | _dates(rng, stay) | _measures(rng, stay)
 
     def chance(self, probability: float) -> bool:
@@ -47,6 +50,10 @@ class Narrator:
     def exclude(self, condition: Condition, templates: Sequence[str], **slots: str) -> str:
         """A sentence on a diagnosis that is not coded, in its plainest wording and without figures."""
         return self.say_of(self._wordings(condition)[0], templates, **slots)
+
+    def treatment(self, condition: Condition, lines: Sequence[str]) -> str:
+        """The line of `managed` or `drugs` that fits this patient, the same each time but for its numbers."""
+        return self.render(lines[self._treatments[condition.code] % len(lines)]) if lines else ""
 
     def say_of(self, wording: str, templates: Sequence[str], **slots: str) -> str:
         """A sentence on something worded as "une HTA"; a wording without article only where none is needed."""
@@ -101,15 +108,13 @@ def _people(rng: random.Random, stay: Stay) -> dict[str, str]:
 
 
 def _dates(rng: random.Random, stay: Stay) -> dict[str, str]:
-    year, month, day = rng.choice((2024, 2025)), rng.randint(1, 12), rng.randint(1, 28)
-    # Months of 28 days: dates of fiction only have to exist.
-    last = day + stay.days
-    end_month = month + (last - 1) // 28
+    first = date(2024, 1, 1) + timedelta(days=rng.randrange(700))
+    last = first + timedelta(days=stay.days)
     return {
-        "entrée": f"{day:02d}/{month:02d}/{year}",
-        "sortie": f"{(last - 1) % 28 + 1:02d}/{(end_month - 1) % 12 + 1:02d}/{year + (end_month > 12)}",
-        "naissance": str(year - stay.age),
-        "année_du_séjour": str(year),
+        "entrée": first.strftime("%d/%m/%Y"),
+        "sortie": last.strftime("%d/%m/%Y"),
+        "naissance": str(first.year - stay.age),
+        "année_du_séjour": str(first.year),
         "sortie_j": str(stay.days),
         "jour": str(rng.randint(2, max(2, stay.days - 1))),
         "durée": "moins d'un jour" if stay.days == 0 else "1 jour" if stay.days == 1 else f"{stay.days} jours",
@@ -119,7 +124,11 @@ def _dates(rng: random.Random, stay: Stay) -> dict[str, str]:
 def _measures(rng: random.Random, stay: Stay) -> dict[str, str]:
     spans = {name: (measure.low, measure.high) for name, measure in phrases.MEASURES.items()}
     for condition in reversed(stay.conditions):  # the main diagnosis has the last word
-        spans |= {name: (low, high) for name, low, high in condition.measures}
+        # What happens later is not seen in the vital signs of the first day.
+        late = condition.kind == "event" and condition not in stay.reasons
+        spans |= {
+            name: (low, high) for name, low, high in condition.measures if not (late and phrases.MEASURES[name].vital)
+        }
     return {name: _figure(rng.uniform(*span), phrases.MEASURES[name].decimals) for name, span in spans.items()}
 
 

@@ -72,7 +72,8 @@ class _Traps:
 def _choose_traps(rng: random.Random, stay: Stay, catalogue: Catalogue, length: str) -> _Traps:
     """Draws diagnoses of other groups than the coded ones: what the reasons of the stay rule out comes first."""
     taken = {condition.group for condition in stay.conditions}
-    expected = {code for reason in stay.reasons for code in (*reason.rule_out, *reason.associated)}
+    ruled_out = {code for reason in stay.reasons for code in reason.rule_out}
+    associated = {code for reason in stay.reasons for code in reason.associated}
     free = [item for item in catalogue.common.values() if item.group not in taken]
     own = [item for item in free if stay.sex in item.sex]
     counts = (rng.choice((0, 1, 1)), rng.choice((0, 0, 1)), rng.choice((0, 0, 0, 1)))
@@ -82,12 +83,16 @@ def _choose_traps(rng: random.Random, stay: Stay, catalogue: Catalogue, length: 
     for count, pool in zip(
         counts,
         (
-            [item for item in own if item.absent and (item.das or item.dp or item.code in expected)],
+            [
+                item
+                for item in own
+                if item.code in ruled_out or (item.absent and (item.das or item.dp or item.code in associated))
+            ],
             [item for item in own if item.past and stay.age > item.age[0] + 5],
             [item for item in free if item.family],
         ),
     ):
-        weights = [8 if item.code in expected else 1 for item in pool]
+        weights = [25 if item.code in ruled_out else 5 if item.code in associated else 1 for item in pool]
         drawn.append(_distinct(rng, pool, weights, count, taken))
     return _Traps(*drawn)
 
@@ -138,7 +143,8 @@ def _associated(narrator: Narrator, condition: Condition) -> str:
 
 
 def _managed(narrator: Narrator, condition: Condition, separator: str = " ") -> str:
-    return separator + narrator.say(condition.managed) if condition.managed and narrator.chance(0.5) else ""
+    managed = narrator.treatment(condition, condition.managed)
+    return separator + managed if managed and narrator.chance(0.5) else ""
 
 
 def _antecedent(narrator: Narrator, condition: Condition) -> str:
@@ -257,10 +263,12 @@ def _antecedents(narrator: Narrator, early: list[Condition], traps: _Traps) -> l
 
 
 def _drugs(narrator: Narrator, conditions: list[Condition], filler: bool = False) -> list[str]:
-    lines = [narrator.say(item.drugs) for item in conditions if item.drugs]
+    """One prescription per line, each drug once."""
+    lines = [narrator.treatment(item, item.drugs) for item in conditions if item.drugs]
     if filler:
         lines.append(narrator.say(phrases.FILLER_DRUGS))
-    return [f"- {line}" for line in dict.fromkeys(lines)]
+    by_drug = {line.split()[0]: f"- {line}" for line in reversed(lines)}
+    return list(reversed(by_drug.values()))
 
 
 def _history(narrator: Narrator) -> list[str]:
@@ -289,19 +297,17 @@ def _tests(narrator: Narrator, conditions: list[Condition]) -> list[str]:
 def _laboratory(narrator: Narrator) -> str:
     """Figures of the blood test: all those that a coded diagnosis moves, and some normal ones."""
     moved = {name for condition in narrator.stay.conditions for name, _, _ in condition.measures}
-    named = [name for name, measure in phrases.MEASURES.items() if measure.names]
-    shown = [name for name in named if name in moved or narrator.chance(0.5)] or named[:3]
     items = []
-    for name in shown:
-        measure = phrases.MEASURES[name]
-        items.append(f"{narrator.rng.choice(measure.names)} {narrator.render(f'{{{name}}}')} {measure.unit}")
+    for name, measure in phrases.MEASURES.items():
+        if measure.names and (name in moved or (measure.usual and narrator.chance(0.7))):
+            items.append(f"{narrator.rng.choice(measure.names)} {narrator.render(f'{{{name}}}')} {measure.unit}")
     return narrator.say(phrases.LABORATORY, liste=", ".join(items))
 
 
 def _course(narrator: Narrator, told: bool, conditions: list[Condition]) -> list[str]:
     stay = narrator.stay
     sentences = [] if told else [narrator.name(stay.dp, phrases.CONCLUSIONS)]
-    sentences += [narrator.render(sentence) for sentence in stay.dp.care or phrases.USUAL_CARE]
+    sentences += [narrator.render(sentence) for sentence in stay.dp.care]
     return [*sentences, *(_associated(narrator, item) for item in conditions)]
 
 

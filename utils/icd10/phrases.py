@@ -8,8 +8,18 @@ from typing import NamedTuple
 
 # --- The stay ---------------------------------------------------------------------------------------------------------
 
-TITLES = ("Compte rendu d'hospitalisation", "COMPTE RENDU D'HOSPITALISATION", "Compte-rendu de séjour", "Lettre de liaison")
-PLACES = ("Centre hospitalier intercommunal", "Centre hospitalier universitaire", "Hôpital général", "Clinique mutualiste")
+TITLES = (
+    "Compte rendu d'hospitalisation",
+    "COMPTE RENDU D'HOSPITALISATION",
+    "Compte-rendu de séjour",
+    "Lettre de liaison",
+)
+PLACES = (
+    "Centre hospitalier intercommunal",
+    "Centre hospitalier universitaire",
+    "Hôpital général",
+    "Clinique mutualiste",
+)
 FIRST_NAMES = {
     "M": ("André", "Bernard", "Christophe", "Daniel", "Gérard", "Hugo", "Karim", "Louis", "Michel", "Thierry"),
     "F": ("Annie", "Chantal", "Denise", "Fatima", "Hélène", "Jeanne", "Léa", "Monique", "Sylvie", "Yvette"),
@@ -19,7 +29,11 @@ IDENTITIES = (
     "Patient{e} : {prénom} {initiale}. ({age} ans, sexe {masculin})",
     "Concerne : {civilité} {initiale}., {né} en {naissance}, {age} ans",
 )
-DATES = ("Séjour du {entrée} au {sortie}", "Entrée le {entrée}, sortie le {sortie}", "Hospitalisation du {entrée} au {sortie} ({durée})")
+DATES = (
+    "Séjour du {entrée} au {sortie}",
+    "Entrée le {entrée}, sortie le {sortie}",
+    "Hospitalisation du {entrée} au {sortie} ({durée})",
+)
 LETTER_OPENINGS = (
     "Cher confrère, chère consœur,",
     "Votre patient{e}, {civilité} {initiale}., a séjourné dans notre service.",
@@ -27,7 +41,11 @@ LETTER_OPENINGS = (
 )
 ADMISSIONS = {
     True: ("Hospitalisation programmée.", "Entrée programmée, en provenance du domicile."),
-    False: ("Entrée par les urgences.", "Mode d'entrée : urgences.", "Transfert depuis l'unité d'accueil des urgences."),
+    False: (
+        "Entrée par les urgences.",
+        "Mode d'entrée : urgences.",
+        "Transfert depuis l'unité d'accueil des urgences.",
+    ),
 }
 HEADINGS = {
     "motif": ("Motif d'hospitalisation", "Motif d'admission", "Motif d'entrée"),
@@ -83,7 +101,12 @@ CLOSING_CONCLUSIONS = (
     "En résumé, {un} chez {un_pt} de {age} ans.",
     "Prise en charge {d_un}, sans autre particularité à la sortie.",
 )
-ANTECEDENTS = ("ATCD : {liste}.", "Antécédents : {liste}.", "Terrain : {liste}.", "On note dans les antécédents : {liste}.")
+ANTECEDENTS = (
+    "ATCD : {liste}.",
+    "Antécédents : {liste}.",
+    "Terrain : {liste}.",
+    "On note dans les antécédents : {liste}.",
+)
 BY_THE_WAY = (
     "{Pt} est par ailleurs suivi{e} pour {un}{suite}.",
     "À noter {un}{suite}.",
@@ -99,7 +122,7 @@ IN_BLOOD = (
 ON_IMAGES = (
     "L'imagerie met en évidence {un}{suite}.",
     "Le scanner retrouve {un}{suite}.",
-    "Les images sont compatibles avec {un}{suite}.",
+    "Les images montrent {un}{suite}.",
 )
 DURING_STAY = (
     "Le séjour a été marqué par {un}{suite}.",
@@ -122,9 +145,9 @@ ABSENT = (
 )
 NEVER_HAD = ("pas {de}", "pas {de} à l'interrogatoire", "absence {de}")
 PAST = (
-    "{nu} en {année}, sans séquelle",
-    "{nu} il y a {ancienneté} ans, sans récidive",
-    "antécédent ancien {de} ({année}), guéri",
+    "{nu} en {année} sans séquelle",
+    "{nu} il y a {ancienneté} ans sans récidive",
+    "ancien épisode {de} (guéri en {année})",
     "épisode résolu {de} en {année}",
 )
 FAMILY = ("{nu} chez {son_parent}", "{parent} : {nu}", "{parent} suivi{e_parent} pour {un}")
@@ -167,7 +190,7 @@ LIVES = {
 VITAL_SIGNS = (
     "TA {TAS}/{TAD} mmHg, FC {FC}/min, température {T} °C, SpO2 {SpO2} % en air ambiant.",
     "Constantes : PA {TAS}/{TAD}, pouls {FC}/min, T° {T} °C, saturation {SpO2} % en AA, FR {FR}/min.",
-    "À l'entrée : température {T} °C, tension {TAS}/{TAD} mmHg, fréquence cardiaque {FC}/min, SpO2 {SpO2} %, IMC {IMC} kg/m².",
+    "À l'entrée : température {T} °C, tension {TAS}/{TAD} mmHg, FC {FC}/min, SpO2 {SpO2} %, IMC {IMC} kg/m².",
 )
 NORMAL_EXAMINATION = {
     "cardio": ("Bruits du cœur réguliers, sans souffle.", "Auscultation cardiaque sans particularité."),
@@ -180,22 +203,24 @@ NORMAL_EXAMINATION = {
 
 
 class Measure(NamedTuple):
-    """A figure of the note: its names, unit, normal range and decimals. Without a name it is a vital sign."""
+    """A figure of the note: names (none for a sign of the physical examination), unit, normal range, decimals."""
 
     names: tuple[str, ...]
     unit: str
     low: float
     high: float
     decimals: int = 0
+    vital: bool = False
+    usual: bool = True  # asked for whatever the disease
 
 
 MEASURES = {
-    "TAS": Measure((), "mmHg", 108, 142),
-    "TAD": Measure((), "mmHg", 58, 82),
-    "FC": Measure((), "/min", 62, 94),
-    "FR": Measure((), "/min", 13, 18),
-    "T": Measure((), "°C", 36.3, 37.4, 1),
-    "SpO2": Measure((), "%", 95, 99),
+    "TAS": Measure((), "mmHg", 108, 142, vital=True),
+    "TAD": Measure((), "mmHg", 58, 82, vital=True),
+    "FC": Measure((), "/min", 62, 94, vital=True),
+    "FR": Measure((), "/min", 13, 18, vital=True),
+    "T": Measure((), "°C", 36.3, 37.4, 1, vital=True),
+    "SpO2": Measure((), "%", 95, 99, vital=True),
     "IMC": Measure((), "kg/m²", 21.0, 26.5, 1),
     "Na": Measure(("natrémie", "Na+", "sodium"), "mmol/L", 136, 144),
     "K": Measure(("kaliémie", "K+", "potassium"), "mmol/L", 3.6, 4.8, 1),
@@ -205,26 +230,36 @@ MEASURES = {
     "PLQ": Measure(("plaquettes",), "G/L", 172, 364),
     "CRP": Measure(("CRP",), "mg/L", 1, 8),
     "glyc": Measure(("glycémie",), "mmol/L", 4.6, 5.9, 1),
-    "alb": Measure(("albumine", "albuminémie"), "g/L", 36, 44),
-    "HbA1c": Measure(("HbA1c",), "%", 5.0, 5.6, 1),
-    "vitD": Measure(("25-OH vitamine D",), "nmol/L", 78, 110),
+    "alb": Measure(("albumine", "albuminémie"), "g/L", 36, 44, usual=False),
+    "HbA1c": Measure(("HbA1c",), "%", 5.0, 5.6, 1, usual=False),
+    "vitD": Measure(("25-OH vitamine D",), "nmol/L", 78, 110, usual=False),
 }
 LABORATORY = ("Biologie : {liste}.", "Bilan biologique d'entrée : {liste}.", "Sur le plan biologique : {liste}.")
 
 # --- The end ----------------------------------------------------------------------------------------------------------
 
-USUAL_CARE = ("Surveillance clinique et biologique régulière.", "Traitement habituel poursuivi.", "Prévention thromboembolique selon protocole.")
 DISCHARGES = {
     "same day": ("Sortie le jour même.", "Retour à domicile le jour même."),
     "home": ("Retour à domicile à J{sortie_j}.", "Sortie à domicile après {durée}.", "Sortie autorisée à J{sortie_j}."),
-    "frail": ("Retour à domicile à J{sortie_j} avec aides.", "Transfert en SSR à J{sortie_j}.", "Retour en EHPAD à J{sortie_j}."),
+    "frail": (
+        "Retour à domicile à J{sortie_j} avec aides.",
+        "Transfert en SSR à J{sortie_j}.",
+        "Retour en EHPAD à J{sortie_j}.",
+    ),
 }
 FOLLOW_UPS = (
     "Consultation de contrôle dans {3-12} semaines.",
     "{Pt} reverra son médecin traitant dans {7-21} jours.",
-    "Bilan biologique de contrôle à {1-4} semaine(s).",
+    "Bilan biologique de contrôle à {2-4} semaines.",
     "Un courrier est adressé au médecin traitant.",
-    "Réévaluation en consultation de service à {1-6} mois.",
+    "Réévaluation en consultation de service à {2-6} mois.",
 )
-FILLER_DRUGS = ("Paracétamol 1 g : 1 comprimé si douleur, maximum 3 par jour", "Traitement habituel inchangé par ailleurs")
-SIGNATURES = ("Bien confraternellement.", "Confraternellement, le médecin du service.", "Compte rendu validé par le senior du service.")
+FILLER_DRUGS = (
+    "Paracétamol 1 g : 1 comprimé si douleur, maximum 3 par jour",
+    "Traitement habituel inchangé par ailleurs",
+)
+SIGNATURES = (
+    "Bien confraternellement.",
+    "Confraternellement, le médecin du service.",
+    "Compte rendu validé par le senior du service.",
+)

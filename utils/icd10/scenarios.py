@@ -14,7 +14,7 @@ _SESSION_SHARE = 0.6
 # With a table, how often the main diagnosis is one that only its label tells.
 _OTHERS_SHARE = 0.3
 # Frequency that being associated with the main or related diagnosis adds to an associated diagnosis.
-_ASSOCIATED_BONUS = 12
+_ASSOCIATED_BONUS = 30
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def _associated(
         item.code: item.das + (_ASSOCIATED_BONUS if item.code in expected else 0)
         for item in catalogue.common.values()
         if item.may_be("DAS") and sex in item.sex and item.age[0] <= age <= item.age[1]
+        # Nobody goes home within a day of an acute disease that has nothing to do with the stay.
+        if reasons[0].stay[0] > 1 or item.kind == "chronic" or item.code in expected
     }
     taken = {reason.group for reason in reasons}
     chosen: list[Condition] = []

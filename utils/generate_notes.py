@@ -1,0 +1,134 @@
+"""Writes fictional French discharge notes with their PMSI codes, offline and seeded.
+
+`python -m utils.generate_notes --out DIR --n 1000 [--seed 0] [--length short|long] [--cim10 TABLE] [--wordings train]`
+
+In DIR: `text.csv` (visit_occurence_id, text) and `codes.csv` (visit_occurence_id, condition_status_source_value,
+concept_code, concept_name), as a hospital's warehouse would hold them; `cim10.tsv`, the codes in use in the layout of
+ATIH's table, unless --cim10 gives one; and instruct rows ready to train on: `notes_instruct.jsonl` with all notes,
+`train_instruct.jsonl` and `eval_instruct.jsonl` with the shares of --split.
+"""
+
+import argparse
+import csv
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from finetune.utils import run_cli
+from model.errors import UserError
+from utils.icd10.answers import build_answer
+from utils.icd10.catalogue import Catalogue, load_catalogue
+from utils.icd10.codes import Cim10Entry, Cim10Table, category
+from utils.icd10.narrator import WORDINGS
+from utils.icd10.notes import LENGTHS, FictionalNote, write_notes
+from utils.icd10.prompts import instruct_row
+from utils.jsonl import aside, dump_row, file_errors
+from utils.splits import SPLIT_NAMES, parse_fractions, split_rows
+
+TEXT, CODES, TABLE, ALL_ROWS = "text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"
+TEXT_COLUMNS = ("visit_occurence_id", "text")
+CODE_COLUMNS = ("visit_occurence_id", "condition_status_source_value", "concept_code", "concept_name")
+
+
+def save_notes(
+    notes: Iterable[FictionalNote],
+    out: Path,
+    splits: Sequence[int],
+    table: Cim10Table | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the files of the module's description into `out`, all of them or none.
+
+    Args:
+        notes: as many as `splits` has numbers.
+        out: folder, created if need be.
+        splits: for each note, the index of its split in SPLIT_NAMES.
+        table: if given, written beside the notes.
+        overwrite: whether the files of an earlier call may be replaced; its splits that are no longer made go.
+
+    Raises:
+        UserError: a file exists and may not be replaced, or cannot be written.
+    """
+    split_files = [f"{name}_instruct.jsonl" for name in SPLIT_NAMES]
+    names = [TEXT, CODES, ALL_ROWS, *split_files[: max(splits) + 1], *([TABLE] if table else [])]
+    stale = [out / name for name in (*split_files, TABLE) if name not in names]
+    existing = [str(path) for path in (*(out / name for name in names), *stale) if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"{', '.join(existing)} exist already; give another --out, or --overwrite to replace them.")
+    with file_errors(), ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        temporaries = {name: stack.enter_context(aside(out / name)) for name in names}
+        with ExitStack() as opened:
+            files = {
+                name: opened.enter_context(path.open("w", encoding="utf-8", newline=""))
+                for name, path in temporaries.items()
+            }
+            _write_rows(notes, files, [split_files[split] for split in splits])
+            if table:
+                files[TABLE].writelines(_table_lines(table))
+        for name, path in temporaries.items():
+            os.replace(path, out / name)
+        for path in stale:
+            path.unlink(missing_ok=True)
+
+
+def _write_rows(notes: Iterable[FictionalNote], files: dict[str, IO[str]], split_of: Sequence[str]) -> None:
+    texts = csv.writer(files[TEXT], lineterminator="\n")
+    codes = csv.writer(files[CODES], lineterminator="\n")
+    texts.writerow(TEXT_COLUMNS)
+    codes.writerow(CODE_COLUMNS)
+    for note, split in zip(tqdm(notes, total=len(split_of), unit=" notes", disable=None), split_of, strict=True):
+        texts.writerow((note.id, note.text))
+        codes.writerows((note.id, *diagnosis) for diagnosis in note.diagnoses)
+        row = dump_row(instruct_row(note.text, build_answer(note.diagnoses), note.id)) + "\n"
+        files[ALL_ROWS].write(row)
+        files[split].write(row)
+
+
+def table_of(catalogue: Catalogue) -> Cim10Table:
+    """The common codes and their categories (type 3: not to be used) as a table."""
+    common = catalogue.common.values()
+    entries = {item.code: Cim10Entry(item.code, item.type, item.label, item.label.upper()) for item in common}
+    for code in list(entries):
+        parent = category(code)
+        entries.setdefault(parent, Cim10Entry(parent, 3, f"Catégorie {parent}", f"CATEGORIE {parent}"))
+    return Cim10Table(entries[code] for code in sorted(entries))
+
+
+def _table_lines(table: Cim10Table) -> Iterable[str]:
+    for entry in table:
+        restricted = "NNNN" if entry.type == 3 else "NOOO"
+        yield f"{entry.code:<6}\t{entry.type}\t{restricted}\t{entry.type}\t{entry.short_label}\t{entry.label}\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
+    parser.add_argument("--n", type=int, required=True, help="number of notes")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same notes (default: 0)")
+    parser.add_argument("--length", choices=LENGTHS, default="long", help="about 100 tokens, or some 600 to 1500")
+    parser.add_argument("--wordings", choices=tuple(WORDINGS), default="all", help="keep names of diseases apart")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table: its labels, types and further codes")
+    parser.add_argument("--split", default="0.9,0.1", help="shares of train, eval and test (default: 0.9,0.1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier call")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: expected at least 1 note.")
+    catalogue = load_catalogue(Cim10Table.from_file(args.cim10) if args.cim10 else None)
+    splits = split_rows(array("L", range(args.n)), parse_fractions(args.split), args.seed)
+    notes = write_notes(args.n, args.seed, catalogue, args.length, args.wordings)
+    save_notes(notes, args.out, splits, None if args.cim10 else table_of(catalogue), args.overwrite)
+    print(f"{args.n:,} fictional notes with their codes: {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
