@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from finetune.args import TrainArgs, load_train_args
 from finetune.checkpointing import Checkpointer
+from finetune.cli import run_cli
 from finetune.data.data_loader import Batch, build_data_loader
 from finetune.data.tokenize import load_instruct_tokenizer
 from finetune.distributed import World, init_world
@@ -34,7 +35,7 @@ from finetune.monitoring.plot import draw_loss_curve
 from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.optim import build_optimizer
-from finetune.utils import TrainState, check_run_dir, create_run_dir, run_cli, set_seed
+from finetune.utils import TrainState, check_run_dir, create_run_dir, set_seed
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
 from model.transformer import Transformer
 

@@ -121,7 +121,7 @@ def load_train_args(path: Path) -> TrainArgs:
     """
     raw = _read_yaml(path)
     problems: list[str] = []
-    args = _build(TrainArgs, _nested(raw), "", problems)
+    args = _build(TrainArgs, _nested(raw, problems), "", problems)
     if args is not None:
         problems += args.problems()
     if problems:
@@ -143,22 +143,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _nested(raw: dict[str, Any]) -> dict[str, Any]:
-    """`wandb.project: x` means the same as `project: x` inside `wandb:`, at any depth.
-
-    Raises:
-        UserError: a setting is given in both ways.
-    """
+def _nested(raw: dict[Any, Any], problems: list[str]) -> dict[str, Any]:
+    """`wandb.project: x` means the same as `project: x` inside `wandb:`, at any depth; who says both is told so."""
     nested: dict[str, Any] = {}
     for path, value in _leaves(raw):
         *blocks, name = path
         block = nested
         for key in blocks:
-            block = block.setdefault(key, {})
-            if not isinstance(block, dict):
-                raise UserError(f"`{'.'.join(path)}` is given, but `{key}` is {block!r}; expected a block of keys.")
+            inner = block.setdefault(key, {})
+            block = inner if isinstance(inner, dict) else {}  # what is no block is reported where it is built
         if name in block:
-            raise UserError(f"`{'.'.join(path)}` is given twice.")
+            problems.append(f"`{'.'.join(path)}` is given twice; give it once.")
         block[name] = value
     return nested
 
@@ -175,7 +170,8 @@ def _leaves(raw: dict[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[t
 def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     """Builds a dataclass from YAML values, converting texts and numbers where nothing is lost.
 
-    Adds one sentence per fault to `problems`; returns None where the object cannot be built at all.
+    Adds one sentence per fault to `problems`. A default stands in for a faulty value, so that the others are checked
+    too; returns None where there is none.
     """
     if not isinstance(raw, dict):
         problems.append(f"`{prefix.rstrip('.')}` is {raw!r}; expected a block of keys.")
@@ -188,9 +184,12 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     values, complete = {}, True
     for name, field in fields.items():
         if name in raw:
-            values[name] = _convert(hints[name], raw[name], prefix + name, problems)
-            complete &= values[name] is not None or _is_optional(hints[name])
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            value = _convert(hints[name], raw[name], prefix + name, problems)
+            if value is not None or _is_optional(hints[name]):
+                values[name] = value
+            elif _is_required(field):
+                complete = False
+        elif _is_required(field):
             problems.append(f"`{prefix}{name}` is missing; it must be given.")
             complete = False
     return cls(**values) if complete else None
@@ -199,6 +198,10 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
 def _suggestion(key: str, fields: dict[str, Any]) -> str:
     close = difflib.get_close_matches(key, fields, n=1)
     return f"; did you mean `{close[0]}`?" if close else f"; expected one of {', '.join(sorted(fields))}"
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _is_optional(hint: Any) -> bool:
@@ -250,4 +253,17 @@ def _to_str(value: Any) -> str:
     return str(value)
 
 
-_CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+def _to_texts(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError
+    return [_to_str(item) for item in value]
+
+
+_CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str, list[str]: _to_texts}
+_EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[str]: "a list of texts",
+}

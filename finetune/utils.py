@@ -1,10 +1,9 @@
-"""What the entry points share: clean failures, seeds, the run folder, the state of a run."""
+"""What a run needs besides model and data: seeds, its folder, its state."""
 
 import dataclasses
 import random
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,6 @@ from model.errors import UserError
 
 from .args import TrainArgs
 from .data.data_loader import Batch
-
-
-def run_cli(main: Callable[[], object]) -> None:
-    """Runs a command; a user's mistake becomes one line on stderr and exit code 1, never a traceback."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def set_seed(seed: int) -> None:

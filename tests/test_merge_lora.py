@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from model.errors import UserError
 from tests.checkpoints import make_tiny_adapter, make_tiny_checkpoint
 from utils.merge_lora import main, merge_lora

@@ -20,7 +20,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from finetune.data.tokenize import SampleEncoder, SampleType, parse_conversation
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from model.errors import UserError
 from utils import reformat_data, reformat_data_glaive
 from utils.jsonl import LineReport, SkipRow

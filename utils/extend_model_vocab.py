@@ -13,7 +13,7 @@ import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tqdm import tqdm
 
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from model.args import ModelArgs, load_model_args, read_params
 from model.errors import UserError
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter, WeightsReader, new_folder, open_weights

@@ -19,7 +19,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from model.errors import UserError
 from utils.icd10.answers import build_answer
 from utils.icd10.catalogue import Catalogue, load_catalogue

@@ -18,7 +18,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from model.errors import UserError
 from utils.jsonl import LineReport, SkipRow, aside, dump_row, file_errors, require_file
 from utils.splits import SPLIT_NAMES, parse_fractions, split_rows

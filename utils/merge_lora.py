@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import LoraArgs, read_params
 from model.errors import UserError

@@ -8,6 +8,9 @@ from simple_parsing.helpers import Serializable
 
 from model.errors import UserError
 
+from .packing import PACKINGS
+from .shorten import OVERLONG
+
 
 @dataclasses.dataclass
 class InstructArgs(Serializable):
@@ -24,6 +27,9 @@ class DataArgs(Serializable):
     instruct_data: str = ""  # conversations: the assistant's messages train
     eval_instruct_data: str = ""  # conversations to evaluate on
     instruct: InstructArgs = dataclasses.field(default_factory=InstructArgs)
+    packing: str = "concat"  # concat (the original's: cuts samples) or best_fit (whole samples, some padding)
+    overlong: str = "shorten"  # best_fit, samples longer than seq_len: shorten (inside the note), drop or error
+    keep_sections: list[str] = dataclasses.field(default_factory=list)  # titles `shorten` touches last, e.g. Conclusion
 
     def problems(self) -> list[str]:
         """Says everything that is wrong, one sentence each; looks at the paths, reads no rows."""
@@ -41,6 +47,9 @@ class DataArgs(Serializable):
             training_sources(self)
         except UserError as error:
             found.append(str(error)) if str(error) not in " ".join(found) else None
+        for key, choices in (("packing", PACKINGS), ("overlong", OVERLONG)):
+            if getattr(self, key) not in choices:
+                found.append(f"`data.{key}` is {getattr(self, key)!r}; expected {', '.join(choices)}.")
         if self.instruct.dynamic_chunk_fn_call and not self.instruct.shuffle:
             found.append(
                 "`data.instruct.dynamic_chunk_fn_call` needs `data.instruct.shuffle: true`, since the shorter "

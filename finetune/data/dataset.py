@@ -5,7 +5,8 @@ handful of numbers, so going on after an interruption costs the same at the firs
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from model.errors import UserError
 
 from .args import DataArgs, Source, parse_sources, training_sources
 from .exceptions import BadRowError, RowError
-from .packing import Resume, Sequence, concat
+from .packing import PackedSequences, Sequence, best_fit, concat
+from .shorten import FittingEncoder
 from .tokenize import SampleEncoder, SampleType, TokenSample, chunk_ends, parse_conversation, parse_row
+
+Encoder = SampleEncoder | FittingEncoder
+Packing = Callable[..., PackedSequences[Any]]  # concat or best_fit, told how long a sequence is
 
 _BLOCK = 1 << 24  # bytes read at a time while looking for line ends
 _WHOLE = 0  # an entry that is the row as it stands, not a conversation cut short
@@ -89,7 +94,7 @@ class JsonlFile:
     def _bad_row(self, index: int, error: RowError) -> BadRowError:
         return BadRowError(self.path, int(self._rows[index]) + 1, error)
 
-    def encode(self, file: Any, entry: int, encoder: SampleEncoder) -> TokenSample:
+    def encode(self, file: Any, entry: int, encoder: Encoder) -> TokenSample:
         """Reads and tokenises one entry through the open binary `file`.
 
         Raises:
@@ -110,9 +115,14 @@ class JsonlFile:
 class Cursor:
     """A sample in a source's endless stream."""
 
-    epoch: int = 0
-    file: int = 0  # index in the source's list of files
-    entry: int = 0  # place in the file's order of this epoch
+    epoch: int
+    file: int  # index in the source's list of files
+    place: int  # in the file's order of this epoch
+    entry: int  # of the file, whatever the order
+
+
+# Where a source's stream begins. `waiting` holds (file, entry) of samples read ahead and not yet packed.
+_START: dict[str, Any] = {"epoch": 0, "file": 0, "place": 0, "offset": 0, "waiting": []}
 
 
 class SourceStream:
@@ -122,8 +132,8 @@ class SourceStream:
         self,
         source: Source,
         sample_type: SampleType,
-        encoder: SampleEncoder,
-        seq_len: int,
+        encoder: Encoder,
+        packing: Packing,
         rank: int,
         world_size: int,
         shuffle_seed: int | None = None,
@@ -133,6 +143,7 @@ class SourceStream:
         """Indexes the source's files.
 
         Args:
+            packing: makes sequences of samples.
             shuffle_seed: seed of the rows' order at each epoch; None keeps the files' order.
             chunk: add the shorter conversations of rows with tools.
             repeat: go on for ever; else once through.
@@ -142,46 +153,53 @@ class SourceStream:
         """
         self.source = source
         self._encoder = encoder
-        self._seq_len = seq_len
+        self._packing = packing
         self._repeat = repeat
         self._files = [JsonlFile(path, sample_type, chunk, rank, world_size) for path in source.files()]
         if repeat and not any(map(len, self._files)):
             raise UserError(_too_few_rows(source.path, sum(file.total_rows for file in self._files), rank, world_size))
         self._shuffle_key = None if shuffle_seed is None else np.array((shuffle_seed, rank))
-        self.state: dict[str, int] = dataclasses.asdict(Cursor()) | {"offset": 0}
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Goes back to the first row."""
+        self.state = dict(_START)
 
     def __iter__(self) -> Iterator[Sequence]:
         """Yields sequences from `state` on, which always says where the one after the last goes on."""
-        position = dict(self.state)
-        offset = position.pop("offset")
-        rows = sum(map(len, self._files))
-        idle_rows = 0  # since the last one that trains anything
-
-        def counted() -> Iterator[tuple[Cursor, TokenSample]]:
-            nonlocal idle_rows
-            for item in self._samples(Cursor(**position)):
-                yield item
-                idle_rows = 0 if any(item[1].masks[1:]) else idle_rows + 1
-                # Between the first row of one epoch and the last of the next lie 2 * rows - 2 others.
-                if self._repeat and idle_rows > 2 * rows - 2:
-                    raise UserError(
-                        f"Not one of the rows of {self.source.path} that this process reads has a token to train on; "
-                        "is every assistant message's `weight` 0?"
-                    )
-
-        for sequence, resume in concat(counted(), self._seq_len, offset):
-            self.state = _as_state(resume)
+        waiting = [(Cursor(0, file, 0, entry), self._encode(file, entry)) for file, entry in self.state["waiting"]]
+        for sequence, resume in self._packing(self._samples(self.state), offset=self.state["offset"], waiting=waiting):
+            cursor = resume.cursor
+            self.state = {
+                "epoch": cursor.epoch,
+                "file": cursor.file,
+                "place": cursor.place,
+                "offset": resume.offset,
+                "waiting": [[other.file, other.entry] for other in resume.waiting],
+            }
             yield sequence
 
-    def _samples(self, start: Cursor) -> Iterator[tuple[Cursor, TokenSample]]:
-        for epoch, index, order in self._orders(start.epoch):
-            if epoch == start.epoch and index < start.file:
+    def _encode(self, file: int, entry: int) -> TokenSample:
+        with self._files[file].path.open("rb") as handle:
+            return self._files[file].encode(handle, entry, self._encoder)
+
+    def _samples(self, start: dict[str, Any]) -> Iterator[tuple[Cursor, TokenSample]]:
+        idle = 0  # samples without a trained token in a row
+        for epoch, index, order in self._orders(start["epoch"]):
+            if epoch == start["epoch"] and index < start["file"]:
                 continue
-            first = start.entry if (epoch, index) == (start.epoch, start.file) else 0
+            first = start["place"] if (epoch, index) == (start["epoch"], start["file"]) else 0
             file = self._files[index]
             with file.path.open("rb") as handle:
-                for place in range(first, len(order)):
-                    yield Cursor(epoch, index, place), file.encode(handle, order[place], self._encoder)
+                for place, entry in enumerate(order[first:].tolist(), first):
+                    sample = file.encode(handle, entry, self._encoder)
+                    idle = 0 if any(sample.masks[1:]) else idle + 1
+                    yield Cursor(epoch, index, place, entry), sample
+            if self._repeat and idle >= sum(map(len, self._files)):
+                raise UserError(
+                    f"Not one of the rows of {self.source.path} that this process reads has a token to train on: "
+                    "is every assistant message's `weight` 0, or every sample longer than `seq_len`?"
+                )
 
     def _orders(self, first_epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yields (epoch, file, order of its entries).
@@ -201,10 +219,6 @@ class SourceStream:
             epoch += 1
             if not self._repeat:
                 return
-
-
-def _as_state(resume: Resume[Cursor]) -> dict[str, int]:
-    return dataclasses.asdict(resume.cursor) | {"offset": resume.offset}
 
 
 def _too_few_rows(path: Path, rows: int, rank: int, world_size: int) -> str:
@@ -253,8 +267,16 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[Sequence]:
         for stream in self._streams:
-            stream.state = dataclasses.asdict(Cursor()) | {"offset": 0}
+            stream.rewind()
             yield from stream
+
+
+def build_packing(encoder: SampleEncoder, args: DataArgs, seq_len: int) -> tuple[Encoder, Packing]:
+    """What `data.packing` asks for: how rows are encoded and how samples become sequences."""
+    if args.packing == "concat":
+        return encoder, functools.partial(concat, seq_len=seq_len)
+    fitting = FittingEncoder(encoder, seq_len, args.overlong, args.keep_sections)
+    return fitting, functools.partial(best_fit, seq_len=seq_len)
 
 
 def build_training_stream(
@@ -270,22 +292,16 @@ def build_training_stream(
     pretrain, instruct = training_sources(args)
     if not pretrain and not instruct:
         raise UserError("`data.instruct_data` and `data.data` are both empty: name at least one training source.")
-    common = {"encoder": encoder, "seq_len": seq_len, "rank": rank, "world_size": world_size}
-    streams = [
-        SourceStream(source, SampleType.PRETRAIN, shuffle_seed=seed if args.shuffle else None, **common)
-        for source in pretrain
-    ]
-    streams += [
-        SourceStream(
-            source,
-            SampleType.INSTRUCT,
-            shuffle_seed=seed if args.instruct.shuffle else None,
-            chunk=args.instruct.dynamic_chunk_fn_call,
-            **common,
-        )
-        for source in instruct
-    ]
-    return MixedStream(streams, seed, rank)
+    common = (*build_packing(encoder, args, seq_len), rank, world_size)
+    pretrain_seed = seed if args.shuffle else None
+    instruct_seed = seed if args.instruct.shuffle else None
+    chunk = args.instruct.dynamic_chunk_fn_call
+    return MixedStream(
+        [SourceStream(source, SampleType.PRETRAIN, *common, pretrain_seed) for source in pretrain]
+        + [SourceStream(source, SampleType.INSTRUCT, *common, instruct_seed, chunk) for source in instruct],
+        seed,
+        rank,
+    )
 
 
 def build_eval_stream(encoder: SampleEncoder, args: DataArgs, seq_len: int, rank: int, world_size: int) -> EvalStream:
@@ -297,9 +313,5 @@ def build_eval_stream(encoder: SampleEncoder, args: DataArgs, seq_len: int, rank
     sources = parse_sources(args.eval_instruct_data)
     if not sources:
         raise UserError("`data.eval_instruct_data` is empty: name evaluation data or set `no_eval: true`.")
-    return EvalStream(
-        [
-            SourceStream(source, SampleType.INSTRUCT, encoder, seq_len, rank, world_size, repeat=False)
-            for source in sources
-        ]
-    )
+    common = (*build_packing(encoder, args, seq_len), rank, world_size)
+    return EvalStream([SourceStream(source, SampleType.INSTRUCT, *common, repeat=False) for source in sources])

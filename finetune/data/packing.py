@@ -8,6 +8,9 @@ import numpy as np
 
 from .tokenize import TokenSample
 
+PACKINGS = ("concat", "best_fit")
+LOOKAHEAD = 256  # samples among which best_fit chooses
+
 Cursor = TypeVar("Cursor")  # whatever the caller uses to find a sample again
 
 
@@ -23,10 +26,14 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Resume(Generic[Cursor]):
-    """Where packing goes on after a sequence: at this token of this sample."""
+    """Where packing goes on after a sequence: at this token of this sample, with these samples still waiting."""
 
     cursor: Cursor
     offset: int
+    waiting: tuple[Cursor, ...] = ()
+
+
+PackedSequences = Iterator[tuple[Sequence, Resume[Cursor]]]
 
 
 class SequenceBuffer:
@@ -68,8 +75,11 @@ class SequenceBuffer:
 
 
 def concat(
-    samples: Iterable[tuple[Cursor, TokenSample]], seq_len: int, offset: int = 0
-) -> Iterator[tuple[Sequence, Resume[Cursor]]]:
+    samples: Iterable[tuple[Cursor, TokenSample]],
+    seq_len: int,
+    offset: int = 0,
+    waiting: Iterable[tuple[Cursor, TokenSample]] = (),
+) -> PackedSequences[Cursor]:
     """Packs samples one behind the other, as mistral-finetune does.
 
     A sample that does not fit goes on in the next sequence as a new document whose positions start at 0. A piece
@@ -79,10 +89,12 @@ def concat(
         samples: what to pack, each with the cursor it can be found again by.
         seq_len: tokens per sequence.
         offset: tokens of the first sample that are already packed.
+        waiting: none; only `best_fit` lets samples wait.
 
     Yields:
         Full sequences, each with where to go on; at the end the padded remainder, if any.
     """
+    assert not waiting, "concat keeps nothing waiting"
     buffer = SequenceBuffer(seq_len)
     cursor = None
     for cursor, sample in samples:
@@ -97,3 +109,44 @@ def concat(
                 yield buffer.flush(), Resume(cursor, start)
     if cursor is not None and len(buffer):
         yield buffer.flush(), Resume(cursor, start)
+
+
+def best_fit(
+    samples: Iterable[tuple[Cursor, TokenSample]],
+    seq_len: int,
+    offset: int = 0,
+    waiting: Iterable[tuple[Cursor, TokenSample]] = (),
+) -> PackedSequences[Cursor]:
+    """Packs whole samples: no prompt is separated from its answer, what stays free at the end is padding.
+
+    Each sequence starts with the sample that has waited longest, so none waits for ever, and goes on with the longest
+    one that still fits, among a bounded number of samples read ahead. Samples that train nothing are left out.
+
+    Args:
+        samples: what to pack, each with the cursor it can be found again by; none takes more than `seq_len` positions.
+        seq_len: tokens per sequence.
+        offset: not 0 where the first sample has already been taken.
+        waiting: samples taken and not yet packed, in order.
+
+    Yields:
+        Sequences, each with where to go on.
+    """
+    queue = list(waiting)
+    source = iter(samples)
+    taken = next(source, None) if offset else None
+    buffer = SequenceBuffer(seq_len)
+    while True:
+        while len(queue) < LOOKAHEAD and (item := next(source, None)) is not None:
+            taken = item
+            if any(item[1].masks[1:]):
+                queue.append(item)
+        if not queue:
+            return
+        chosen: int | None = 0
+        while chosen is not None:
+            _, sample = queue.pop(chosen)
+            buffer.add(sample.tokens[:-1], sample.tokens[1:], sample.masks[1:])
+            fitting = [index for index, (_, other) in enumerate(queue) if len(other.tokens) - 1 <= buffer.room]
+            chosen = max(fitting, key=lambda index: len(queue[index][1].tokens), default=None)
+        cursor, sample = taken
+        yield buffer.flush(), Resume(cursor, max(1, len(sample.tokens)), tuple(cursor for cursor, _ in queue))

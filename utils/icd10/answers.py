@@ -30,7 +30,7 @@ _ROLE_OF_STEM = {"princip": "DP", "reli": "DR", "associ": "DAS", "dp": "DP", "dr
 
 # A code is not the start of a longer word, of a range (C00-D48), nor one of the asterisk system (G01*).
 _END = r"(?![\w*†+]|\.?-\S|\.-)"
-_IN_PARENTHESES = rf"[(\[]\s*(?:code|cim(?:[ -]?10)?)?\s*:?\s*(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
+_IN_PARENTHESES = rf"[(\[]\s*(?:(?:code|cim(?:[ -]?10)?)\b\s*:?\s*)?(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
 # Without parentheses a code opens an item ("- I10 : HTA", "code I10") or closes it ("HTA I10,"); "vitamine B12" and
 # "sorti à J10" are none.
 _OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)[^\S\n]*(?P<opening>{CODE_PATTERN}){_END}"
