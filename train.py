@@ -87,7 +87,7 @@ def train(config: str) -> None:
     with init_world() as world:
         set_up_logging(world.rank)
         args = world.together(lambda: load_train_args(Path(config)))
-        run(dataclasses.replace(args, world_size=world.size), world)
+        run(args, world)
 
 
 def run(args: TrainArgs, world: World) -> None:
@@ -103,6 +103,7 @@ def run(args: TrainArgs, world: World) -> None:
         lambda: build_data_loader(*loader, args.seed, world.rank, world.size, is_eval=False).wait_for_first()
     )
     eval_batches = None if args.no_eval else build_data_loader(*loader, None, world.rank, world.size, is_eval=True)
+    args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
     world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
     logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
 

@@ -10,7 +10,7 @@ from model.args import ModelArgs
 from model.attention import choose_engine
 from model.errors import UserError
 
-from .mixed_precision import choose_dtype
+from .mixed_precision import DTYPES, choose_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,14 @@ class Hardware:
     dtype: torch.dtype  # computes; frozen parameters are stored in it
     attention: str  # one of model.attention.ENGINES
 
+    def settings(self) -> dict[str, str]:
+        """The YAML keys that were resolved."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {"param_dtype": names[self.dtype], "attention": self.attention}
+
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return f"{name}, {str(self.dtype).removeprefix('torch.')}, attention: {self.attention}"
+        return ", ".join([name, *(f"{key}: {value}" for key, value in self.settings().items())])
 
 
 def choose_device(local_rank: int) -> torch.device:

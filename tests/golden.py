@@ -9,6 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
+from finetune.data.tokenize import load_instruct_tokenizer
+
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -37,3 +41,9 @@ def load_jsonl_gz(path: Path) -> list[Any]:
 def unfold_mask(runs: list[list[int]]) -> list[bool]:
     """Undoes the run lengths of `mask_rle`: [[0, 2], [1, 1]] -> [False, False, True]."""
     return [bool(value) for value, length in runs for _ in range(length)]
+
+
+@functools.cache
+def instruct_tokenizer(name: str) -> InstructTokenizerBase:
+    """The tokenizers golden was made with, "v3" and "tekken": what a model folder without one gets."""
+    return load_instruct_tokenizer(fixture("no tokenizer here"), {"v3": 32768, "tekken": 131072}[name])

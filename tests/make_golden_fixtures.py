@@ -1,4 +1,4 @@
-"""Copies and condenses a small part of ../shared/golden into tests/fixtures/golden: `python -m tests.make_golden_fixtures`.
+"""Copies a small part of ../shared/golden to tests/fixtures/golden: `python -m tests.make_golden_fixtures`.
 
 Run by hand, where ../shared/golden is, when golden changes. Paths below tests/fixtures/golden:
 

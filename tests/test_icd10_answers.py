@@ -163,7 +163,8 @@ UGLY = [
     ("Je retiens en diagnostic principal I21.40, sans diagnostic relié, et en diagnostic associé I10.",
      "DP:I2140 DAS:I10"),
     ("Vous êtes un modèle spécialisé CIM-10 (PMSI, 2024) : T2N1M0, CA 19-9, L5-S1, H1N1, 10/12/2024.", ""),
-    ("diagnostic principal : Xylophagie (Q77.77), diagnostic associé : (I10), (), (aucun), (E119", "DP:Q7777 DAS:I10 DAS:E119"),
+    ("diagnostic principal : Xylophagie (Q77.77), diagnostic associé : (I10), (), (aucun), (E119",
+     "DP:Q7777 DAS:I10 DAS:E119"),
 ]  # fmt: skip
 
 
@@ -180,4 +181,4 @@ def test_there_are_thirty_ugly_answers():
 @given(st.text())
 def test_any_text_is_read_without_error(text):
     for item in parse_answer(text):
-        assert item.role in (*ROLES, None) and 3 <= len(item.code)
+        assert item.role in (*ROLES, None) and len(item.code) >= 3

@@ -1,4 +1,4 @@
-"""Tekken tokenizers of any version, with one token per byte: loaded in milliseconds, and whatever is encoded decodes."""
+"""Tekken tokenizers of any version, one token per byte: loaded in milliseconds, and all that is encoded decodes."""
 
 import base64
 import json

@@ -99,7 +99,7 @@ def _condition(code: str, record: dict) -> Condition:
 _CHAPTERS = {"I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XVIII"}
 # Vague or only found at another age; `(G01*)`, `(A18.0)`: a manifestation, whose cause comes first.
 _NOT_TELLING = re.compile(
-    r"autre|ailleurs| - |\([A-Z]\d|\*|sièges? |précisée?s\b"
+    r"autre|ailleurs| -|\([A-Z]\d|\*|sièges? |précisée?s\b"
     r"|nouveau-né|enfan|infanti|juvéni|congénit|néonat|foet|gross|puerp|obstétr|matern",
     re.IGNORECASE,
 )
@@ -119,12 +119,20 @@ _LONGEST_LABEL = 90
 
 def _others(table: Cim10Table, common: dict[str, Condition]) -> tuple[Condition, ...]:
     groups = {category(condition.code): condition.group for condition in common.values()}
-    phrases = [bare(wording).lower() for item in common.values() for wording in (*item.written, *item.unseen)]
-    return tuple(
-        _known_by_label(entry, groups)
-        for entry in table
-        if _may_be_told(entry) and entry.code not in common and not any(p in entry.label.lower() for p in phrases)
-    )
+    phrases = [_words(bare(wording)) for item in common.values() for wording in (*item.written, *item.unseen)]
+    others = []
+    for entry in table:
+        if entry.code not in common and _may_be_told(entry):
+            label = _words(entry.label)
+            # What a common wording is found in would be read as the common disease.
+            if not any(phrase in label for phrase in phrases):
+                others.append(_known_by_label(entry, groups))
+    return tuple(others)
+
+
+def _words(text: str) -> str:
+    """Lower-case words between blanks, so that one text is found in another at word bounds only."""
+    return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
 
 
 def _may_be_told(entry: Cim10Entry) -> bool:

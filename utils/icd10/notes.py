@@ -6,7 +6,7 @@ diseases that must not be coded, so that no single sentence gives the answer.
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from utils.icd10 import phrases
@@ -151,6 +151,13 @@ def _antecedent(narrator: Narrator, condition: Condition) -> str:
     return narrator.name(condition, ("{nu}",)) + _managed(narrator, condition)
 
 
+def _shuffled(narrator: Narrator, told_by: dict[Callable[[Narrator, Condition], str], list[Condition]]) -> list[str]:
+    """Tells diagnoses in a random order, each by the function it stands under."""
+    pairs = [(tell, item) for tell, items in told_by.items() for item in items]
+    narrator.rng.shuffle(pairs)
+    return [tell(narrator, item) for tell, item in pairs]
+
+
 def _split_das(narrator: Narrator) -> tuple[list[Condition], list[Condition]]:
     """Associated diagnoses told among the antecedents, and those told later."""
     early = [item for item in narrator.stay.das if item.kind == "chronic" and narrator.chance(0.8)]
@@ -179,11 +186,9 @@ def _short_note(narrator: Narrator, traps: _Traps) -> str:
     rng, stay = narrator.rng, narrator.stay
     motive, told = _motive(narrator, phrases.SHORT_MOTIVES)
     early, late = _split_das(narrator)
-    items = [_antecedent(narrator, item) for item in early]
-    items += [_past(narrator, item) for item in traps.past] + [_family(narrator, item) for item in traps.family]
+    items = _shuffled(narrator, {_antecedent: early, _past: traps.past, _family: traps.family})
     sentences = [motive]
     if items:
-        rng.shuffle(items)
         sentences.append(narrator.say(phrases.ANTECEDENTS, liste=", ".join(items)))
     findings = (*stay.dp.history, *stay.dp.exam, *stay.dp.tests)
     if findings and narrator.chance(0.6):
@@ -245,8 +250,7 @@ def _heading(narrator: Narrator, key: str, lines: list[str], style: str) -> str:
 
 def _antecedents(narrator: Narrator, early: list[Condition], traps: _Traps) -> list[str]:
     """One list item per line: active diseases, old episodes, operations, relatives, what one never had."""
-    items = [_antecedent(narrator, item) for item in early]
-    items += [_past(narrator, item) for item in traps.past]
+    items = _shuffled(narrator, {_antecedent: early, _past: traps.past})
     groups = {condition.group for condition in narrator.stay.conditions}
     possible = [
         surgery.text
@@ -255,7 +259,6 @@ def _antecedents(narrator: Narrator, early: list[Condition], traps: _Traps) -> l
     ]
     if narrator.chance(0.6):
         items.append(narrator.say(possible, année=_years_ago(narrator, narrator.rng.randint(4, 15))))
-    narrator.rng.shuffle(items)
     items += [narrator.exclude(item, phrases.NEVER_HAD) for item in traps.absent if item.kind == "chronic"]
     items += [_family(narrator, item) for item in traps.family]
     items.append(narrator.say(phrases.ALLERGIES))
