@@ -51,8 +51,8 @@ class PackedDocuments:
 Engine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedDocuments], torch.Tensor]
 
 
-def _expand_heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Repeats each of K heads for its group of query heads: [T, K, Dh] -> [T, H, Dh]."""
+def expand_heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Repeats each of K heads for its group of query heads: [T, K, ...] -> [T, H, ...]."""
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
@@ -61,7 +61,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDoc
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type != "cpu":
         # The kernels for cards before Ampere know no grouped heads; the fallback would build the score matrix.
-        k, v, grouped = _expand_heads(k, q.shape[1]), _expand_heads(v, q.shape[1]), False
+        k, v, grouped = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1]), False
     outputs = []
     for q_doc, k_doc, v_doc in zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True):
         # [t, H, Dh] -> [1, H, t, Dh], the layout SDPA wants
@@ -79,7 +79,7 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedD
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     else:  # torch 2.11
-        k, v = _expand_heads(k, q.shape[1]), _expand_heads(v, q.shape[1])
+        k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     bounds, longest = documents.cu_seqlens, documents.max_length
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
 
@@ -89,7 +89,7 @@ def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Packe
     from xformers.ops.fmha import memory_efficient_attention
 
     # No xformers backward takes grouped heads, so keys and values are repeated.
-    k, v = _expand_heads(k, q.shape[1]), _expand_heads(v, q.shape[1])
+    k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     batched = (x.unsqueeze(0) for x in (q, k, v))  # [1, T, H, Dh]
     return memory_efficient_attention(*batched, attn_bias=documents.xformers_bias).squeeze(0)
 

@@ -107,19 +107,23 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
 
-    def forward(self, input_ids: torch.Tensor, lengths: Sequence[int], head: Head | None = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, lengths: Sequence[int] | PackedDocuments, head: Head | None = None
+    ) -> torch.Tensor:
         """Runs packed documents through the model.
 
         Args:
             input_ids: [T] int64.
-            lengths: document lengths, in order; their sum is T.
+            lengths: document lengths, in order; their sum is T. Or the documents themselves, for other positions.
             head: what to make of the final hidden states and the head's weight, so that a loss need not build all
                 logits; it runs inside forward because a sharded head is whole only there.
 
         Returns:
             fp32 logits [T, V], or what `head` returns.
         """
-        documents = PackedDocuments.from_lengths(lengths, input_ids.device)
+        documents = lengths
+        if not isinstance(documents, PackedDocuments):
+            documents = PackedDocuments.from_lengths(documents, input_ids.device)
         phases = rotary_phases(documents.positions, self.args.head_dim, self.args.rope_theta)
         h = self.tok_embeddings(input_ids).to(self.compute_dtype)
         for layer in self.layers:

@@ -74,7 +74,8 @@ def test_auto_takes_sdpa_on_a_cpu(dtype):
 
 
 @pytest.mark.parametrize(
-    "works, expected", [({"xformers", "varlen", "sdpa"}, "xformers"), ({"varlen", "sdpa"}, "varlen"), ({"sdpa"}, "sdpa")]
+    "works, expected",
+    [({"xformers", "varlen", "sdpa"}, "xformers"), ({"varlen", "sdpa"}, "varlen"), ({"sdpa"}, "sdpa")],
 )
 def test_auto_prefers_xformers_then_varlen_on_cuda(monkeypatch, works, expected):
     monkeypatch.setattr("model.attention.engine_works", lambda name, *_: name in works)

@@ -14,7 +14,7 @@ from model.errors import UserError
 
 from .args import DataArgs
 from .dataset import EvalStream, MixedStream, build_eval_stream, build_training_stream
-from .packing import Sequence
+from .packing import PackingCounts, Sequence
 from .tokenize import SampleEncoder
 
 _BATCHES_AHEAD = 4
@@ -123,6 +123,11 @@ class TrainLoader:
                 return self._ready.put(item, timeout=0.2)
             except queue.Full:
                 continue
+
+    @property
+    def counts(self) -> PackingCounts:
+        """The samples taken for the batches handed out, from the stream's beginning on."""
+        return sum((PackingCounts(**source["counts"]) for source in self._state["sources"]), PackingCounts())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists; nothing of the texts."""

@@ -6,6 +6,7 @@ handful of numbers, so going on after an interruption costs the same at the firs
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from model.errors import UserError
 
 from .args import DataArgs, Source, parse_sources, training_sources
 from .exceptions import BadRowError, RowError
-from .packing import PackedSequences, Sequence, best_fit, concat
+from .packing import PackedSequences, PackingCounts, Sequence, best_fit, concat
 from .shorten import FittingEncoder
 from .tokenize import SampleEncoder, SampleType, TokenSample, chunk_ends, parse_conversation, parse_row
+
+logger = logging.getLogger("data")
 
 Encoder = SampleEncoder | FittingEncoder
 Packing = Callable[..., PackedSequences[Any]]  # concat or best_fit, told how long a sequence is
@@ -92,7 +95,14 @@ class JsonlFile:
         return line.removeprefix(b"\xef\xbb\xbf") if self._starts[index] == 0 else line
 
     def _bad_row(self, index: int, error: RowError) -> BadRowError:
-        return BadRowError(self.path, int(self._rows[index]) + 1, error)
+        return BadRowError(self.path, self._line(index), error)
+
+    def _line(self, index: int) -> int:
+        return int(self._rows[index]) + 1
+
+    def describe(self, entry: int) -> str:
+        """Where an entry stands, for messages."""
+        return f"line {self._line(self.entries[entry][0])} of {self.path}"
 
     def encode(self, file: Any, entry: int, encoder: Encoder) -> TokenSample:
         """Reads and tokenises one entry through the open binary `file`.
@@ -121,8 +131,15 @@ class Cursor:
     entry: int  # of the file, whatever the order
 
 
-# Where a source's stream begins. `waiting` holds (file, entry) of samples read ahead and not yet packed.
-_START: dict[str, Any] = {"epoch": 0, "file": 0, "place": 0, "offset": 0, "waiting": []}
+# Where a source's stream begins. `waiting` holds (epoch, file, entry) of samples read ahead and not yet packed.
+_START: dict[str, Any] = {
+    "epoch": 0,
+    "file": 0,
+    "place": 0,
+    "offset": 0,
+    "waiting": [],
+    "counts": dataclasses.asdict(PackingCounts()),
+}
 
 
 class SourceStream:
@@ -159,6 +176,7 @@ class SourceStream:
         if repeat and not any(map(len, self._files)):
             raise UserError(_too_few_rows(source.path, sum(file.total_rows for file in self._files), rank, world_size))
         self._shuffle_key = None if shuffle_seed is None else np.array((shuffle_seed, rank))
+        self._warned = False
         self.rewind()
 
     def rewind(self) -> None:
@@ -167,15 +185,20 @@ class SourceStream:
 
     def __iter__(self) -> Iterator[Sequence]:
         """Yields sequences from `state` on, which always says where the one after the last goes on."""
-        waiting = [(Cursor(0, file, 0, entry), self._encode(file, entry)) for file, entry in self.state["waiting"]]
+        waiting = [
+            (Cursor(epoch, file, 0, entry), self._encode(file, entry)) for epoch, file, entry in self.state["waiting"]
+        ]
+        self._counts = PackingCounts(**self.state["counts"])
         for sequence, resume in self._packing(self._samples(self.state), offset=self.state["offset"], waiting=waiting):
+            self._counts = self._counts.with_sequence(sequence)
             cursor = resume.cursor
             self.state = {
                 "epoch": cursor.epoch,
                 "file": cursor.file,
                 "place": cursor.place,
                 "offset": resume.offset,
-                "waiting": [[other.file, other.entry] for other in resume.waiting],
+                "waiting": [[other.epoch, other.file, other.entry] for other in resume.waiting],
+                "counts": dataclasses.asdict(self._counts),
             }
             yield sequence
 
@@ -185,6 +208,7 @@ class SourceStream:
 
     def _samples(self, start: dict[str, Any]) -> Iterator[tuple[Cursor, TokenSample]]:
         idle = 0  # samples without a trained token in a row
+        counted = start["offset"] > 0  # the first sample, before the interruption
         for epoch, index, order in self._orders(start["epoch"]):
             if epoch == start["epoch"] and index < start["file"]:
                 continue
@@ -193,6 +217,9 @@ class SourceStream:
             with file.path.open("rb") as handle:
                 for place, entry in enumerate(order[first:].tolist(), first):
                     sample = file.encode(handle, entry, self._encoder)
+                    if not counted:
+                        self._count(sample, file, entry)
+                    counted = False
                     idle = 0 if any(sample.masks[1:]) else idle + 1
                     yield Cursor(epoch, index, place, entry), sample
             if self._repeat and idle >= sum(map(len, self._files)):
@@ -200,6 +227,17 @@ class SourceStream:
                     f"Not one of the rows of {self.source.path} that this process reads has a token to train on: "
                     "is every assistant message's `weight` 0, or every sample longer than `seq_len`?"
                 )
+
+    def _count(self, sample: TokenSample, file: JsonlFile, entry: int) -> None:
+        self._counts = self._counts.with_sample(sample)
+        if sample.removed and not self._warned:
+            self._warned = True
+            fate = f"{sample.removed:,} tokens inside its longest message were" if sample.tokens else "It was"
+            logger.warning(
+                "The sample in %s is longer than `seq_len`. %s left out; further ones are only counted.",
+                file.describe(entry),
+                fate,
+            )
 
     def _orders(self, first_epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yields (epoch, file, order of its entries).

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -11,7 +11,13 @@ from .tokenize import TokenSample
 PACKINGS = ("concat", "best_fit")
 LOOKAHEAD = 256  # samples among which best_fit chooses
 
-Cursor = TypeVar("Cursor")  # whatever the caller uses to find a sample again
+
+class HasEpoch(Protocol):
+    @property
+    def epoch(self) -> int: ...
+
+
+Cursor = TypeVar("Cursor", bound=HasEpoch)  # whatever the caller uses to find a sample again
 
 
 @dataclasses.dataclass
@@ -22,6 +28,7 @@ class Sequence:
     y: np.ndarray  # [L] int64, the next token of each
     mask: np.ndarray  # [L] bool, true where the prediction is trained
     sizes: list[int]  # document lengths in order; their sum is L
+    padding: int = 0  # positions at the end that hold no sample, as a document of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,33 @@ class Resume(Generic[Cursor]):
 
 
 PackedSequences = Iterator[tuple[Sequence, Resume[Cursor]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingCounts:
+    """What became of a number of samples, and how full the sequences were that hold them."""
+
+    samples: int = 0  # taken from the source, dropped ones included
+    shortened: int = 0
+    dropped: int = 0  # longer than a sequence and left out
+    removed_tokens: int = 0  # of the shortened and the dropped samples
+    positions: int = 0  # of the sequences
+    filled: int = 0  # positions that are not padding
+
+    def __add__(self, other: Self) -> Self:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return type(self)(*map(sum, zip(mine, others, strict=True)))
+
+    def with_sample(self, sample: TokenSample) -> Self:
+        """Counts a sample taken."""
+        removed = sample.removed > 0
+        kept = bool(sample.tokens)
+        return self + type(self)(1, removed and kept, removed and not kept, sample.removed)
+
+    def with_sequence(self, sequence: Sequence) -> Self:
+        """Counts a sequence handed out."""
+        positions = len(sequence.x)
+        return self + type(self)(positions=positions, filled=positions - sequence.padding)
 
 
 class SequenceBuffer:
@@ -69,6 +103,7 @@ class SequenceBuffer:
             np.array(self._y, dtype=np.int64),
             np.array(self._mask, dtype=bool),
             self._sizes,
+            padding,
         )
         self._x, self._y, self._mask, self._sizes = [], [], [], []
         return sequence
@@ -120,7 +155,9 @@ def best_fit(
     """Packs whole samples: no prompt is separated from its answer, what stays free at the end is padding.
 
     Each sequence starts with the sample that has waited longest, so none waits for ever, and goes on with the longest
-    one that still fits, among a bounded number of samples read ahead. Samples that train nothing are left out.
+    one that still fits, among a bounded number of samples read ahead. Samples of that first one's epoch come before
+    those of the next, and later ones wait, so that few rows do not mean that some are seen much more often than others.
+    Samples that train nothing are left out.
 
     Args:
         samples: what to pack, each with the cursor it can be found again by; none takes more than `seq_len` positions.
@@ -142,11 +179,21 @@ def best_fit(
                 queue.append(item)
         if not queue:
             return
+        last_epoch = queue[0][0].epoch + 1
         chosen: int | None = 0
         while chosen is not None:
             _, sample = queue.pop(chosen)
             buffer.add(sample.tokens[:-1], sample.tokens[1:], sample.masks[1:])
-            fitting = [index for index, (_, other) in enumerate(queue) if len(other.tokens) - 1 <= buffer.room]
-            chosen = max(fitting, key=lambda index: len(queue[index][1].tokens), default=None)
+            chosen = _best_fitting(queue, buffer.room, last_epoch)
         cursor, sample = taken
         yield buffer.flush(), Resume(cursor, max(1, len(sample.tokens)), tuple(cursor for cursor, _ in queue))
+
+
+def _best_fitting(queue: list[tuple[Cursor, TokenSample]], room: int, last_epoch: int) -> int | None:
+    """Index of the sample to add: of the earliest epoch, there the longest, of equal ones the first; None: none fits."""
+    fitting = [
+        (cursor.epoch, -len(sample.tokens), index)
+        for index, (cursor, sample) in enumerate(queue)
+        if len(sample.tokens) - 1 <= room and cursor.epoch <= last_epoch
+    ]
+    return min(fitting)[-1] if fitting else None

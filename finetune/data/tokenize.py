@@ -42,6 +42,7 @@ class SampleType(enum.StrEnum):
 class TokenSample:
     tokens: list[int]
     masks: list[bool]  # as long as tokens; true where the token is to be learnt
+    removed: int = 0  # tokens taken out so that the rest fits a sequence: all of them where there is no rest
 
 
 @dataclasses.dataclass

@@ -120,8 +120,8 @@ class Cim10Table:
     def parent(self, code: str) -> str | None:
         """The nearest shorter code of the table that this one specialises: `C189+0` -> `C189` -> `C18` -> None."""
         code = normalise_code(code)
-        prefixes = (code[:length].rstrip("+") for length in range(len(code) - 1, 2, -1))
-        return next((prefix for prefix in prefixes if prefix != code and prefix in self._entries), None)
+        prefixes = (code[:length] for length in range(len(code) - 1, 2, -1))
+        return next((prefix for prefix in prefixes if prefix in self._entries), None)
 
     def ancestors(self, code: str) -> list[str]:
         """Parent, parent's parent and so on, up to the category."""
