@@ -18,6 +18,7 @@ from finetune.args import TrainArgs, load_train_args
 from finetune.checkpointing import Checkpointer
 from finetune.cli import run_cli
 from finetune.data.data_loader import Batch, build_data_loader
+from finetune.data.packing import PackingCounts
 from finetune.data.tokenize import load_instruct_tokenizer
 from finetune.distributed import World, init_world
 from finetune.eval import evaluate
@@ -149,9 +150,11 @@ def run(args: TrainArgs, world: World) -> None:
                 state.checkpoint = checkpointer.save(state.step)
 
     trained_tokens = int(world.sum(torch.tensor(state.trained_tokens)).item())
+    packing = PackingCounts(*world.sum(torch.tensor(dataclasses.astuple(train_batches.counts))).tolist())
     if world.is_master:
         draw_loss_curve(run_dir)
-        logger.info(summary(**state.totals(), trained_tokens=trained_tokens, peak_bytes=memory_bytes(world.device)[0]))
+        facts = state.totals() | {"trained_tokens": trained_tokens, "packing": dataclasses.asdict(packing)}
+        logger.info(summary(**facts, peak_bytes=memory_bytes(world.device)[0]))
 
 
 if __name__ == "__main__":

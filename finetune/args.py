@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +114,24 @@ class TrainArgs(Serializable):
 
 
 def load_train_args(path: Path) -> TrainArgs:
-    """Reads and checks a training YAML.
+    """Reads a training YAML and checks that it can be trained on here.
 
     Raises:
         UserError: the file cannot be read, or everything that is wrong with it, in one message.
     """
-    raw = _read_yaml(path)
+    return read_train_args(path, TrainArgs.problems)
+
+
+def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[str]] = lambda args: []) -> TrainArgs:
+    """Reads a training YAML; what else is wrong with the settings is for `find_problems` to say.
+
+    Raises:
+        UserError: the file cannot be read, or every unknown, missing or mistyped key in one message.
+    """
     problems: list[str] = []
-    args = _build(TrainArgs, _nested(raw, problems), "", problems)
+    args = _build(TrainArgs, _nested(_read_yaml(path), problems), "", problems)
     if args is not None:
-        problems += args.problems()
+        problems += find_problems(args)
     if problems:
         raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return args

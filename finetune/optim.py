@@ -21,13 +21,13 @@ def build_optimizer(
     pct_start = args.pct_start
     if pct_start * max_steps == 1.0:
         # The warm-up is the first step alone; PyTorch then divides by its length of zero. The limit from above
-        # starts at lr / div_factor, as a longer warm-up does.
-        pct_start *= 1 + 1e-9
+        # starts at lr / div_factor, as a longer warm-up does; a run of one step has none to warm up for.
+        pct_start = min(pct_start * (1 + 1e-9), 1 - 1e-9)
     schedule = OneCycleLR(
         optimizer,
         max_lr=args.lr,
         total_steps=max_steps,
-        pct_start=min(pct_start, 1.0),
+        pct_start=pct_start,
         div_factor=args.div_factor,
         final_div_factor=args.final_div_factor,
     )

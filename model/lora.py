@@ -53,6 +53,17 @@ def add_lora(model: nn.Module, lora: LoraArgs) -> None:
         setattr(model.get_submodule(parent_name), attribute, wrapped)
 
 
+def merge_lora(model: nn.Module) -> None:
+    """Puts plain linear layers with the merged weights in the place of adapters: the inverse of `add_lora`."""
+    for name, layer in list(lora_layers(model)):
+        parent_name, _, attribute = name.rpartition(".")
+        with torch.device("meta"):
+            merged = Linear(layer.in_features, layer.out_features)
+        weight = merged_weight(layer.weight.detach(), layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
+        merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        setattr(model.get_submodule(parent_name), attribute, merged)
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Yields (checkpoint name, layer) in module order."""
     for name, module in model.named_modules():

@@ -1,7 +1,6 @@
 """The schedule step by step as the original runs it, its corners, and the fp16 loss scale."""
 
 import json
-import math
 import warnings
 
 import pytest
@@ -37,8 +36,92 @@ def optim_args(schedule) -> OptimArgs:
     return OptimArgs(lr=schedule["max_lr"], **values)
 
 
-@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if "lr" in s], ids=lambda s: f"{s['max_steps']}-{s['pct_start']}")
+def describe(schedule) -> str:
+    return f"{schedule['max_steps']} steps, {schedule['pct_start']}"
+
+
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if "lr" in schedule], ids=describe)
 def test_rates_and_betas_are_the_originals_at_every_step(schedule):
     used = simulate(optim_args(schedule), schedule["max_steps"])
+    used = [used[step] for step in schedule.get("step_index_0based", range(len(used)))]
     assert [lr for lr, _ in used] == pytest.approx(schedule["lr"], rel=1e-9)
     assert [beta for _, beta in used] == pytest.approx(schedule["beta1"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if not name.startswith("fork")])
+def test_training_runs_used_these_rates_and_betas(name):
+    run = RUNS[name]
+    used = simulate(OptimArgs(**run["settings"]["optim"]), run["settings"]["max_steps"])
+    for step in run["steps"]:
+        assert used[step["step"] - 1][0] == pytest.approx(step["lr"], rel=1e-8)
+        assert [used[step["step"] - 1][1], 0.95] == pytest.approx(step["betas"], rel=1e-8)
+
+
+CORNERS = [schedule for schedule in SCHEDULES if "crash" in schedule]
+
+
+@pytest.mark.parametrize("schedule", CORNERS, ids=describe)
+def test_where_the_original_divides_by_zero_the_rate_rises_and_falls_like_any_other(schedule):
+    args, max_steps = optim_args(schedule), schedule["max_steps"]
+    rates, betas = zip(*simulate(args, max_steps))
+    if max_steps == 1:
+        assert rates == pytest.approx([args.lr / args.div_factor / args.final_div_factor])  # as at any other pct_start
+        return
+    peak = max_steps - 1 if args.pct_start == 1 else 1
+    assert rates[0] == pytest.approx(args.lr / args.div_factor) and betas[0] == pytest.approx(0.95)
+    assert list(rates[:peak]) == sorted(rates[:peak]) and list(rates[peak:]) == sorted(rates[peak:], reverse=True)
+    if max_steps > 2:
+        assert rates[peak] == pytest.approx(args.lr, rel=0.01)
+
+
+def test_without_warm_up_the_rate_only_falls():
+    rates = [rate for rate, _ in simulate(OptimArgs(lr=1e-3, pct_start=0.0), 10)]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 0.9e-3
+
+
+def test_div_factors_set_the_first_and_the_last_rate():
+    """24p11 declared them and passed them on to nobody."""
+    args = OptimArgs(lr=1e-3, pct_start=0.2, div_factor=250.0, final_div_factor=10.0)
+    rates = [rate for rate, _ in simulate(args, 20)]
+    assert (rates[0], max(rates), rates[-1]) == pytest.approx((1e-3 / 250, 1e-3, 1e-3 / 250 / 10))
+
+
+def test_the_optimizer_is_adamw_with_the_yamls_weight_decay():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, _ = build_optimizer([weight], OptimArgs(lr=1e-2, weight_decay=0.5, pct_start=0.0), 10)
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["betas"][1], group["eps"], group["weight_decay"]) == (0.95, 1e-8, 0.5)
+    rate, weight.grad = group["lr"], torch.zeros(3)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, torch.full((3,), 1 - rate * 0.5))  # decoupled: no gradient, only decay
+
+
+def test_bad_steps_halve_the_loss_scale_and_good_ones_in_a_row_double_it():
+    scaler = LossScaler(torch.float16, scale=1024.0, growth_interval=3)
+    scales = []
+    for finite in (True, True, False, True, True, True, True, True, False, False):
+        scaler.update(finite)
+        scales.append(scaler.scale)
+    assert scales == [1024, 1024, 512, 512, 512, 1024, 1024, 1024, 512, 256]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes_are_not_scaled(dtype):
+    scaler = LossScaler(dtype, growth_interval=1)
+    scaler.update(True)
+    scaler.update(False)
+    assert not scaler.enabled and scaler.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_auto_takes_bf16_from_ampere_on_and_fp16_before(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", torch.device("cuda")) == expected
+    assert choose_dtype("fp32", torch.device("cuda")) == torch.float32
+
+
+def test_auto_takes_fp32_on_a_cpu():
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32

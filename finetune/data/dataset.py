@@ -232,7 +232,7 @@ class SourceStream:
         self._counts = self._counts.with_sample(sample)
         if sample.removed and not self._warned:
             self._warned = True
-            fate = f"{sample.removed:,} tokens inside its longest message were" if sample.tokens else "It was"
+            fate = f"{sample.removed:,} tokens inside its longest text were" if sample.tokens else "It was"
             logger.warning(
                 "The sample in %s is longer than `seq_len`. %s left out; further ones are only counted.",
                 file.describe(entry),

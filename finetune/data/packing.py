@@ -190,7 +190,7 @@ def best_fit(
 
 
 def _best_fitting(queue: list[tuple[Cursor, TokenSample]], room: int, last_epoch: int) -> int | None:
-    """Index of the sample to add: of the earliest epoch, there the longest, of equal ones the first; None: none fits."""
+    """Index of the next sample: of the earliest epoch, the longest, of equal ones the first; None if none fits."""
     fitting = [
         (cursor.epoch, -len(sample.tokens), index)
         for index, (cursor, sample) in enumerate(queue)

@@ -1,10 +1,13 @@
 """Makes samples fit a sequence by shortening the note, never the instruction or the answer."""
 
+import bisect
 import dataclasses
 import re
 import unicodedata
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.messages import FinetuningMessage, ToolMessage, UserMessage
 
 from .exceptions import RowError
@@ -13,23 +16,18 @@ from .tokenize import Conversation, SampleEncoder, SampleType, TokenSample, pars
 OVERLONG = ("shorten", "drop", "error")
 
 _ENDS = 256  # characters at both ends of a text that stay: instructions stand there
-_ROUNDS = 8  # estimates of how much to remove; two or three usually do
-# "Motif d'hospitalisation :" at the start of a line, or a line in capitals
-_HEADING = re.compile(r"^[ \t#*]*(?P<title>[^\W\d_][^\n:]{1,60}?)[ \t*]*(?::|$)", re.MULTILINE)
-
-
-@dataclasses.dataclass
-class FitCounts:
-    """What became of samples longer than a sequence."""
-
-    samples: int = 0
-    shortened: int = 0
-    dropped: int = 0
-    removed_tokens: int = 0  # of shortened and dropped samples
+_WORD = re.compile(r"\s*(\S+)")  # with the blanks before it, so that a word taken away glues nothing together
+# "Motif d'hospitalisation :", "II - ANTECEDENTS" or "**Conclusion :** ...", at the start of a line
+_TITLE = re.compile(
+    r"^[ \t#*]*(?:(?:\d{1,2}|[IVX]{1,4})[ \t]*[.)/°-][ \t*]*)?"  # Markdown and numbering
+    r"(?P<title>[^\W\d_][^\n:]{1,60}?)[ \t*]*"
+    r"(?:(?P<colon>:)[ \t*]*(?P<rest>[^\n]*)|$)",
+    re.MULTILINE,
+)
 
 
 class FittingEncoder:
-    """Encodes rows so that each fits in `seq_len` positions.
+    """Encodes rows so that each fits in `seq_len` positions; what was removed is counted in each sample.
 
     Args:
         encoder: the encoder of rows as they stand.
@@ -44,7 +42,6 @@ class FittingEncoder:
         self._seq_len = seq_len
         self._overlong = overlong
         self._keep_sections = tuple(map(_folded, keep_sections))
-        self.counts = FitCounts()
 
     def encode(self, row: dict[str, Any], sample_type: SampleType) -> TokenSample:
         """As `SampleEncoder.encode`; a dropped sample has no tokens.
@@ -60,83 +57,104 @@ class FittingEncoder:
     def encode_conversation(self, conversation: Conversation) -> TokenSample:
         """As `SampleEncoder.encode_conversation`; a dropped sample has no tokens."""
         sample = self._encoder.encode_conversation(conversation)
-        index = _longest_message(conversation.messages)
-        if index is None:
-            return self._fit(sample, "", lambda _: sample)
+        longest = max(_texts(conversation.messages), key=lambda found: len(found.text), default=_Text(0, None, ""))
 
         def encode_with(text: str) -> TokenSample:
-            messages = list(conversation.messages)
-            messages[index] = messages[index].model_copy(update={"content": text})
+            messages = _with_text(conversation.messages, dataclasses.replace(longest, text=text))
             return self._encoder.encode_conversation(dataclasses.replace(conversation, messages=messages))
 
-        return self._fit(sample, conversation.messages[index].content, encode_with)
+        return self._fit(sample, longest.text, encode_with)
 
-    def _fit(self, sample: TokenSample, text: str, encode_with: Any) -> TokenSample:
-        self.counts.samples += 1
+    def _fit(self, sample: TokenSample, text: str, encode_with: Callable[[str], TokenSample]) -> TokenSample:
         length = len(sample.tokens)
         if length - 1 <= self._seq_len:
             return sample
         if self._overlong == "error":
             raise RowError(f"It has {length} tokens, more than `seq_len` ({self._seq_len}) can hold.")
-        fitted = self._shortened(sample, text, encode_with) if self._overlong == "shorten" else None
-        if fitted is None:
-            self.counts.dropped += 1
-            fitted = TokenSample([], [])
-        else:
-            self.counts.shortened += 1
-        self.counts.removed_tokens += length - len(fitted.tokens)
-        return fitted
+        fitted = self._shortened(length, text, encode_with) if self._overlong == "shorten" else None
+        fitted = fitted or TokenSample([], [])
+        return dataclasses.replace(fitted, removed=length - len(fitted.tokens))
 
-    def _shortened(self, sample: TokenSample, text: str, encode_with: Any) -> TokenSample | None:
-        spans = removable_spans(text, self._keep_sections)
-        removable = sum(end - start for span in spans for start, end in span)
+    def _shortened(self, length: int, text: str, encode_with: Callable[[str], TokenSample]) -> TokenSample | None:
+        """Removes as little of `text` as makes the sample of `length` tokens fit; None where all is not enough."""
+        words = removable_words(text, self._keep_sections)
+        removable = sum(end - start for group in words for start, end in group)
+        excess = length - 1 - self._seq_len
+        tokens_per_character = length / max(len(text), 1)  # a guess; measured once something has been removed
         remove = 0
-        tokens_per_character = len(sample.tokens) / max(len(text), 1)
-        for _ in range(_ROUNDS):
-            excess = len(sample.tokens) - 1 - self._seq_len
-            if excess <= 0:
+        while remove < removable:
+            estimate = int(excess / tokens_per_character * 1.02)
+            remove = min(max(estimate, remove * 9 // 8) + 16, removable)
+            sample = encode_with(without_middle(text, words, remove))
+            if len(sample.tokens) - 1 <= self._seq_len:
                 return sample
-            if remove >= removable:
-                return None
-            remove = min(remove + int(excess / tokens_per_character * 1.02) + 16, removable)
-            sample = encode_with(without_middle(text, spans, remove))
+            tokens_per_character = max((length - len(sample.tokens)) / remove, 1e-3)
         return None
 
 
-def _longest_message(messages: list[FinetuningMessage]) -> int | None:
-    """Index of the longest user or tool message that is one text."""
-    texts = [
-        index
-        for index, message in enumerate(messages)
-        if isinstance(message, UserMessage | ToolMessage) and isinstance(message.content, str)
-    ]
-    return max(texts, key=lambda index: len(messages[index].content), default=None)
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A text of a user or tool message."""
+
+    message: int  # its index in the conversation
+    chunk: int | None  # index in the message's content where that is a list of chunks
+    text: str
+
+
+def _texts(messages: list[FinetuningMessage]) -> Iterator[_Text]:
+    for index, message in enumerate(messages):
+        if isinstance(message, UserMessage | ToolMessage):
+            if isinstance(message.content, str):
+                yield _Text(index, None, message.content)
+            else:
+                yield from (_Text(index, part, chunk.text) for part, chunk in enumerate(message.content))
+
+
+def _with_text(messages: list[FinetuningMessage], new: _Text) -> list[FinetuningMessage]:
+    content: str | list[TextChunk] = new.text
+    if new.chunk is not None:
+        content = list(messages[new.message].content)
+        content[new.chunk] = TextChunk(text=new.text)
+    changed = messages[new.message].model_copy(update={"content": content})
+    return [*messages[: new.message], changed, *messages[new.message + 1 :]]
 
 
 Span = tuple[int, int]  # characters [start, end) of a text
+Words = tuple[list[Span], list[Span]]  # what may be removed first, and what only after it
 
 
-def removable_spans(text: str, keep_sections: tuple[str, ...]) -> tuple[list[Span], list[Span]]:
-    """What may be removed from a text: the sections nobody asked to keep, then those to keep; never the ends.
+def removable_words(text: str, keep_sections: tuple[str, ...]) -> Words:
+    """What may be removed from a text: words of sections nobody asked to keep, then of those to keep; never the ends.
 
     Args:
         keep_sections: beginnings of titles, folded (lower case, no accents).
     """
-    first, last = _ENDS, len(text) - _ENDS
-    if first >= last:
-        return [], []
-    spans: tuple[list[Span], list[Span]] = ([], [])
-    bounds = [(0, "")] + [(match.start(), match["title"]) for match in _HEADING.finditer(text) if _is_title(match)]
-    for (start, title), (end, _) in zip(bounds, [*bounds[1:], (len(text), "")], strict=True):
-        start, end = max(start, first), min(end, last)
-        if start < end:
-            kept = bool(keep_sections) and _folded(title).startswith(keep_sections)
-            spans[kept].append((start, end))
-    return spans
+    words: Words = ([], [])
+    sections = _sections(text, keep_sections)
+    for word in _WORD.finditer(text):
+        if word.start() >= _ENDS and word.end() <= len(text) - _ENDS:
+            _, kept = sections[bisect.bisect_right(sections, word.start(1), key=lambda section: section[0]) - 1]
+            words[kept].append(word.span())
+    return words
 
 
-def _is_title(match: re.Match[str]) -> bool:
-    return match.group().rstrip().endswith(":") or match["title"].isupper()
+def _sections(text: str, keep_sections: tuple[str, ...]) -> list[tuple[int, bool]]:
+    """Where the sections of a text start, and whether they are to be kept.
+
+    A section whose title stands alone on its line goes on to the next such title (or one to keep): a line such as
+    "HTA : depuis 2010" belongs to it.
+    """
+    sections = [(0, False)]
+    under_title = False
+    for line in _TITLE.finditer(text):
+        if not (line["colon"] or line["title"].isupper()):
+            continue
+        alone = not (line["rest"] or "").strip()
+        kept = _folded(line["title"]).startswith(keep_sections)
+        if alone or kept or not under_title:
+            sections.append((line.start(), kept))
+            under_title = alone
+    return sections
 
 
 def _folded(title: str) -> str:
@@ -144,41 +162,26 @@ def _folded(title: str) -> str:
     return "".join(character for character in decomposed if not unicodedata.combining(character)).strip()
 
 
-def without_middle(text: str, spans: tuple[list[Span], list[Span]], count: int) -> str:
-    """Removes about `count` characters: from the middle of the first list of spans, then of the second.
-
-    Whole words go, and nothing is put in their place.
-    """
+def without_middle(text: str, words: Words, count: int) -> str:
+    """Removes words that hold about `count` characters: from the middle of the first list, then of the second."""
     cuts: list[Span] = []
-    for group in spans:
+    for group in words:
         available = sum(end - start for start, end in group)
-        take = min(count, available)
-        count -= take
-        cuts += _cuts(group, (available - take) // 2, take)
+        if take := min(count, available):
+            cuts += _middle(group, (available - take) // 2, take)
+            count -= take
     kept, position = [], 0
     for start, end in sorted(cuts):
-        start, end = _at_word_ends(text, start, end)
-        kept.append(text[position : max(start, position)])
-        position = max(end, position)
+        kept.append(text[position:start])
+        position = end
     return "".join(kept) + text[position:]
 
 
-def _cuts(spans: list[Span], skip: int, take: int) -> list[Span]:
-    """The part [skip, skip + take) of the characters that the spans hold together."""
-    cuts = []
-    for start, end in spans:
-        first, last = start + skip, min(end, start + skip + take)
-        if first < last:
-            cuts.append((first, last))
-            take -= last - first
-        skip = max(0, skip - (end - start))
-    return cuts
-
-
-def _at_word_ends(text: str, start: int, end: int) -> Span:
-    """Widens a cut to the blanks around it, so that no word is cut in two."""
-    while start > 0 and not text[start].isspace() and not text[start - 1].isspace():
-        start -= 1
-    while end < len(text) and not text[end].isspace():
-        end += 1
-    return start, end
+def _middle(words: list[Span], skip: int, take: int) -> Iterator[Span]:
+    """The words that hold any of the characters [skip, skip + take) of all of them together."""
+    position = 0
+    for start, end in words:
+        length = end - start
+        if position < skip + take and position + length > skip:
+            yield start, end
+        position += length

@@ -336,15 +336,21 @@ class SampleEncoder:
         except (ValueError, AssertionError, TypeError) as error:
             raise error if isinstance(error, RowError) else RowError(str(error)) from error
 
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """Encodes a conversation up to where the assistant answers: exactly what stands before a trained answer."""
+        return self._encode_request(self._request(conversation.messages, conversation.tools), False).tokens
+
     def _validated_request(self, conversation: Conversation) -> InstructRequest:
         messages = conversation.messages
         self._validator.validate_messages(messages)
         for tool in conversation.tools or []:
             self._validator._validate_function(tool.function)
         _check_tool_use(messages)
-        messages = [*messages[:-1], self._without_call_ids(messages[-1])]
+        return self._request([*messages[:-1], self._without_call_ids(messages[-1])], conversation.tools)
+
+    def _request(self, messages: list[FinetuningMessage], tools: list[Tool] | None) -> InstructRequest:
         if self._normalizer is not None:
-            request = ChatCompletionRequest[FinetuningMessage](messages=messages, tools=conversation.tools)
+            request = ChatCompletionRequest[FinetuningMessage](messages=messages, tools=tools)
             return self._normalizer.from_chat_completion_request(request)
         # Up to v3 the system prompt is part of a user message. Neighbours of one role stay apart, as in the original.
         system = next((message.content for message in messages if isinstance(message, SystemMessage)), None)
@@ -353,7 +359,7 @@ class SampleEncoder:
         return InstructRequest[FinetuningMessage, Tool](
             messages=[message for message in messages if not isinstance(message, SystemMessage)],
             system_prompt=system,
-            available_tools=conversation.tools,
+            available_tools=tools,
             settings=ModelSettings.none(),
         )
 

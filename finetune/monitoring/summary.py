@@ -20,6 +20,7 @@ def summary(
     eval_losses: Mapping[int, float],
     peak_bytes: int,
     checkpoint: Path | None,
+    packing: Mapping[str, int] | None = None,
 ) -> str:
     """Returns the closing block of a run, one aligned line per fact; facts that do not apply are left out.
 
@@ -34,10 +35,12 @@ def summary(
         eval_losses: evaluation loss by step, in the order of evaluation.
         peak_bytes: most accelerator memory ever allocated; 0 on CPU.
         checkpoint: folder of the last checkpoint.
+        packing: the numbers of `finetune.data.packing.PackingCounts`, all ranks together.
     """
     facts = {
         "steps": f"{steps:,} of {max_steps:,}" + (f", {skipped_steps:,} skipped" if skipped_steps else ""),
         "tokens": f"{tokens:,}" + (f", {trained_tokens / tokens:.1%} of them with loss" if tokens else ""),
+        "packing": _packing(**packing) if packing else "",
         "time": f"{_duration(wall_seconds)}, of which training {_duration(train_seconds)}",
         "speed": f"{tokens / train_seconds:,.0f} tokens/s" if train_seconds else "",
         "train loss": _change(first_loss, last_loss),
@@ -47,6 +50,15 @@ def summary(
     }
     width = max(map(len, facts))
     return "\n".join(["Training finished", *(f"  {name:<{width}}  {fact}" for name, fact in facts.items() if fact)])
+
+
+def _packing(samples: int, shortened: int, dropped: int, removed_tokens: int, positions: int, filled: int) -> str:
+    facts = []
+    if filled < positions:
+        facts.append(f"{filled / positions:.1%} of positions filled")
+    if removed_tokens:
+        facts.append(f"of {samples:,} samples {shortened:,} shortened, {dropped:,} dropped ({removed_tokens:,} tokens)")
+    return "; ".join(facts)
 
 
 def _duration(seconds: float) -> str:

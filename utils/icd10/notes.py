@@ -14,6 +14,7 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.catalogue import Catalogue, Condition
 from utils.icd10.narrator import WORDINGS, Narrator, capitalise
 from utils.icd10.scenarios import MAX_DAS, Stay, sample_stay
+from utils.icd10.traps import Traps, choose_traps
 
 LENGTHS = ("short", "long")
 # A note of about 100 tokens has room for this many associated diagnoses.
@@ -46,7 +47,7 @@ def write_notes(
         stay = sample_stay(rng, catalogue, _SHORT_MAX_DAS if length == "short" else MAX_DAS)
         narrator = Narrator(rng, stay, WORDINGS[wordings])
         compose = _short_note if length == "short" else _long_note
-        text = compose(narrator, _choose_traps(rng, stay, catalogue, length))
+        text = compose(narrator, choose_traps(rng, stay, catalogue, length))
         name = hashlib.sha1(f"{seed} {length} {wordings} {index}".encode(), usedforsecurity=False).hexdigest()
         yield FictionalNote(name, text, _in_order_told(stay, narrator.told))
 
@@ -57,56 +58,7 @@ def _in_order_told(stay: Stay, told: list[str]) -> tuple[Diagnosis, ...]:
     return (*diagnoses[:reasons], *sorted(diagnoses[reasons:], key=lambda diagnosis: told.index(diagnosis.code)))
 
 
-# --- What is told but not coded ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Traps:
-    """Diagnoses that the note mentions and that are not coded."""
-
-    absent: list[Condition]
-    past: list[Condition]
-    family: list[Condition]
-
-
-def _choose_traps(rng: random.Random, stay: Stay, catalogue: Catalogue, length: str) -> _Traps:
-    """Draws diagnoses of other groups than the coded ones: what the reasons of the stay rule out comes first."""
-    taken = {condition.group for condition in stay.conditions}
-    ruled_out = {code for reason in stay.reasons for code in reason.rule_out}
-    associated = {code for reason in stay.reasons for code in reason.associated}
-    free = [item for item in catalogue.common.values() if item.group not in taken]
-    own = [item for item in free if stay.sex in item.sex]
-    counts = (rng.choice((0, 1, 1)), rng.choice((0, 0, 1)), rng.choice((0, 0, 0, 1)))
-    if length == "long":
-        counts = (rng.randint(1, 3), rng.randint(0, 2), rng.randint(0, 1))
-    drawn: list[list[Condition]] = []
-    for count, pool in zip(
-        counts,
-        (
-            [
-                item
-                for item in own
-                if item.code in ruled_out or (item.absent and (item.das or item.dp or item.code in associated))
-            ],
-            [item for item in own if item.past and stay.age > item.age[0] + 5],
-            [item for item in free if item.family],
-        ),
-    ):
-        weights = [25 if item.code in ruled_out else 5 if item.code in associated else 1 for item in pool]
-        drawn.append(_distinct(rng, pool, weights, count, taken))
-    return _Traps(*drawn)
-
-
-def _distinct(
-    rng: random.Random, pool: list[Condition], weights: list[int], count: int, taken: set[str]
-) -> list[Condition]:
-    """Up to `count` draws of different groups; adds their groups to `taken`."""
-    chosen: list[Condition] = []
-    for item in rng.choices(pool, weights, k=count) if pool else ():
-        if item.group not in taken:
-            taken.add(item.group)
-            chosen.append(item)
-    return chosen
+# --- Sentences of both lengths ----------------------------------------------------------------------------------------
 
 
 def _past(narrator: Narrator, condition: Condition) -> str:
@@ -124,9 +76,6 @@ def _family(narrator: Narrator, condition: Condition) -> str:
     relative = narrator.rng.choice(phrases.RELATIVES[sex])
     slots = {"parent": relative, "son_parent": ("sa " if sex == "F" else "son ") + relative}
     return narrator.exclude(condition, phrases.FAMILY, e_parent="e" if sex == "F" else "", **slots)
-
-
-# --- Sentences of both lengths ----------------------------------------------------------------------------------------
 
 
 def _associated(narrator: Narrator, condition: Condition) -> str:
@@ -182,7 +131,7 @@ def _motive(narrator: Narrator, templates: tuple[str, ...]) -> tuple[str, bool]:
 # --- Short notes ------------------------------------------------------------------------------------------------------
 
 
-def _short_note(narrator: Narrator, traps: _Traps) -> str:
+def _short_note(narrator: Narrator, traps: Traps) -> str:
     rng, stay = narrator.rng, narrator.stay
     motive, told = _motive(narrator, phrases.SHORT_MOTIVES)
     early, late = _split_das(narrator)
@@ -204,7 +153,7 @@ def _short_note(narrator: Narrator, traps: _Traps) -> str:
 # --- Long notes -------------------------------------------------------------------------------------------------------
 
 
-def _long_note(narrator: Narrator, traps: _Traps) -> str:
+def _long_note(narrator: Narrator, traps: Traps) -> str:
     motive, told = _motive(narrator, phrases.MOTIVES)
     early, late = _split_das(narrator)
     on_images = [item for item in late if item.kind in ("imaging", "bio") and narrator.chance(0.7)]
@@ -248,7 +197,7 @@ def _heading(narrator: Narrator, key: str, lines: list[str], style: str) -> str:
     return style.format(titre=title, TITRE=title.upper(), texte=text)
 
 
-def _antecedents(narrator: Narrator, early: list[Condition], traps: _Traps) -> list[str]:
+def _antecedents(narrator: Narrator, early: list[Condition], traps: Traps) -> list[str]:
     """One list item per line: active diseases, old episodes, operations, relatives, what one never had."""
     items = _shuffled(narrator, {_antecedent: early, _past: traps.past})
     groups = {condition.group for condition in narrator.stay.conditions}

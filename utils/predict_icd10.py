@@ -1,0 +1,179 @@
+"""Codes notes with a trained model: `python -m utils.predict_icd10 --run RUN_DIR --notes N.jsonl --out P.jsonl`.
+
+Notes are instruct rows (`messages`, what stands before the last answer is the prompt) or rows with `text`, in jsonl or
+csv; `id` or `visit_occurence_id` names them, else their number. Each line of P.jsonl is `{"id", "answer", "codes"}`
+with codes as `[{"role", "code", "label"}]`; P.csv has a line per code. A command that was interrupted goes on where it
+stopped when it is given again.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from finetune.cli import run_cli
+from finetune.data.tokenize import SampleEncoder, parse_conversation
+from finetune.inference import load_trained, token_bytes
+from model.errors import UserError
+from model.generate import generate
+from utils.icd10.answers import parse_answer
+from utils.icd10.codes import Cim10Table
+from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.prompts import prompt_messages
+from utils.jsonl import file_errors, read_lines
+from utils.tables import read_table
+
+CSV_COLUMNS = ("id", "role", "code", "label")
+
+
+class Note(NamedTuple):
+    id: str
+    messages: list[dict[str, Any]]  # up to the answer
+
+
+def read_notes(path: Path) -> list[Note]:
+    """Reads the notes to code.
+
+    Raises:
+        UserError: a row without messages or text, or an id that stands twice.
+    """
+    notes: list[Note] = []
+    seen: set[str] = set()
+    for number, row in read_table(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: {row}.")
+        name = str(row.get("id") or row.get("visit_occurence_id") or number)
+        if name in seen:
+            raise UserError(f"{path}, row {number}: the id {name} stands twice; each note needs its own.")
+        seen.add(name)
+        notes.append(Note(name, _prompt(row, f"{path}, row {number}")))
+    if not notes:
+        raise UserError(f"{path} holds no notes.")
+    return notes
+
+
+def _prompt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    if isinstance(row.get("text"), str) and row["text"].strip():
+        return prompt_messages(row["text"])
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where} has neither `text` nor `messages`: expected a note or a conversation about one.")
+    return messages[:-1] if messages[-1].get("role") == "assistant" else messages
+
+
+class Coder:
+    """A trained model that codes notes.
+
+    Args:
+        run_dir: folder of the training run.
+        table: codes that may be given; None: whatever the model writes.
+        step: which checkpoint; None: the newest.
+    """
+
+    def __init__(self, run_dir: Path, table: Cim10Table | None = None, step: int | None = None) -> None:
+        self._model, tokenizer = load_trained(run_dir, step)
+        self._encoder = SampleEncoder(tokenizer)
+        self._tokenizer = tokenizer.tokenizer
+        self._grammar = None
+        if table is not None:
+            pieces = token_bytes(tokenizer)
+            self._vocabulary = Vocabulary(pieces, self._tokenizer.eos_id)
+            # A SentencePiece text begins with a blank that decoding takes away.
+            blank = " " if self._tokenizer.encode("a", bos=False, eos=False) != [pieces.index(b"a")] else ""
+            self._grammar = AnswerGrammar(table, prefix=blank)
+            self._allowed: dict[Any, list[int]] = {}
+
+    def answers(self, notes: list[Note], max_tokens: int) -> list[str]:
+        """Answers a batch of notes, greedily."""
+        prompts = [self._encoder.encode_prompt(parse_conversation({"messages": note.messages})) for note in notes]
+        constraints = None
+        if self._grammar is not None:
+            constraints = [AnswerConstraint(self._grammar, self._vocabulary, self._allowed) for _ in notes]
+        outputs = generate(self._model, prompts, max_tokens, self._tokenizer.eos_id, constraints=constraints)
+        if constraints is not None:
+            return [constraint.text for constraint in constraints]
+        return [self._tokenizer.decode(output).strip() for output in outputs]
+
+
+def predictions(coder: Coder, notes: list[Note], batch_size: int, max_tokens: int) -> Iterator[dict[str, Any]]:
+    """Yields `{"id", "answer", "codes"}` for each note, batch by batch; notes of like length stand together."""
+    ordered = sorted(notes, key=lambda note: len(note.messages[-1]["content"]))
+    with tqdm(total=len(notes), unit="note", disable=None) as bar:
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            for note, answer in zip(batch, coder.answers(batch, max_tokens)):
+                yield {"id": note.id, "answer": answer, "codes": [item._asdict() for item in parse_answer(answer)]}
+            bar.update(len(batch))
+
+
+def already_coded(path: Path) -> set[str]:
+    """Ids in an output of an earlier, interrupted command; a line cut short is removed from it.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    if not path.exists():
+        return set()
+    done, whole_bytes = set(), 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            done.add(json.loads(line)["id"])
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                raise UserError(f"{path} exists and is no output of this command; name another file.") from None
+            break
+        if not line.endswith(b"\n"):
+            break
+        whole_bytes += len(line)
+    with path.open("r+b") as file:
+        file.truncate(whole_bytes)
+    return done
+
+
+def save_csv(jsonl: Path, path: Path) -> None:
+    """Writes a line per code."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        writer.writeheader()
+        for _, line in read_lines(jsonl):
+            row = json.loads(line)
+            writer.writerows({"id": row["id"], **code} for code in row["codes"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="folder of the training run")
+    parser.add_argument("--notes", type=Path, required=True, help="jsonl or csv")
+    parser.add_argument("--out", type=Path, required=True, help="jsonl, or csv (which keeps the jsonl beside it)")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="answers may name only codes of this CIM-10 table")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--batch_size", type=int, default=16, help="notes at a time (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
+    options = parser.parse_args()
+    if options.batch_size < 1 or options.max_tokens < 1:
+        raise UserError("--batch_size and --max_tokens must be at least 1.")
+    notes = read_notes(options.notes)
+    table = Cim10Table.from_file(options.cim10) if options.cim10 else None
+    lines = options.out.with_suffix(".jsonl")
+    with file_errors():
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        done = already_coded(lines)
+        to_do = [note for note in notes if note.id not in done]
+        if to_do:
+            coder = Coder(options.run, table, options.step)
+            with lines.open("a", encoding="utf-8") as file:
+                for prediction in predictions(coder, to_do, options.batch_size, options.max_tokens):
+                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+                    file.flush()
+        if options.out.suffix == ".csv":
+            save_csv(lines, options.out)
+    before = f", {len(done)} of them before" if done else ""
+    print(f"{len(notes)} notes coded{before}: {options.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
