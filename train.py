@@ -19,14 +19,15 @@ from finetune.checkpointing import Checkpointer
 from finetune.cli import run_cli
 from finetune.data.data_loader import Batch, build_data_loader
 from finetune.data.packing import PackingCounts
-from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer
 from finetune.distributed import World, init_world
-from finetune.eval import evaluate
+from finetune.eval import BestSoFar, Questionnaire, check_eval_batches, evaluate
 from finetune.hardware import choose_hardware, memory_bytes
 from finetune.loss import batch_loss
 from finetune.mixed_precision import LossScaler
 from finetune.monitoring.metrics_logger import (
     MetricsLogger,
+    answers_log_message,
     eval_log_message,
     eval_metrics,
     train_log_message,
@@ -39,6 +40,7 @@ from finetune.optim import build_optimizer
 from finetune.utils import TrainState, check_run_dir, create_run_dir, set_seed
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
 from model.transformer import Transformer
+from utils.icd10.scoring import answer_scores
 
 logger = logging.getLogger("train")
 
@@ -103,7 +105,12 @@ def run(args: TrainArgs, world: World) -> None:
     train_batches = world.together(
         lambda: build_data_loader(*loader, args.seed, world.rank, world.size, is_eval=False).wait_for_first()
     )
-    eval_batches = None if args.no_eval else build_data_loader(*loader, None, world.rank, world.size, is_eval=True)
+    eval_batches, questionnaire = None, None
+    if not args.no_eval:
+        eval_batches = build_data_loader(*loader, None, world.rank, world.size, is_eval=True)
+        world.together(lambda: check_eval_batches(eval_batches, world))
+    if args.eval_generation.file:
+        questionnaire = world.together(lambda: Questionnaire(args.eval_generation, SampleEncoder(tokenizer)))
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
     world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
     logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
@@ -112,7 +119,13 @@ def run(args: TrainArgs, world: World) -> None:
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     scaler = LossScaler(hardware.dtype)
     checkpointer = Checkpointer(model, tokenizer, args, run_dir, hardware.dtype, world)
-    state = TrainState(args.max_steps)
+    state, best_so_far = TrainState(args.max_steps), BestSoFar(args.early_stopping)
+
+    def ask_questions() -> dict[str, float]:
+        answers, ended = questionnaire.ask(model, world)
+        if args.eval_generation.keep_answers and world.is_master:
+            questionnaire.save(answers, run_dir / "answers" / f"step_{state.step:06d}.jsonl")
+        return answer_scores(questionnaire.expected, answers) | {"ended": ended}
 
     with contextlib.ExitStack() as stack:
         stack.callback(train_batches.close)
@@ -121,7 +134,10 @@ def run(args: TrainArgs, world: World) -> None:
         eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
         bar = stack.enter_context(tqdm(total=args.max_steps, unit="step", disable=None if world.is_master else True))
 
-        while state.step < args.max_steps:
+        if questionnaire is not None:
+            eval_log.log({"step": 0} | ask_questions(), 0)
+
+        while state.step < args.max_steps and not best_so_far.patience_is_over:
             with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
                 batches = list(itertools.islice(train_batches, args.num_microbatches))
                 result = train_step(model, batches, optimizer, schedule, scaler, args.max_norm, world.device)
@@ -139,15 +155,23 @@ def run(args: TrainArgs, world: World) -> None:
                 logger.info(train_log_message(metrics))
                 metrics |= {"grad_norm": result.grad_norm, "skipped_steps": state.skipped_steps}
                 train_log.log(metrics | ({"loss_scale": scaler.scale} if scaler.enabled else {}), state.step)
+
+            metrics = {}
             if eval_due:
                 state.eval_losses[state.step] = evaluate(model, eval_batches, world)
                 metrics = eval_metrics(
                     step=state.step, train_loss=state.last_loss, eval_loss=state.eval_losses[state.step]
                 )
                 logger.info(eval_log_message(metrics))
+            if questionnaire is not None and state.due(args.eval_generation.freq):
+                scores = ask_questions()
+                logger.info(answers_log_message(state.step, scores))
+                metrics = {"step": state.step} | metrics | scores
+            if metrics:
                 eval_log.log(metrics, state.step)
-            if not args.no_ckpt and state.due(args.ckpt_freq):
-                state.checkpoint = checkpointer.save(state.step)
+            improved = best_so_far.improved(metrics) and args.keep_best
+            if not args.no_ckpt and (improved or state.due(args.ckpt_freq) or best_so_far.patience_is_over):
+                state.checkpoint = checkpointer.save(state.step, best=improved)
 
     trained_tokens = int(world.sum(torch.tensor(state.trained_tokens)).item())
     packing = PackingCounts(*world.sum(torch.tensor(dataclasses.astuple(train_batches.counts))).tolist())

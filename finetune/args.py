@@ -46,6 +46,50 @@ class OptimArgs(Serializable):
 
 
 @dataclasses.dataclass
+class GenerationArgs(Serializable):
+    """Answers written during training, greedily, to a fixed sample of questions, and scored as ICD-10 coding."""
+
+    file: str = ""  # instruct jsonl; unset: no generation
+    n_samples: int = 32  # its first rows
+    max_tokens: int = 256  # longest answer
+    batch_size: int = 16  # answers written at a time on each process
+    freq: int = 0  # steps between; 0: only before the first step and after the last
+    keep_answers: bool = True  # write them to run_dir/answers; they may quote notes
+
+    def problems(self) -> list[str]:
+        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
+        found = []
+        if self.file and not Path(self.file).is_file():
+            found.append(f"`eval_generation.file`: {self.file} does not exist (or is no file).")
+        for key in ("n_samples", "max_tokens", "batch_size"):
+            if getattr(self, key) < 1:
+                found.append(f"`eval_generation.{key}` is {getattr(self, key)}; it must be at least 1.")
+        if self.freq < 0:
+            found.append(f"`eval_generation.freq` is {self.freq}; it must be 0 or more.")
+        return found
+
+
+@dataclasses.dataclass
+class EarlyStoppingArgs(Serializable):
+    """What "better" means, for `patience` and `keep_best`."""
+
+    metric: str = "eval_loss"  # eval_loss (lower is better), micro_f1 or exact_match (of eval_generation)
+    patience: int = 0  # stop after so many evaluations without a better one; 0: never
+
+    def problems(self) -> list[str]:
+        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
+        found = []
+        if self.metric not in METRICS:
+            found.append(f"`early_stopping.metric` is {self.metric!r}; expected {', '.join(METRICS)}.")
+        if self.patience < 0:
+            found.append(f"`early_stopping.patience` is {self.patience}; it must be 0 (never stop) or more.")
+        return found
+
+
+METRICS = ("eval_loss", "micro_f1", "exact_match")
+
+
+@dataclasses.dataclass
 class TrainArgs(Serializable):
     data: DataArgs
     model_id_or_path: str  # folder with params.json and consolidated.safetensors (or consolidated.00.pth)
@@ -67,6 +111,10 @@ class TrainArgs(Serializable):
 
     eval_freq: int = 0  # steps between evaluations; 0: only after the last step
     no_eval: bool = True
+
+    eval_generation: GenerationArgs = dataclasses.field(default_factory=GenerationArgs)
+    early_stopping: EarlyStoppingArgs = dataclasses.field(default_factory=EarlyStoppingArgs)
+    keep_best: bool = False  # save the best model at each evaluation that finds one; checkpoints/best points at it
 
     checkpoint: bool = True  # recompute each block's activations in the backward pass: less memory, about 1/4 slower
     param_dtype: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 from Ampere on, fp16 before, fp32 on CPU
@@ -108,8 +156,22 @@ class TrainArgs(Serializable):
             found.append(f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist.")
         if not self.run_dir.strip():
             found.append("`run_dir` is empty; name a folder to create.")
-        for block in (self.data, self.optim, self.lora, self.wandb, self.mlflow):
+        found += self._evaluation_problems()
+        blocks = (self.data, self.optim, self.lora, self.wandb, self.mlflow, self.eval_generation, self.early_stopping)
+        for block in blocks:
             found += block.problems()
+        return found
+
+    def _evaluation_problems(self) -> list[str]:
+        found = []
+        metric = self.early_stopping.metric
+        if self.keep_best or self.early_stopping.patience > 0:
+            if metric == "eval_loss" and self.no_eval:
+                found.append("`keep_best` or `early_stopping` goes by eval_loss, but `no_eval` is true.")
+            if metric in METRICS[1:] and not self.eval_generation.file:
+                found.append(f"`early_stopping.metric` is {metric} but `eval_generation.file` is empty.")
+        if self.keep_best and self.no_ckpt:
+            found.append("`keep_best` is true but `no_ckpt` is too: there is nothing to keep.")
         return found
 
 
@@ -188,7 +250,7 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
-            problems.append(f"`{prefix}{key}` is no setting{_suggestion(str(key), fields)}.")
+            problems.append(f"`{prefix}{key}` is no setting{_suggestion(str(key), fields)}")
     values, complete = {}, True
     for name, field in fields.items():
         if name in raw:
@@ -205,7 +267,7 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
 
 def _suggestion(key: str, fields: dict[str, Any]) -> str:
     close = difflib.get_close_matches(key, fields, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; expected one of {', '.join(sorted(fields))}"
+    return f"; did you mean `{close[0]}`?" if close else f"; expected one of {', '.join(sorted(fields))}."
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -226,8 +288,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     try:
         return _CONVERTERS[hint](value)
     except (TypeError, ValueError, OverflowError):
-        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-        problems.append(f"`{name}` is {value!r}; expected {expected}.")
+        problems.append(f"`{name}` is {value!r}; expected {_EXPECTED[hint]}.")
         return None
 
 

@@ -29,6 +29,7 @@ from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
 
+BEST_NAME = "best"  # a link to the checkpoint that did best, with `keep_best`
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 
 
@@ -54,8 +55,12 @@ class Checkpointer:
         self._dtype = dtype
         self._world = world
 
-    def save(self, step: int) -> Path:
-        """Saves on rank 0 while all ranks hand over their shards; removes checkpoints beyond `num_keep`.
+    def save(self, step: int, best: bool = False) -> Path:
+        """Saves on rank 0 while all ranks hand over their shards; removes checkpoints beyond `num_ckpt_keep`.
+
+        Args:
+            step: names the checkpoint.
+            best: point `checkpoints/best` at it, which keeps it until a better one comes.
 
         Returns:
             The folder with the weights.
@@ -69,6 +74,9 @@ class Checkpointer:
         if self._world.is_master:
             try:
                 self._write(final, tensors)
+                if best:
+                    _link(self.folder / BEST_NAME, final)
+                self._prune()
             except (OSError, UserError) as error:
                 failure = f"The checkpoint {final} could not be saved: {error} Earlier checkpoints are untouched."
         for _ in tensors:
@@ -95,7 +103,6 @@ class Checkpointer:
             os.replace(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        self._prune()
 
     def _saved_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         named = self._model.named_parameters()
@@ -122,8 +129,18 @@ class Checkpointer:
 
     def _prune(self) -> None:
         if self._args.num_ckpt_keep is not None:
+            best = (self.folder / BEST_NAME).resolve()
             for path in saved_checkpoints(self.folder)[: -self._args.num_ckpt_keep]:
-                shutil.rmtree(path)
+                if path.resolve() != best:
+                    shutil.rmtree(path)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Points `link` at `target`, a neighbour; there is no moment without a link."""
+    aside = link.with_name(f"tmp.{link.name}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.name, target_is_directory=True)
+    os.replace(aside, link)
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

@@ -45,6 +45,18 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        return self.sum(torch.tensor(float(flag))).item() > 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in the order of ranks."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
     def together(self, action: Callable[[], T]) -> T:
         """Runs something on every rank that may end in a user's mistake; if it does on one, it does on all.
 
@@ -68,11 +80,7 @@ class World:
             UserError: on rank 0, with the message of the lowest such rank, so that it is printed once.
             SystemExit: on the others.
         """
-        messages: list[Any] = [message]
-        if self.size > 1:
-            messages = [None] * self.size
-            dist.all_gather_object(messages, message)
-        if first := next(filter(None, messages), None):
+        if first := next(filter(None, self.gather(message)), None):
             raise UserError(first) if self.is_master else SystemExit(1)
 
 

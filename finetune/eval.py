@@ -1,13 +1,20 @@
-"""Evaluation on every rank's own rows."""
+"""Evaluation: the loss on every rank's own rows, and answers to a sample of questions."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from model.errors import UserError
+from model.generate import generate
 from model.transformer import Transformer
 
+from .args import EarlyStoppingArgs, GenerationArgs
 from .data.data_loader import Batch
+from .data.dataset import read_rows
+from .data.tokenize import SampleEncoder, parse_conversation
 from .distributed import World
 from .loss import batch_loss
 from .wrapped_model import reshard
@@ -27,7 +34,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], world: World) -> floa
     rows = iter(batches)
     while True:
         batch = next(rows, None)
-        if world.sum(torch.tensor(float(batch is not None))).item() == 0:
+        if not world.any(batch is not None):
             break
         loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
         if batch is not None:
@@ -36,3 +43,94 @@ def evaluate(model: Transformer, batches: Iterable[Batch], world: World) -> floa
     model.train()
     loss_sum, count = world.sum(total).tolist()
     return loss_sum / count if count else None
+
+
+def check_eval_batches(batches: Iterable[Batch], world: World) -> None:
+    """Reads every evaluation row once, so that a bad one is known before training and not at its first evaluation.
+
+    Raises:
+        UserError: a bad row, or none that could be evaluated on any rank.
+    """
+    count = sum(1 for _ in batches)
+    if not world.any(count > 0):
+        raise UserError("`data.eval_instruct_data` holds nothing to evaluate: no row has a token that is trained.")
+
+
+class Questionnaire:
+    """A fixed sample of questions that a model answers now and then.
+
+    Args:
+        args: which questions; the last message of each row is the answer expected.
+        encoder: that of training, so that prompts are the same.
+
+    Raises:
+        UserError: no rows, or a row that cannot be asked.
+    """
+
+    def __init__(self, args: GenerationArgs, encoder: SampleEncoder) -> None:
+        self._args = args
+        self._tokenizer = encoder.instruct_tokenizer.tokenizer
+        self.expected: list[str] = []
+        self._prompts: list[list[int]] = []
+        for line, row in read_rows(Path(args.file), args.n_samples):
+            conversation = parse_conversation(row)
+            *question, answer = conversation.messages
+            if not question or answer.role != "assistant" or not isinstance(answer.content, str):
+                raise UserError(f"`eval_generation.file`: line {line} of {args.file} does not end with an answer.")
+            self.expected.append(answer.content)
+            self._prompts.append(encoder.encode_prompt(question, conversation.tools))
+        if not self._prompts:
+            raise UserError(f"`eval_generation.file`: {args.file} holds no rows.")
+
+    def ask(self, model: Transformer, world: World) -> tuple[list[str], float]:
+        """The answers, on every rank, and the share of them that came to an end; each rank writes its part."""
+        args, tokenizer = self._args, self._tokenizer
+        own = self._prompts[world.rank :: world.size]
+        written: list[list[int]] = []
+        for start in range(0, -(-len(self._prompts) // world.size), args.batch_size):
+            batch = own[start : start + args.batch_size]
+            # A rank without questions runs along: a sharded model needs all ranks in every forward.
+            outputs = generate(
+                model, batch or [[tokenizer.bos_id]], args.max_tokens, tokenizer.eos_id, any_active=world.any
+            )
+            written += outputs[: len(batch)]
+        reshard(model)
+        answers: list[list[int]] = [[]] * len(self._prompts)
+        for rank, part in enumerate(world.gather(written)):
+            answers[rank :: world.size] = part
+        ended = sum(answer[-1] == tokenizer.eos_id for answer in answers) / len(answers)
+        return [tokenizer.decode(answer).strip() for answer in answers], ended
+
+    def save(self, answers: list[str], path: Path) -> None:
+        """Writes expected and given answers, a jsonl row each."""
+        path.parent.mkdir(exist_ok=True)
+        rows = (
+            {"expected": expected, "answer": answer} for expected, answer in zip(self.expected, answers, strict=True)
+        )
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+class BestSoFar:
+    """Watches one metric over the evaluations of a run."""
+
+    def __init__(self, args: EarlyStoppingArgs) -> None:
+        self._metric = args.metric
+        self._patience = args.patience
+        self._sign = -1.0 if args.metric == "eval_loss" else 1.0
+        self._best: float | None = None
+        self._worse_since = 0
+
+    def improved(self, metrics: dict[str, float]) -> bool:
+        """Takes note of an evaluation and says whether it is the best so far."""
+        value = metrics.get(self._metric)
+        if value is None:
+            return False
+        if self._best is None or self._sign * value > self._sign * self._best:
+            self._best, self._worse_since = value, 0
+            return True
+        self._worse_since += 1
+        return False
+
+    @property
+    def patience_is_over(self) -> bool:
+        return 0 < self._patience <= self._worse_since

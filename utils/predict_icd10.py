@@ -89,7 +89,7 @@ class Coder:
 
     def answers(self, notes: list[Note], max_tokens: int) -> list[str]:
         """Answers a batch of notes, greedily."""
-        prompts = [self._encoder.encode_prompt(parse_conversation({"messages": note.messages})) for note in notes]
+        prompts = [self._encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes]
         constraints = None
         if self._grammar is not None:
             constraints = [AnswerConstraint(self._grammar, self._vocabulary, self._allowed) for _ in notes]

@@ -10,8 +10,8 @@ from model.errors import UserError
 SPLIT_NAMES = ("train", "eval", "test")
 
 
-def parse_fractions(text: str) -> list[float]:
-    """Reads "0.9,0.1".
+def parse_fractions(text: str, option: str = "--split") -> list[float]:
+    """Reads "0.9,0.1", which a message says was given as `option`.
 
     Raises:
         UserError: not one to three positive numbers that sum to 1.
@@ -23,7 +23,7 @@ def parse_fractions(text: str) -> list[float]:
     usable = 1 <= len(fractions) <= len(SPLIT_NAMES) and min(fractions) > 0
     if not usable or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise UserError(
-            f"--split {text!r}: expected the shares of train, eval and test (or fewer of them), which sum to 1, "
+            f"{option} {text!r}: expected the shares of train, eval and test (or fewer of them), which sum to 1, "
             "such as 0.9,0.1 or 0.8,0.1,0.1 or 1."
         )
     return fractions
@@ -56,23 +56,27 @@ def split_rows(units: array, fractions: Sequence[float], seed: int) -> bytearray
     return bytearray(splits[unit] for unit in units)
 
 
-def assign_splits(sizes: Sequence[int], fractions: Sequence[float], seed: int) -> bytearray:
+def assign_splits(
+    sizes: Sequence[int], fractions: Sequence[float], seed: int, strata: Sequence[int] | None = None
+) -> bytearray:
     """Gives each unit (a row, or all rows of a group) a split, so that the rows divide as `fractions` do.
 
     The largest units come first, in seeded order among equals; each goes where it overfills least (d'Hondt's rule). For
-    rows without groups the counts are exact wherever they can be.
+    rows without groups the counts are exact wherever they can be. With strata, units of one stratum come one after the
+    other, so that each stratum divides as all rows do, give or take a unit.
 
     Args:
         sizes: rows per unit.
         fractions: of all rows, per split; they sum to 1.
         seed: of the order.
+        strata: number of the stratum per unit, those of lower number first; None: all are one.
 
     Returns:
         The number of a split per unit.
     """
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
-    order.sort(key=lambda unit: -sizes[unit])
+    order.sort(key=lambda unit: (strata[unit] if strata else 0, -sizes[unit]))
     filled = [0] * len(fractions)
     splits = bytearray(len(sizes))
     for unit in order:

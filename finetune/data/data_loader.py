@@ -126,7 +126,7 @@ class TrainLoader:
 
     @property
     def counts(self) -> PackingCounts:
-        """The samples taken for the batches handed out, from the stream's beginning on."""
+        """What was read and packed for the batches handed out, from the first one on."""
         return sum((PackingCounts(**source["counts"]) for source in self._state["sources"]), PackingCounts())
 
     def state_dict(self) -> dict[str, Any]:

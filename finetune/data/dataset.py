@@ -56,6 +56,22 @@ def line_offsets(path: Path) -> np.ndarray:
     return offsets if offsets[-1] == position else np.append(offsets, position)
 
 
+def read_rows(path: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The first rows of a file, with their line numbers from 1.
+
+    Raises:
+        BadRowError: a line that is no JSON object.
+    """
+    offsets = line_offsets(path)
+    with path.open("rb") as file:
+        for index in range(min(count, len(offsets) - 1)):
+            line = file.read(offsets[index + 1] - offsets[index]).rstrip(b"\r\n")
+            try:
+                yield index + 1, parse_row(line.removeprefix(b"\xef\xbb\xbf"))
+            except RowError as error:
+                raise BadRowError(path, index + 1, error) from error
+
+
 class JsonlFile:
     """The rows of one file that one rank reads: row i belongs to rank i mod world_size."""
 

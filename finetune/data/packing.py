@@ -47,7 +47,7 @@ PackedSequences = Iterator[tuple[Sequence, Resume[Cursor]]]
 class PackingCounts:
     """What became of a number of samples, and how full the sequences were that hold them."""
 
-    samples: int = 0  # taken from the source, dropped ones included
+    samples: int = 0  # read from the source, dropped ones and those still waiting included
     shortened: int = 0
     dropped: int = 0  # longer than a sequence and left out
     removed_tokens: int = 0  # of the shortened and the dropped samples
@@ -59,7 +59,7 @@ class PackingCounts:
         return type(self)(*map(sum, zip(mine, others, strict=True)))
 
     def with_sample(self, sample: TokenSample) -> Self:
-        """Counts a sample taken."""
+        """Counts a sample read."""
         removed = sample.removed > 0
         kept = bool(sample.tokens)
         return self + type(self)(1, removed and kept, removed and not kept, sample.removed)

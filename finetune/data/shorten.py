@@ -16,6 +16,8 @@ from .tokenize import Conversation, SampleEncoder, SampleType, TokenSample, pars
 OVERLONG = ("shorten", "drop", "error")
 
 _ENDS = 256  # characters at both ends of a text that stay: instructions stand there
+_SLACK = 0.02  # share of a sequence that may stay free after shortening, rather than trying once more
+_ROUNDS = 6  # of trying; two or three usually do
 _WORD = re.compile(r"\s*(\S+)")  # with the blanks before it, so that a word taken away glues nothing together
 # "Motif d'hospitalisation :", "II - ANTECEDENTS" or "**Conclusion :** ...", at the start of a line
 _TITLE = re.compile(
@@ -76,20 +78,24 @@ class FittingEncoder:
         return dataclasses.replace(fitted, removed=length - len(fitted.tokens))
 
     def _shortened(self, length: int, text: str, encode_with: Callable[[str], TokenSample]) -> TokenSample | None:
-        """Removes as little of `text` as makes the sample of `length` tokens fit; None where all is not enough."""
+        """Removes little more of `text` than makes the sample of `length` tokens fit; None where all is not enough."""
         words = removable_words(text, self._keep_sections)
-        removable = sum(end - start for group in words for start, end in group)
-        excess = length - 1 - self._seq_len
-        tokens_per_character = length / max(len(text), 1)  # a guess; measured once something has been removed
-        remove = 0
-        while remove < removable:
-            estimate = int(excess / tokens_per_character * 1.02)
-            remove = min(max(estimate, remove * 9 // 8) + 16, removable)
-            sample = encode_with(without_middle(text, words, remove))
+        enough = sum(end - start for group in words for start, end in group)
+        fitting = encode_with(without_middle(text, words, enough)) if enough else None
+        if fitting is None or len(fitting.tokens) - 1 > self._seq_len:
+            return None
+        low, low_tokens = 0, length
+        for _ in range(_ROUNDS):
+            if len(fitting.tokens) >= (1 - _SLACK) * self._seq_len:
+                break
+            share = (low_tokens - (1 - _SLACK / 2) * self._seq_len) / (low_tokens - len(fitting.tokens))
+            middle = low + int((enough - low) * share)
+            sample = encode_with(without_middle(text, words, middle))
             if len(sample.tokens) - 1 <= self._seq_len:
-                return sample
-            tokens_per_character = max((length - len(sample.tokens)) / remove, 1e-3)
-        return None
+                enough, fitting = middle, sample
+            else:
+                low, low_tokens = middle, len(sample.tokens)
+        return fitting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -336,9 +336,16 @@ class SampleEncoder:
         except (ValueError, AssertionError, TypeError) as error:
             raise error if isinstance(error, RowError) else RowError(str(error)) from error
 
-    def encode_prompt(self, conversation: Conversation) -> list[int]:
-        """Encodes a conversation up to where the assistant answers: exactly what stands before a trained answer."""
-        return self._encode_request(self._request(conversation.messages, conversation.tools), False).tokens
+    def encode_prompt(self, messages: list[FinetuningMessage], tools: list[Tool] | None = None) -> list[int]:
+        """Encodes the messages before an answer: exactly the tokens that stand before it when it is trained.
+
+        Raises:
+            RowError: why they cannot be encoded.
+        """
+        try:
+            return self._encode_request(self._request(messages, tools), only_last=False).tokens
+        except MistralCommonException as error:
+            raise ConversationFormatError(str(error)) from error
 
     def _validated_request(self, conversation: Conversation) -> InstructRequest:
         messages = conversation.messages

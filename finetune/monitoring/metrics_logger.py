@@ -110,6 +110,11 @@ def eval_log_message(metrics: Mapping[str, float]) -> str:
     )
 
 
+def answers_log_message(step: int, scores: Mapping[str, float]) -> str:
+    """The line that scored answers print."""
+    return " - ".join([f"step: {step:06}", *(f"{name}: {value:.3f}" for name, value in scores.items())])
+
+
 class MetricsLogger:
     """Writes metrics to `run_dir/metrics.{tag}.jsonl`, TensorBoard and the trackers that are set.
 

@@ -57,7 +57,9 @@ def _packing(samples: int, shortened: int, dropped: int, removed_tokens: int, po
     if filled < positions:
         facts.append(f"{filled / positions:.1%} of positions filled")
     if removed_tokens:
-        facts.append(f"of {samples:,} samples {shortened:,} shortened, {dropped:,} dropped ({removed_tokens:,} tokens)")
+        facts.append(
+            f"of {samples:,} samples read {shortened:,} shortened, {dropped:,} dropped ({removed_tokens:,} tokens)"
+        )
     return "; ".join(facts)
 
 

@@ -1,0 +1,68 @@
+"""golden's training runs as YAML files, and several trainings in one process group.
+
+    torchrun --nproc-per-node 2 -m tests.run_trajectories CONFIG.yaml CONFIG.yaml ...
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import train
+from finetune.args import load_train_args
+from finetune.distributed import init_world
+from finetune.utils import run_cli
+from tests.golden import fixture, load_json_gz
+
+ROOT = Path(__file__).parent.parent
+INPUTS = fixture("inputs")
+RUNS = load_json_gz(fixture("expected/train/trajectories.json.gz"))
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def golden_config(name: str, models: dict[str, Path], folder: Path) -> Path:
+    """Writes one of golden's runs as a YAML that trains into `folder/NAME`; `models` by the names of golden's."""
+    settings = copy.deepcopy(RUNS[name]["settings"])
+    for key in ("data", "instruct_data", "eval_instruct_data"):
+        if sources := settings["data"][key]:
+            settings["data"][key] = ",".join(f"{INPUTS}/{source}" for source in sources.split(","))
+    settings["model_id_or_path"] = str(models[Path(settings["model_id_or_path"]).name])
+    return write_config(folder, name, settings | {"param_dtype": DTYPES[RUNS[name]["param_dtype"]]})
+
+
+def write_config(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    """Writes `folder/NAME.yaml`, whose run folder is `folder/NAME` unless it says otherwise."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(folder / name)} | settings), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def torchrun(*command: object, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Runs `-m MODULE ARGUMENT ...` under torchrun, from the root of the project, on one thread per process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def main(configs: list[str]) -> None:
+    """Trains one configuration after the other; they share the start of the processes, which takes seconds."""
+    torch.set_num_threads(1)
+    with init_world() as world:
+        for config in configs:
+            train.run(load_train_args(Path(config)), world)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(sys.argv[1:]))

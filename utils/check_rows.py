@@ -1,0 +1,207 @@
+"""Reads rows exactly as training does, on all cores, and tells what there is to say about each."""
+
+import collections
+import dataclasses
+import multiprocessing
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+from mistral_common.protocol.instruct.messages import ToolMessage, UserMessage
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
+from finetune.data.args import DataArgs
+from finetune.data.dataset import JsonlFile
+from finetune.data.exceptions import BadRowError, RowError
+from finetune.data.shorten import FittingEncoder
+from finetune.data.tokenize import (
+    Conversation,
+    SampleEncoder,
+    SampleType,
+    TokenSample,
+    chunk_ends,
+    parse_conversation,
+    pretrain_text,
+)
+from model.errors import UserError
+
+from .packing_forecast import PackedSample
+
+_ROWS_AT_ONCE = 128
+_TASKS_AHEAD = 8  # per process; results wait for their turn, so more of them would only take memory
+_SMALL = 1 << 20  # bytes that are read sooner than processes start
+# A forked process is ready at once; one that is spawned imports everything anew.
+_START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+_TRAINED = re.compile(b"\x01+")
+
+
+class Task(NamedTuple):
+    """Rows [first, last) of a file."""
+
+    file: int  # index in the list of files
+    first: int
+    last: int
+
+
+class FileToCheck(NamedTuple):
+    """A file whose rows are to be checked."""
+
+    rows: JsonlFile
+    chunk: bool = False  # whether its rows with tools also train shorter conversations
+
+
+@dataclasses.dataclass
+class CheckedRows:
+    """What was found in some rows of a file. Lines count from 1."""
+
+    file: int  # index in the list of files
+    count: int = 0  # rows, bad ones included
+    samples: list[PackedSample] = dataclasses.field(default_factory=list)  # of the good rows, as they stand
+    chunks: list[PackedSample] = dataclasses.field(default_factory=list)  # shorter conversations made of them
+    errors: list[tuple[int, RowError]] = dataclasses.field(default_factory=list)
+    warnings: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+
+class ObservingEncoder(SampleEncoder):
+    """Encodes rows as training does, and keeps what there is to know about them.
+
+    Args:
+        instruct_tokenizer: the model's.
+        data: packing, and what becomes of samples longer than a sequence.
+        seq_len: positions of a sequence.
+        chunk: whether rows with tools also train shorter conversations.
+    """
+
+    def __init__(self, instruct_tokenizer: InstructTokenizerBase, data: DataArgs, seq_len: int, chunk: bool) -> None:
+        super().__init__(instruct_tokenizer)
+        self._data = data
+        self._seq_len = seq_len
+        self._chunk = chunk
+        self._fitting = FittingEncoder(self, seq_len, data.overlong, data.keep_sections)
+        self.samples: list[PackedSample] = []
+        self.chunks: list[PackedSample] = []
+        self.remarks: list[str] = []  # about the last row
+
+    def encode(self, row: dict[str, Any], sample_type: SampleType) -> TokenSample:
+        """As `SampleEncoder.encode`. Nothing is kept of a row that is refused."""
+        chunks, self.remarks = [], []
+        if sample_type is SampleType.PRETRAIN:
+            sample = self.encode_text(pretrain_text(row))
+            packed = self._packed(sample, lambda: self._fitting.encode(row, sample_type))
+        else:
+            conversation = parse_conversation(row)
+            sample = self.encode_conversation(conversation)
+            packed = self._packed(sample, lambda: self._fitting.encode_conversation(conversation))
+            if self._chunk:
+                chunks = [self._packed_chunk(conversation, keep) for keep in chunk_ends(conversation)]
+            self.remarks = suspicions(conversation)
+        if not packed.trained:
+            self.remarks.append("It trains nothing: each answer that could be learnt has `weight` 0.")
+        elif not packed.fitted:
+            self.remarks.append(f"It is left out: {len(sample.tokens):,} tokens do not fit `seq_len`.")
+        self.samples.append(packed)
+        self.chunks += chunks
+        return sample
+
+    def _packed_chunk(self, conversation: Conversation, keep: int) -> PackedSample:
+        shorter = dataclasses.replace(conversation, messages=conversation.messages[:keep])
+        sample = self.encode_conversation(shorter)
+        return self._packed(sample, lambda: self._fitting.encode_conversation(shorter))
+
+    def _packed(self, sample: TokenSample, fit: Callable[[], TokenSample]) -> PackedSample:
+        positions = fitted = len(sample.tokens) - 1
+        if positions > self._seq_len:
+            if self._data.packing == "best_fit":
+                fitted = max(len(fit().tokens) - 1, 0)
+            else:  # concat cuts it; what best_fit would do need not be known to the token
+                fitted = 0 if self._data.overlong == "drop" else self._seq_len
+        trained = tuple(match.span() for match in _TRAINED.finditer(bytes(sample.masks[1:])))
+        return PackedSample(positions, trained, fitted)
+
+
+def suspicions(conversation: Conversation) -> list[str]:
+    """What mistral-common accepts and nobody may have meant."""
+    found = []
+    declared = {tool.function.name for tool in conversation.tools or []}
+    calls = (call for message in conversation.messages for call in getattr(message, "tool_calls", None) or [])
+    for name in dict.fromkeys(call.function.name for call in calls if call.function.name not in declared):
+        found.append(f"It calls the function {name!r}, which its tools do not declare.")
+    for before, message in zip(conversation.messages, conversation.messages[1:]):
+        if isinstance(before, ToolMessage) and isinstance(message, UserMessage):
+            found.append("A user message follows a tool's answer, on which the assistant says nothing.")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RowChecker:
+    """Checks rows of a list of files."""
+
+    files: list[FileToCheck]
+    instruct_tokenizer: InstructTokenizerBase
+    data: DataArgs
+    seq_len: int
+
+    def tasks(self) -> Iterator[Task]:
+        """All rows of all files, in order."""
+        for index, file in enumerate(self.files):
+            for first in range(0, len(file.rows), _ROWS_AT_ONCE):
+                yield Task(index, first, min(first + _ROWS_AT_ONCE, len(file.rows)))
+
+    def check(self, task: Task) -> CheckedRows:
+        rows, chunk = self.files[task.file]
+        encoder = ObservingEncoder(self.instruct_tokenizer, self.data, self.seq_len, chunk)
+        checked = CheckedRows(task.file, task.last - task.first, encoder.samples, encoder.chunks)
+        with rows.path.open("rb") as handle:
+            for entry in range(task.first, task.last):
+                try:
+                    rows.encode(handle, entry, encoder)
+                    checked.warnings += [(entry + 1, remark) for remark in encoder.remarks]
+                except BadRowError as bad:
+                    checked.errors.append((bad.line, bad.error))
+        return checked
+
+    def check_all(self, workers: int) -> Iterator[CheckedRows]:
+        """Checks all rows with so many processes; hands out results in the rows' order.
+
+        Raises:
+            UserError: a process was killed.
+        """
+        if workers == 1 or sum(file.rows.path.stat().st_size for file in self.files) < _SMALL:
+            yield from map(self.check, self.tasks())
+            return
+        context = multiprocessing.get_context(_START_METHOD)
+        with ProcessPoolExecutor(workers, context, _start_process, (self,)) as executor:
+            try:
+                yield from _in_order(executor, self.tasks(), workers * _TASKS_AHEAD)
+            except BrokenProcessPool as error:
+                raise UserError("A process was killed, perhaps for lack of memory; try --num_workers 1.") from error
+            finally:
+                executor.shutdown(cancel_futures=True)
+
+
+def _in_order(executor: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) -> Iterator[CheckedRows]:
+    waiting: collections.deque[Future[CheckedRows]] = collections.deque()
+    for task in tasks:
+        waiting.append(executor.submit(_check, task))
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_checker: RowChecker  # of a process that checks
+
+
+def _start_process(checker: RowChecker) -> None:
+    global _checker
+    _checker = checker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _check(task: Task) -> CheckedRows:
+    return _checker.check(task)

@@ -1,0 +1,251 @@
+"""Code-level scores of coded stays against what was kept for them: how much of it is found, and how sure that is.
+
+A note's codes are a set: a code given twice counts once, in whatever role. Precision is the share of the predicted
+codes that are right, recall the share of the gold codes that are found. `micro` pools all codes of all notes; `macro`
+is the mean over the codes that stand in gold or predictions, where a code never predicted has precision 0 and one
+never in gold recall 0 (scikit-learn with zero_division=0).
+
+Shapes: N notes, M (note, code) pairs, C codes, B weightings of the notes.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils.icd10.answers import Diagnosis
+from utils.icd10.codes import ROLES, Cim10Table, category, chapter
+
+LEVELS: dict[str, Callable[[str], str]] = {"exact": str, "category": category}
+SAMPLES = 1000  # of a bootstrap
+
+_BAND_ENDS = (0, 5, 20, 100)
+FREQUENCY_BANDS = ("0", "1-5", "6-20", "21-100", "more than 100")
+NO_CHAPTER = "none"
+_QUANTILES = (0.025, 0.975)
+_CHUNK = 4_000_000  # cells of a [B, M] array held at once
+
+Coding = Sequence[Diagnosis]
+Scores = dict[str, np.ndarray]  # precision, recall, f1: each [B]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs (note, code) that stand in gold, in the predictions or in both, ordered by code.
+
+    Attributes:
+        codes: the C codes.
+        notes: how many notes there are, N.
+        note: number of each pair's note, [M].
+        code: number of each pair's code, ascending, [M].
+        gold: whether the pair stands in gold, [M].
+        predicted: whether it stands in the predictions, [M].
+    """
+
+    codes: tuple[str, ...]
+    notes: int
+    note: np.ndarray
+    code: np.ndarray
+    gold: np.ndarray
+    predicted: np.ndarray
+
+    @classmethod
+    def of(cls, gold: Iterable[Collection[str]], predicted: Iterable[Collection[str]]) -> "Pairs":
+        """Pairs of the codes of each note."""
+        sets = [(set(right), set(given)) for right, given in zip(gold, predicted, strict=True)]
+        codes = tuple(sorted(set().union(*(right | given for right, given in sets))))
+        number = {code: index for index, code in enumerate(codes)}
+        rows = sorted(
+            (number[code], note, code in right, code in given)
+            for note, (right, given) in enumerate(sets)
+            for code in right | given
+        )
+        code, note, is_gold, is_predicted = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+        return cls(codes, len(sets), note, code, is_gold.astype(bool), is_predicted.astype(bool))
+
+    def only(self, keep: Callable[[str], bool]) -> "Pairs":
+        """The pairs of some codes, with all notes."""
+        kept = np.array([keep(code) for code in self.codes], dtype=bool)[self.code]
+        columns = (column[kept] for column in (self.note, self.code, self.gold, self.predicted))
+        return Pairs(self.codes, self.notes, *columns)
+
+
+def resample(notes: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each note is drawn in each bootstrap sample of as many notes, [samples, notes]."""
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(notes, size=notes) for _ in range(samples))
+    # float32 is exact up to 2**24 codes.
+    return np.stack([np.bincount(numbers, minlength=notes).astype(np.float32) for numbers in drawn])
+
+
+def score(pairs: Pairs, weights: np.ndarray | None = None) -> dict[str, Scores]:
+    """Micro and macro precision, recall and F1, once per weighting.
+
+    Args:
+        pairs: what is compared.
+        weights: how often each note counts, [B, N]; None: each once.
+    """
+    weights = np.ones((1, pairs.notes), np.float32) if weights is None else weights
+    rows = max(1, _CHUNK // max(1, len(pairs.note)))
+    chunks = [_score(pairs, weights[start : start + rows]) for start in range(0, len(weights), rows)]
+    return {
+        mean: {name: np.concatenate([chunk[mean][name] for chunk in chunks]) for name in ("precision", "recall", "f1")}
+        for mean in ("micro", "macro")
+    }
+
+
+def _score(pairs: Pairs, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    drawn = weights[:, pairs.note]  # [B, M]
+    starts = np.flatnonzero(np.diff(pairs.code, prepend=-1))
+    correct, predicted, gold = (
+        np.add.reduceat(drawn * present, starts, axis=1)  # [B, C]
+        for present in (pairs.gold & pairs.predicted, pairs.predicted, pairs.gold)
+    )
+    present = (predicted + gold) > 0  # a sample of notes need not hold every code
+    return {
+        "micro": _rates(correct.sum(1), predicted.sum(1), gold.sum(1)),
+        "macro": {
+            name: _ratio(of_codes.sum(1), present.sum(1)) for name, of_codes in _rates(correct, predicted, gold).items()
+        },
+    }
+
+
+def _rates(correct: np.ndarray, predicted: np.ndarray, gold: np.ndarray) -> Scores:
+    return {
+        "precision": _ratio(correct, predicted),
+        "recall": _ratio(correct, gold),
+        "f1": _ratio(2 * correct, predicted + gold),
+    }
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, 0 where there is no whole."""
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
+
+
+def exact_matches(pairs: Pairs) -> np.ndarray:
+    """Whether the codes predicted for each note are just those of gold, [N]."""
+    return np.bincount(pairs.note, pairs.gold != pairs.predicted, minlength=pairs.notes) == 0
+
+
+def evaluate_codings(
+    gold: Sequence[Coding],
+    predicted: Sequence[Coding],
+    training: Sequence[Coding] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores predictions by exact code (`exact`) and by 3-character category (`category`).
+
+    Each has `micro`, `macro` ({precision, recall, f1}), `exact_match` (share of the notes), `intervals` (the same with
+    95 % bootstrap intervals over notes, [low, high]), the number of `gold`, `predicted` and `correct` codes, and all of
+    it again `by_role`, and without `exact_match` `by_chapter` and `by_frequency`.
+
+    Args:
+        gold: diagnoses of each note.
+        predicted: diagnoses of each note, in the same order.
+        training: diagnoses of the notes that were trained on; a frequency is the number of them that hold a code. None:
+            of the gold notes instead.
+        samples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no notes, or not as many predictions.
+    """
+    if not gold or len(gold) != len(predicted):
+        raise ValueError(f"expected as many predictions as gold notes and at least one, found {len(predicted)}")
+    weights = resample(len(gold), samples, seed)
+    return {
+        level: _describe_level(shorten, gold, predicted, gold if training is None else training, weights)
+        for level, shorten in LEVELS.items()
+    }
+
+
+def _describe_level(
+    shorten: Callable[[str], str],
+    gold: Sequence[Coding],
+    predicted: Sequence[Coding],
+    counted: Sequence[Coding],
+    weights: np.ndarray,
+) -> dict[str, Any]:
+    def code_sets(codings: Sequence[Coding], roles: Collection[str | None] | None = None) -> list[set[str]]:
+        return [{shorten(item.code) for item in coding if roles is None or item.role in roles} for coding in codings]
+
+    pairs = Pairs.of(code_sets(gold), code_sets(predicted))
+    of_roles = {role: Pairs.of(code_sets(gold, [role]), code_sets(predicted, [role])) for role in ROLES}
+    frequency = Counter(code for codes in code_sets(counted) for code in codes)
+    return {
+        **_describe_notes(pairs, weights),
+        "by_role": {role: _describe_notes(of_role, weights) for role, of_role in of_roles.items()},
+        "by_chapter": _by_group(pairs, weights, {code: chapter(code) or NO_CHAPTER for code in pairs.codes}),
+        "by_frequency": _by_group(
+            pairs, weights, {code: _band(frequency[code]) for code in sorted(pairs.codes, key=frequency.__getitem__)}
+        ),
+    }
+
+
+def _band(frequency: int) -> str:
+    return FREQUENCY_BANDS[bisect_left(_BAND_ENDS, frequency)]
+
+
+def _by_group(pairs: Pairs, weights: np.ndarray, group_of: dict[str, str]) -> dict[str, Any]:
+    """Scores of the codes of each group, groups in the order of their codes."""
+    groups: dict[str, set[str]] = {}
+    for code, group in group_of.items():
+        groups.setdefault(group, set()).add(code)
+    return {group: _describe(pairs.only(codes.__contains__), weights) for group, codes in groups.items()}
+
+
+def _describe(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
+    drawn = score(pairs, weights)
+    return {
+        **{mean: {name: float(value[0]) for name, value in of.items()} for mean, of in score(pairs).items()},
+        "gold": int(pairs.gold.sum()),
+        "predicted": int(pairs.predicted.sum()),
+        "correct": int((pairs.gold & pairs.predicted).sum()),
+        "intervals": {mean: {name: _interval(values) for name, values in of.items()} for mean, of in drawn.items()},
+    }
+
+
+def _describe_notes(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
+    matches = exact_matches(pairs)
+    described = _describe(pairs, weights)
+    described["exact_match"] = float(matches.mean())
+    described["intervals"]["exact_match"] = _interval(weights @ matches / len(matches))
+    return described
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.quantile(values, _QUANTILES)]
+
+
+def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict[str, float]]:
+    """How often predictions name codes that do not exist or that the PMSI does not accept.
+
+    `unknown`: not in the table; `category`: a code with children; `closed`: one without, not to be used either; these
+    three as shares of all codes. `forbidden_DP`, `forbidden_DR`, `forbidden_DAS`: in the table, but not accepted in
+    this role, as shares of the codes given in it. `no_DP`, `several_DP`, `several_DR`: shares of the notes.
+
+    Returns:
+        For each, {count, of, rate}; rate is 0 where there is nothing to count.
+    """
+    items = [item for coding in predicted for item in dict.fromkeys((found.role, found.code) for found in coding)]
+    codes = [code for coding in predicted for code in {item.code for item in coding}]
+    banned = [code for code in codes if (entry := table.get(code)) and entry.type == 3]
+    counts = {
+        "unknown": (sum(code not in table for code in codes), len(codes)),
+        "category": (sum(bool(table.children(code)) for code in banned), len(codes)),
+        "closed": (sum(not table.children(code) for code in banned), len(codes)),
+    }
+    for role in ROLES:
+        given = [code for found, code in items if found == role]
+        wrong = sum(code in table and not table.allows(role, code) for code in given)
+        counts[f"forbidden_{role}"] = (wrong, len(given))
+    per_note = [Counter(role for role, _ in {(item.role, item.code) for item in coding}) for coding in predicted]
+    counts["no_DP"] = (sum(roles["DP"] == 0 for roles in per_note), len(per_note))
+    for role in ("DP", "DR"):
+        counts[f"several_{role}"] = (sum(roles[role] > 1 for roles in per_note), len(per_note))
+    return {name: {"count": count, "of": of, "rate": count / of if of else 0.0} for name, (count, of) in counts.items()}

@@ -1,0 +1,243 @@
+"""Makes training files of a hospital's notes and codes.
+
+`python -m utils.prepare_icd10_data --text text.csv --codes codes.csv --cim10 TABLE --out DIR [--patient COLUMN]`
+
+text.csv has the columns visit_occurence_id and text (a stay's notes are joined), codes.csv visit_occurence_id,
+condition_status_source_value (DP, DR, DAS) and concept_code; TABLE is ATIH's CIM-10 of the year. In DIR: for train, val
+and test `*_instruct.jsonl` (conversations) and `*_text.jsonl` (texts to pretrain on), and `report.json`, which says what
+became of every stay and code. Stays of one patient, or of one text, share a split; chapters of the DP divide evenly.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from finetune.cli import run_cli
+from model.errors import UserError
+from utils.icd10.answers import build_answer, list_codes
+from utils.icd10.codes import Cim10Table, chapter
+from utils.icd10.duplicates import find_twins, normalise_text
+from utils.icd10.partition import SPLITS, split_stays
+from utils.icd10.prepare import CodeRow, Corpus, Dropped, Stay, build_corpus
+from utils.icd10.prompts import instruct_row, pretrain_row
+from utils.jsonl import SkipRow, aside, dump_row, file_errors
+from utils.splits import parse_fractions
+from utils.tables import counts_lines, read_table
+
+STAY, TEXT, STATUS, CODE = "visit_occurence_id", "text", "condition_status_source_value", "concept_code"
+REPORT = "report.json"
+SHOWN = 20  # dropped codes, rows and twins that a report shows
+
+
+def read_texts(
+    path: Path, patient: str | None, encoding: str, dropped_rows: Dropped
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Texts by stay, those of one stay joined by a blank line, and patients by stay where the column names one.
+
+    Raises:
+        UserError: no such file or column.
+    """
+    notes: defaultdict[str, dict[str, None]] = defaultdict(dict)  # an ordered set: a note given twice stands once
+    patients: dict[str, str] = {}
+    columns = (STAY, TEXT) if patient is None else (STAY, TEXT, patient)
+    for stay, text, *person in _read_columns(path, columns, encoding, dropped_rows):
+        notes[stay][text.strip()] = None
+        if person and person[0].strip():
+            patients.setdefault(stay, person[0].strip())
+    return {stay: "\n\n".join(filter(None, found)) for stay, found in notes.items()}, patients
+
+
+def read_codes(path: Path, encoding: str, dropped_rows: Dropped) -> dict[str, list[CodeRow]]:
+    """Status and code of each row, by stay.
+
+    Raises:
+        UserError: no such file or column.
+    """
+    codes: defaultdict[str, list[CodeRow]] = defaultdict(list)
+    for stay, status, code in _read_columns(path, (STAY, STATUS, CODE), encoding, dropped_rows):
+        codes[stay].append((status, code))
+    return dict(codes)
+
+
+def _read_columns(
+    path: Path, columns: Sequence[str], encoding: str, dropped_rows: Dropped
+) -> Iterator[tuple[str, ...]]:
+    """The values of some columns, the stay's first; rows without it or that cannot be read are noted and left out."""
+    unit = "line" if counts_lines(path) else "row"
+    empty = True
+    for number, row in read_table(path, encoding):
+        empty = False
+        where = f"{path}, {unit} {number}"
+        if isinstance(row, SkipRow):
+            dropped_rows[row.reason].append(f"{where}: {row.detail}" if row.detail else where)
+            continue
+        if missing := [column for column in columns if column not in row]:
+            raise UserError(
+                f"{where}: no column {' and no column '.join(map(repr, missing))}; found "
+                f"{', '.join(map(repr, row))}. Rename the columns of the file, or name the right file."
+            )
+        values = tuple("" if row[column] is None else str(row[column]) for column in columns)
+        if values[0].strip():
+            yield values[0].strip(), *values[1:]
+        else:
+            dropped_rows[f"without {columns[0]}"].append(where)
+    if empty:
+        raise UserError(f"{path} has no rows; expected the columns {', '.join(columns)} and a row per note or code.")
+
+
+def describe(
+    corpus: Corpus, dropped_rows: Dropped, patients: dict[str, str], texts: Sequence[str], splits: Sequence[int]
+) -> dict[str, Any]:
+    """The report: what became of every stay and code, what each split holds, which stays are alike."""
+    kept_codes = sum(len(stay.diagnoses) for stay in corpus.stays)
+    twins = list(find_twins(texts, splits))
+    return {
+        "stays": {
+            "read": len(corpus.stays) + sum(map(len, corpus.dropped_stays.values())),
+            "kept": len(corpus.stays),
+            "dropped": dict(corpus.dropped_stays),
+        },
+        "codes": {
+            "read": kept_codes + sum(map(len, corpus.dropped_codes.values())),
+            "kept": kept_codes,
+            "dropped": _examples(corpus.dropped_codes),
+        },
+        "unreadable_rows": _examples(dropped_rows),
+        "splits": {
+            name: _describe_split([stay for stay, split in zip(corpus.stays, splits) if split == number], patients)
+            for number, name in enumerate(SPLITS[: max(splits) + 1])
+        },
+        "duplicates": {
+            "stays_with_the_text_of_another": sum(count for count in Counter(texts).values() if count > 1),
+            "near_identical_across_splits": len(twins),
+            "examples": [
+                {
+                    SPLITS[splits[twin.note]]: corpus.stays[twin.note].id,
+                    SPLITS[splits[twin.twin]]: corpus.stays[twin.twin].id,
+                    "likeness": round(twin.likeness, 3),
+                }
+                for twin in twins[:SHOWN]
+            ],
+        },
+    }
+
+
+def _examples(dropped: Dropped) -> dict[str, Any]:
+    return {reason: {"count": len(found), "examples": found[:SHOWN]} for reason, found in dropped.items()}
+
+
+def _describe_split(stays: Sequence[Stay], patients: dict[str, str]) -> dict[str, Any]:
+    roles = Counter(item.role for stay in stays for item in stay.diagnoses)
+    return {
+        "stays": len(stays),
+        "patients": len({patients.get(stay.id, f"of {stay.id}") for stay in stays}) if patients else None,
+        "codes": dict(roles),
+        "chapters_of_dp": dict(Counter(chapter(stay.diagnoses[0].code) or "none" for stay in stays).most_common()),
+    }
+
+
+def summarise(report: dict[str, Any]) -> str:
+    """The report for people, without ids."""
+    stays, codes, duplicates = report["stays"], report["codes"], report["duplicates"]
+    lines = [f"Stays read: {stays['read']:,}. Kept: {stays['kept']:,}."]
+    lines += [f"  dropped, {reason}: {len(found):,}" for reason, found in stays["dropped"].items()]
+    lines.append(f"Codes of these stays: {codes['read']:,}. Kept: {codes['kept']:,}.")
+    lines += [_dropped_line(reason, found) for reason, found in codes["dropped"].items()]
+    if report["unreadable_rows"]:
+        lines.append("Rows that could not be used:")
+        lines += [_dropped_line(reason, found) for reason, found in report["unreadable_rows"].items()]
+    for name, split in report["splits"].items():
+        patients = f" of {split['patients']:,} patients" if split["patients"] is not None else ""
+        roles = ", ".join(f"{role} {count:,}" for role, count in split["codes"].items())
+        chapters = ", ".join(f"{found} {count:,}" for found, count in split["chapters_of_dp"].items())
+        lines.append(f"{name}: {split['stays']:,} stays{patients}; {roles}; chapters of the DP: {chapters}")
+    if shared := duplicates["stays_with_the_text_of_another"]:
+        lines.append(f"{shared:,} stays have the text of another one; they share its split.")
+    if leaks := duplicates["near_identical_across_splits"]:
+        lines.append(
+            f"warning: {leaks:,} stays are nearly identical to one of another split (see {REPORT}): scores on them are "
+            "flattered. Give --patient if they are of one patient."
+        )
+    else:
+        lines.append("No stay is nearly identical to one of another split.")
+    return "\n".join(lines)
+
+
+def _dropped_line(reason: str, found: dict[str, Any]) -> str:
+    return f"  dropped, {reason}: {found['count']:,} (such as {found['examples'][0]})"
+
+
+def save(stays: Sequence[Stay], splits: Sequence[int], report: dict[str, Any], out: Path, overwrite: bool) -> None:
+    """Writes the files of the module's description into `out`, all of them or none.
+
+    Raises:
+        UserError: a file exists and may not be replaced, or cannot be written.
+    """
+    kinds = {"instruct": _instruct_line, "text": _text_line}
+    names = [f"{split}_{kind}.jsonl" for split in SPLITS for kind in kinds]
+    existing = [str(out / name) for name in (*names, REPORT) if (out / name).exists()]
+    if existing and not overwrite:
+        raise UserError(f"{', '.join(existing)} exist already; give another --out, or --overwrite to replace them.")
+    made = [*names[: len(kinds) * (max(splits) + 1)], REPORT]
+    with file_errors(), ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        temporaries = {name: stack.enter_context(aside(out / name)) for name in made}
+        for number, split in enumerate(SPLITS[: max(splits) + 1]):
+            for kind, line_of in kinds.items():
+                with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
+                    file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
+        temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        for name, path in temporaries.items():
+            os.replace(path, out / name)
+        for stale in set(names) - set(made):
+            (out / stale).unlink(missing_ok=True)  # its stays are now in another split
+
+
+def _instruct_line(stay: Stay) -> str:
+    return dump_row(instruct_row(stay.text, build_answer(stay.diagnoses), stay.id)) + "\n"
+
+
+def _text_line(stay: Stay) -> str:
+    return dump_row(pretrain_row(stay.text, list_codes(stay.diagnoses))) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="table of notes: csv, tsv, parquet or jsonl")
+    parser.add_argument("--codes", type=Path, required=True, help="table of codes, likewise")
+    parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="ATIH's CIM-10 table")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
+    parser.add_argument("--ratios", default="0.8,0.1,0.1", help="shares of train, val, test (default: %(default)s)")
+    parser.add_argument("--patient", metavar="COLUMN", help="column of --text; a patient's stays share a split")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    parser.add_argument("--encoding", default="utf-8", help="of csv, tsv and jsonl files (default: utf-8)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier call")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    fractions = parse_fractions(args.ratios, "--ratios")
+    table = Cim10Table.from_file(args.cim10)
+    dropped_rows: Dropped = defaultdict(list)
+    texts, patients = read_texts(args.text, args.patient, args.encoding, dropped_rows)
+    codes = read_codes(args.codes, args.encoding, dropped_rows)
+    corpus = build_corpus(texts, codes, table)
+    if not corpus.stays:
+        reasons = {**corpus.dropped_stays, **corpus.dropped_codes}
+        counts = "; ".join(f"{reason}: {len(found):,}" for reason, found in reasons.items())
+        raise UserError(f"No stay of {args.text} and {args.codes} can be used with {args.cim10} ({counts}).")
+    normalised = [normalise_text(stay.text) for stay in corpus.stays]
+    splits = split_stays(corpus.stays, patients, normalised, fractions, args.seed)
+    report = describe(corpus, dropped_rows, patients, normalised, splits)
+    save(corpus.stays, splits, report, args.out, args.overwrite)
+    print(summarise(report))
+
+
+if __name__ == "__main__":
+    run_cli(main)
