@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import json
+import queue
 import re
 import threading
 import time
@@ -373,11 +374,18 @@ def test_rows_that_train_nothing_are_one_sentence(
     for row in masked:
         row["messages"][1]["weight"] = 0
     path = write_rows(tmp_path / "masked.jsonl", masked)
-    with (
-        closing(train_loader(tiny, data_args(shuffle=shuffle, instruct_data=str(path)))) as loader,
-        pytest.raises(UserError, match=r"Not one of the rows of .*masked.jsonl .* has a token to train on"),
-    ):
-        loader.wait_for_first()
+    loader = train_loader(tiny, data_args(shuffle=shuffle, instruct_data=str(path)))
+    outcome: queue.Queue[UserError | None] = queue.Queue()
+
+    def attempt() -> None:
+        try:
+            outcome.put(loader.wait_for_first() and None)
+        except UserError as error:
+            outcome.put(error)
+
+    threading.Thread(target=attempt, daemon=True).start()
+    reason = str(outcome.get(timeout=30))  # the original searches for ever
+    assert re.match(r"Not one of the rows of .*masked\.jsonl .* has a token to train on", reason)
 
 
 def test_no_evaluation_source_is_one_sentence(tiny: InstructTokenizerBase):
@@ -422,6 +430,17 @@ def test_a_bad_row_with_tools_is_named_before_training(tmp_path: Path, tiny: Ins
     path = write_rows(tmp_path / "rows.jsonl", [*conversations(3), {"messages": [{}], "tools": TOOLS}])
     with pytest.raises(BadRowError, match="line 4 of"):
         train_loader(tiny, data_args(shuffle=True, chunk=True, instruct_data=str(path)))
+
+
+if GOLDEN is not None:
+
+    @pytest.mark.parametrize("path", sorted((GOLDEN / "inputs/bad").glob("*.jsonl")), ids=lambda path: path.stem)
+    def test_a_bad_file_is_read_or_ends_in_one_sentence(tiny: InstructTokenizerBase, path: Path):
+        try:
+            list(eval_loader(tiny, path))
+        except BadRowError as error:
+            assert error.path == path
+            assert "\n" not in str(error)
 
 
 # ---- going on from a state ----

@@ -120,6 +120,7 @@ def test_best_fit_goes_on_from_any_place(all_masks, lookahead, epochs):
     with mock.patch.object(packing, "LOOKAHEAD", lookahead):
         whole = [(as_lists(sequence), resume) for sequence, resume in best_fit(iter(stream), SEQ_LEN)]
         for done, (_, resume) in enumerate(whole, start=1):
+            assert resume.offset > 0  # the cursor's sample has been read, and counted
             rest = [(as_lists(sequence), resume) for sequence, resume in resumed(best_fit, stream, resume)]
             assert rest == whole[done:]
 

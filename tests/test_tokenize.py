@@ -361,7 +361,7 @@ CALL_PATH = ("messages", 4, "tool_calls", 0)
 MALFORMED = {
     "not JSON": (b"{'messages': []}", JsonError, "Expecting property name"),
     "cut short": (changed("only_last", to=True)[:-9], JsonError, "line 1 column"),
-    "blank": (b"", JsonError, "Expecting value"),
+    "blank": (b"", JsonError, "The line is blank"),
     "not UTF-8": (b'{"messages": "\xe9"}', JsonError, "Byte 15 is not valid UTF-8"),
     "half a surrogate pair": (rb'{"messages": "\ud83d"}', JsonError, "half of a surrogate pair"),
     "nested too deeply": (b"[" * 100_000, JsonError, "nested too deeply"),

@@ -28,8 +28,7 @@ from finetune.data.tokenize import (
     pretrain_text,
 )
 from model.errors import UserError
-
-from .packing_forecast import PackedSample
+from utils.packing_forecast import PackedSample
 
 _ROWS_AT_ONCE = 128
 _TASKS_AHEAD = 8  # per process; results wait for their turn, so more of them would only take memory
@@ -60,7 +59,8 @@ class CheckedRows:
     """What was found in some rows of a file. Lines count from 1."""
 
     file: int  # index in the list of files
-    count: int = 0  # rows, bad ones included
+    count: int  # rows, bad ones included
+    training: int = 0  # rows that train something
     samples: list[PackedSample] = dataclasses.field(default_factory=list)  # of the good rows, as they stand
     chunks: list[PackedSample] = dataclasses.field(default_factory=list)  # shorter conversations made of them
     errors: list[tuple[int, RowError]] = dataclasses.field(default_factory=list)
@@ -79,10 +79,12 @@ class ObservingEncoder(SampleEncoder):
 
     def __init__(self, instruct_tokenizer: InstructTokenizerBase, data: DataArgs, seq_len: int, chunk: bool) -> None:
         super().__init__(instruct_tokenizer)
-        self._data = data
         self._seq_len = seq_len
         self._chunk = chunk
+        self._packs_whole = data.packing == "best_fit"
+        self._drops = data.overlong == "drop"
         self._fitting = FittingEncoder(self, seq_len, data.overlong, data.keep_sections)
+        self.training = 0
         self.samples: list[PackedSample] = []
         self.chunks: list[PackedSample] = []
         self.remarks: list[str] = []  # about the last row
@@ -102,8 +104,10 @@ class ObservingEncoder(SampleEncoder):
             self.remarks = suspicions(conversation)
         if not packed.trained:
             self.remarks.append("It trains nothing: each answer that could be learnt has `weight` 0.")
-        elif not packed.fitted:
-            self.remarks.append(f"It is left out: {len(sample.tokens):,} tokens do not fit `seq_len`.")
+        elif self._packs_whole and not packed.fitted:
+            self.remarks.append(f"It is left out: its {len(sample.tokens):,} tokens cannot be made to fit `seq_len`.")
+        else:
+            self.training += 1
         self.samples.append(packed)
         self.chunks += chunks
         return sample
@@ -116,10 +120,10 @@ class ObservingEncoder(SampleEncoder):
     def _packed(self, sample: TokenSample, fit: Callable[[], TokenSample]) -> PackedSample:
         positions = fitted = len(sample.tokens) - 1
         if positions > self._seq_len:
-            if self._data.packing == "best_fit":
+            if self._packs_whole:
                 fitted = max(len(fit().tokens) - 1, 0)
             else:  # concat cuts it; what best_fit would do need not be known to the token
-                fitted = 0 if self._data.overlong == "drop" else self._seq_len
+                fitted = 0 if self._drops else self._seq_len
         trained = tuple(match.span() for match in _TRAINED.finditer(bytes(sample.masks[1:])))
         return PackedSample(positions, trained, fitted)
 
@@ -155,7 +159,7 @@ class RowChecker:
     def check(self, task: Task) -> CheckedRows:
         rows, chunk = self.files[task.file]
         encoder = ObservingEncoder(self.instruct_tokenizer, self.data, self.seq_len, chunk)
-        checked = CheckedRows(task.file, task.last - task.first, encoder.samples, encoder.chunks)
+        checked = CheckedRows(task.file, task.last - task.first)
         with rows.path.open("rb") as handle:
             for entry in range(task.first, task.last):
                 try:
@@ -163,7 +167,7 @@ class RowChecker:
                     checked.warnings += [(entry + 1, remark) for remark in encoder.remarks]
                 except BadRowError as bad:
                     checked.errors.append((bad.line, bad.error))
-        return checked
+        return dataclasses.replace(checked, training=encoder.training, samples=encoder.samples, chunks=encoder.chunks)
 
     def check_all(self, workers: int) -> Iterator[CheckedRows]:
         """Checks all rows with so many processes; hands out results in the rows' order.

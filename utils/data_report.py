@@ -6,11 +6,12 @@ import json
 import os
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
-from .data_statistics import RECOMMENDED_EPOCHS, DataStatistics, RunPlan
-from .packing_forecast import PackingFigures
+from utils.data_statistics import RECOMMENDED_EPOCHS, DataStatistics, RunPlan
+from utils.throughput import Speed, eta
 
 SHOWN = 20  # findings of a kind that are shown on screen
 _WIDTH = 400  # characters of a finding that are
@@ -99,27 +100,80 @@ def describe_data(name: str, statistics: DataStatistics, seq_len: int) -> str:
 
 def describe_packing(statistics: DataStatistics, packing: str, seq_len: int) -> str:
     """What `concat` severs, and what `best_fit` does instead."""
-    positions = statistics.tokens - statistics.rows
-    columns: list[list[str]] = []
-    for name, figures in statistics.packings.items():
-        columns.append(
-            [
-                f"{name} (configured)" if name == packing else name,
-                _share(figures.severed, figures.samples),
-                _share(figures.blind, statistics.trained),
-                _share(figures.lost, positions),
-                f"{figures.shortened:,} / {figures.left_out:,}" if name == "best_fit" else "-",
-                f"{100 * figures.fill:.1f} %",
-                f"{figures.sequences:,.1f}",
-            ]
-        )
-    labels = [
-        "",
-        "samples severed from their prompt",
+    labels = (
+        "samples severed from (part of) their prompt",
         "trained tokens that see less than half of it",
         "tokens left out",
-        "samples shortened / left out",
+        "samples shortened, samples left out",
         "positions filled",
         "sequences per epoch",
+    )
+    columns = [
+        (
+            f"{name} (configured)" if name == packing else name,
+            _share(figures.severed, figures.samples),
+            _share(figures.blind, figures.trained),
+            _share(figures.lost, figures.positions),
+            f"{figures.shortened:,}, {figures.left_out:,}",
+            f"{100 * figures.fill:.1f} %",
+            f"{figures.sequences:,.1f}",
+        )
+        for name, figures in statistics.packings.items()
     ]
-    return _table(title(f"Packing into sequences of {seq_len:,}"), *zip(labels, *columns, strict=True))
+    text = _table(title(f"Packing into sequences of {seq_len:,} tokens"), *zip(("", *labels), *columns, strict=True))
+    if packing == "concat" and statistics.packings[packing].severed:
+        text += "\n`data.packing: best_fit` severs no answer from its prompt."
+    return text
+
+
+def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed]) -> str:
+    """How often the run goes through the data, how often is usual, and how long both take."""
+    args = plan.args
+    choices = {"configured": args.max_steps, "recommended": plan.steps_of(RECOMMENDED_EPOCHS, statistics)}
+    rows = [
+        (
+            name,
+            f"{max_steps:,}",
+            f"{plan.epochs_of(max_steps, statistics):.2f}",
+            *(eta(max_steps * plan.tokens_per_step, speed) for speed in speeds),
+        )
+        for name, max_steps in choices.items()
+    ]
+    return (
+        _table(title("Run"), ("", "max_steps", "epochs", *(speed.where for speed in speeds)), *rows)
+        + f"\nA step takes {plan.tokens_per_step:,} tokens: seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
+        f"num_microbatches {args.num_microbatches} x {_counted(plan.num_gpus, 'GPU')}."
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole if whole else 0:.1f} %)"
+
+
+def _table(heading: str, *rows: tuple[str, ...]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join([heading, *lines])
+
+
+def plot_lengths(lengths: Mapping[int, int], seq_len: int, path: Path) -> None:
+    """Draws how many rows have which length.
+
+    Args:
+        lengths: tokens of a row -> number of rows.
+        seq_len: marked by a line.
+        path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(list(lengths), weights=list(lengths.values()), bins=60, color="tab:blue", label="rows")
+    axes.axvline(seq_len, color="tab:red", linestyle="--", label=f"seq_len {seq_len:,}")
+    axes.set(xlabel="tokens", ylabel="rows", title="Length of the training rows")
+    axes.legend()
+    figure.savefig(path, format="png")

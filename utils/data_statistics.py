@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from finetune.args import TrainArgs
-
-from .packing_forecast import BestFitForecast, ConcatForecast, PackedSample, PackingFigures
+from utils.packing_forecast import BestFitForecast, ConcatForecast, PackedSample, PackingFigures
 
 RECOMMENDED_EPOCHS = 3
 
@@ -101,14 +100,16 @@ class RunPlan:
     def train_tokens(self) -> int:
         return self.args.max_steps * self.tokens_per_step
 
-    def epochs(self, statistics: DataStatistics) -> float:
-        """Times that the run goes through the data, as it is packed."""
-        sequences = statistics.packings[self.args.data.packing].sequences
-        return self.args.max_steps * self.sequences_per_step / sequences
+    def epochs_of(self, max_steps: int, statistics: DataStatistics) -> float:
+        """Times that so many steps go through the data, as it is packed."""
+        return max_steps * self.sequences_per_step / self._sequences(statistics)
 
-    def steps_for(self, epochs: float, statistics: DataStatistics) -> int:
-        sequences = statistics.packings[self.args.data.packing].sequences
-        return max(1, math.ceil(epochs * sequences / self.sequences_per_step))
+    def steps_of(self, epochs: float, statistics: DataStatistics) -> int:
+        """Steps that go through the data at least so many times."""
+        return max(1, math.ceil(epochs * self._sequences(statistics) / self.sequences_per_step))
+
+    def _sequences(self, statistics: DataStatistics) -> float:
+        return statistics.packings[self.args.data.packing].sequences
 
     def expected(self, tokens: dict[str, int], weights: dict[str, float], eta: str) -> dict[str, Any]:
         """mistral-finetune's estimate of the run, in its own keys and formats.

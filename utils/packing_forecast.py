@@ -26,6 +26,8 @@ class PackingFigures:
     """What became of an epoch's samples."""
 
     samples: int = 0  # with something to learn
+    positions: int = 0  # of all samples
+    trained: int = 0
     severed: int = 0  # samples with an answer that does not see (all of) what stands before it
     blind: int = 0  # trained positions that see less than half of what stands before them
     shortened: int = 0
@@ -37,6 +39,11 @@ class PackingFigures:
     def __add__(self, other: Self) -> Self:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         return type(self)(*map(sum, zip(mine, others, strict=True)))
+
+    def count(self, sample: PackedSample) -> None:
+        self.samples += bool(sample.trained)
+        self.positions += sample.positions
+        self.trained += sum(end - start for start, end in sample.trained)
 
     @property
     def fill(self) -> float:
@@ -54,10 +61,10 @@ class ConcatForecast:
         self._figures = PackingFigures()
 
     def add(self, sample: PackedSample) -> None:
+        self._figures.count(sample)
         if not sample.trained:
             self._figures.lost += sample.positions
             return
-        self._figures.samples += 1
         has_prompt = sample.trained[0][0] > 0
         severed, start, last_trained = False, 0, sample.trained[-1][1] - 1
         while start <= last_trained:
@@ -100,10 +107,10 @@ class BestFitForecast:
         self._sequences = 0
 
     def add(self, sample: PackedSample) -> None:
+        self._figures.count(sample)
         if not sample.trained:
             self._figures.lost += sample.positions
             return
-        self._figures.samples += 1
         self._figures.lost += sample.positions - sample.fitted
         if not sample.fitted:
             self._figures.left_out += 1

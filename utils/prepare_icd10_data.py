@@ -3,9 +3,10 @@
 `python -m utils.prepare_icd10_data --text text.csv --codes codes.csv --cim10 TABLE --out DIR [--patient COLUMN]`
 
 text.csv has the columns visit_occurence_id and text (a stay's notes are joined), codes.csv visit_occurence_id,
-condition_status_source_value (DP, DR, DAS) and concept_code; TABLE is ATIH's CIM-10 of the year. In DIR: for train, val
-and test `*_instruct.jsonl` (conversations) and `*_text.jsonl` (texts to pretrain on), and `report.json`, which says what
-became of every stay and code. Stays of one patient, or of one text, share a split; chapters of the DP divide evenly.
+condition_status_source_value (DP, DR, DAS) and concept_code; TABLE is ATIH's CIM-10 of the year. In DIR, for train, val
+and test: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (texts to pretrain on); and `report.json`, which says
+what became of every stay and code. Stays of one patient, or of one text, share a split; each chapter of the main
+diagnosis divides as the whole does.
 """
 
 import argparse
@@ -142,7 +143,7 @@ def _describe_split(stays: Sequence[Stay], patients: dict[str, str]) -> dict[str
 
 
 def summarise(report: dict[str, Any]) -> str:
-    """The report for people, without ids."""
+    """The report in a few lines."""
     stays, codes, duplicates = report["stays"], report["codes"], report["duplicates"]
     lines = [f"Stays read: {stays['read']:,}. Kept: {stays['kept']:,}."]
     lines += [f"  dropped, {reason}: {len(found):,}" for reason, found in stays["dropped"].items()]

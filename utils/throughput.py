@@ -34,7 +34,7 @@ _GPUS = {
     "V100": 1202 / 5720,  # 24p11's log: 7B, rank 64, sequences of 15,000, fp16
     "RTX 4090": 3083 * 8.03 / 7.25 / 5720,  # torchtune: Llama-3 8B, packed to 2048, compiled
 }
-GUESSED_GPUS = ("H100", "A100", "V100")  # where none is visible
+_USUAL_GPUS = ("H100", "A100", "V100")
 _WIDEST_SCALING = 3.0  # a model this much larger or smaller than any published one is not guessed at
 
 
@@ -75,9 +75,32 @@ def tokens_per_second(parameters: float | None, gpu: str) -> float | None:
     return nearest.tokens_per_second * scale * relative
 
 
-def eta(tokens: float, tokens_per_second_in_all: float | None) -> str:
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of a whole run."""
+
+    where: str
+    tokens_per_second: float | None  # None: unknown
+
+
+def run_speeds(num_gpus: int, gpus: list[str], parameters: float | None) -> list[Speed]:
+    """Speeds on the first of the visible GPUs or, where there is none, on usual ones.
+
+    Args:
+        num_gpus: that the run takes.
+        gpus: names of the visible ones.
+        parameters: active parameters of the model, if known.
+    """
+    speeds = []
+    for gpu in gpus[:1] or _USUAL_GPUS:
+        of_one = tokens_per_second(parameters, gpu)
+        speeds.append(Speed(f"{num_gpus} x {gpu}", None if of_one is None else num_gpus * of_one))
+    return speeds
+
+
+def eta(tokens: float, speed: Speed) -> str:
     """Duration of a run of so many tokens as HH:MM:SS."""
-    if not tokens_per_second_in_all:
+    if speed.tokens_per_second is None:
         return "unknown"
-    minutes, seconds = divmod(int(_OVERHEAD_SECONDS + tokens / tokens_per_second_in_all), 60)
+    minutes, seconds = divmod(int(_OVERHEAD_SECONDS + tokens / speed.tokens_per_second), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"

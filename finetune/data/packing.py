@@ -155,14 +155,14 @@ def best_fit(
     """Packs whole samples: no prompt is separated from its answer, what stays free at the end is padding.
 
     Each sequence starts with the sample that has waited longest, so none waits for ever, and goes on with the longest
-    one that still fits, among a bounded number of samples read ahead. Samples of that first one's epoch come before
-    those of the next, and later ones wait, so that few rows do not mean that some are seen much more often than others.
-    Samples that train nothing are left out.
+    one that still fits, among a bounded number of samples read ahead. None is packed more than one epoch before
+    another's turn, so that in a small file no row is seen much more often than the others. Samples that train nothing
+    are left out.
 
     Args:
         samples: what to pack, each with the cursor it can be found again by; none takes more than `seq_len` positions.
         seq_len: tokens per sequence.
-        offset: not 0 where the first sample has already been taken.
+        offset: 1 where the first sample has already been taken, else 0.
         waiting: samples taken and not yet packed, in order.
 
     Yields:
@@ -184,16 +184,15 @@ def best_fit(
         while chosen is not None:
             _, sample = queue.pop(chosen)
             buffer.add(sample.tokens[:-1], sample.tokens[1:], sample.masks[1:])
-            chosen = _best_fitting(queue, buffer.room, last_epoch)
-        cursor, sample = taken
-        yield buffer.flush(), Resume(cursor, max(1, len(sample.tokens)), tuple(cursor for cursor, _ in queue))
+            chosen = _longest_fitting(queue, buffer.room, last_epoch)
+        yield buffer.flush(), Resume(taken[0], 1, tuple(cursor for cursor, _ in queue))
 
 
-def _best_fitting(queue: list[tuple[Cursor, TokenSample]], room: int, last_epoch: int) -> int | None:
-    """Index of the next sample: of the earliest epoch, the longest, of equal ones the first; None if none fits."""
+def _longest_fitting(queue: list[tuple[Cursor, TokenSample]], room: int, last_epoch: int) -> int | None:
+    """Index of the longest sample that fits, of equal ones the first; None if none does."""
     fitting = [
-        (cursor.epoch, -len(sample.tokens), index)
+        index
         for index, (cursor, sample) in enumerate(queue)
         if len(sample.tokens) - 1 <= room and cursor.epoch <= last_epoch
     ]
-    return min(fitting)[-1] if fitting else None
+    return max(fitting, key=lambda index: len(queue[index][1].tokens), default=None)

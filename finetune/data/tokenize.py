@@ -86,6 +86,8 @@ def parse_row(line: bytes) -> dict[str, Any]:
     """
     try:
         text = line.decode("utf-8")
+        if not text.strip():
+            raise JsonError("The line is blank.")
         row = json.loads(text, object_pairs_hook=_unique_keys)
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # finds halves of surrogate pairs
@@ -251,7 +253,7 @@ def _parse_tool_calls(raw_calls: Any) -> list[dict[str, Any]]:
             if not isinstance(function.get(key), str):
                 found = _json_type(function.get(key))
                 raise MessageFormatError(
-                    f"The function of a tool call must have a '{key}' that is a text, found {found}."
+                    f"The function of a tool call must have {_a(repr(key))} that is a text, found {found}."
                 )
         calls.append({"id": call_id, "function": {"name": function["name"], "arguments": function["arguments"]}})
     return calls
@@ -259,7 +261,7 @@ def _parse_tool_calls(raw_calls: Any) -> list[dict[str, Any]]:
 
 def _text(content: Any, role: str) -> str:
     if not isinstance(content, str):
-        raise MessageFormatError(f"The content of a {role} message must be a text, found {_json_type(content)}.")
+        raise MessageFormatError(f"The content of {_a(role)} message must be a text, found {_json_type(content)}.")
     return content
 
 
@@ -270,6 +272,10 @@ def _text_or_chunks(content: Any) -> str | list[TextChunk]:
     if not all(isinstance(chunk, dict) and isinstance(chunk.get("text"), str) for chunk in content):
         raise MessageFormatError("The content of a user message must be a text or a list of text chunks.")
     return [TextChunk(text=chunk["text"]) for chunk in content]
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word.lstrip("'")[0] in "aeiou" else f"a {word}"
 
 
 def _build(cls: type, what: str, error: type[RowError], **values: Any) -> Any:

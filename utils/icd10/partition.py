@@ -36,7 +36,8 @@ def split_stays(
     for stay, unit in zip(stays, units):
         chapters[unit].append(chapter(stay.diagnoses[0].code))
     strata = [Counter(found).most_common(1)[0][0] for found in chapters]
-    order = {name: number for number, (name, _) in enumerate(Counter(strata).most_common())}
+    # Rare chapters first: the first units go to train, where a chapter's only stay is of use.
+    order = {name: number for number, (name, _) in enumerate(reversed(Counter(strata).most_common()))}
     chosen = assign_splits([len(found) for found in chapters], fractions, seed, [order[name] for name in strata])
     for number in range(len(fractions)):
         if number not in chosen:

@@ -1,0 +1,197 @@
+"""Scores predicted codes against gold.
+
+`python -m utils.evaluate_icd10 --gold G.jsonl --predictions P.jsonl --json OUT.json`, with `--cim10 TABLE` for invalid
+and forbidden codes, `--train TRAIN.jsonl` for frequencies in what was trained on, `--html F` and `--csv F`.
+
+Gold rows are instruct rows: `messages`, of which the assistant's last one holds the codes, and `id`. Prediction rows
+are `{"id", "answer"}` or `{"id", "codes"}`, codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. Rows without id are
+named by their line, from 1; predictions may count from 0. A note without prediction counts as one without codes.
+"""
+
+import argparse
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from finetune.cli import run_cli
+from model.errors import UserError
+from utils.icd10.answers import Diagnosis
+from utils.icd10.codes import Cim10Table, category
+from utils.icd10.metrics import evaluate_codings, rule_rates
+from utils.icd10.predictions import Prediction, match_predictions, read_gold, read_predictions
+from utils.icd10.report import LEVEL_NAMES, html_page, score_rows, warnings
+from utils.jsonl import aside, file_errors
+
+MOST_FREQUENT = 15  # codes that are named among the missed and the added
+
+
+def evaluate(
+    gold: Mapping[str, Sequence[Diagnosis]],
+    predictions: Mapping[str, Prediction],
+    table: Cim10Table | None = None,
+    training: Sequence[Sequence[Diagnosis]] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores predictions: `exact` and `category` of `evaluate_codings`, `rates` of `rule_rates`, `counts`, `errors`.
+
+    Args:
+        gold: diagnoses by name of the note.
+        predictions: by the same names; a missing one counts as no codes, one of another name is left out.
+        table: for the rates (else empty) and the labels of the errors.
+        training: diagnoses of the notes trained on, for the frequency bands; None: gold's own frequencies.
+        seed: of the bootstrap.
+    """
+    given = [predictions.get(name, Prediction([])) for name in gold]
+    codings = [prediction.diagnoses for prediction in given]
+    missing = [name for name in gold if name not in predictions]
+    return {
+        "counts": {
+            "notes": len(gold),
+            "training_notes": None if training is None else len(training),
+            "missing_predictions": len(missing),
+            "answers_without_code": sum(not coding for coding in codings) - len(missing),
+            "codes_without_role": sum(item.role is None for coding in codings for item in coding),
+            "repeated_codes": sum(prediction.repeated for prediction in given),
+            "unexpected_predictions": sum(name not in gold for name in predictions),
+            "missing_ids": missing,
+            "unexpected_ids": [name for name in predictions if name not in gold],
+        },
+        **evaluate_codings(list(gold.values()), codings, training, seed=seed),
+        "rates": rule_rates(codings, table) if table else {},
+        "errors": _most_frequent_errors(list(gold.values()), codings, table),
+    }
+
+
+def _most_frequent_errors(
+    gold: Sequence[Sequence[Diagnosis]], predicted: Sequence[Sequence[Diagnosis]], table: Cim10Table | None
+) -> dict[str, list[dict[str, Any]]]:
+    counts: dict[str, Counter[str]] = {"missed": Counter(), "added": Counter()}
+    for right, given in zip(gold, predicted, strict=True):
+        missed, added = _differences(right, given)
+        counts["missed"].update(missed)
+        counts["added"].update(added)
+    return {
+        kind: [
+            {"code": code, "label": (table and table.label(code)) or "", "notes": notes}
+            for code, notes in found.most_common(MOST_FREQUENT)
+        ]
+        for kind, found in counts.items()
+    }
+
+
+def _differences(gold: Sequence[Diagnosis], predicted: Sequence[Diagnosis]) -> tuple[list[str], list[str]]:
+    """Codes of gold that were not predicted, and the other way round, in their order."""
+    right, given = (dict.fromkeys(item.code for item in items) for items in (gold, predicted))
+    return [code for code in right if code not in given], [code for code in given if code not in right]
+
+
+def note_rows(
+    gold: Mapping[str, Sequence[Diagnosis]], predictions: Mapping[str, Prediction]
+) -> Iterator[dict[str, Any]]:
+    """What came of each gold note; never its text."""
+    for name, right in gold.items():
+        given = predictions[name].diagnoses if name in predictions else []
+        missed, added = _differences(right, given)
+        codes, found = {item.code for item in right}, {item.code for item in given}
+        precision, recall, f1 = _note_scores(codes, found)
+        _, _, f1_category = _note_scores({category(code) for code in codes}, {category(code) for code in found})
+        yield {
+            "id": name,
+            "gold": _with_roles(right),
+            "predicted": _with_roles(given),
+            "missed": " ".join(missed),
+            "added": " ".join(added),
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "f1_category": f1_category,
+            "exact_match": int(codes == found),
+        }
+
+
+def _with_roles(diagnoses: Sequence[Diagnosis]) -> str:
+    return " ".join(f"{item.role or '?'}:{item.code}" for item in diagnoses)
+
+
+def _note_scores(gold: set[str], predicted: set[str]) -> tuple[float, ...]:
+    """Precision, recall and F1 of one note, which has gold codes."""
+    correct = len(gold & predicted)
+    scores = correct / max(1, len(predicted)), correct / len(gold), 2 * correct / (len(gold) + len(predicted))
+    return tuple(round(score, 4) for score in scores)
+
+
+def summarise(result: Mapping[str, Any]) -> str:
+    """The main scores in a table, and what to beware of."""
+    lines = [f"{'':24}{'':2}{LEVEL_NAMES['exact']:24}{LEVEL_NAMES['category']}"]
+    lines += [f"{name:24}  {exact:24}{shortened}" for name, exact, shortened in score_rows(result)]
+    return "\n".join([*lines, *warnings(result)])
+
+
+def save(contents: Mapping[Path, str]) -> None:
+    """Writes files, all of them or none."""
+    with file_errors(), ExitStack() as stack:
+        for path in contents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporaries = {path: stack.enter_context(aside(path)) for path in contents}
+        for path, text in contents.items():
+            temporaries[path].write_text(text, encoding="utf-8", newline="")
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+
+
+def _require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    resolved = [path.resolve() for path in outputs]
+    taken = {path.resolve() for path in inputs}
+    for path, real in zip(outputs, resolved):
+        if real in taken or resolved.count(real) > 1:
+            raise UserError(f"{path} would be written and is another file of this command; give another name.")
+
+
+def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    buffer = StringIO()
+    first, *others = rows
+    writer = csv.DictWriter(buffer, list(first), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([first, *others])
+    return buffer.getvalue()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gold", type=Path, required=True, help="jsonl of instruct rows")
+    parser.add_argument("--predictions", type=Path, required=True, help="jsonl of answers or codes")
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="scores, all of them")
+    parser.add_argument("--html", type=Path, metavar="F", help="one page with charts")
+    parser.add_argument("--csv", type=Path, metavar="F", help="a line per note")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's CIM-10: invalid and forbidden codes")
+    parser.add_argument("--train", type=Path, help="instruct rows trained on, for scores by frequency of the codes")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    outputs = [path for path in (args.json, args.html, args.csv) if path]
+    _require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
+    table = Cim10Table.from_file(args.cim10) if args.cim10 else None
+    training = list(read_gold(args.train).values()) if args.train else None
+    gold = read_gold(args.gold)
+    predictions = match_predictions(gold, read_predictions(args.predictions))
+    result = evaluate(gold, predictions, table, training, args.seed)
+    contents = {args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"}
+    if args.html:
+        contents[args.html] = html_page(result, f"ICD-10 codes of {args.predictions.name} against {args.gold.name}")
+    if args.csv:
+        contents[args.csv] = _csv_text(note_rows(gold, predictions))
+    save(contents)
+    print(summarise(result))
+
+
+if __name__ == "__main__":
+    run_cli(main)

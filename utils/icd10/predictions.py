@@ -1,0 +1,124 @@
+"""Gold and predicted codes of notes, as files give them.
+
+Gold rows are instruct rows, whose last message holds the codes. Prediction rows are `{"id", "answer"}` or
+`{"id", "codes"}`, codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. Rows without id are named by their line, from
+1; predictions may count from 0 instead.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from finetune.data.exceptions import RowError
+from finetune.data.tokenize import parse_conversation
+from model.errors import UserError
+from utils.icd10.answers import Diagnosis, parse_answer
+from utils.icd10.codes import CODE_PATTERN, ROLES, normalise_code
+from utils.jsonl import Row, SkipRow, load_row, read_lines, require_file
+
+_T = TypeVar("_T")
+
+
+class Prediction(NamedTuple):
+    """What was predicted for a note; `repeated` is how many codes were given again."""
+
+    diagnoses: list[Diagnosis]
+    repeated: int = 0
+
+    @classmethod
+    def of_answer(cls, answer: str) -> "Prediction":
+        """Reads a model's answer."""
+        diagnoses = parse_answer(answer)
+        mentions = Counter(
+            normalise_code(found) for found in re.findall(rf"\b{CODE_PATTERN}(?!\w)", answer, re.IGNORECASE)
+        )
+        return cls(diagnoses, sum(max(0, mentions[item.code] - 1) for item in diagnoses))
+
+    @classmethod
+    def of_codes(cls, diagnoses: Sequence[Diagnosis]) -> "Prediction":
+        """Takes a list of codes."""
+        return cls(list(diagnoses), len(diagnoses) - len({item.code for item in diagnoses}))
+
+
+def read_gold(path: Path) -> dict[str, list[Diagnosis]]:
+    """The diagnoses of each instruct row, by its name.
+
+    Raises:
+        UserError: a row whose answer holds no code, or a name that stands twice.
+    """
+    return _read_rows(path, _gold_diagnoses)
+
+
+def read_predictions(path: Path) -> dict[str, Prediction]:
+    """The predictions of each row, by its name; of a row with both, the answer counts.
+
+    Raises:
+        UserError: a row with neither answer nor codes, or a name that stands twice.
+    """
+    return _read_rows(path, _prediction)
+
+
+def _read_rows(path: Path, convert: Callable[[Row], _T]) -> dict[str, _T]:
+    require_file(path)
+    rows: dict[str, _T] = {}
+    for number, line in read_lines(path):
+        try:
+            row = load_row(line)
+            name = str(number if row.get("id") is None else row["id"])
+            if name in rows:
+                raise SkipRow(f"the id {name!r} stands twice; each note needs its own")
+            rows[name] = convert(row)
+        except SkipRow as skip:
+            detail = f" ({skip.detail})" if skip.detail else ""
+            raise UserError(f"{path}, line {number}: {skip.reason}{detail}.") from None
+    if not rows:
+        raise UserError(f"{path} is empty.")
+    return rows
+
+
+def _gold_diagnoses(row: Row) -> list[Diagnosis]:
+    try:
+        messages = parse_conversation(row).messages
+    except RowError as error:
+        raise SkipRow("not an instruct row", str(error)) from error
+    last = messages[-1] if messages else None
+    answer = last.content if last and last.role == "assistant" else None
+    diagnoses = parse_answer(answer) if isinstance(answer, str) else []
+    if not diagnoses:
+        raise SkipRow("no code in the last message; expected the assistant's answer, such as `... : label (I10)`")
+    return diagnoses
+
+
+def _prediction(row: Row) -> Prediction:
+    answer, codes = row.get("answer"), row.get("codes")
+    if isinstance(answer, str):
+        return Prediction.of_answer(answer)
+    if isinstance(codes, list):
+        return Prediction.of_codes([_diagnosis(code) for code in codes])
+    raise SkipRow("neither an `answer` that is a text nor `codes` that are a list", f"keys: {', '.join(row)}")
+
+
+def _diagnosis(item: Any) -> Diagnosis:
+    role, code = (item.get("role"), item.get("code")) if isinstance(item, dict) else (None, item)
+    if not isinstance(code, str) or not normalise_code(code) or role not in (*ROLES, None):
+        raise SkipRow('a code that is neither "I10" nor {"role": "DP", "code": "I10"}', json.dumps(item)[:80])
+    return Diagnosis(role, normalise_code(code))
+
+
+def match_predictions(gold: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Prediction]:
+    """Predictions under the names of gold: those that count rows from 0 are renamed to count from 1.
+
+    Raises:
+        UserError: no name of gold is among them.
+    """
+    if "0" in predictions and "0" not in gold:
+        predictions = {str(int(name) + 1) if name.isdecimal() else name: found for name, found in predictions.items()}
+    if not gold.keys() & predictions.keys():
+        raise UserError(
+            f"No prediction is for a gold note: the first is for {next(iter(predictions))!r}, the first gold note is "
+            f"{next(iter(gold))!r}. Give both files the same ids."
+        )
+    return dict(predictions)

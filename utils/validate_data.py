@@ -1,0 +1,229 @@
+"""Checks the data a training YAML names, and says what a run will see of it and how long it will take.
+
+`python -m utils.validate_data --train_yaml CONFIG.yaml [--create_corrected] [--save_reports] [--num_gpus N]`
+
+Rows are read, tokenised and packed as in training. Every faulty row of every file is reported, and the exit code is
+then 1; rows that train, though hardly as they were meant to, are listed as warnings.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
+from finetune.args import TrainArgs, _build, _nested, _read_yaml
+from finetune.cli import run_cli
+from finetune.data.dataset import line_offsets
+from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
+from finetune.data.word_cache import cache_words
+from model.args import load_model_args
+from model.errors import UserError
+from utils.check_datasets import CheckedFile, Validation, list_datasets
+from utils.data_report import (
+    Findings,
+    describe_data,
+    describe_expected,
+    describe_packing,
+    describe_run,
+    plot_lengths,
+    title,
+)
+from utils.data_statistics import DataStatistics, RunPlan
+from utils.jsonl import aside, file_errors
+from utils.throughput import Speed, active_parameters, eta, published_parameters, run_speeds, visible_gpus
+
+ERROR_REPORT, TRAIN_STATS = "data_errors.txt", "train_stats.json"  # names that --save_reports takes
+_COPIED_AT_ONCE = 1 << 24  # bytes
+
+
+def load_args(path: Path) -> TrainArgs:
+    """As `finetune.args.load_train_args`, except that the model's folder need not be there yet.
+
+    Raises:
+        UserError: the file cannot be read, or everything that is wrong with it.
+    """
+    problems: list[str] = []
+    args = _build(TrainArgs, _nested(_read_yaml(path), problems), "", problems)
+    if args is not None:
+        problems += [problem for problem in args.problems() if not problem.startswith("`model_id_or_path`: the folder")]
+    if problems:
+        raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return args
+
+
+def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None]:
+    """The model's tokenizer and its number of active parameters, if that can be known.
+
+    Raises:
+        UserError: what is in the model's folder cannot be used.
+    """
+    folder = Path(args.model_id_or_path)
+    if folder.is_dir():
+        model_args = load_model_args(folder)
+        return load_instruct_tokenizer(folder, model_args.vocab_size), active_parameters(model_args)
+    print(
+        f"Note: the model folder {folder} does not exist. Tokens are counted with mistral-common's v3 tokenizer; "
+        "they will differ if the model has another one."
+    )
+    return load_instruct_tokenizer(folder, V3_VOCABULARY), published_parameters(args.model_id_or_path)
+
+
+def write_text(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file whole or not at all."""
+    with file_errors(), aside(path) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+        os.replace(temporary, path)
+    print(f"Saved {path}.")
+
+
+def write_corrected(file: CheckedFile) -> None:
+    """Writes the good rows, byte for byte, to `NAME.corrected` beside a file that has bad ones."""
+    path = file.rows.path
+    if not file.bad_rows:
+        print(f"No error in {path} - no need to create a corrected version.")
+        return
+    if len(file.bad_rows) == len(file.rows):
+        print(f"Not one row of {path} is good - there is no corrected version to create.")
+        return
+    target = path.with_name(f"{path.name}.corrected")
+    with file_errors(), aside(target) as temporary:
+        with path.open("rb") as source, temporary.open("wb") as out:
+            for start, end in _good_ranges(file):
+                source.seek(start)
+                while block := source.read(min(end - source.tell(), _COPIED_AT_ONCE)):
+                    out.write(block)
+        os.replace(temporary, target)
+    print(f"Saved {target}.")
+
+
+def _good_ranges(file: CheckedFile) -> Iterator[tuple[int, int]]:
+    """Bytes [start, end) of the rows between bad ones."""
+    offsets = line_offsets(file.rows.path)
+    start = 0
+    for row in file.bad_rows:
+        yield start, int(offsets[row])
+        start = int(offsets[row + 1])
+    yield start, int(offsets[-1])
+
+
+def report_findings(errors: Findings, warnings: Findings, report: Path | None) -> None:
+    """Prints the first errors and warnings of each kind; all of them go to `report`, if any."""
+    if warnings:
+        print(f"\n{title('Warnings')}\n{warnings.summary()}")
+    if errors:
+        print(
+            f"\n{title('Data error report')}\nThe passed datasets contain errors as listed below. "
+            f"Please make sure to fix these errors in order to start training.\n\n{errors.summary()}\n"
+        )
+    if report is not None and (errors or warnings):
+        write_text(report, itertools.chain(errors.lines(), warnings.lines()))
+
+
+def report_statistics(
+    args: TrainArgs,
+    validation: Validation,
+    plan: RunPlan,
+    speeds: list[Speed],
+    stats_json: Path | None,
+    plot: Path | None,
+) -> None:
+    """Prints what is in the data and how long the run will be."""
+    training = [dataset for dataset in validation.datasets if not dataset.is_eval]
+    evaluation = [dataset.statistics for dataset in validation.datasets if dataset.is_eval]
+    expected = plan.expected(
+        tokens={dataset.name: dataset.statistics.tokens for dataset in training},
+        weights={dataset.name: dataset.source.weight for dataset in training},
+        eta=eta(plan.train_tokens, speeds[0]),
+    )
+    statistics = DataStatistics.of([dataset.statistics for dataset in training])
+    blocks = [
+        "No errors! Data is correctly formatted!",
+        describe_expected(expected),
+        describe_data("Training data", statistics, args.seq_len),
+        *([describe_data("Evaluation data", DataStatistics.of(evaluation), args.seq_len)] if evaluation else []),
+        describe_packing(statistics, args.data.packing, args.seq_len),
+        describe_run(plan, statistics, speeds),
+    ]
+    print("\n" + "\n\n".join(blocks))
+    if stats_json is not None:
+        write_text(stats_json, [json.dumps(expected, indent=4, ensure_ascii=False)])
+    if plot is not None:
+        with file_errors(), aside(plot) as temporary:
+            plot_lengths(statistics.lengths, args.seq_len, temporary)
+            os.replace(temporary, plot)
+        print(f"Saved {plot}.")
+
+
+def validate(options: argparse.Namespace) -> bool:
+    """Runs the command; says whether the data is free of errors."""
+    args = load_args(options.train_yaml)
+    tokenizer, parameters = load_tokenizer(args)
+    cache_words(tokenizer)
+    gpus = visible_gpus()
+    num_gpus = options.num_gpus or len(gpus) or 1
+    speeds = [Speed("--wps", options.wps)] if options.wps else run_speeds(num_gpus, gpus, parameters)
+    with Findings() as errors, Findings() as warnings, file_errors():
+        validation = Validation(list_datasets(args), errors, warnings)
+        validation.run(args, tokenizer, options.num_workers, num_gpus)
+        if options.create_corrected:
+            for file in validation.files:
+                write_corrected(file)
+        report_findings(errors, warnings, options.error_report_txt)
+        if errors:
+            return False
+    plan = RunPlan(args, num_gpus)
+    report_statistics(args, validation, plan, speeds, options.train_stats_json, options.plot)
+    return True
+
+
+def main() -> None:
+    options = _options()
+    try:
+        is_good = validate(options)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    if not is_good:
+        sys.exit(1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train_yaml", type=Path, required=True, help="configuration of the training")
+    add("--create_corrected", action="store_true", help="write FILE.corrected with the good rows of each bad file")
+    add("--save_reports", action="store_true", help=f"write {ERROR_REPORT} and {TRAIN_STATS}, unless named otherwise")
+    add("--error_report_txt", type=Path, metavar="F", help="file for all errors and warnings")
+    add("--train_stats_json", type=Path, metavar="F", help="file for the run's estimate")
+    add("--num_gpus", type=_at_least_one, metavar="N", help="GPUs of the run (default: those visible here)")
+    add("--wps", type=_positive, help="the run's speed in tokens per second, words_per_second in a training's log")
+    add("--plot", type=Path, metavar="F.png", help="picture of the rows' lengths")
+    add("--num_workers", type=_at_least_one, metavar="K", help="processes that read (default: one for each core)")
+    options = parser.parse_args()
+    if options.save_reports:
+        options.error_report_txt = options.error_report_txt or Path(ERROR_REPORT)
+        options.train_stats_json = options.train_stats_json or Path(TRAIN_STATS)
+    options.num_workers = options.num_workers or len(os.sched_getaffinity(0))
+    return options
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _positive(text: str) -> float:
+    if not (number := float(text)) > 0:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":
+    run_cli(main)
