@@ -17,7 +17,7 @@ import yaml
 import train
 from finetune.args import load_train_args
 from finetune.distributed import init_world
-from finetune.utils import run_cli
+from finetune.cli import run_cli
 from tests.golden import fixture, load_json_gz
 
 ROOT = Path(__file__).parent.parent

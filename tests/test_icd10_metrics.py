@@ -167,6 +167,15 @@ def test_intervals_are_seeded_hold_the_score_and_narrow_with_more_notes():
     assert widths[1] < widths[0] / 3
 
 
+def test_macro_intervals_surround_the_score_where_most_codes_are_rare():
+    """Each note has a wrong code of its own: a third of them is missing from a bootstrap sample."""
+    gold = [coding("DP:I10")] * 30
+    predicted = [coding(f"DP:I10 DAS:J{100 + number}") for number in range(30)]
+    exact = evaluate_codings(gold, predicted)["exact"]
+    low, high = exact["intervals"]["macro"]["f1"]
+    assert exact["macro"]["f1"] == pytest.approx(1 / 31) and low < 1 / 31 < high
+
+
 def test_chunks_of_the_bootstrap_make_no_difference(monkeypatch):
     pairs = Pairs.of(*([{item.code for item in notes} for notes in random_codings(20, seed)] for seed in (4, 5)))
     weights = resample(20, 50)

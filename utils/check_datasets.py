@@ -1,5 +1,6 @@
 """Checks all the data of a run: rows, files, and whether they suffice."""
 
+import collections
 import dataclasses
 from array import array
 from pathlib import Path
@@ -17,7 +18,7 @@ from utils.data_report import Findings
 from utils.data_statistics import SourceStatistics
 
 _DATASET_ERRORS = ("Dataset errors", "A dataset needs rows, at least one for each GPU, and something to learn in them.")
-_WARNINGS = ("Rows to look at", "They do train; make sure that they are what you mean.")
+_WARNINGS = ("Look at these", "They can be trained on; make sure that they are what you mean.")
 
 
 @dataclasses.dataclass
@@ -41,9 +42,9 @@ class CheckedFile:
 
     dataset: Dataset
     rows: JsonlFile
-    reported: bool  # whether its rows are reported: not where they are a training file's already
+    reported: bool  # what is wrong with it; false where another dataset has told already
     training: int = 0  # rows that train something
-    bad_rows: array = dataclasses.field(default_factory=lambda: array("Q"))  # counted from 0
+    bad_rows: "array[int]" = dataclasses.field(default_factory=lambda: array("Q"))  # counted from 0
 
 
 def list_datasets(args: TrainArgs) -> list[Dataset]:
@@ -70,15 +71,20 @@ class Validation:
         self.errors = errors
         self.warnings = warnings
         self.files: list[CheckedFile] = []
-        trained_on: set[Path] = set()
+        self._datasets_of: dict[Path, list[Dataset]] = collections.defaultdict(list)
         for dataset in datasets:
             for path in dataset.source.files():
-                rows = JsonlFile(path, dataset.sample_type, chunk=False, rank=0, world_size=1)
-                also_trained = dataset.is_eval and path.resolve() in trained_on
-                if also_trained:
-                    self.warnings.add(*_WARNINGS, f"{path} is both trained and evaluated on.")
-                self.files.append(CheckedFile(dataset, rows, reported=not also_trained))
-                trained_on.add(path.resolve())
+                self._add_file(dataset, path)
+
+    def _add_file(self, dataset: Dataset, path: Path) -> None:
+        others = self._datasets_of[path.resolve()]
+        if any(not other.is_eval for other in others):
+            twice = "both trained and evaluated on" if dataset.is_eval else "in two datasets: its rows train twice"
+            self.warnings.add(*_WARNINGS, f"{path} is {twice}.")
+        rows = JsonlFile(path, dataset.sample_type, chunk=False, rank=0, world_size=1)
+        told = any(other.sample_type is dataset.sample_type for other in others)
+        self.files.append(CheckedFile(dataset, rows, reported=not told))
+        others.append(dataset)
 
     def run(self, args: TrainArgs, tokenizer: InstructTokenizerBase, workers: int, num_gpus: int) -> None:
         """Checks all rows of all files."""
@@ -107,7 +113,7 @@ class Validation:
                 self.warnings.add(*_WARNINGS, f"The data in line {line} of dataset {path}: {remark}")
 
     def _judge_files(self) -> None:
-        for file in self.files:
+        for file in filter(lambda file: file.reported, self.files):
             if not len(file.rows):
                 self.errors.add(*_DATASET_ERRORS, f"The dataset {file.rows.path} holds no rows.")
             elif not file.training and not file.bad_rows:

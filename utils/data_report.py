@@ -5,13 +5,12 @@ import dataclasses
 import json
 import os
 import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from utils.data_statistics import RECOMMENDED_EPOCHS, DataStatistics, RunPlan
-from utils.throughput import Speed, eta
+from utils.throughput import OVERHEAD_SECONDS, Speed, eta
 
 SHOWN = 20  # findings of a kind that are shown on screen
 _WIDTH = 400  # characters of a finding that are
@@ -44,13 +43,14 @@ class Findings:
 
     def add(self, kind: str, hint: str, text: str) -> None:
         if kind not in self._kinds:
-            spool = self._spools.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+            spool = self._spools.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
             self._kinds[kind] = _Kind(hint, spool)
         group = self._kinds[kind]
+        line = " ".join(text.splitlines())
         group.count += 1
         if group.count <= SHOWN:
-            group.shown.append(textwrap.shorten(text, _WIDTH, placeholder=" ..."))
-        group.spool.write(" ".join(text.splitlines()) + "\n")
+            group.shown.append(line if len(line) <= _WIDTH else f"{line[:_WIDTH]} ...")
+        group.spool.write(line + "\n")
 
     def summary(self) -> str:
         """The first findings of each kind."""
@@ -139,15 +139,16 @@ def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed])
         )
         for name, max_steps in choices.items()
     ]
-    return (
-        _table(title("Run"), ("", "max_steps", "epochs", *(speed.where for speed in speeds)), *rows)
-        + f"\nA step takes {plan.tokens_per_step:,} tokens: seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
-        f"num_microbatches {args.num_microbatches} x {_counted(plan.num_gpus, 'GPU')}."
+    known = all(speed.tokens_per_second for speed in speeds)
+    return "\n".join(
+        [
+            _table(title("Run"), ("", "max_steps", "epochs", *(speed.where for speed in speeds)), *rows),
+            f"A step takes {plan.tokens_per_step:,} tokens: seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
+            f"num_microbatches {args.num_microbatches} x {plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}.",
+            f"Times allow {OVERHEAD_SECONDS // 60} minutes for starting, loading and saving."
+            + ("" if known else " No speed has been published for this model on this GPU: give your own with --wps."),
+        ]
     )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -1,4 +1,4 @@
-"""Writes fictional French discharge notes with their PMSI codes, offline and seeded.
+"""Writes fictional French discharge notes with their PMSI codes: offline and seeded, or by Mistral's API.
 
 `python -m utils.generate_notes --out DIR --n 1000 [--seed 0] [--length short|long] [--cim10 TABLE] [--wordings train]`
 
@@ -6,6 +6,10 @@ In DIR: `text.csv` (visit_occurence_id, text) and `codes.csv` (visit_occurence_i
 concept_code, concept_name), as a hospital's warehouse would hold them; `cim10.tsv`, the codes in use in the layout of
 ATIH's table, unless --cim10 gives one; and instruct rows ready to train on: `notes_instruct.jsonl` with all notes,
 `train_instruct.jsonl` and `eval_instruct.jsonl` with the shares of --split.
+
+`--writer mistral [--model NAME] [--dry-run]` has a model of Mistral's write the notes of the same fictional stays. The
+key is taken from the environment variable MISTRAL_API_KEY. Notes are kept in `api_notes.jsonl` as they come: a command
+that was interrupted goes on where it stopped when it is given again. `--dry-run` only writes `prompts.jsonl`.
 """
 
 import argparse
@@ -22,6 +26,7 @@ from tqdm import tqdm
 from finetune.cli import run_cli
 from model.errors import UserError
 from utils.icd10.answers import build_answer
+from utils.icd10.api_notes import DEFAULT_MODEL, NoteRequest, connect, note_requests, save_prompts, write_api_notes
 from utils.icd10.catalogue import Catalogue, load_catalogue
 from utils.icd10.codes import Cim10Entry, Cim10Table, category
 from utils.icd10.narrator import WORDINGS
@@ -30,6 +35,7 @@ from utils.icd10.prompts import instruct_row
 from utils.jsonl import aside, dump_row, file_errors
 from utils.splits import SPLIT_NAMES, parse_fractions, split_rows
 
+JOURNAL, PROMPTS = "api_notes.jsonl", "prompts.jsonl"
 TEXT, CODES, TABLE, ALL_ROWS = "text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"
 TEXT_COLUMNS = ("visit_occurence_id", "text")
 CODE_COLUMNS = ("visit_occurence_id", "condition_status_source_value", "concept_code", "concept_name")
@@ -110,23 +116,51 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     parser.add_argument("--n", type=int, required=True, help="number of notes")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same notes (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same stays (default: 0)")
     parser.add_argument("--length", choices=LENGTHS, default="long", help="about 100 tokens, or some 600 to 1500")
     parser.add_argument("--wordings", choices=tuple(WORDINGS), default="all", help="keep names of diseases apart")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table: its labels, types and further codes")
     parser.add_argument("--split", default="0.9,0.1", help="shares of train, eval and test (default: 0.9,0.1)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier call")
+    api = parser.add_argument_group("notes by Mistral's API")
+    api.add_argument("--writer", choices=("templates", "mistral"), default="templates", help="who writes the notes")
+    api.add_argument("--model", default=DEFAULT_MODEL, help="(default: %(default)s)")
+    api.add_argument("--server", metavar="URL", help="another server with the same API (default: Mistral's)")
+    api.add_argument("--dry-run", action="store_true", help="write and count the prompts, send nothing")
     return parser.parse_args()
+
+
+def _notes(args: argparse.Namespace, catalogue: Catalogue) -> Iterable[FictionalNote]:
+    if args.writer == "templates":
+        return write_notes(args.n, args.seed, catalogue, args.length, args.wordings)
+    return write_api_notes(_requests(args, catalogue), connect(args.model, args.server), args.out / JOURNAL)
+
+
+def _requests(args: argparse.Namespace, catalogue: Catalogue) -> Iterable[NoteRequest]:
+    return note_requests(args.n, args.seed, catalogue, args.length, args.model)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: expected at least 1 note.")
+    if args.writer == "mistral" and args.wordings != "all":
+        raise UserError(f"--wordings {args.wordings} is for --writer templates: an API's model chooses its own words.")
+    if args.writer == "templates" and args.dry_run:
+        raise UserError("--dry-run is for --writer mistral: templates cost nothing.")
 
 
 def main() -> None:
     args = _arguments()
-    if args.n < 1:
-        raise UserError(f"--n {args.n}: expected at least 1 note.")
+    _check(args)
     catalogue = load_catalogue(Cim10Table.from_file(args.cim10) if args.cim10 else None)
+    if args.dry_run:
+        with file_errors():
+            args.out.mkdir(parents=True, exist_ok=True)
+            print(save_prompts(_requests(args, catalogue), args.out / JOURNAL, args.out / PROMPTS))
+        return
     splits = split_rows(array("L", range(args.n)), parse_fractions(args.split), args.seed)
-    notes = write_notes(args.n, args.seed, catalogue, args.length, args.wordings)
-    save_notes(notes, args.out, splits, None if args.cim10 else table_of(catalogue), args.overwrite)
+    table = None if args.cim10 else table_of(catalogue)
+    save_notes(_notes(args, catalogue), args.out, splits, table, args.overwrite)
     print(f"{args.n:,} fictional notes with their codes: {args.out}")
 
 

@@ -106,6 +106,28 @@ def dump_row(row: Row) -> str:
     return line
 
 
+def read_journal(path: Path) -> dict[str, Row]:
+    """Rows, by their first key `id`, that an interrupted command left in its output.
+
+    A last line that was cut short is removed from the file.
+
+    Raises:
+        UserError: the file is something else, and stays as it is.
+    """
+    rows: dict[str, Row] = {}
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n") and b'{"id"'.startswith(line[:5]):
+            os.truncate(path, len(content) - len(line))
+            break
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} exists and is no output of this command; name another file.") from None
+    return rows
+
+
 @contextmanager
 def file_errors() -> Iterator[None]:
     """Turns what the operating system refuses (no permission, disk full) into a UserError."""

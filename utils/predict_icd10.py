@@ -24,7 +24,7 @@ from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import prompt_messages
-from utils.jsonl import file_errors, read_lines
+from utils.jsonl import file_errors, read_journal, read_lines
 from utils.tables import read_table
 
 CSV_COLUMNS = ("id", "role", "code", "label")
@@ -110,30 +110,6 @@ def predictions(coder: Coder, notes: list[Note], batch_size: int, max_tokens: in
             bar.update(len(batch))
 
 
-def already_coded(path: Path) -> set[str]:
-    """Ids in an output of an earlier, interrupted command; a line cut short is removed from it.
-
-    Raises:
-        UserError: the file is something else.
-    """
-    if not path.exists():
-        return set()
-    done, whole_bytes = set(), 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            done.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError):
-            if line.endswith(b"\n"):
-                raise UserError(f"{path} exists and is no output of this command; name another file.") from None
-            break
-        if not line.endswith(b"\n"):
-            break
-        whole_bytes += len(line)
-    with path.open("r+b") as file:
-        file.truncate(whole_bytes)
-    return done
-
-
 def save_csv(jsonl: Path, path: Path) -> None:
     """Writes a line per code."""
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -161,7 +137,7 @@ def main() -> None:
     lines = options.out.with_suffix(".jsonl")
     with file_errors():
         lines.parent.mkdir(parents=True, exist_ok=True)
-        done = already_coded(lines)
+        done = read_journal(lines)
         to_do = [note for note in notes if note.id not in done]
         if to_do:
             coder = Coder(options.run, table, options.step)

@@ -158,11 +158,11 @@ def summarise(report: dict[str, Any]) -> str:
         chapters = ", ".join(f"{found} {count:,}" for found, count in split["chapters_of_dp"].items())
         lines.append(f"{name}: {split['stays']:,} stays{patients}; {roles}; chapters of the DP: {chapters}")
     if shared := duplicates["stays_with_the_text_of_another"]:
-        lines.append(f"{shared:,} stays have the text of another one; they share its split.")
+        lines.append(f"Stays that have the text of another one, and share its split: {shared:,}.")
     if leaks := duplicates["near_identical_across_splits"]:
         lines.append(
-            f"warning: {leaks:,} stays are nearly identical to one of another split (see {REPORT}): scores on them are "
-            "flattered. Give --patient if they are of one patient."
+            f"warning: stays that are nearly identical to one of another split: {leaks:,} (see {REPORT}). Scores on them "
+            "are flattered; give --patient if they are of one patient."
         )
     else:
         lines.append("No stay is nearly identical to one of another split.")

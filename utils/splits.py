@@ -63,7 +63,7 @@ def assign_splits(
 
     The largest units come first, in seeded order among equals; each goes where it overfills least (d'Hondt's rule). For
     rows without groups the counts are exact wherever they can be. With strata, units of one stratum come one after the
-    other, so that each stratum divides as all rows do, give or take a unit.
+    other, so that each stratum divides as all rows do, give or take a unit or two.
 
     Args:
         sizes: rows per unit.

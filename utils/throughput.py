@@ -7,7 +7,7 @@ import shutil
 from model.args import ModelArgs
 
 # Starting, loading and saving; mistral-finetune's own estimate allows for as much.
-_OVERHEAD_SECONDS = 300
+OVERHEAD_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,12 @@ def run_speeds(num_gpus: int, gpus: list[str], parameters: float | None) -> list
     for gpu in gpus[:1] or _USUAL_GPUS:
         of_one = tokens_per_second(parameters, gpu)
         speeds.append(Speed(f"{num_gpus} x {gpu}", None if of_one is None else num_gpus * of_one))
-    return speeds
+    return speeds if any(speed.tokens_per_second for speed in speeds) else speeds[:1]
 
 
 def eta(tokens: float, speed: Speed) -> str:
     """Duration of a run of so many tokens as HH:MM:SS."""
     if speed.tokens_per_second is None:
         return "unknown"
-    minutes, seconds = divmod(int(_OVERHEAD_SECONDS + tokens / speed.tokens_per_second), 60)
+    minutes, seconds = divmod(int(OVERHEAD_SECONDS + tokens / speed.tokens_per_second), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"

@@ -7,6 +7,7 @@ then 1; rows that train, though hardly as they were meant to, are listed as warn
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -162,17 +163,22 @@ def report_statistics(
 
 def validate(options: argparse.Namespace) -> bool:
     """Runs the command; says whether the data is free of errors."""
+    for path in filter(None, (options.error_report_txt, options.train_stats_json, options.plot)):
+        if not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: the folder {path.parent} does not exist.")
     args = load_args(options.train_yaml)
     tokenizer, parameters = load_tokenizer(args)
     cache_words(tokenizer)
     gpus = visible_gpus()
     num_gpus = options.num_gpus or len(gpus) or 1
-    speeds = [Speed("--wps", options.wps)] if options.wps else run_speeds(num_gpus, gpus, parameters)
+    speeds = (
+        [Speed(f"{options.wps:,.0f} tokens/s", options.wps)] if options.wps else run_speeds(num_gpus, gpus, parameters)
+    )
     with Findings() as errors, Findings() as warnings, file_errors():
         validation = Validation(list_datasets(args), errors, warnings)
         validation.run(args, tokenizer, options.num_workers, num_gpus)
         if options.create_corrected:
-            for file in validation.files:
+            for file in filter(lambda file: file.reported, validation.files):
                 write_corrected(file)
         report_findings(errors, warnings, options.error_report_txt)
         if errors:
@@ -204,25 +210,36 @@ def _options() -> argparse.Namespace:
     add("--num_gpus", type=_at_least_one, metavar="N", help="GPUs of the run (default: those visible here)")
     add("--wps", type=_positive, help="the run's speed in tokens per second, words_per_second in a training's log")
     add("--plot", type=Path, metavar="F.png", help="picture of the rows' lengths")
-    add("--num_workers", type=_at_least_one, metavar="K", help="processes that read (default: one for each core)")
+    add(
+        "--num_workers",
+        type=_at_least_one,
+        metavar="K",
+        default=_cores(),
+        help="processes (default: one for each core)",
+    )
     options = parser.parse_args()
     if options.save_reports:
         options.error_report_txt = options.error_report_txt or Path(ERROR_REPORT)
         options.train_stats_json = options.train_stats_json or Path(TRAIN_STATS)
-    options.num_workers = options.num_workers or len(os.sched_getaffinity(0))
     return options
 
 
+def _cores() -> int:
+    """Cores this process may use; not every system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    if not (number := float(text)) > 0:
-        raise ValueError
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 if __name__ == "__main__":

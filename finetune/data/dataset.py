@@ -26,7 +26,7 @@ logger = logging.getLogger("data")
 Encoder = SampleEncoder | FittingEncoder
 Packing = Callable[..., PackedSequences[Any]]  # concat or best_fit, told how long a sequence is
 
-_BLOCK = 1 << 24  # bytes read at a time while looking for line ends
+_BLOCK = 1 << 20  # bytes read at a time while looking for line ends: fits the cache of a core
 _WHOLE = 0  # an entry that is the row as it stands, not a conversation cut short
 
 

@@ -64,7 +64,7 @@ class WordCachingTokenizer(SentencePieceTokenizer):
 
 def cache_words(instruct_tokenizer: InstructTokenizerBase) -> None:
     """Makes a sentencepiece tokenizer remember words; leaves others, and those it cannot serve, as they are."""
-    if isinstance(instruct_tokenizer.tokenizer, SentencePieceTokenizer):
+    if type(instruct_tokenizer.tokenizer) is SentencePieceTokenizer:
         caching = WordCachingTokenizer(instruct_tokenizer.tokenizer)
         if caching.encodes_words_apart():
             instruct_tokenizer.tokenizer = caching

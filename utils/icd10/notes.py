@@ -43,13 +43,18 @@ def write_notes(
         wordings: "train", "unseen" (names that "train" never uses) or "all".
     """
     for index in range(count):
-        rng = random.Random(f"{seed} {length} {index}")
-        stay = sample_stay(rng, catalogue, _SHORT_MAX_DAS if length == "short" else MAX_DAS)
+        rng, stay = seeded_stay(index, seed, catalogue, length)
         narrator = Narrator(rng, stay, WORDINGS[wordings])
         compose = _short_note if length == "short" else _long_note
         text = compose(narrator, choose_traps(rng, stay, catalogue, length))
         name = hashlib.sha1(f"{seed} {length} {wordings} {index}".encode(), usedforsecurity=False).hexdigest()
         yield FictionalNote(name, text, _in_order_told(stay, narrator.told))
+
+
+def seeded_stay(index: int, seed: int, catalogue: Catalogue, length: str) -> tuple[random.Random, Stay]:
+    """The stay of the note `index`, whoever writes it, and the source of chance to go on with."""
+    rng = random.Random(f"{seed} {length} {index}")
+    return rng, sample_stay(rng, catalogue, _SHORT_MAX_DAS if length == "short" else MAX_DAS)
 
 
 def _in_order_told(stay: Stay, told: list[str]) -> tuple[Diagnosis, ...]:

@@ -85,7 +85,7 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def warnings(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the scores should know, one sentence per fact."""
     counts = result["counts"]
-    lines = [f"{counts[key]:,} {name}" for key, name in COUNT_NAMES.items() if key != "notes" and counts[key]]
+    lines = [f"{name}: {counts[key]:,}" for key, name in COUNT_NAMES.items() if key != "notes" and counts[key]]
     if counts["missing_ids"]:
         lines.append(f"without a prediction: {', '.join(counts['missing_ids'][:_NAMED])}")
     rates = result["rates"].items()

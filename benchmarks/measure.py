@@ -1,0 +1,118 @@
+"""What the benchmarks share: fresh processes, the machine's facts, result files and tables."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+MB = 1e6  # all sizes are told in these
+
+_PACKAGES = ("torch", "mistral-common", "sentencepiece", "safetensors", "numpy")
+
+
+def peak_rss() -> int:
+    """The most bytes of memory this process ever held (Linux). Unlike getrusage's it knows nothing of the parent."""
+    return _kilobytes("/proc/self/status", "VmHWM:") * 1024
+
+
+def _kilobytes(file: str, key: str) -> int:
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def run_json(*command: str) -> dict[str, Any]:
+    """Runs a command of the project and reads the JSON object it prints last."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(
+    name: str, cases: Sequence[dict[str, Any]], rounds: int, run: Callable[[dict[str, Any]], dict[str, float]]
+) -> dict[str, Any]:
+    """Measures each case once per round, so that what else the machine does meets all alike; appends the result.
+
+    Args:
+        name: of the benchmark; its results stand in results/NAME.jsonl.
+        cases: settings of each case.
+        rounds: how often each is measured.
+        run: measures a case.
+
+    Returns:
+        The line written: under "results" each case with [lowest, median, highest] of everything measured.
+    """
+    load = [os.getloadavg()[0]]
+    measured: list[list[dict[str, float]]] = [[] for _ in cases]
+    with tqdm(total=rounds * len(cases), desc=name, disable=None) as bar:
+        for _ in range(rounds):
+            for case, runs in zip(cases, measured, strict=True):
+                runs.append(run(case))
+                bar.update()
+    load.append(os.getloadavg()[0])
+    record = {
+        "benchmark": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(_kilobytes("/proc/meminfo", "MemTotal:") * 1024 / 1e9, 1),
+            "load_before_and_after": [round(value, 2) for value in load],
+        },
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "rounds": rounds,
+        "results": [case | _spreads(runs) for case, runs in zip(cases, measured, strict=True)],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
+def _spreads(runs: list[dict[str, float]]) -> dict[str, list[float]]:
+    values = {key: [run[key] for run in runs] for key in runs[0]}
+    return {
+        key: [float(f"{value:.5g}") for value in (min(found), statistics.median(found), max(found))]
+        for key, found in values.items()
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def last_record(name: str) -> dict[str, Any]:
+    """The newest line of a benchmark's result file."""
+    return json.loads((RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+def print_table(record: dict[str, Any], columns: dict[str, Callable[[dict[str, Any]], str]]) -> None:
+    """Prints a Markdown table of a record's results, a column per entry, under a line on where it was measured."""
+    machine = record["machine"]
+    before, after = machine["load_before_and_after"]
+    print(
+        f"{record['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, Python {record['versions']['python']}, "
+        f"torch {record['versions']['torch']}, {record['rounds']} rounds, load average {before} before, {after} after\n"
+    )
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for result in record["results"]:
+        print("| " + " | ".join(column(result) for column in columns.values()) + " |")
+
+
+def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
+    """`median (lowest-highest)`, or one number where all are the same."""
+    low, median, high = (f"{value / scale:,.{digits}f}" for value in values)
+    return median if low == high else f"{median} ({low}-{high})"

@@ -1,0 +1,77 @@
+"""Wall time and memory of the validator on one and two cores.
+
+`python -m benchmarks.validate [--rounds 3]` measures and appends to results/validate.jsonl; `--show` prints its last
+table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data import WORK_DIR, icd_file
+from benchmarks.measure import ROOT, last_record, measure, print_table, spread
+
+CASES = [{"megabytes": size, "cores": cores} for size in (20, 200) for cores in (1, 2)]
+COLUMNS = {
+    "file, MB": lambda result: str(result["megabytes"]),
+    "million tokens": lambda result: spread(result["tokens"], 1e6),
+    "cores": lambda result: str(result["cores"]),
+    "seconds": lambda result: spread(result["seconds"]),
+    "million tokens/s": lambda result: spread(result["tokens_per_second"], 1e6),
+    "peak RSS of the largest process, MB": lambda result: spread(result["peak_bytes"], 1e6, 0),
+}
+
+
+def validate(case: dict[str, Any]) -> dict[str, float]:
+    """Runs the command as a user does, with imports and all."""
+    statistics = WORK_DIR / "stats.json"
+    command = [sys.executable, "-m", "utils.validate_data", "--train_yaml", str(_yaml(case["megabytes"]))]
+    command += ["--num_workers", str(case["cores"]), "--num_gpus", "1", "--train_stats_json", str(statistics)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)  # of the process and those it started
+    seconds = time.perf_counter() - start
+    if status:
+        sys.exit(f"{' '.join(command)} failed: run it to see why.")
+    tokens = json.loads(statistics.read_text(encoding="utf-8"))["expected"]["data_tokens"]
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def _yaml(megabytes: int) -> Path:
+    model = WORK_DIR / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    params = {"dim": 64, "n_layers": 1, "head_dim": 16, "hidden_dim": 64, "n_heads": 4, "n_kv_heads": 4}
+    (model / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-5, "vocab_size": 32768}), encoding="utf-8")
+    settings = {
+        "data": {"instruct_data": str(icd_file(megabytes)), "packing": "best_fit"},
+        "model_id_or_path": str(model),
+        "run_dir": str(WORK_DIR / "no run"),
+        "seq_len": 8192,
+    }
+    path = WORK_DIR / "validate.yaml"
+    path.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--show", action="store_true", help="print the table of the last results")
+    options = parser.parse_args()
+    print_table(
+        last_record("validate") if options.show else measure("validate", CASES, options.rounds, validate), COLUMNS
+    )
+
+
+if __name__ == "__main__":
+    main()
