@@ -28,10 +28,8 @@ def load_trained(run_dir: Path, step: int | None = None) -> tuple[Transformer, I
     Raises:
         UserError: no run, no such checkpoint, or the base model has moved.
     """
-    if not (run_dir / "args.yaml").is_file():
-        raise UserError(f"{run_dir} is no run folder: it holds no args.yaml.")
+    checkpoint = find_checkpoint(run_dir, step) / "consolidated"
     args = read_train_args(run_dir / "args.yaml")
-    checkpoint = _find_checkpoint(run_dir, step) / "consolidated"
     if (checkpoint / ADAPTER_NAME).is_file():
         args.lora.from_adapter = str(checkpoint / ADAPTER_NAME)
     else:
@@ -47,7 +45,18 @@ def load_trained(run_dir: Path, step: int | None = None) -> tuple[Transformer, I
     return model.eval(), load_instruct_tokenizer(base.folder, base.args.vocab_size)
 
 
-def _find_checkpoint(run_dir: Path, step: int | None) -> Path:
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """A checkpoint's folder.
+
+    Args:
+        run_dir: folder of the run.
+        step: which one; None: the newest.
+
+    Raises:
+        UserError: no run, or no such checkpoint.
+    """
+    if not (run_dir / "args.yaml").is_file():
+        raise UserError(f"{run_dir} is no run folder: it holds no args.yaml.")
     saved = saved_checkpoints(run_dir / "checkpoints")
     if step is not None:
         saved = [path for path in saved if int(path.name.removeprefix("checkpoint_")) == step]

@@ -165,7 +165,9 @@ def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gold", type=Path, required=True, help="jsonl of instruct rows")
-    parser.add_argument("--predictions", type=Path, required=True, help="jsonl of answers or codes")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--predictions", type=Path, help="jsonl of answers or codes")
+    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a training run, whose model answers first")
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="scores, all of them")
     parser.add_argument("--html", type=Path, metavar="F", help="one page with charts")
     parser.add_argument("--csv", type=Path, metavar="F", help="a line per note")
@@ -175,8 +177,21 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _predict(run_dir: Path, gold: Path) -> Path:
+    """Answers the gold notes with a run's newest checkpoint; asked again, it finds its answers in the run folder."""
+    from finetune.inference import find_checkpoint  # torch, which scores alone do not need
+    from utils.predict_icd10 import code_notes
+
+    checkpoint = find_checkpoint(run_dir)
+    answers = run_dir / "predictions" / f"{gold.stem}.{checkpoint.name}.jsonl"
+    code_notes(run_dir, gold, answers)
+    return answers
+
+
 def main() -> None:
     args = _arguments()
+    if args.run:
+        args.predictions = _predict(args.run, args.gold)
     outputs = [path for path in (args.json, args.html, args.csv) if path]
     _require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None

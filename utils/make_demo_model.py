@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.data.tokenize import V3_VOCABULARY
 from finetune.cli import run_cli
+from finetune.data.tokenize import V3_VOCABULARY
 from model.args import ModelArgs
 from model.transformer import Transformer
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter, new_folder

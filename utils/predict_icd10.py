@@ -27,6 +27,7 @@ from utils.icd10.prompts import prompt_messages
 from utils.jsonl import file_errors, read_journal, read_lines
 from utils.tables import read_table
 
+ID_COLUMNS = ("id", "visit_occurence_id")
 CSV_COLUMNS = ("id", "role", "code", "label")
 
 
@@ -46,7 +47,7 @@ def read_notes(path: Path) -> list[Note]:
     for number, row in read_table(path):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: {row}.")
-        name = str(row.get("id") or row.get("visit_occurence_id") or number)
+        name = str(next((row[key] for key in ID_COLUMNS if row.get(key) not in (None, "")), number))
         if name in seen:
             raise UserError(f"{path}, row {number}: the id {name} stands twice; each note needs its own.")
         seen.add(name)
@@ -89,7 +90,9 @@ class Coder:
 
     def answers(self, notes: list[Note], max_tokens: int) -> list[str]:
         """Answers a batch of notes, greedily."""
-        prompts = [self._encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes]
+        prompts = [
+            self._encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes
+        ]
         constraints = None
         if self._grammar is not None:
             constraints = [AnswerConstraint(self._grammar, self._vocabulary, self._allowed) for _ in notes]
@@ -120,6 +123,38 @@ def save_csv(jsonl: Path, path: Path) -> None:
             writer.writerows({"id": row["id"], **code} for code in row["codes"])
 
 
+def code_notes(
+    run_dir: Path,
+    notes_file: Path,
+    out: Path,
+    table: Cim10Table | None = None,
+    step: int | None = None,
+    batch_size: int = 16,
+    max_tokens: int = 512,
+) -> str:
+    """Codes the notes of a file that `out` does not hold yet, and says in a sentence what was done.
+
+    Raises:
+        UserError: notes, run or output cannot be used.
+    """
+    notes = read_notes(notes_file)
+    lines = out.with_suffix(".jsonl")
+    with file_errors():
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        done = read_journal(lines)
+        to_do = [note for note in notes if note.id not in done]
+        if to_do:
+            coder = Coder(run_dir, table, step)
+            with lines.open("a", encoding="utf-8") as file:
+                for prediction in predictions(coder, to_do, batch_size, max_tokens):
+                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+                    file.flush()
+        if out.suffix == ".csv":
+            save_csv(lines, out)
+    before = f", {len(notes) - len(to_do)} of them before" if len(to_do) < len(notes) else ""
+    return f"{len(notes)} notes coded{before}: {out}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="folder of the training run")
@@ -132,23 +167,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.batch_size < 1 or options.max_tokens < 1:
         raise UserError("--batch_size and --max_tokens must be at least 1.")
-    notes = read_notes(options.notes)
     table = Cim10Table.from_file(options.cim10) if options.cim10 else None
-    lines = options.out.with_suffix(".jsonl")
-    with file_errors():
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        done = read_journal(lines)
-        to_do = [note for note in notes if note.id not in done]
-        if to_do:
-            coder = Coder(options.run, table, options.step)
-            with lines.open("a", encoding="utf-8") as file:
-                for prediction in predictions(coder, to_do, options.batch_size, options.max_tokens):
-                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-                    file.flush()
-        if options.out.suffix == ".csv":
-            save_csv(lines, options.out)
-    before = f", {len(done)} of them before" if done else ""
-    print(f"{len(notes)} notes coded{before}: {options.out}")
+    sizes = (options.batch_size, options.max_tokens)
+    print(code_notes(options.run, options.notes, options.out, table, options.step, *sizes))
 
 
 if __name__ == "__main__":

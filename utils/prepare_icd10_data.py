@@ -161,8 +161,8 @@ def summarise(report: dict[str, Any]) -> str:
         lines.append(f"Stays that have the text of another one, and share its split: {shared:,}.")
     if leaks := duplicates["near_identical_across_splits"]:
         lines.append(
-            f"warning: stays that are nearly identical to one of another split: {leaks:,} (see {REPORT}). Scores on them "
-            "are flattered; give --patient if they are of one patient."
+            f"warning: stays that are nearly identical to one of another split: {leaks:,} (see {REPORT}). Scores on "
+            "them are flattered; give --patient if they are of one patient."
         )
     else:
         lines.append("No stay is nearly identical to one of another split.")
