@@ -5,10 +5,13 @@ BIN := .venv/bin
 EXTRAS := test,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
 comma := ,
 
-.PHONY: help setup demo test check format clean
+NOTEBOOKS := generate_fictives_notes prepare_data_for_generative_finetuning mistral_finetune_7b
+
+.PHONY: help setup demo test notebooks check format clean
 help:
 	@echo "make demo    train a tiny model on fictional notes, on the CPU, from nothing to a fine-tuned adapter"
 	@echo "make test    run the tests"
+	@echo "make notebooks  execute the tutorials; what they show is in runs/tutorials"
 	@echo "make check   lint and format check;  make format  mend what can be mended"
 	@echo "make setup   only install into .venv;  make clean  remove what make demo wrote"
 
@@ -27,6 +30,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Without a key: executing a tutorial must not be charged to anybody.
+notebooks: setup
+	mkdir -p runs/tutorials
+	env -u MISTRAL_API_KEY $(BIN)/jupyter-execute --output='../runs/tutorials/{notebook_name}' \
+		$(NOTEBOOKS:%=tutorials/%.ipynb)
 
 check: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import warnings
 from pathlib import Path
 
 import fire
@@ -81,7 +82,9 @@ def train_step(
         optimizer.step()
     scaler.update(finite)
     if schedule.last_epoch < schedule.total_steps - 1:  # there is no rate beyond the last step's
-        schedule.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where the first step is skipped
+            schedule.step()
     return StepResult(loss, grad_norm, lr, skipped=not finite)
 
 

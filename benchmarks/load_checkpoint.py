@@ -18,7 +18,7 @@ from benchmarks.data import WORK_DIR
 from benchmarks.measure import last_record, measure, peak_rss, print_table, run_json, spread
 from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
-from finetune.distributed import init_world
+from finetune.distributed import World, init_world
 from finetune.hardware import choose_hardware
 from finetune.wrapped_model import build_model, open_base_model
 from model.args import ModelArgs
@@ -80,24 +80,24 @@ def load(folder: Path, dtype: str) -> dict[str, float] | None:
     """Measures this process and those beside it; rank 0 returns the largest of each number."""
     import_bytes = peak_rss()
     with init_world() as world:
-        args = TrainArgs(DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype=dtype)
-        start = time.perf_counter()
-        base = open_base_model(args)
-        hardware = choose_hardware(world.device, dtype, args.attention, base.args)
-        model = build_model(base, args, hardware, world)
-        seconds = time.perf_counter() - start
-        peak_bytes = peak_rss()
-        assert sum(parameter.numel() for parameter in model.parameters()) > 559e6
-        numbers = {"seconds": seconds, "peak_bytes": peak_bytes, "import_bytes": import_bytes}
-        largest = _maximum(numbers, world.size)
+        numbers = _maximum(_build(folder, dtype, world) | {"import_bytes": import_bytes}, world.size)
     if not world.is_master:
         return None
-    file_bytes = base.weights.size_bytes
-    return largest | {
-        "file_bytes": file_bytes,
-        "peak_per_file": largest["peak_bytes"] / file_bytes,
-        "peak_per_file_without_imports": (largest["peak_bytes"] - largest["import_bytes"]) / file_bytes,
+    file_bytes, added = numbers["file_bytes"], numbers["peak_bytes"] - numbers["import_bytes"]
+    return numbers | {
+        "peak_per_file": numbers["peak_bytes"] / file_bytes,
+        "peak_per_file_without_imports": added / file_bytes,
     }
+
+
+def _build(folder: Path, dtype: str, world: World) -> dict[str, float]:
+    args = TrainArgs(DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype=dtype)
+    start = time.perf_counter()
+    base = open_base_model(args)
+    model = build_model(base, args, choose_hardware(world.device, dtype, args.attention, base.args), world)
+    seconds = time.perf_counter() - start
+    assert sum(parameter.numel() for parameter in model.parameters()) > 559e6
+    return {"seconds": seconds, "peak_bytes": peak_rss(), "file_bytes": base.weights.size_bytes}
 
 
 def _maximum(numbers: dict[str, float], ranks: int) -> dict[str, float]:

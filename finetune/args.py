@@ -11,12 +11,10 @@ from typing import Any
 import yaml
 from simple_parsing.helpers import Serializable
 
-from model.args import LoraArgs
-from model.attention import ENGINES
+from model.args import ATTENTION_ENGINES, PARAM_DTYPES, LoraArgs
 from model.errors import UserError
 
 from .data.args import DataArgs
-from .mixed_precision import DTYPES
 from .monitoring.args import MLFlowArgs, WandbArgs
 
 
@@ -141,10 +139,10 @@ class TrainArgs(Serializable):
             found.append(f"`max_norm` is {self.max_norm}; it must be positive.")
         if not 0 <= self.seed < 2**32:
             found.append(f"`seed` is {self.seed}; it must lie between 0 and 2**32 - 1.")
-        if self.param_dtype != "auto" and self.param_dtype not in DTYPES:
-            found.append(f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(DTYPES)}.")
-        if self.attention != "auto" and self.attention not in ENGINES:
-            found.append(f"`attention` is {self.attention!r}; expected auto, {', '.join(ENGINES)}.")
+        if self.param_dtype != "auto" and self.param_dtype not in PARAM_DTYPES:
+            found.append(f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(PARAM_DTYPES)}.")
+        if self.attention != "auto" and self.attention not in ATTENTION_ENGINES:
+            found.append(f"`attention` is {self.attention!r}; expected auto, {', '.join(ATTENTION_ENGINES)}.")
         if self.save_adapters and not self.lora.enable and not self.no_ckpt:
             found.append(
                 "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "

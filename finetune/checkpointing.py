@@ -78,7 +78,8 @@ class Checkpointer:
                     _link(self.folder / BEST_NAME, final)
                 self._prune()
             except (OSError, UserError) as error:
-                failure = f"The checkpoint {final} could not be saved: {error} Earlier checkpoints are untouched."
+                reason = str(error).removesuffix(".")
+                failure = f"The checkpoint {final} could not be saved: {reason}. Earlier checkpoints are untouched."
         for _ in tensors:
             pass  # gathering takes all ranks: those that write nothing, and rank 0 for the rest after a failure
         self._world.fail_together(failure)

@@ -9,6 +9,10 @@ from simple_parsing.helpers import Serializable
 
 from .errors import UserError
 
+# Names a YAML may give; what they stand for is in model.attention and finetune.mixed_precision, which load torch.
+ATTENTION_ENGINES = ("xformers", "varlen", "sdpa")
+PARAM_DTYPES = ("bf16", "fp16", "fp32")
+
 
 @dataclasses.dataclass
 class MoeArgs(Serializable):

@@ -1,6 +1,6 @@
 """golden's training runs as YAML files, and several trainings in one process group.
 
-    torchrun --nproc-per-node 2 -m tests.run_trajectories CONFIG.yaml CONFIG.yaml ...
+torchrun --nproc-per-node 2 -m tests.run_trajectories CONFIG.yaml CONFIG.yaml ...
 """
 
 import copy
@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import yaml
 
 import train
 from finetune.args import load_train_args
-from finetune.distributed import init_world
 from finetune.cli import run_cli
+from finetune.distributed import init_world
+from finetune.monitoring.utils import set_up_logging
 from tests.golden import fixture, load_json_gz
 
 ROOT = Path(__file__).parent.parent
@@ -47,19 +49,30 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def torchrun(*command: object, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs `-m MODULE ARGUMENT ...` under torchrun, from the root of the project, on one thread per process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Runs `[PREFIX] torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` from the root of the project."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [*prefix, *launcher, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
+
+
+def own_errors(done: subprocess.CompletedProcess[str]) -> str:
+    """What our processes wrote to stderr before torchrun's own report, which brings a traceback of torchrun's."""
+    return done.stderr.partition("torch/distributed/elastic")[0]
 
 
 def main(configs: list[str]) -> None:
     """Trains one configuration after the other; they share the start of the processes, which takes seconds."""
     torch.set_num_threads(1)
     with init_world() as world:
+        set_up_logging(world.rank)
         for config in configs:
             train.run(load_train_args(Path(config)), world)
 

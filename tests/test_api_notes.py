@@ -28,7 +28,7 @@ CATALOGUE = load_catalogue()
 
 
 class FakeMistral(ThreadingHTTPServer):
-    """Answers chat completions with "note N"; `failures`, (status, headers, body) or None for a reset, come first."""
+    """Answers chat completions with "note N"; what `failures` do with a request comes first."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -44,12 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, self.headers["Authorization"], body))
         if self.server.failures:
-            failure = self.server.failures.pop(0)
-            if failure is None:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.close_connection = True
-            else:
-                self.reply(*failure)
+            self.server.failures.pop(0)(self)
             return
         message = {"role": "assistant", "content": f"  note {len(self.server.requests)} : séjour simple\n"}
         choice = {"index": 0, "finish_reason": self.server.finish_reason, "message": message}
@@ -59,15 +54,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, headers, body):
         self.send_response(status)
-        for name, value in (
-            {"Content-Type": "application/json", "Content-Length": str(len(body.encode()))} | headers
-        ).items():
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body.encode()))} | headers
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body.encode())
 
     def log_message(self, *arguments):
         pass
+
+
+def refuse(status, body="{}", **headers):
+    return lambda handler: handler.reply(
+        status, {name.replace("_", "-"): value for name, value in headers.items()}, body
+    )
+
+
+def hang_up(handler):
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.close_connection = True
+
+
+def keep_silent(handler):
+    threading.Event().wait(3)
+    handler.close_connection = True
 
 
 @pytest.fixture
@@ -144,17 +154,17 @@ def test_the_request_is_what_was_asked_for(server, waits):
     assert waits == []
 
 
-def test_rate_limits_and_failures_are_waited_out(server, waits):
-    busy = (503, {}, "{}")
-    server.failures = [busy, busy, busy, (429, {"Retry-After": "17"}, "{}"), None]
-    assert api_notes.connect("m", server.url)(requests(1)[0].messages) == "note 6 : séjour simple"
-    assert len(waits) == 5
+def test_rate_limits_and_failures_are_waited_out(server, waits, monkeypatch):
+    monkeypatch.setattr(api_notes, "_TIMEOUT_MS", 300)
+    server.failures = [*[refuse(503)] * 3, refuse(429, Retry_After="17"), hang_up, keep_silent]
+    assert api_notes.connect("m", server.url)(requests(1)[0].messages) == "note 7 : séjour simple"
+    assert len(waits) == 6
     assert all(2**n <= wait <= 2**n + 1 for n, wait in enumerate(waits[:3]))  # and up to a second of chance
     assert waits[3] == 17
 
 
 def test_a_limit_that_does_not_end_is_an_error(server, waits):
-    server.failures = [(429, {}, '{"message": "Requests rate limit exceeded"}')] * 50
+    server.failures = [refuse(429, '{"message": "Requests rate limit exceeded"}')] * 50
     with pytest.raises(UserError, match=r"answered 429: .*rate limit exceeded.*same command again"):
         api_notes.connect("m", server.url)(requests(1)[0].messages)
     assert max(waits) <= 60 and 180 < sum(waits) < 300
@@ -162,7 +172,7 @@ def test_a_limit_that_does_not_end_is_an_error(server, waits):
 
 @pytest.mark.parametrize("status", [400, 401, 422])
 def test_a_refusal_is_told_at_once(server, waits, status):
-    server.failures = [(status, {}, '{"detail": "Invalid model: m"}')]
+    server.failures = [refuse(status, '{"detail": "Invalid model: m"}')]
     with pytest.raises(UserError, match=f"answered {status}: .*Invalid model: m"):
         api_notes.connect("m", server.url)(requests(1)[0].messages)
     assert waits == [] and len(server.requests) == 1
@@ -220,17 +230,19 @@ def test_the_command_writes_the_same_files_and_never_the_key(server, tmp_path):
 
 def test_an_interrupted_command_goes_on(server, waits, monkeypatch, tmp_path):
     arguments = ("--out", tmp_path, "--server", server.url, "--length", "short")
-    refused = (400, {}, "{}")
+    journal = tmp_path / "api_notes.jsonl"
     original = Handler.reply
 
     def stop_after_four(handler, *reply):
-        original(handler, *(refused if len(server.requests) == 5 else reply))
+        number = len(server.requests)
+        if number <= 5:  # each note is safe before the next one is asked for
+            assert journal.read_text(encoding="utf-8").count("\n") == number - 1
+        original(handler, *((400, {}, "{}") if number == 5 else reply))
 
     monkeypatch.setattr(Handler, "reply", stop_after_four)
     with pytest.raises(UserError, match="answered 400"):
         run(monkeypatch, "--n", 10, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["api_notes.jsonl"]
-    journal = tmp_path / "api_notes.jsonl"
     whole = journal.read_bytes()
     journal.write_bytes(whole[:-9])  # as if the machine had gone down in the middle of a line
     run(monkeypatch, "--n", 10, *arguments)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model.args import ATTENTION_ENGINES
 from model.attention import ENGINES, PackedDocuments, choose_engine, engine_works
 from model.errors import UserError
 
@@ -95,3 +96,7 @@ def test_forcing_takes_the_engine_or_says_what_runs(name, device):
 def test_an_unknown_engine_is_named():
     with pytest.raises(UserError, match="'flash'; expected auto, xformers, varlen, sdpa"):
         choose_engine("flash", torch.device("cpu"), torch.float32, 16)
+
+
+def test_settings_know_every_engine_in_order_of_preference():
+    assert tuple(ENGINES) == ATTENTION_ENGINES

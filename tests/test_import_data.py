@@ -18,8 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.data.tokenize import SampleEncoder, SampleType
 from finetune.cli import run_cli
+from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from utils import import_data
 from utils.import_data import import_table

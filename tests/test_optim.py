@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from finetune.args import OptimArgs
-from finetune.mixed_precision import LossScaler, choose_dtype
+from finetune.mixed_precision import DTYPES, LossScaler, choose_dtype
 from finetune.optim import build_optimizer
+from model.args import PARAM_DTYPES
 from tests.golden import fixture, load_json_gz
 
 SCHEDULES = json.loads(fixture("expected/lr/one_cycle.json").read_text(encoding="utf-8"))["schedules"]
@@ -125,3 +126,7 @@ def test_auto_takes_bf16_from_ampere_on_and_fp16_before(monkeypatch, capability,
 
 def test_auto_takes_fp32_on_a_cpu():
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_settings_know_every_dtype():
+    assert tuple(DTYPES) == PARAM_DTYPES

@@ -19,8 +19,8 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.data.tokenize import SampleEncoder, SampleType, parse_conversation
 from finetune.cli import run_cli
+from finetune.data.tokenize import SampleEncoder, SampleType, parse_conversation
 from model.errors import UserError
 from utils import reformat_data, reformat_data_glaive
 from utils.jsonl import LineReport, SkipRow

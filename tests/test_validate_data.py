@@ -16,11 +16,11 @@ from finetune.data.args import DataArgs
 from finetune.data.dataset import JsonlFile
 from finetune.data.shorten import FittingEncoder
 from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
-from finetune.data.word_cache import cache_words
 from model.errors import UserError
 from tests.golden import GOLDEN, fixture
 from tests.tiny_tekken import write_tiny_tekken
 from utils import check_rows, throughput, validate_data
+from utils.word_cache import cache_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2}
@@ -229,6 +229,9 @@ def test_file_in_train_and_eval_is_reported_once_and_named(command):
     assert command.bad_lines() == [("bad.jsonl", 2)]
     assert "bad.jsonl is both trained and evaluated on." in command.out
     assert command.out.count("Saved bad.jsonl.corrected.") == 1
+    write(command.folder / "bad.jsonl")
+    assert command(data={"instruct_data": "bad.jsonl", "eval_instruct_data": "bad.jsonl"}) == 1
+    assert command.out.count("bad.jsonl holds no rows") == 1
 
 
 def test_many_errors_are_cut_short_on_screen_only(command):
@@ -514,10 +517,12 @@ def sample_lengths(path: Path) -> list[int]:
 
 def test_lengths_and_shares(command):
     lengths = sample_lengths(icd_like(command.folder, 101))
-    assert command(train="notes.jsonl", seq_len=700) == 0
+    seq_len = sorted(lengths)[70] - 1  # which that row fits
+    assert command(train="notes.jsonl", seq_len=seq_len) == 0
     p50, p90, p99, longest = (f"{np.quantile(lengths, q, method='inverted_cdf'):,}" for q in (0.5, 0.9, 0.99, 1))
     assert command.figure("tokens per row") == f"p50 {p50}, p90 {p90}, p99 {p99}, max {longest}"
-    assert command.figure("rows longer than seq_len (700)").startswith(f"{sum(n > 701 for n in lengths)} (")
+    longer = sum(n > seq_len + 1 for n in lengths)
+    assert command.figure(f"rows longer than seq_len ({seq_len:,})").startswith(f"{longer} (")
     assert command.figure("tokens  ") == f"{sum(lengths):,}"
     answer = len(SampleEncoder(TOKENIZER).encode_text("R05, R509.").tokens) - 1  # no BOS
     assert command.figure("trained tokens  ").startswith(f"{101 * answer:,} (")
@@ -602,6 +607,7 @@ def test_processes_find_what_one_finds(command, monkeypatch, method):
     assert command(*flags, "--num_workers", "1", train=train) == 1
     alone = command.out, (command.folder / "e.txt").read_bytes()
     monkeypatch.setattr(check_rows, "_SMALL", 0)
+    monkeypatch.setattr(check_rows, "_ROWS_AT_ONCE", 20)
     monkeypatch.setattr(check_rows, "_START_METHOD", method)
     assert command(*flags, "--num_workers", "2", train=train) == 1
     assert (command.out, (command.folder / "e.txt").read_bytes()) == alone

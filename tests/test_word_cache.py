@@ -3,15 +3,15 @@
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-from finetune.data import word_cache
-from finetune.data.word_cache import WordCachingTokenizer, cache_words
 from tests.golden import fixture
 from tests.tiny_tekken import load_tiny_tekken
+from utils import word_cache
+from utils.word_cache import WordCachingTokenizer, cache_words
 
 PLAIN = MistralTokenizer.v3().instruct_tokenizer.tokenizer
 SHARED = WordCachingTokenizer(PLAIN)  # remembers what earlier examples taught it
@@ -28,6 +28,7 @@ def caching() -> WordCachingTokenizer:
 
 
 @settings(max_examples=400, deadline=None)
+@example("½▁ ﬁ", True, True)
 @given(text=TEXTS, bos=st.booleans(), eos=st.booleans())
 def test_same_tokens_for_any_text(text, bos, eos):
     assert SHARED.encode(text, bos, eos) == PLAIN.encode(text, bos, eos)

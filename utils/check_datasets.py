@@ -86,8 +86,8 @@ class Validation:
         self.files.append(CheckedFile(dataset, rows, reported=not told))
         others.append(dataset)
 
-    def run(self, args: TrainArgs, tokenizer: InstructTokenizerBase, workers: int, num_gpus: int) -> None:
-        """Checks all rows of all files."""
+    def check_rows(self, args: TrainArgs, tokenizer: InstructTokenizerBase, workers: int) -> None:
+        """Reads all rows of all files."""
         for dataset in self.datasets:
             print(f"Validating {dataset.name} ...", flush=True)
         files = [FileToCheck(file.rows, file.dataset.chunk) for file in self.files]
@@ -97,8 +97,6 @@ class Validation:
             for checked in checker.check_all(workers):
                 self._take(checked)
                 progress.update(checked.count)
-        self._judge_files()
-        self._judge_datasets(num_gpus)
 
     def _take(self, checked: CheckedRows) -> None:
         file = self.files[checked.file]
@@ -112,14 +110,13 @@ class Validation:
             for line, remark in checked.warnings:
                 self.warnings.add(*_WARNINGS, f"The data in line {line} of dataset {path}: {remark}")
 
-    def _judge_files(self) -> None:
+    def check_sizes(self, num_gpus: int) -> None:
+        """Says which files and datasets cannot be trained on for lack of rows; call it after `check_rows`."""
         for file in filter(lambda file: file.reported, self.files):
             if not len(file.rows):
                 self.errors.add(*_DATASET_ERRORS, f"The dataset {file.rows.path} holds no rows.")
             elif not file.training and not file.bad_rows:
                 self.errors.add(*_DATASET_ERRORS, f"Not one row of the dataset {file.rows.path} trains anything.")
-
-    def _judge_datasets(self, num_gpus: int) -> None:
         for dataset in self.datasets:
             rows = sum(len(file.rows) for file in self.files if file.dataset is dataset)
             if not dataset.is_eval and 0 < rows < num_gpus:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
-from mistral_common.protocol.instruct.messages import ToolMessage, UserMessage
+from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.data.args import DataArgs
@@ -132,11 +132,11 @@ class ObservingEncoder(SampleEncoder):
 
 def suspicions(conversation: Conversation) -> list[str]:
     """What mistral-common accepts and nobody may have meant."""
-    found = []
     declared = {tool.function.name for tool in conversation.tools or []}
-    calls = (call for message in conversation.messages for call in getattr(message, "tool_calls", None) or [])
-    for name in dict.fromkeys(call.function.name for call in calls if call.function.name not in declared):
-        found.append(f"It calls the function {name!r}, which its tools do not declare.")
+    answers = (message for message in conversation.messages if isinstance(message, AssistantMessage))
+    called = {call.function.name for message in answers for call in message.tool_calls or []}
+    undeclared = sorted(called - declared)
+    found = [f"It calls the function {name!r}, which its tools do not declare." for name in undeclared]
     for before, message in zip(conversation.messages, conversation.messages[1:]):
         if isinstance(before, ToolMessage) and isinstance(message, UserMessage):
             found.append("A user message follows a tool's answer, on which the assistant says nothing.")
@@ -212,7 +212,9 @@ def _start_process(checker: RowChecker) -> None:
 
 def _end_with_parent() -> None:
     """A killed parent cannot end its processes; they would wait for work for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is no process that was started"
+    parent.join()
     os._exit(1)
 
 

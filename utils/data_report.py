@@ -142,7 +142,7 @@ def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed])
     known = all(speed.tokens_per_second for speed in speeds)
     return "\n".join(
         [
-            _table(title("Run"), ("", "max_steps", "epochs", *(speed.where for speed in speeds)), *rows),
+            _table(title("Run"), ("", "max_steps", "epochs as packed", *(speed.where for speed in speeds)), *rows),
             f"A step takes {plan.tokens_per_step:,} tokens: seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
             f"num_microbatches {args.num_microbatches} x {plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}.",
             f"Times allow {OVERHEAD_SECONDS // 60} minutes for starting, loading and saving."

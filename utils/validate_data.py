@@ -17,11 +17,10 @@ from pathlib import Path
 
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
-from finetune.args import TrainArgs, _build, _nested, _read_yaml
+from finetune.args import TrainArgs, read_train_args
 from finetune.cli import run_cli
 from finetune.data.dataset import line_offsets
 from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
-from finetune.data.word_cache import cache_words
 from model.args import load_model_args
 from model.errors import UserError
 from utils.check_datasets import CheckedFile, Validation, list_datasets
@@ -37,6 +36,7 @@ from utils.data_report import (
 from utils.data_statistics import DataStatistics, RunPlan
 from utils.jsonl import aside, file_errors
 from utils.throughput import Speed, active_parameters, eta, published_parameters, run_speeds, visible_gpus
+from utils.word_cache import cache_words
 
 ERROR_REPORT, TRAIN_STATS = "data_errors.txt", "train_stats.json"  # names that --save_reports takes
 _COPIED_AT_ONCE = 1 << 24  # bytes
@@ -48,13 +48,8 @@ def load_args(path: Path) -> TrainArgs:
     Raises:
         UserError: the file cannot be read, or everything that is wrong with it.
     """
-    problems: list[str] = []
-    args = _build(TrainArgs, _nested(_read_yaml(path), problems), "", problems)
-    if args is not None:
-        problems += [problem for problem in args.problems() if not problem.startswith("`model_id_or_path`: the folder")]
-    if problems:
-        raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return args
+    missing_folder = "`model_id_or_path`: the folder"
+    return read_train_args(path, lambda args: [text for text in args.problems() if not text.startswith(missing_folder)])
 
 
 def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None]:
@@ -169,20 +164,20 @@ def validate(options: argparse.Namespace) -> bool:
     args = load_args(options.train_yaml)
     tokenizer, parameters = load_tokenizer(args)
     cache_words(tokenizer)
-    gpus = visible_gpus()
-    num_gpus = options.num_gpus or len(gpus) or 1
-    speeds = (
-        [Speed(f"{options.wps:,.0f} tokens/s", options.wps)] if options.wps else run_speeds(num_gpus, gpus, parameters)
-    )
     with Findings() as errors, Findings() as warnings, file_errors():
         validation = Validation(list_datasets(args), errors, warnings)
-        validation.run(args, tokenizer, options.num_workers, num_gpus)
+        validation.check_rows(args, tokenizer, options.num_workers)
+        gpus = visible_gpus()  # now that no process is to be forked any more, CUDA may start
+        num_gpus = options.num_gpus or len(gpus) or 1
+        validation.check_sizes(num_gpus)
         if options.create_corrected:
             for file in filter(lambda file: file.reported, validation.files):
                 write_corrected(file)
         report_findings(errors, warnings, options.error_report_txt)
         if errors:
             return False
+    speeds = [Speed(f"{options.wps:,.0f} tokens/s", options.wps)] if options.wps else []
+    speeds = speeds or run_speeds(num_gpus, gpus, parameters)
     plan = RunPlan(args, num_gpus)
     report_statistics(args, validation, plan, speeds, options.train_stats_json, options.plot)
     return True

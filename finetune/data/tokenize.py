@@ -378,7 +378,11 @@ class SampleEncoder:
 
     def _without_call_ids(self, message: FinetuningMessage) -> FinetuningMessage:
         """Drops the call ids of the last message, so that nobody learns random strings."""
-        if not message.tool_calls or self.instruct_tokenizer.tokenizer.version.version_num >= 13:
+        if (
+            not isinstance(message, AssistantMessage)
+            or not message.tool_calls
+            or self.instruct_tokenizer.tokenizer.version.version_num >= 13
+        ):
             return message  # from v13 on, ids are not encoded
         calls = [call.model_copy(update={"id": "null"}) for call in message.tool_calls]
         return message.model_copy(update={"tool_calls": calls})
@@ -451,7 +455,7 @@ def _check_tool_use(messages: Iterable[FinetuningMessage]) -> None:
             raise ConversationFormatError(
                 f"A tool message answers the call {message.tool_call_id!r}, which no earlier assistant message makes."
             )
-        for call in getattr(message, "tool_calls", None) or []:
+        for call in (message.tool_calls if isinstance(message, AssistantMessage) else None) or []:
             if len(call.id) != len(call.id.strip()):
                 raise ConversationFormatError(f"The tool call id {call.id!r} has blanks around it.")
             called.add(call.id)
