@@ -110,8 +110,8 @@ def run(args: TrainArgs, world: World) -> None:
     )
     eval_batches, questionnaire = None, None
     if not args.no_eval:
-        eval_batches = build_data_loader(*loader, None, world.rank, world.size, is_eval=True)
-        world.together(lambda: check_eval_batches(eval_batches, world))
+        eval_batches = world.together(lambda: build_data_loader(*loader, None, world.rank, world.size, is_eval=True))
+        check_eval_batches(eval_batches, world)
     if args.eval_generation.file:
         questionnaire = world.together(lambda: Questionnaire(args.eval_generation, SampleEncoder(tokenizer)))
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())

@@ -49,11 +49,11 @@ def check_eval_batches(batches: Iterable[Batch], world: World) -> None:
     """Reads every evaluation row once, so that a bad one is known before training and not at its first evaluation.
 
     Raises:
-        UserError: a bad row, or none that could be evaluated on any rank.
+        UserError, SystemExit: on every rank, for a bad row on any, or none on all that could be evaluated.
     """
-    count = sum(1 for _ in batches)
-    if not world.any(count > 0):
-        raise UserError("`data.eval_instruct_data` holds nothing to evaluate: no row has a token that is trained.")
+    count = world.together(lambda: sum(1 for _ in batches))
+    nothing = "`data.eval_instruct_data` holds nothing to evaluate: no row has a token that is trained."
+    world.fail_together(None if world.any(count > 0) else nothing)
 
 
 class Questionnaire:

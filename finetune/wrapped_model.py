@@ -5,7 +5,6 @@ copy of the model.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from model.args import LoraArgs, ModelArgs, load_model_args
+from model.args import LoraArgs, ModelArgs, load_model_args, read_params
 from model.errors import UserError
 from model.lora import add_lora, initial_lora_tensors
 from model.transformer import Transformer
@@ -71,8 +70,7 @@ def _open_adapter(path: Path, lora: LoraArgs, expected: dict[str, tuple[int, ...
     path = path / ADAPTER_NAME if path.is_dir() else path
     adapter = open_safetensors(path)
     _compare_shapes(adapter, expected, f"this model with `lora.rank: {lora.rank}`")
-    params = path.parent / "params.json"
-    recorded = (json.loads(params.read_text(encoding="utf-8")).get("lora") or {}) if params.is_file() else {}
+    recorded = (read_params(path.parent).get("lora") or {}) if (path.parent / "params.json").is_file() else {}
     if recorded.get("scaling", lora.scaling) != lora.scaling:
         raise UserError(
             f"{path} was trained with `lora.scaling: {recorded['scaling']}` but the YAML says {lora.scaling}: "

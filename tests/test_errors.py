@@ -319,11 +319,6 @@ def parallel_calls() -> None:
     shutil.copy(INPUTS / "function_calling_parallel.jsonl", "train.jsonl")
 
 
-def long_row() -> None:
-    text = "Le patient est hospitalisé pour une pneumopathie. " * 12000
-    Path("long.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
-
-
 GOOD = {
     "baseline_ok": (None, {}),
     "model_pth_only_ok": (use_pth, {}),
@@ -338,10 +333,6 @@ GOOD = {
     "yaml_max_steps_1_pct_default": (None, {"max_steps": 1, "optim": {"pct_start": "-"}}),
     "yaml_seq_len_1": (None, {"seq_len": 1}),
     "parallel_calls_default_chunking": (parallel_calls, {}),
-    "seq_len_above_rope_table": (
-        long_row,
-        {"seq_len": 128001, "max_steps": 1, "no_ckpt": True, "data": {"instruct_data": "", "data": "long.jsonl"}},
-    ),
 }
 
 
@@ -354,8 +345,7 @@ def test_what_works_works(name, settings):
     train.train(str(write_config(settings)))
     steps = settings["max_steps"]
     assert len(Path("run/metrics.train.jsonl").read_text(encoding="utf-8").splitlines()) == steps
-    if not settings.get("no_ckpt"):
-        assert Path(f"run/checkpoints/checkpoint_{steps:06d}/consolidated/lora.safetensors").is_file()
+    assert Path(f"run/checkpoints/checkpoint_{steps:06d}/consolidated/lora.safetensors").is_file()
 
 
 ELSEWHERE = {  # cases with a test of their own
@@ -365,6 +355,7 @@ ELSEWHERE = {  # cases with a test of their own
     "run_dir_exists_no_torchrun",
     "eval_one_line_two_ranks",  # test_training.py: one_row
     "train_one_line_two_ranks",
+    "seq_len_above_rope_table",  # test_model.py
 }
 if GOLDEN:
 

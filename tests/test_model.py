@@ -13,6 +13,7 @@ from finetune.loss import cross_entropy_head
 from model.args import LoraArgs, ModelArgs, MoeArgs, load_model_args
 from model.lora import Linear, add_lora, initial_lora_tensors, lora_layers, merged_weight
 from model.moe import MoeLayer
+from model.rope import rotary_phases
 from model.transformer import FeedForward, Transformer
 from tests.checkpoints import TEKKEN_SHAPES, make_tiny_adapter, make_tiny_checkpoint
 from tests.golden import GOLDEN, fixture
@@ -219,6 +220,20 @@ def test_recomputation_keeps_only_the_blocks_inputs(base, adapter, tokens):
     assert saved[1] < saved[0] / 5
 
 
+def test_positions_have_no_end():
+    """The original's table ended at 128,000."""
+    width, theta = SMALL["head_dim"], 1e6
+    positions = torch.tensor([0, 1, 127_999, 128_000, 1_000_000])
+    phases = rotary_phases(positions, width, theta)
+    angles = positions.double()[:, None] * theta ** -(torch.arange(0, width, 2).double() / width)
+    assert phases.shape == (5, width // 2)
+    # An angle of a million radians is known to 0.06 in fp32, as in the original's table.
+    torch.testing.assert_close(
+        phases.to(torch.complex128), torch.polar(torch.ones_like(angles), angles), rtol=0, atol=0.1
+    )
+    torch.testing.assert_close(phases[:2].to(torch.complex128), torch.polar(torch.ones(2, 4).double(), angles[:2]))
+
+
 def lora_init(folder: Path, lora: LoraArgs, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         model = Transformer(load_model_args(folder))
@@ -300,6 +315,16 @@ if GOLDEN:
             torch.testing.assert_close(
                 actual[key], torch.from_numpy(value), rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+    @pytest.mark.parametrize("name", ["dense", "moe"])
+    def test_rotary_phases_equal_the_originals(tiny, name):
+        args = load_model_args(tiny[name])
+        golden = np.load(GOLDEN / f"expected/forward/tiny_{name}.npz")
+        for key, positions in (("first64", torch.arange(64)), ("last2", torch.tensor([127_998, 127_999]))):
+            phases = rotary_phases(positions, args.head_dim, args.rope_theta)
+            for part in ("real", "imag"):
+                expected = torch.from_numpy(golden[f"freqs_cis.{part}.{key}"])
+                torch.testing.assert_close(getattr(phases, part), expected, rtol=0, atol=1e-6, msg=key)
 
     @pytest.mark.parametrize("kind", ["lora", "full"])
     @pytest.mark.parametrize("name", ["dense", "moe"])

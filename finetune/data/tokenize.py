@@ -64,18 +64,25 @@ def load_instruct_tokenizer(model_folder: Path, vocab_size: int) -> InstructToke
     if len(files) > 1:
         names = ", ".join(sorted(file.name for file in files))
         raise UserError(f"{model_folder} holds several tokenizers ({names}); leave the model's own.")
-    if not files:
-        return MistralTokenizer.v3(is_tekken=vocab_size > V3_VOCABULARY).instruct_tokenizer
-    try:
-        tokenizer = MistralTokenizer.from_file(str(files[0])).instruct_tokenizer
-    except (MistralCommonException, ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
-        raise UserError(f"The tokenizer {files[0]} cannot be read: {error}") from error
+    if files:
+        source = f"The tokenizer {files[0]}"
+        tokenizer = _read_tokenizer(files[0])
+    else:
+        source = f"{model_folder} holds no tokenizer, and mistral-common's"
+        tokenizer = MistralTokenizer.v3(is_tekken=vocab_size > V3_VOCABULARY).instruct_tokenizer
     if tokenizer.tokenizer.n_words > vocab_size:
         raise UserError(
-            f"{files[0]} has {tokenizer.tokenizer.n_words} tokens but the model's vocabulary is {vocab_size}; "
-            "this is not the model's tokenizer."
+            f"{source} has {tokenizer.tokenizer.n_words} tokens but the model's vocabulary is {vocab_size}; "
+            "put the model's own tokenizer (tokenizer.model.v3 or tekken.json) into its folder."
         )
     return tokenizer
+
+
+def _read_tokenizer(file: Path) -> InstructTokenizerBase:
+    try:
+        return MistralTokenizer.from_file(str(file)).instruct_tokenizer
+    except (MistralCommonException, ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
+        raise UserError(f"The tokenizer {file} cannot be read: {error}") from error
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
