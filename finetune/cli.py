@@ -12,12 +12,29 @@ from model.errors import UserError
 
 def run_cli(main: Callable[[], object]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 1, never a traceback."""
+    code = 0
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _tell_torchrun(str(error))
-        sys.exit(1)
+        code = 1
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """Ends one of several processes without Python's shutdown.
+
+    gloo's threads outlive the process group while a sharded model refers to it; one that wants the interpreter while
+    that shuts down aborts the process (torch 2.13), and a finished run would count as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _tell_torchrun(message: str) -> None:

@@ -376,7 +376,7 @@ def run_train(config: Path) -> subprocess.CompletedProcess[str]:
 
 def absolute(settings: dict, tmp_path: Path) -> dict:
     """The same with paths that hold in any working directory."""
-    data = {key: str(tmp_path / value) for key, value in settings["data"].items()}
+    data = {key: str(tmp_path / v) if isinstance(v, str) else v for key, v in settings["data"].items()}
     return settings | {"data": data, **{key: str(tmp_path / settings[key]) for key in ("model_id_or_path", "run_dir")}}
 
 
@@ -439,3 +439,15 @@ def test_two_ranks_end_together_with_one_message(name, settings, tmp_path):
     assert errors.count("error: ") == 1 and "Traceback" not in errors
     assert all(errors.count(part) == 1 for part in parts), errors
     assert not Path("run").exists()
+
+
+def test_a_bad_row_met_while_training_ends_both_ranks_and_keeps_the_checkpoints(settings, tmp_path):
+    rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines()
+    file_with(*rows[:21], "{")  # the second rank's last row
+    in_order = {"instruct_data": "bad.jsonl", "instruct": {"shuffle": False, "dynamic_chunk_fn_call": False}}
+    changes = {"data": in_order, "seq_len": 512, "max_steps": 50, "ckpt_freq": 2}
+    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)), timeout=60)
+    errors = own_errors(done)
+    assert done.returncode != 0 and "Traceback" not in errors
+    assert errors.count("The data in line 22 of dataset") == 1
+    assert Path("run/checkpoints/checkpoint_000002/consolidated/lora.safetensors").is_file()
