@@ -23,7 +23,8 @@ def run_cli(main: Callable[[], object]) -> None:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave_at_once(code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _leave_at_once(code: int) -> None:
