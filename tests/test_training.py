@@ -105,11 +105,10 @@ def run_here(config: Path) -> Path:
     return config.with_suffix("")
 
 
-def build(config: Path, **settings) -> Transformer:
-    """The model a configuration starts from."""
+def build(config: Path, from_adapter: Path | None = None) -> Transformer:
+    """The model a configuration starts from, or with its `lora.from_adapter`."""
     args = load_train_args(config)
-    for key, value in settings.items():
-        setattr(args.lora, key, value)
+    args.lora.from_adapter = None if from_adapter is None else str(from_adapter)
     base = open_base_model(args)
     return build_model(base, args, choose_hardware(CPU.device, args.param_dtype, args.attention, base.args), CPU)
 
@@ -218,7 +217,7 @@ def two_ranks(models, tmp_path_factory) -> dict[str, Path]:
         configs.append(small_config(folder, models["dense"], name, **settings))
     configs.append(small_config(folder, models["moe"], "rank_1", lora={"rank": 1}))  # rank 1 holds no row of any A
     configs.append(small_config(folder, models["dense"], "fp16", param_dtype="fp16"))
-    done = torchrun("tests.run_trajectories", *configs)
+    done = torchrun("tests.run_trajectories", *configs, timeout=1800)
     assert done.returncode == 0, done.stderr
     return {config.stem: config.parent / config.stem for config in configs} | {"stdout": done.stdout}
 
@@ -237,7 +236,7 @@ def test_evaluation_is_the_mean_over_all_ranks_batches_each_time(name, two_ranks
     assert len(per_rank[0]) > len(per_rank[1])
     for metrics in read_jsonl(run_dir / "metrics.eval.jsonl"):
         adapter = weights_folder(run_dir, metrics["step"]) / "lora.safetensors"
-        model = build(config, from_adapter=str(adapter)).eval()
+        model = build(config, from_adapter=adapter).eval()
         assert metrics["eval_loss"] == pytest.approx(
             plain_mean_loss(model, itertools.chain.from_iterable(per_rank)), rel=1e-5
         )
@@ -422,7 +421,7 @@ def test_a_saved_adapter_starts_a_run_with_the_same_logits(name, param_dtype, mo
     run_dir = save(config, model, 3)
     before = logits_of(build(config))
     for path in (weights_folder(run_dir, 3), weights_folder(run_dir, 3) / "lora.safetensors"):
-        again = build(config, from_adapter=str(path))
+        again = build(config, from_adapter=path)
         assert logits_of(again).equal(logits_of(model)) and not logits_of(again).equal(before)
         assert {p.dtype for p in trainable_parameters(again)} == {torch.float32}
 
@@ -515,7 +514,7 @@ def test_a_process_killed_while_saving_leaves_only_whole_checkpoints(models, tmp
         "params.json",
         "tokenizer.model.v3",
     }
-    assert build(config, from_adapter=str(weights_folder(tmp_path / "run", 1)))
+    assert build(config, from_adapter=weights_folder(tmp_path / "run", 1))
 
 
 def test_a_refused_save_ends_every_rank_with_one_message(models, tmp_path):
