@@ -12,6 +12,7 @@ from model.errors import UserError
 
 def run_cli(main: Callable[[], object]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 1, never a traceback."""
+    one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     code = 0
     try:
         main()
@@ -20,8 +21,10 @@ def run_cli(main: Callable[[], object]) -> None:
         _tell_torchrun(str(error))
         code = 1
     except SystemExit as exit:
+        if not one_of_several:
+            raise
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if one_of_several:
         _leave_at_once(code)
     if code:
         sys.exit(code)
