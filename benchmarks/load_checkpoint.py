@@ -17,6 +17,7 @@ import torch
 from benchmarks.data import WORK_DIR
 from benchmarks.measure import last_record, measure, peak_rss, print_table, run_json, spread
 from finetune.args import TrainArgs
+from finetune.cli import run_cli
 from finetune.data.args import DataArgs
 from finetune.distributed import World, init_world
 from finetune.hardware import choose_hardware
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

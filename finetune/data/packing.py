@@ -1,6 +1,7 @@
 """Samples -> sequences of a fixed number of tokens."""
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -55,8 +56,7 @@ class PackingCounts:
     filled: int = 0  # positions that are not padding
 
     def __add__(self, other: Self) -> Self:
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return type(self)(*map(sum, zip(mine, others, strict=True)))
+        return type(self)(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def with_sample(self, sample: TokenSample) -> Self:
         """Counts a sample read."""
