@@ -50,9 +50,9 @@ COLUMNS = {
     "seconds": lambda result: spread(result["seconds"]),
     "file, MB": lambda result: spread(result["file_bytes"], 1e6, 0),
     "peak RSS of a process, MB": lambda result: spread(result["peak_bytes"], 1e6, 0),
-    "of which before loading, MB": lambda result: spread(result["bytes_before"], 1e6, 0),
+    "of which imports, MB": lambda result: spread(result["import_bytes"], 1e6, 0),
     "peak / file": lambda result: spread(result["peak_per_file"]),
-    "added by loading / file": lambda result: spread(result["added_per_file"]),
+    "without imports": lambda result: spread(result["peak_per_file_without_imports"]),
 }
 
 
@@ -79,28 +79,26 @@ def checkpoint(file: str) -> Path:
 
 def load(folder: Path, dtype: str) -> dict[str, float] | None:
     """Measures this process and those beside it; rank 0 returns the largest of each number."""
+    import_bytes = peak_rss()
     with init_world() as world:
-        numbers = _maximum(_build(folder, dtype, world), world.size)
+        numbers = _maximum(_build(folder, dtype, world) | {"import_bytes": import_bytes}, world.size)
     if not world.is_master:
         return None
-    peak, before, file = (numbers[key] for key in ("peak_bytes", "bytes_before", "file_bytes"))
-    return numbers | {"peak_per_file": peak / file, "added_per_file": (peak - before) / file}
+    file_bytes, added = numbers["file_bytes"], numbers["peak_bytes"] - numbers["import_bytes"]
+    return numbers | {
+        "peak_per_file": numbers["peak_bytes"] / file_bytes,
+        "peak_per_file_without_imports": added / file_bytes,
+    }
 
 
 def _build(folder: Path, dtype: str, world: World) -> dict[str, float]:
     args = TrainArgs(DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype=dtype)
-    base = open_base_model(args)
-    bytes_before = peak_rss()  # imports, and the table of tensors
     start = time.perf_counter()
+    base = open_base_model(args)
     model = build_model(base, args, choose_hardware(world.device, dtype, args.attention, base.args), world)
     seconds = time.perf_counter() - start
     assert sum(parameter.numel() for parameter in model.parameters()) > 559e6
-    return {
-        "seconds": seconds,
-        "peak_bytes": peak_rss(),
-        "bytes_before": bytes_before,
-        "file_bytes": base.weights.size_bytes,
-    }
+    return {"seconds": seconds, "peak_bytes": peak_rss(), "file_bytes": base.weights.size_bytes}
 
 
 def _maximum(numbers: dict[str, float], ranks: int) -> dict[str, float]:
