@@ -20,7 +20,7 @@ from utils import generate_notes
 from utils.icd10 import api_notes
 from utils.icd10.catalogue import load_catalogue
 from utils.icd10.notes import write_notes
-from utils.jsonl import read_journal
+from utils.rows.jsonl import read_journal
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "a-secret-key"

@@ -23,9 +23,9 @@ from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from utils import import_data
 from utils.import_data import import_table
-from utils.splits import assign_splits, parse_fractions, split_rows
-from utils.tables import read_table
-from utils.templates import MissingKeyError, Recipe, Template, as_text, look_up
+from utils.rows.splits import assign_splits, parse_fractions, split_rows
+from utils.rows.tables import read_table
+from utils.rows.templates import MissingKeyError, Recipe, Template, as_text, look_up
 
 ROOT = Path(__file__).parent.parent
 

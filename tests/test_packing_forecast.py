@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finetune.data.packing import LOOKAHEAD, best_fit, concat
 from finetune.data.tokenize import TokenSample
-from utils.packing_forecast import BestFitForecast, ConcatForecast, PackedSample
+from utils.validation.packing_forecast import BestFitForecast, ConcatForecast, PackedSample
 
 SEQ_LEN = 16
 _MANY = 10_000  # more than any sample has positions
@@ -79,7 +79,7 @@ def test_concat(samples):
 def test_best_fit(samples):
     with pytest.MonkeyPatch.context() as patch:  # few samples to choose from, so that short lists meet the limit
         patch.setattr("finetune.data.packing.LOOKAHEAD", 5)
-        patch.setattr("utils.packing_forecast.LOOKAHEAD", 5)
+        patch.setattr("utils.validation.packing_forecast.LOOKAHEAD", 5)
         forecast = BestFitForecast(SEQ_LEN)
         for mask in samples:
             forecast.add(sample_of(mask))

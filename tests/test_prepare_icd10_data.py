@@ -21,7 +21,7 @@ from utils.icd10.notes import write_notes
 from utils.icd10.partition import SPLITS, split_stays
 from utils.icd10.prepare import Stay, build_corpus
 from utils.icd10.prompts import SYSTEM_PROMPT
-from utils.splits import assign_splits
+from utils.rows.splits import assign_splits
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/icd"
 CATALOGUE = load_catalogue()

@@ -23,11 +23,11 @@ from finetune.cli import run_cli
 from finetune.data.tokenize import SampleEncoder, SampleType, parse_conversation
 from model.errors import UserError
 from utils import reformat_data, reformat_data_glaive
-from utils.jsonl import LineReport, SkipRow
 from utils.reformat_data import reformat_row
 from utils.reformat_data_glaive import reformat_glaive_row
-from utils.rewrite import call_ids, rewrite_jsonl
-from utils.tool_calls import json_arguments, link_tool_calls
+from utils.rows.jsonl import LineReport, SkipRow
+from utils.rows.rewrite import call_ids, rewrite_jsonl
+from utils.rows.tool_calls import json_arguments, link_tool_calls
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures" / "reformat"

@@ -19,8 +19,9 @@ from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_toke
 from model.errors import UserError
 from tests.golden import GOLDEN, fixture
 from tests.tiny_tekken import write_tiny_tekken
-from utils import check_rows, throughput, validate_data
-from utils.word_cache import cache_words
+from utils import validate_data
+from utils.validation import check_rows, throughput
+from utils.validation.word_cache import cache_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2}

@@ -10,8 +10,8 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 
 from tests.golden import fixture
 from tests.tiny_tekken import load_tiny_tekken
-from utils import word_cache
-from utils.word_cache import WordCachingTokenizer, cache_words
+from utils.validation import word_cache
+from utils.validation.word_cache import WordCachingTokenizer, cache_words
 
 PLAIN = MistralTokenizer.v3().instruct_tokenizer.tokenizer
 SHARED = WordCachingTokenizer(PLAIN)  # remembers what earlier examples taught it

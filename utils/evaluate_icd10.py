@@ -26,7 +26,7 @@ from utils.icd10.codes import Cim10Table, category
 from utils.icd10.metrics import evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, match_predictions, read_gold, read_predictions
 from utils.icd10.report import LEVEL_NAMES, html_page, score_rows, warnings
-from utils.jsonl import aside, file_errors
+from utils.rows.jsonl import aside, file_errors
 
 MOST_FREQUENT = 15  # codes that are named among the missed and the added
 

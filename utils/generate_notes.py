@@ -32,8 +32,8 @@ from utils.icd10.codes import Cim10Entry, Cim10Table, category
 from utils.icd10.narrator import WORDINGS
 from utils.icd10.notes import LENGTHS, FictionalNote, write_notes
 from utils.icd10.prompts import instruct_row
-from utils.jsonl import aside, dump_row, file_errors
-from utils.splits import SPLIT_NAMES, parse_fractions, split_rows
+from utils.rows.jsonl import aside, dump_row, file_errors
+from utils.rows.splits import SPLIT_NAMES, parse_fractions, split_rows
 
 JOURNAL, PROMPTS = "api_notes.jsonl", "prompts.jsonl"
 TEXT, CODES, TABLE, ALL_ROWS = "text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"

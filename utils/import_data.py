@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.jsonl import LineReport, SkipRow, aside, dump_row, file_errors, require_file
-from utils.splits import SPLIT_NAMES, parse_fractions, split_rows
-from utils.tables import counts_lines, has_fixed_columns, read_table
-from utils.templates import Recipe, Template
+from utils.rows.jsonl import LineReport, SkipRow, aside, dump_row, file_errors, require_file
+from utils.rows.splits import SPLIT_NAMES, parse_fractions, split_rows
+from utils.rows.tables import counts_lines, has_fixed_columns, read_table
+from utils.rows.templates import Recipe, Template
 
 
 @dataclasses.dataclass

@@ -24,8 +24,8 @@ from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import prompt_messages
-from utils.jsonl import file_errors, read_journal, read_lines
-from utils.tables import read_table
+from utils.rows.jsonl import file_errors, read_journal, read_lines
+from utils.rows.tables import read_table
 
 ID_COLUMNS = ("id", "visit_occurence_id")
 CSV_COLUMNS = ("id", "role", "code", "label")

@@ -26,9 +26,9 @@ from utils.icd10.duplicates import find_twins, normalise_text
 from utils.icd10.partition import SPLITS, split_stays
 from utils.icd10.prepare import CodeRow, Corpus, Dropped, Stay, build_corpus
 from utils.icd10.prompts import instruct_row, pretrain_row
-from utils.jsonl import SkipRow, aside, dump_row, file_errors
-from utils.splits import parse_fractions
-from utils.tables import counts_lines, read_table
+from utils.rows.jsonl import SkipRow, aside, dump_row, file_errors
+from utils.rows.splits import parse_fractions
+from utils.rows.tables import counts_lines, read_table
 
 STAY, TEXT, STATUS, CODE = "visit_occurence_id", "text", "condition_status_source_value", "concept_code"
 REPORT = "report.json"

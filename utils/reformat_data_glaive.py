@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.cli import run_cli
-from utils.jsonl import Row, SkipRow
-from utils.rewrite import NewId, Note, rewrite_command
-from utils.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
+from utils.rows.jsonl import Row, SkipRow
+from utils.rows.rewrite import NewId, Note, rewrite_command
+from utils.rows.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
 
 _ROLES = {
     "system": "system",

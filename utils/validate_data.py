@@ -23,8 +23,9 @@ from finetune.data.dataset import line_offsets
 from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
 from model.args import load_model_args
 from model.errors import UserError
-from utils.check_datasets import CheckedFile, Validation, list_datasets
-from utils.data_report import (
+from utils.rows.jsonl import aside, file_errors
+from utils.validation.check_datasets import CheckedFile, Validation, list_datasets
+from utils.validation.data_report import (
     Findings,
     describe_data,
     describe_expected,
@@ -33,10 +34,9 @@ from utils.data_report import (
     plot_lengths,
     title,
 )
-from utils.data_statistics import DataStatistics, RunPlan
-from utils.jsonl import aside, file_errors
-from utils.throughput import Speed, active_parameters, eta, published_parameters, run_speeds, visible_gpus
-from utils.word_cache import cache_words
+from utils.validation.data_statistics import DataStatistics, RunPlan
+from utils.validation.throughput import Speed, active_parameters, eta, published_parameters, run_speeds, visible_gpus
+from utils.validation.word_cache import cache_words
 
 ERROR_REPORT, TRAIN_STATS = "data_errors.txt", "train_stats.json"  # names that --save_reports takes
 _COPIED_AT_ONCE = 1 << 24  # bytes

@@ -16,7 +16,7 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.catalogue import Catalogue
 from utils.icd10.notes import FictionalNote, seeded_stay
 from utils.icd10.scenarios import Stay
-from utils.jsonl import read_journal
+from utils.rows.jsonl import read_journal
 
 KEY_VARIABLE = "MISTRAL_API_KEY"
 DEFAULT_MODEL = "mistral-large-latest"

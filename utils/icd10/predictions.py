@@ -17,7 +17,7 @@ from finetune.data.tokenize import parse_conversation
 from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalise_code
-from utils.jsonl import Row, SkipRow, load_row, read_lines, require_file
+from utils.rows.jsonl import Row, SkipRow, load_row, read_lines, require_file
 
 _T = TypeVar("_T")
 

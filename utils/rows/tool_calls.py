@@ -5,8 +5,8 @@ import json
 import re
 from typing import Any
 
-from utils.jsonl import Row, SkipRow
-from utils.rewrite import NewId
+from utils.rows.jsonl import Row, SkipRow
+from utils.rows.rewrite import NewId
 
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 

@@ -13,9 +13,9 @@ from finetune.data.args import Source, parse_sources, training_sources
 from finetune.data.dataset import JsonlFile
 from finetune.data.exceptions import BadRowError
 from finetune.data.tokenize import SampleType
-from utils.check_rows import CheckedRows, FileToCheck, RowChecker
-from utils.data_report import Findings
-from utils.data_statistics import SourceStatistics
+from utils.validation.check_rows import CheckedRows, FileToCheck, RowChecker
+from utils.validation.data_report import Findings
+from utils.validation.data_statistics import SourceStatistics
 
 _DATASET_ERRORS = ("Dataset errors", "A dataset needs rows, at least one for each GPU, and something to learn in them.")
 _WARNINGS = ("Look at these", "They can be trained on; make sure that they are what you mean.")

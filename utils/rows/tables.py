@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from model.errors import UserError
-from utils.jsonl import Row, SkipRow, load_row, read_lines, require_file
+from utils.rows.jsonl import Row, SkipRow, load_row, read_lines, require_file
 
 NumberedRows = Iterator[tuple[int, Row | SkipRow]]  # a SkipRow stands for a row that cannot be read
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from finetune.args import TrainArgs
-from utils.packing_forecast import BestFitForecast, ConcatForecast, PackedSample, PackingFigures
+from utils.validation.packing_forecast import BestFitForecast, ConcatForecast, PackedSample, PackingFigures
 
 RECOMMENDED_EPOCHS = 3
 

@@ -30,7 +30,7 @@ from finetune.data.tokenize import (
     pretrain_text,
 )
 from model.errors import UserError
-from utils.packing_forecast import PackedSample
+from utils.validation.packing_forecast import PackedSample
 
 _ROWS_AT_ONCE = 128
 _TASKS_AHEAD = 8  # per process; results wait for their turn, so more of them would only take memory

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from utils.data_statistics import RECOMMENDED_EPOCHS, DataStatistics, RunPlan
-from utils.throughput import OVERHEAD_SECONDS, Speed, eta
+from utils.validation.data_statistics import RECOMMENDED_EPOCHS, DataStatistics, RunPlan
+from utils.validation.throughput import OVERHEAD_SECONDS, Speed, eta
 
 SHOWN = 20  # findings of a kind that are shown on screen
 _WIDTH = 400  # characters of a finding that are

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import UserError
-from utils.jsonl import LineReport, Row, SkipRow, aside, dump_row, file_errors, load_row, read_lines, require_file
+from utils.rows.jsonl import LineReport, Row, SkipRow, aside, dump_row, file_errors, load_row, read_lines, require_file
 
 NewId = Callable[[], str]
 Note = Callable[[str], None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from utils.jsonl import Row, SkipRow
+from utils.rows.jsonl import Row, SkipRow
 
 _SHOWN_NAMES = 40  # columns or keys an error lists
 
