@@ -18,28 +18,26 @@ from tqdm import tqdm
 from finetune.args import TrainArgs, load_train_args
 from finetune.checkpointing import Checkpointer
 from finetune.cli import run_cli
-from finetune.data.data_loader import Batch, build_data_loader
+from finetune.data.data_loader import Batch, TrainLoader, build_data_loader
 from finetune.data.packing import PackingCounts
-from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer
+from finetune.data.tokenize import load_instruct_tokenizer
 from finetune.distributed import World, init_world
-from finetune.eval import BestSoFar, Questionnaire, check_eval_batches, evaluate
+from finetune.eval import BestSoFar, Examiner
+from finetune.guards import Guards
 from finetune.hardware import choose_hardware, memory_bytes
 from finetune.loss import batch_loss
 from finetune.mixed_precision import LossScaler
-from finetune.monitoring.metrics_logger import (
-    MetricsLogger,
-    answers_log_message,
-    eval_log_message,
-    eval_metrics,
-    train_log_message,
-    train_metrics,
-)
+from finetune.monitoring.metrics_logger import MetricsLogger, train_log_message, train_metrics
 from finetune.monitoring.plot import draw_loss_curve
 from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.optim import build_optimizer
-from finetune.utils import TrainState, check_run_dir, create_run_dir, set_seed
+from finetune.preemption import EXIT_INTERRUPTED, stop_requests
+from finetune.preflight import check_preflight, out_of_memory_advice
+from finetune.resume import RunState, find_saved_state
+from finetune.utils import TrainState, create_run_dir, set_seed
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
+from model.errors import UserError
 from model.transformer import Transformer
 from utils.icd10.scoring import answer_scores
 
@@ -93,28 +91,31 @@ def train(config: str) -> None:
     with init_world() as world:
         set_up_logging(world.rank)
         args = world.together(lambda: load_train_args(Path(config)))
-        run(args, world)
+        try:
+            run(args, world)
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory_advice(error, args, world.rank)) from error
 
 
 def run(args: TrainArgs, world: World) -> None:
     """Trains as `args` say, on every rank. Whatever the user can get wrong is found before the run folder exists."""
     run_dir = Path(args.run_dir)
     set_seed(args.seed)
-    world.together(lambda: check_run_dir(run_dir))
     base = world.together(lambda: open_base_model(args))
     hardware = world.together(lambda: choose_hardware(world.device, args.param_dtype, args.attention, base.args))
     tokenizer = world.together(lambda: load_instruct_tokenizer(base.folder, base.args.vocab_size))
-    loader = (tokenizer, args.data, args.batch_size, args.seq_len)
-    train_batches = world.together(
-        lambda: build_data_loader(*loader, args.seed, world.rank, world.size, is_eval=False).wait_for_first()
-    )
-    eval_batches, questionnaire = None, None
-    if not args.no_eval:
-        eval_batches = world.together(lambda: build_data_loader(*loader, None, world.rank, world.size, is_eval=True))
-        check_eval_batches(eval_batches, world)
-    if args.eval_generation.file:
-        questionnaire = world.together(lambda: Questionnaire(args.eval_generation, SampleEncoder(tokenizer)))
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
+    check_preflight(base, args, hardware, run_dir, world)
+    saved = find_saved_state(args, run_dir, world)
+    batches = world.together(
+        lambda: build_data_loader(
+            tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size, is_eval=False
+        )
+    )
+    if saved and (own := saved.of_rank(world)):
+        world.together(lambda: batches.load_state_dict(own["data"]))
+    world.together(batches.wait_for_first)
+    examiner = Examiner(args, tokenizer, answer_scores, world)
     world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
     logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
 
@@ -122,62 +123,76 @@ def run(args: TrainArgs, world: World) -> None:
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     scaler = LossScaler(hardware.dtype)
     checkpointer = Checkpointer(model, tokenizer, args, run_dir, hardware.dtype, world)
+    guards = Guards(args.guards, run_dir / "rescue", world.rank)
     state, best_so_far = TrainState(args.max_steps), BestSoFar(args.early_stopping)
-
-    def ask_questions() -> dict[str, float]:
-        answers, ended = questionnaire.ask(model, world)
-        if args.eval_generation.keep_answers and world.is_master:
-            questionnaire.save(answers, run_dir / "answers" / f"step_{state.step:06d}.jsonl")
-        return answer_scores(questionnaire.expected, answers) | {"ended": ended}
+    run_state = RunState(model, optimizer, schedule, scaler, state, best_so_far, batches)
+    if saved:
+        run_state.restore(saved, world)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(train_batches.close)
+        stack.callback(batches.close)
         sinks = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
         train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks))
         eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
-        bar = stack.enter_context(tqdm(total=args.max_steps, unit="step", disable=None if world.is_master else True))
+        bar = stack.enter_context(progress_bar(state, world))
+        stop = stack.enter_context(stop_requests())
 
-        if questionnaire is not None:
-            eval_log.log({"step": 0} | ask_questions(), 0)
+        if state.step == 0 and (metrics := examiner.examine(model, state)):
+            eval_log.log(metrics, 0)
 
         while state.step < args.max_steps and not best_so_far.patience_is_over:
             with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
-                batches = list(itertools.islice(train_batches, args.num_microbatches))
-                result = train_step(model, batches, optimizer, schedule, scaler, args.max_norm, world.device)
-            state.note(batches, result.skipped)
+                step_batches = list(itertools.islice(batches, args.num_microbatches))
+                result = train_step(model, step_batches, optimizer, schedule, scaler, args.max_norm, world.device)
+            state.note(step_batches, result.skipped)
             bar.update()
 
-            log_due, eval_due = state.step % args.log_freq == 0, not args.no_eval and state.due(args.eval_freq)
-            if log_due or eval_due:
+            log_due = state.step % args.log_freq == 0
+            complaint = guards.watch_step(state, step_batches, result)
+            if log_due or examiner.loss_due(state):
                 state.note_loss(world.mean(result.loss).item())
+                complaint = complaint or guards.watch_loss(state, step_batches)
+            if complaint:
+                checkpointer.finish()
+                world.fail_together(complaint)
             if log_due:
-                peak_bytes, allocated_bytes = memory_bytes(world.device)
-                metrics = train_metrics(
-                    **state.progress(), lr=result.lr, peak_bytes=peak_bytes, allocated_bytes=allocated_bytes
-                )
-                logger.info(train_log_message(metrics))
-                metrics |= {"grad_norm": result.grad_norm, "skipped_steps": state.skipped_steps}
-                train_log.log(metrics | ({"loss_scale": scaler.scale} if scaler.enabled else {}), state.step)
+                log_step(state, result, scaler, train_log, world)
 
-            metrics = {}
-            if eval_due:
-                state.eval_losses[state.step] = evaluate(model, eval_batches, world)
-                metrics = eval_metrics(
-                    step=state.step, train_loss=state.last_loss, eval_loss=state.eval_losses[state.step]
-                )
-                logger.info(eval_log_message(metrics))
-            if questionnaire is not None and state.due(args.eval_generation.freq):
-                scores = ask_questions()
-                logger.info(answers_log_message(state.step, scores))
-                metrics = {"step": state.step} | metrics | scores
-            if metrics:
+            if metrics := examiner.examine(model, state):
                 eval_log.log(metrics, state.step)
             improved = best_so_far.improved(metrics) and args.keep_best
-            if not args.no_ckpt and (improved or state.due(args.ckpt_freq) or best_so_far.patience_is_over):
-                state.checkpoint = checkpointer.save(state.step, best=improved)
+            stopping = world.any(bool(stop))
+            save_due = improved or stopping or best_so_far.patience_is_over or state.due(args.ckpt_freq)
+            if save_due and not args.no_ckpt:
+                state.checkpoint = checkpointer.save(state.step, run_state, best=improved)
+            if stopping and state.step < args.max_steps:
+                checkpointer.finish()
+                logger.warning("Stopped by %s behind step %d. Checkpoint: %s", stop, state.step, state.checkpoint)
+                raise SystemExit(EXIT_INTERRUPTED)
+        checkpointer.finish()
+    finish(state, batches, run_dir, world)
 
+
+def progress_bar(state: TrainState, world: World) -> tqdm:
+    """A bar on rank 0, where somebody watches."""
+    hidden = None if world.is_master else True
+    return tqdm(total=state.max_steps, initial=state.step, unit="step", disable=hidden)
+
+
+def log_step(state: TrainState, result: StepResult, scaler: LossScaler, log: MetricsLogger, world: World) -> None:
+    """Prints and records what a step was like."""
+    peak_bytes, allocated_bytes = memory_bytes(world.device)
+    memory = {"peak_bytes": peak_bytes, "allocated_bytes": allocated_bytes}
+    metrics = train_metrics(**state.progress(), lr=result.lr, **memory)
+    logger.info(train_log_message(metrics))
+    metrics |= {"grad_norm": result.grad_norm, "skipped_steps": state.skipped_steps}
+    log.log(metrics | ({"loss_scale": scaler.scale} if scaler.enabled else {}), state.step)
+
+
+def finish(state: TrainState, batches: TrainLoader, run_dir: Path, world: World) -> None:
+    """Draws and prints what the run came to."""
     trained_tokens = int(world.sum(torch.tensor(state.trained_tokens)).item())
-    packing = PackingCounts(*world.sum(torch.tensor(dataclasses.astuple(train_batches.counts))).tolist())
+    packing = PackingCounts(*world.sum(torch.tensor(dataclasses.astuple(batches.counts))).tolist())
     if world.is_master:
         draw_loss_curve(run_dir)
         facts = state.totals() | {"trained_tokens": trained_tokens, "packing": dataclasses.asdict(packing)}

@@ -1,13 +1,14 @@
-"""How much batching gains, and that constraints hold: `python -m benchmarks.generate [--notes 64] [--answers 0]`.
+"""How much batching gains, and that constraints hold: `python -m benchmarks.generate [--threads 1] [--answers 10000]`.
 
-An untrained model of the demo's shape codes fictional notes one at a time and 16 at a time, each with the same number
-of new tokens. With --answers N it then answers N times under the constraint of the generator's CIM-10 table, and the
-codes that the table does not allow are counted.
+An untrained model of the demo's shape codes fictional notes one at a time and 16 at a time, freely and under the
+constraint of the generator's CIM-10 table (or --cim10). With --answers N, samples of as many constrained answers are
+drawn instead, and the codes that the table does not allow are counted.
 """
 
 import argparse
 import time
-from typing import Any
+from collections import Counter
+from pathlib import Path
 
 import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -21,12 +22,15 @@ from model.transformer import Transformer
 from utils.generate_notes import table_of
 from utils.icd10.answers import parse_answer
 from utils.icd10.catalogue import load_catalogue
+from utils.icd10.codes import Cim10Table
 from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.notes import write_notes
 from utils.icd10.prompts import prompt_messages
 from utils.make_demo_model import demo_model_args
 
-NEW_TOKENS = 60
+NEW_TOKENS = 70  # a usual answer
+LONGEST_ANSWER = 200  # of the sampled ones, whose spelling takes twice as many tokens
+AT_A_TIME = 250
 
 
 def untrained_model() -> Transformer:
@@ -39,53 +43,79 @@ def prompts_of(count: int) -> list[list[int]]:
     encoder = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer)
     notes = write_notes(count, seed=0, catalogue=load_catalogue(), length="short")
     rows = ({"messages": prompt_messages(note.text)} for note in notes)
-    return [encoder.encode_prompt(parse_conversation(row).messages) for row in rows]
+    return sorted((encoder.encode_prompt(parse_conversation(row).messages) for row in rows), key=len)
 
 
-def seconds(model: Transformer, prompts: list[list[int]], batch: int) -> dict[str, float]:
+class ConstraintOf:
+    """Constraints by one table."""
+
+    def __init__(self, table: Cim10Table) -> None:
+        tokenizer = MistralTokenizer.v3().instruct_tokenizer
+        self.eos_id = tokenizer.tokenizer.eos_id
+        self._grammar = AnswerGrammar(table, prefix=" ")
+        self._vocabulary = Vocabulary(token_bytes(tokenizer), self.eos_id)
+
+    def __call__(self) -> AnswerConstraint:
+        return AnswerConstraint(self._grammar, self._vocabulary)
+
+
+def speed(
+    model: Transformer, prompts: list[list[int]], batch: int, constraint_of: ConstraintOf | None
+) -> dict[str, float]:
+    eos_id = constraint_of.eos_id if constraint_of else -1  # freely, every answer takes all tokens
     start = time.perf_counter()
     for first in range(0, len(prompts), batch):
-        generate(model, prompts[first : first + batch], NEW_TOKENS, eos_id=-1)
+        chunk = prompts[first : first + batch]
+        constraints = [constraint_of() for _ in chunk] if constraint_of else None
+        generate(model, chunk, NEW_TOKENS, eos_id, constraints=constraints)
     return {"notes_per_second": len(prompts) / (time.perf_counter() - start)}
 
 
-def forbidden_codes(model: Transformer, prompts: list[list[int]], answers: int) -> tuple[int, int]:
-    """(codes named, codes the table does not allow in their role) in so many constrained answers, sampled."""
-    tokenizer = MistralTokenizer.v3().instruct_tokenizer
-    table = table_of(load_catalogue())
-    vocabulary, grammar = Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id), AnswerGrammar(table, " ")
-    cache: dict[Any, list[int]] = {}
-    random = torch.Generator().manual_seed(0)
-    named = forbidden = 0
-    for first in tqdm(range(0, answers, 64), desc="Answering", disable=None):
-        batch = [prompts[index % len(prompts)] for index in range(first, min(first + 64, answers))]
-        constraints = [AnswerConstraint(grammar, vocabulary, cache) for _ in batch]
-        generate(model, batch, 150, tokenizer.tokenizer.eos_id, 1.0, random, constraints)
+def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict[str, float]:
+    """Samples constrained answers and counts the codes that `table` does not allow in their role."""
+    constraint_of, random = ConstraintOf(table), torch.Generator().manual_seed(0)
+    counts: Counter[str] = Counter(codes=0, not_allowed=0, without_code=0, cut_short=0)
+    start = time.perf_counter()
+    for first in tqdm(range(0, answers, AT_A_TIME), desc="Answering", disable=None):
+        constraints = [constraint_of() for _ in range(min(AT_A_TIME, answers - first))]
+        nothing = [[1]] * len(constraints)  # notes would mean nothing to an untrained model
+        written = generate(model, nothing, LONGEST_ANSWER, constraint_of.eos_id, 1.0, random, constraints)
+        counts["cut_short"] += sum(tokens[-1] != constraint_of.eos_id for tokens in written)
         for constraint in constraints:
             found = parse_answer(constraint.text)
-            named += len(found)
-            forbidden += sum(not (item.role and table.allows(item.role, item.code)) for item in found)
-    return named, forbidden
+            counts["codes"] += len(found)
+            counts["without_code"] += not found
+            counts["not_allowed"] += sum(not (item.role and table.allows(item.role, item.code)) for item in found)
+    return {**counts, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--notes", type=int, default=64)
-    parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--answers", type=int, help="count forbidden codes in so many answers instead")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="table of the constraint")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     model, prompts = untrained_model(), prompts_of(options.notes)
-    record = measure(
-        "generate", [{"batch": 1}, {"batch": 16}], options.rounds, lambda case: seconds(model, prompts, case["batch"])
-    )
-    columns = {
-        "batch": lambda case: str(case["batch"]),
-        "notes/s": lambda case: spread(case["notes_per_second"], digits=1),
-    }
-    print_table(record, columns)
+    table = Cim10Table.from_file(options.cim10) if options.cim10 else table_of(load_catalogue())
     if options.answers:
-        named, forbidden = forbidden_codes(model, prompts, options.answers)
-        print(f"{options.answers:,} constrained answers named {named:,} codes, {forbidden:,} of them not allowed.")
+        case = {"answers": options.answers, "codes_in_table": len(list(table))}
+        record = measure("sampled_answers", [case], 1, lambda _: sampled_answers(model, options.answers, table))
+        print(record["results"][0])
+        return
+    cases = [
+        {"threads": options.threads, "constrained": constrained, "batch": batch}
+        for constrained in (False, True)
+        for batch in (1, 16)
+    ]
+    kinds = {False: None, True: ConstraintOf(table)}
+    record = measure(
+        "generate", cases, options.rounds, lambda case: speed(model, prompts, case["batch"], kinds[case["constrained"]])
+    )
+    columns = {name: lambda case, name=name: str(case[name]) for name in cases[0]}
+    print_table(record, {**columns, "notes/s": lambda case: spread(case["notes_per_second"], digits=1)})
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from simple_parsing.helpers import Serializable
 
 from model.args import ATTENTION_ENGINES, PARAM_DTYPES, LoraArgs
-from model.errors import UserError
+from model.errors import UserError, quoted
 
 from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
+from .yaml_file import read_yaml
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ class GenerationArgs(Serializable):
     def problems(self) -> list[str]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
-        if self.file and not Path(self.file).is_file():
+        if self.file and not os.path.isfile(self.file):
             found.append(f"`eval_generation.file`: {self.file} does not exist (or is no file).")
         for key in ("n_samples", "max_tokens", "batch_size"):
             if getattr(self, key) < 1:
@@ -84,6 +85,30 @@ class EarlyStoppingArgs(Serializable):
         return found
 
 
+@dataclasses.dataclass
+class GuardArgs(Serializable):
+    """When a run that goes wrong is stopped."""
+
+    max_skipped_steps: int = 25  # in a row, whose gradient is not finite; fp16 needs some to find its loss scale
+    spike_factor: float = 4.0  # a loss so many times the running median is reported; 0: never
+    spike_window: int = 100  # logged losses the median is taken of
+    stop_on_spike: bool = False  # stop there, instead of reporting it
+
+    def problems(self) -> list[str]:
+        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
+        found = []
+        if self.max_skipped_steps < 1:
+            found.append(f"`guards.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1.")
+        if self.spike_factor and self.spike_factor <= 1:
+            found.append(f"`guards.spike_factor` is {self.spike_factor}; it must be more than 1, or 0 for no guard.")
+        if self.spike_window < 10:
+            found.append(f"`guards.spike_window` is {self.spike_window}; it must be at least 10.")
+        return found
+
+
+_LONGEST_KEY = 100  # characters of an unknown key that a message quotes
+_MAX_NAMED = 50  # problems in one message
+_SECRETS = ("wandb", "wandb.key")  # where a key may stand, put there rightly or by mistake; never quoted
 METRICS = ("eval_loss", "micro_f1", "exact_match")
 
 
@@ -94,6 +119,7 @@ class TrainArgs(Serializable):
     run_dir: str  # folder to create for checkpoints, metrics and logs
 
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
+    resume: str = "never"  # never; auto: go on with the run in run_dir where there is one; or a checkpoint's folder
     seed: int = 0  # adapter initialisation, data order, dropout; 0 to 2**32 - 1
     num_microbatches: int = 1  # batches whose gradients are averaged before a step
     seq_len: int = 2048  # tokens per packed sequence
@@ -120,6 +146,7 @@ class TrainArgs(Serializable):
 
     world_size: int | None = None  # set by the launcher and recorded in args.yaml; read from there, never from here
 
+    guards: GuardArgs = dataclasses.field(default_factory=GuardArgs)
     wandb: WandbArgs = dataclasses.field(default_factory=WandbArgs)
     mlflow: MLFlowArgs = dataclasses.field(default_factory=MLFlowArgs)
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
@@ -150,13 +177,15 @@ class TrainArgs(Serializable):
             )
         if not self.no_eval and not self.data.eval_instruct_data.strip():
             found.append("`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`.")
-        if not Path(self.model_id_or_path).is_dir():
+        if not os.path.isdir(self.model_id_or_path):
             found.append(f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist.")
         if not self.run_dir.strip():
             found.append("`run_dir` is empty; name a folder to create.")
+        if self.resume not in ("never", "auto") and not Path(self.resume).is_dir():
+            found.append(f"`resume` is {self.resume!r}; expected never, auto, or the folder of a checkpoint.")
         found += self._evaluation_problems()
-        blocks = (self.data, self.optim, self.lora, self.wandb, self.mlflow, self.eval_generation, self.early_stopping)
-        for block in blocks:
+        blocks = (self.data, self.optim, self.lora, self.wandb, self.mlflow)
+        for block in (*blocks, self.eval_generation, self.early_stopping, self.guards):
             found += block.problems()
         return found
 
@@ -189,29 +218,17 @@ def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[str]] 
         UserError: the file cannot be read, or every unknown, missing or mistyped key in one message.
     """
     problems: list[str] = []
-    args = _build(TrainArgs, _nested(_read_yaml(path), problems), "", problems)
+    args = _build(TrainArgs, _nested(read_yaml(path), problems), "", problems)
     if args is not None:
         problems += find_problems(args)
     if problems:
-        raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        more = [f"... and {len(problems) - _MAX_NAMED:,} more"] if len(problems) > _MAX_NAMED else []
+        listed = "\n".join(f"  - {problem}" for problem in [*problems[:_MAX_NAMED], *more])
+        raise UserError(f"{path} cannot be used:\n{listed}")
     return args
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"The configuration {path} does not exist (or is no file).")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid UTF-8 (byte {error.start + 1}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold `key: value` pairs, found {type(raw).__name__}.")
-    return raw
-
-
-def _nested(raw: dict[Any, Any], problems: list[str]) -> dict[str, Any]:
+def _nested(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """`wandb.project: x` means the same as `project: x` inside `wandb:`, at any depth; who says both is told so."""
     nested: dict[str, Any] = {}
     for path, value in _leaves(raw):
@@ -226,9 +243,9 @@ def _nested(raw: dict[Any, Any], problems: list[str]) -> dict[str, Any]:
     return nested
 
 
-def _leaves(raw: dict[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in raw.items():
-        inner = (*path, *str(key).split("."))
+        inner = (*path, *key.split("."))
         if isinstance(value, dict) and value:
             yield from _leaves(value, inner)
         else:
@@ -242,13 +259,14 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     too; returns None where there is none.
     """
     if not isinstance(raw, dict):
-        problems.append(f"`{prefix.rstrip('.')}` is {raw!r}; expected a block of keys.")
+        name = prefix.rstrip(".")
+        problems.append(f"`{name}` is {_shown(name, raw)}; expected a block of keys.")
         return None
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
-            problems.append(f"`{prefix}{key}` is no setting{_suggestion(str(key), fields)}")
+            problems.append(_unknown(prefix, key, list(fields)))
     values, complete = {}, True
     for name, field in fields.items():
         if name in raw:
@@ -263,9 +281,16 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     return cls(**values) if complete else None
 
 
-def _suggestion(key: str, fields: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, fields, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; expected one of {', '.join(sorted(fields))}."
+def _unknown(prefix: str, key: str, known: list[str]) -> str:
+    if close := difflib.get_close_matches(key, known, n=1):
+        return f"`{prefix}{key}` is no setting; did you mean `{close[0]}`?"
+    # `key:0123` without a blank is a key, too.
+    what = f"A key of `{prefix.rstrip('.')}`" if prefix.rstrip(".") in _SECRETS else f"`{prefix}{key[:_LONGEST_KEY]}`"
+    return f"{what} is no setting; expected one of {', '.join(sorted(known))}."
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{type(value).__name__} (not shown)" if name in _SECRETS and value is not None else quoted(value)
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -286,7 +311,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     try:
         return _CONVERTERS[hint](value)
     except (TypeError, ValueError, OverflowError):
-        problems.append(f"`{name}` is {value!r}; expected {_EXPECTED[hint]}.")
+        problems.append(f"`{name}` is {_shown(name, value)}; expected {_EXPECTED[hint]}.")
         return None
 
 
@@ -317,7 +342,11 @@ def _to_int(value: Any) -> int:
 def _to_str(value: Any) -> str:
     if isinstance(value, bool | dict | list) or value is None:
         raise ValueError
-    return str(value)
+    text = str(value)
+    text.encode()  # half of a surrogate pair is no character
+    if "\0" in text:
+        raise ValueError
+    return text
 
 
 def _to_texts(value: Any) -> list[str]:

@@ -1,21 +1,31 @@
-"""Checkpoints that inference tools load: the adapter, or the adapter merged into the base.
+"""Checkpoints: weights that inference tools load, and beside them what is needed to go on training.
 
-A checkpoint is written aside and renamed, so that it is whole or not there at all. Shards are gathered parameter by
-parameter: no rank holds the full model.
+    checkpoints/checkpoint_000100/consolidated/   the adapter, or the adapter merged into the base
+                                  state/          see finetune.resume
+                                  manifest.json   see finetune.manifest
+                last, best                        links
+
+A checkpoint is written aside and renamed, so that it is whole or not there at all. What is exported is gathered
+parameter by parameter: no rank holds the full model.
 """
 
 import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from model.errors import UserError
@@ -25,18 +35,29 @@ from model.weights import SAFETENSORS_NAME, SafetensorsWriter
 
 from .args import TrainArgs
 from .distributed import World
+from .manifest import damage, seal
+from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
+from .utils import saved_checkpoints
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
 
 BEST_NAME = "best"  # a link to the checkpoint that did best, with `keep_best`
-_CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
+LAST_NAME = "last"  # a link to the newest one
+_IN_MAIN_THREAD = StagingOptions(False, False, False, False)  # copies to host memory are made before a save returns
+
+# One process needs no process group, and knows it.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+_Export = Iterator[tuple[str, torch.Tensor]]
 
 
 class Checkpointer:
-    """Saves a model into `run_dir/checkpoints/checkpoint_{step:06d}/consolidated`, on every rank.
+    """Saves a run into `run_dir/checkpoints`, on every rank; one save at a time.
 
-    Tensors are saved in `dtype`, the one that computes; the tokenizer goes beside them.
+    The steps that follow a save do not wait for the disk: the adapter and the state are copied to host memory and
+    written in the background. A merged model, too large to be held twice, is written before `save` returns. Tensors
+    of `consolidated` are saved in `dtype`, the one that computes; the tokenizer goes beside them.
     """
 
     def __init__(
@@ -54,62 +75,131 @@ class Checkpointer:
         self._args = args
         self._dtype = dtype
         self._world = world
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        self._saving: Path | None = None
+        if world.is_master:
+            for left in self.folder.glob("tmp.*"):  # by a process that died while saving
+                shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, step: int, best: bool = False) -> Path:
-        """Saves on rank 0 while all ranks hand over their shards; removes checkpoints beyond `num_ckpt_keep`.
+    def save(self, step: int, state: RunState | None = None, best: bool = False) -> Path:
+        """Starts saving, on every rank.
 
         Args:
             step: names the checkpoint.
+            state: what a continued run needs; None: weights alone.
             best: point `checkpoints/best` at it, which keeps it until a better one comes.
 
         Returns:
-            The folder with the weights.
+            The folder that will hold the weights.
 
         Raises:
-            UserError: the disk refused, on every rank; what was saved before is untouched.
+            UserError: the disk refused this save or the one before, on every rank; what was saved before is untouched.
         """
-        final = self.folder / f"checkpoint_{step:06d}"
-        tensors = self._gathered()
-        failure = None
+        self.finish()
+        self._saving = final = self.folder / f"checkpoint_{step:06d}"
+        aside = final.with_name(f"tmp.{final.name}")
+        self._on_master(lambda: _start_folder(aside, ["consolidated"] + [STATE_NAME] * (state is not None)))
+        export = self._gathered()
+        if self._args.save_adapters:
+            export = iter([(name, tensor.to("cpu", copy=True)) for name, tensor in export if self._world.is_master])
+        else:
+            self._together(lambda: self._write_merged(aside, export))
+        written = self._start_writing(state, aside) if state is not None else None
         if self._world.is_master:
-            try:
-                self._write(final, tensors)
-                if best:
-                    _link(self.folder / BEST_NAME, final)
-                self._prune()
-            except (OSError, UserError) as error:
-                reason = str(error).removesuffix(".")
-                failure = f"The checkpoint {final} could not be saved: {reason}. Earlier checkpoints are untouched."
-        for _ in tensors:
-            pass  # gathering takes all ranks: those that write nothing, and rank 0 for the rest after a failure
-        self._world.fail_together(failure)
-        logger.info("Saved %s", final / "consolidated")
+            self._pending = self._background.submit(self._complete, aside, final, export, written, best)
+        else:
+            self._pending = written
         return final / "consolidated"
 
-    def _write(self, final: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        aside = final.with_name(f"tmp.{final.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder = aside / "consolidated"
-        folder.mkdir(parents=True)
+    def finish(self) -> None:
+        """Waits for the save that is under way; every rank must call it.
+
+        Raises:
+            UserError: it failed, on every rank.
+        """
+        if self._saving is None:
+            return
+        pending, self._pending = self._pending, None
+        self._together(lambda: pending.result() if pending else None)
+        self._saving = None
+
+    def _on_master(self, action: Callable[[], object]) -> None:
+        self._together(lambda: action() if self._world.is_master else None)
+
+    def _together(self, action: Callable[[], object]) -> None:
+        """Does something on every rank; where the disk refuses one of them, all end with the reason."""
+        failure = None
         try:
-            plan = {name: (tuple(parameter.shape), self._dtype) for name, parameter in self._saved_parameters()}
-            with SafetensorsWriter(
-                folder / (ADAPTER_NAME if self._args.save_adapters else SAFETENSORS_NAME), plan
-            ) as file:
-                for name, tensor in tensors:
-                    file.write(name, tensor)
-            (folder / "params.json").write_text(json.dumps(self._params(), indent=4), encoding="utf-8")
-            shutil.copyfile(self._tokenizer.tokenizer.file_path, folder / tokenizer_file_name(self._tokenizer))
-            shutil.rmtree(final, ignore_errors=True)
+            action()
+        except (OSError, UserError, CheckpointException) as error:
+            reason = _reason(error).removesuffix(".")
+            failure = f"The checkpoint {self._saving} could not be saved: {reason}. Earlier checkpoints are untouched."
+            if self._world.is_master and self._saving is not None:
+                shutil.rmtree(self._saving.with_name(f"tmp.{self._saving.name}"), ignore_errors=True)
+        self._world.fail_together(failure)
+
+    def _start_writing(self, state: RunState, aside: Path) -> Future:
+        """Copies this rank's part of the state and has it written in the background."""
+        folder = aside / STATE_NAME
+        run = state.of_run(self._args, self._world)
+
+        def write_numbers() -> None:
+            (folder / rank_name(self._world.rank)).write_text(json.dumps(state.of_rank()), encoding="utf-8")
+            if self._world.is_master:
+                (folder / RUN_NAME).write_text(json.dumps(run, indent=1), encoding="utf-8")
+
+        self._together(write_numbers)
+        return dcp.async_save(
+            state.tensors(),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=self._world.background_group,
+            async_stager=DefaultStager(_IN_MAIN_THREAD),
+            no_dist=self._world.size == 1,
+        )
+
+    def _complete(self, aside: Path, final: Path, export: _Export, written: Future | None, best: bool) -> None:
+        """On rank 0, in the background: waits for all ranks' state, then makes the checkpoint visible at once."""
+        try:
+            if written is not None:
+                written.result()
+            if self._args.save_adapters:
+                self._write_export(aside, export)
+            seal(aside)
+            _remove(final)
             os.replace(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        if fault := damage(final, hashes=False):
+            raise UserError(f"it is not whole on the disk ({fault})")
+        _link(self.folder / LAST_NAME, final)
+        if best:
+            _link(self.folder / BEST_NAME, final)
+        self._prune()
+        logger.info("Saved %s", final / "consolidated")
+
+    def _write_merged(self, aside: Path, export: _Export) -> None:
+        try:
+            if self._world.is_master:
+                self._write_export(aside, export)
+        finally:
+            for _ in export:
+                pass  # gathering takes all ranks: those that write nothing, and rank 0 for the rest after a failure
+
+    def _write_export(self, aside: Path, tensors: _Export) -> None:
+        folder = aside / "consolidated"
+        plan = {name: (tuple(parameter.shape), self._dtype) for name, parameter in self._saved_parameters()}
+        with SafetensorsWriter(folder / (ADAPTER_NAME if self._args.save_adapters else SAFETENSORS_NAME), plan) as file:
+            for name, tensor in tensors:
+                file.write(name, tensor)
+        (folder / "params.json").write_text(json.dumps(self._params(), indent=4), encoding="utf-8")
+        shutil.copyfile(self._tokenizer.tokenizer.file_path, folder / tokenizer_file_name(self._tokenizer))
 
     def _saved_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         named = self._model.named_parameters()
         return [(name, parameter) for name, parameter in named if (".lora_" in name) == self._args.save_adapters]
 
-    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _gathered(self) -> _Export:
         """Yields what is saved, whole and in the saved dtype; every rank must go through all of it."""
         adapted = {} if self._args.save_adapters else dict(lora_layers(self._model))
         for name, parameter in self._saved_parameters():
@@ -133,7 +223,29 @@ class Checkpointer:
             best = (self.folder / BEST_NAME).resolve()
             for path in saved_checkpoints(self.folder)[: -self._args.num_ckpt_keep]:
                 if path.resolve() != best:
-                    shutil.rmtree(path)
+                    _remove(path)
+
+
+def _start_folder(aside: Path, parts: list[str]) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    for part in parts:
+        (aside / part).mkdir(parents=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint that may or may not be there; at no moment is half of one to be seen."""
+    if checkpoint.exists():
+        hidden = checkpoint.with_name(f"tmp.old_{checkpoint.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(checkpoint, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What one of the ranks met; torch.distributed.checkpoint wraps it in the tracebacks of all."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return str(error)
 
 
 def _link(link: Path, target: Path) -> None:
@@ -142,12 +254,6 @@ def _link(link: Path, target: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(target.name, target_is_directory=True)
     os.replace(aside, link)
-
-
-def saved_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint_*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
 
 
 def tokenizer_file_name(tokenizer: InstructTokenizerBase) -> str:

@@ -4,26 +4,38 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import UserError
 
+from .redaction import redacted
+
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Runs a command; a user's mistake becomes one line on stderr and exit code 1, never a traceback."""
+    """Runs a command; a user's mistake becomes one line on stderr and exit code 1, never a traceback.
+
+    No secret is printed, not even in the traceback of a defect.
+    """
     one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     code = 0
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _tell_torchrun(str(error))
+        message = redacted(str(error))
+        print(f"error: {message}", file=sys.stderr)
+        _tell_torchrun(message)
         code = 1
     except SystemExit as exit:
         if not one_of_several:
             raise
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except Exception:
+        report = redacted(traceback.format_exc())
+        print(report, end="", file=sys.stderr)
+        _tell_torchrun(report.splitlines()[-1])
+        code = 1
     if one_of_several:
         _leave_at_once(code)
     if code:

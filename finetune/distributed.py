@@ -1,7 +1,10 @@
 """The one file that calls collectives."""
 
+import contextlib
 import dataclasses
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +18,8 @@ from model.errors import UserError
 from .hardware import choose_device
 
 T = TypeVar("T")
+_WATCH_S = 1.0
+_FAILED = "failed"  # key under which a process that fails leaves word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    background_group: dist.ProcessGroup | None = None  # for collectives beside those of the training thread
 
     @property
     def is_master(self) -> bool:
@@ -46,8 +52,12 @@ class World:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says yes."""
-        return self.sum(torch.tensor(float(flag))).item() > 0
+        """Whether any rank says yes. Asks over the CPUs, so that a GPU's queue of work goes on."""
+        if self.size == 1:
+            return flag
+        total = torch.tensor(float(flag))
+        dist.all_reduce(total)
+        return total.item() > 0
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank, in the order of ranks."""
@@ -86,7 +96,7 @@ class World:
 
 @contextmanager
 def init_world() -> Iterator[World]:
-    """Joins the processes that torchrun started.
+    """Joins the processes that torchrun started; an exception in one of them ends the others within seconds.
 
     Raises:
         UserError: a process without a GPU of its own.
@@ -98,6 +108,50 @@ def init_world() -> Iterator[World]:
     if size == 1:
         yield World(rank, size, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield World(rank, size, device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_connect(size, may_host=rank == 0), rank=rank, world_size=size)
+    failures = FailureWatch(_connect(size), rank)
+    try:
+        yield World(rank, size, device, dist.new_group(backend="gloo"))
+    except Exception as error:
+        failures.announce(error)
+        raise
     dist.destroy_process_group()  # not after an exception: it would wait for ranks that may be gone
+
+
+def _connect(size: int, may_host: bool = False) -> dist.Store:
+    """A connection to the key-value store where processes find each other.
+
+    torchrun's own store outlives a restart, with the addresses of processes that are gone in it (torch 2.13): each
+    attempt has its own keys. Without torchrun's, rank 0 hosts one.
+    """
+    hosts = may_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=hosts, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+class FailureWatch:
+    """Ends this process soon after another one has failed.
+
+    One that waits in a collective for a rank that is gone notices after many minutes, or never. So who fails leaves
+    word in torchrun's key-value store, and a thread of each process looks there every second.
+    """
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self._store = store
+        self._rank = rank
+        threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
+
+    def announce(self, error: Exception) -> None:
+        """Leaves word that this process fails, unless another has."""
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            self._store.compare_set(_FAILED, "", f"rank {self._rank}: {type(error).__name__}")
+
+    def _watch(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            while not self._store.check([_FAILED]):
+                time.sleep(_WATCH_S)
+            time.sleep(_WATCH_S)  # who fails with us may still be saying why
+            print(f"[rank {self._rank}] stops, since another failed ({self._store.get(_FAILED).decode()})", flush=True)
+            os._exit(1)

@@ -1,23 +1,32 @@
 """Evaluation: the loss on every rank's own rows, and answers to a sample of questions."""
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from model.errors import UserError
 from model.generate import generate
 from model.transformer import Transformer
 
-from .args import EarlyStoppingArgs, GenerationArgs
-from .data.data_loader import Batch
+from .args import EarlyStoppingArgs, GenerationArgs, TrainArgs
+from .data.data_loader import Batch, build_data_loader
 from .data.dataset import read_rows
 from .data.tokenize import SampleEncoder, parse_conversation
 from .distributed import World
 from .loss import batch_loss
+from .monitoring.metrics_logger import answers_log_message, eval_log_message, eval_metrics
+from .utils import TrainState
 from .wrapped_model import reshard
+
+logger = logging.getLogger("train")
+
+Scoring = Callable[[list[str], list[str]], dict[str, float]]
 
 _PLACEHOLDER = Batch(x=np.zeros(1, dtype=np.int64), y=np.zeros(1, dtype=np.int64), sizes=[1])
 
@@ -110,6 +119,53 @@ class Questionnaire:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+class Examiner:
+    """All evaluations of a run: the loss on its evaluation data, and answers to a sample of questions.
+
+    Args:
+        args: of the run.
+        tokenizer: of the model.
+        score: what is measured of (expected answers, given answers).
+        world: every rank takes part.
+
+    Raises:
+        UserError, SystemExit: on every rank, for data or questions that cannot be used.
+    """
+
+    def __init__(self, args: TrainArgs, tokenizer: InstructTokenizerBase, score: Scoring, world: World) -> None:
+        self._args = args
+        self._score = score
+        self._world = world
+        self._batches, self._questionnaire = None, None
+        if not args.no_eval:
+            loader = (tokenizer, args.data, args.batch_size, args.seq_len, None, world.rank, world.size)
+            self._batches = world.together(lambda: build_data_loader(*loader, is_eval=True))
+            check_eval_batches(self._batches, world)
+        if args.eval_generation.file:
+            encoder = SampleEncoder(tokenizer)
+            self._questionnaire = world.together(lambda: Questionnaire(args.eval_generation, encoder))
+
+    def loss_due(self, state: TrainState) -> bool:
+        """Whether the loss on the evaluation data is due."""
+        return self._batches is not None and state.due(self._args.eval_freq)
+
+    def examine(self, model: Transformer, state: TrainState) -> dict[str, float]:
+        """What is due at this step, logged; empty where nothing is. Questions are also asked before the first step."""
+        metrics: dict[str, float] = {}
+        if state.step > 0 and self.loss_due(state):
+            state.eval_losses[state.step] = evaluate(model, self._batches, self._world)
+            metrics = eval_metrics(step=state.step, train_loss=state.last_loss, eval_loss=state.eval_losses[state.step])
+            logger.info(eval_log_message(metrics))
+        if self._questionnaire and (state.step == 0 or state.due(self._args.eval_generation.freq)):
+            answers, ended = self._questionnaire.ask(model, self._world)
+            if self._args.eval_generation.keep_answers and self._world.is_master:
+                self._questionnaire.save(answers, Path(self._args.run_dir) / "answers" / f"step_{state.step:06d}.jsonl")
+            scores = self._score(self._questionnaire.expected, answers) | {"ended": ended}
+            logger.info(answers_log_message(state.step, scores))
+            metrics = {"step": state.step} | metrics | scores
+        return metrics
+
+
 class BestSoFar:
     """Watches one metric over the evaluations of a run."""
 
@@ -130,6 +186,15 @@ class BestSoFar:
             return True
         self._worse_since += 1
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run takes over."""
+        return {"metric": self._metric, "best": self._best, "worse_since": self._worse_since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, unless another metric is watched now."""
+        if state["metric"] == self._metric:
+            self._best, self._worse_since = state["best"], state["worse_since"]
 
     @property
     def patience_is_over(self) -> bool:

@@ -6,35 +6,31 @@ from pathlib import Path
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
+from model.args import LoraArgs
 from model.errors import UserError
 from model.lora import merge_lora
 from model.transformer import Transformer
 
-from .args import read_train_args
-from .checkpointing import saved_checkpoints
+from .args import TrainArgs, read_train_args
+from .data.args import DataArgs
 from .data.tokenize import load_instruct_tokenizer
 from .distributed import World
 from .hardware import choose_device, choose_hardware
+from .utils import saved_checkpoints
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 
-def load_trained(run_dir: Path, step: int | None = None) -> tuple[Transformer, InstructTokenizerBase]:
+def load_trained(folder: Path, step: int | None = None) -> tuple[Transformer, InstructTokenizerBase]:
     """Loads the model that a run trained, its adapter merged, on the GPU where there is one.
 
     Args:
-        run_dir: folder of the run.
-        step: which checkpoint; None: the newest.
+        folder: of the run; or of a model, which is loaded as it stands.
+        step: which checkpoint of the run; None: the newest.
 
     Raises:
         UserError: no run, no such checkpoint, or the base model has moved.
     """
-    checkpoint = find_checkpoint(run_dir, step) / "consolidated"
-    args = read_train_args(run_dir / "args.yaml")
-    if (checkpoint / ADAPTER_NAME).is_file():
-        args.lora.from_adapter = str(checkpoint / ADAPTER_NAME)
-    else:
-        args.model_id_or_path = str(checkpoint)
-        args.lora.enable = False
+    args = _model_args(folder) if is_model_folder(folder) else _run_args(folder, step)
     base = open_base_model(args)
     device = choose_device(0)
     # The dtype of the run; the engine is chosen anew, since this may be another machine.
@@ -43,6 +39,26 @@ def load_trained(run_dir: Path, step: int | None = None) -> tuple[Transformer, I
     merge_lora(model)
     model.requires_grad_(False).to(hardware.dtype)
     return model.eval(), load_instruct_tokenizer(base.folder, base.args.vocab_size)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a model and is no run."""
+    return not (folder / "args.yaml").is_file() and (folder / "params.json").is_file()
+
+
+def _model_args(folder: Path) -> TrainArgs:
+    return TrainArgs(DataArgs(), str(folder), run_dir="", lora=LoraArgs(enable=False))
+
+
+def _run_args(run_dir: Path, step: int | None) -> TrainArgs:
+    checkpoint = find_checkpoint(run_dir, step) / "consolidated"
+    args = read_train_args(run_dir / "args.yaml")
+    if (checkpoint / ADAPTER_NAME).is_file():
+        args.lora.from_adapter = str(checkpoint / ADAPTER_NAME)
+    else:
+        args.model_id_or_path = str(checkpoint)
+        args.lora.enable = False
+    return args
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:

@@ -42,3 +42,11 @@ class LossScaler:
         elif self._good_steps == self.growth_interval:
             self.scale *= 2
             self._good_steps = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a continued run takes over."""
+        return {"scale": self.scale, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from `state`."""
+        self.scale, self._good_steps = state["scale"], int(state["good_steps"])

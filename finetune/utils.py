@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +26,13 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
 
 
-def check_run_dir(run_dir: Path) -> None:
-    """Refuses a run folder that already exists: two runs' metrics and checkpoints would mix.
+_CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 
-    Raises:
-        UserError: it exists and is not an empty folder.
-    """
-    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
-        raise UserError(f"The run folder {run_dir} already exists. Choose another `run_dir`, or move it away first.")
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint_*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
 
 
 def create_run_dir(run_dir: Path, args: TrainArgs) -> None:
@@ -46,6 +46,9 @@ def create_run_dir(run_dir: Path, args: TrainArgs) -> None:
         (run_dir / "args.yaml").write_text(yaml.safe_dump(args.to_dict()), encoding="utf-8")
     except OSError as error:
         raise UserError(f"The run folder {run_dir} cannot be written: {error.strerror}.") from error
+
+
+_CONTINUED = ("step", "tokens", "seconds", "trained_tokens", "skipped_steps", "first_loss", "last_loss")
 
 
 @dataclasses.dataclass
@@ -86,6 +89,17 @@ class TrainState:
         """Takes note of a step's training loss, the mean over ranks."""
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run takes over, as JSON can hold it."""
+        state = {name: getattr(self, name) for name in _CONTINUED}
+        return state | {"eval_losses": [list(item) for item in self.eval_losses.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        for name in _CONTINUED:
+            setattr(self, name, state[name])
+        self.eval_losses = dict(state["eval_losses"])
 
     def due(self, freq: int) -> bool:
         """Whether something done every `freq` steps, and always after the last one, is due; 0: only after the last."""

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from model.args import LoraArgs, ModelArgs, load_model_args, read_params
 from model.errors import UserError
+from model.hf_format import open_model_weights
 from model.lora import add_lora, initial_lora_tensors
 from model.transformer import Transformer
-from model.weights import WeightsReader, open_safetensors, open_weights
+from model.weights import WeightsReader, open_safetensors
 
 from .args import TrainArgs
 from .distributed import World
@@ -52,7 +53,12 @@ def open_base_model(args: TrainArgs) -> BaseModel:
             f"`python -m utils.extend_model_vocab --original_model_ckpt {folder} "
             f"--extended_model_ckpt {folder}_extended` and train the extended model."
         )
-    weights = open_weights(folder)
+    if model_args.sliding_window is not None and args.seq_len > model_args.sliding_window:
+        raise UserError(
+            f"The model in {folder} attends to {model_args.sliding_window} tokens at a time (`sliding_window`), which "
+            f"this code does not compute: set `seq_len` ({args.seq_len}) to at most {model_args.sliding_window}."
+        )
+    weights = open_model_weights(folder)
     with torch.device("meta"):
         model = Transformer(model_args)
     _compare_shapes(
@@ -99,16 +105,22 @@ def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: Wor
 
     Parameters that train are fp32, the others `hardware.dtype`; with several ranks each holds its rows of all of them.
     """
-    with torch.device("meta"):
-        model = Transformer(base.args, hardware.attention, hardware.dtype)
-        if args.lora.enable:
-            add_lora(model, args.lora)
+    model = empty_model(base, args, hardware)
     for block in model.layers:
         block.recompute = args.checkpoint
     if world.size > 1:
         _shard(model, hardware, world)
     _load(model, base, args, hardware, world)
     return model.train()
+
+
+def empty_model(base: BaseModel, args: TrainArgs, hardware: Hardware) -> Transformer:
+    """The model to train, with its adapters and without memory (on the meta device)."""
+    with torch.device("meta"):
+        model = Transformer(base.args, hardware.attention, hardware.dtype)
+        if args.lora.enable:
+            add_lora(model, args.lora)
+    return model
 
 
 def _shard(model: Transformer, hardware: Hardware, world: World) -> None:

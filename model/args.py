@@ -2,16 +2,28 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from simple_parsing.helpers import Serializable
 
-from .errors import UserError
+from .errors import UserError, quoted
+from .hf_config import CONFIG_NAME, params_from_config
+
+PARAMS_NAME = "params.json"
+OPTIONAL = ("moe", "sliding_window")
+# Keys of params.json that change what a model computes, of models newer or older than those this code knows.
+UNSUPPORTED = ("_sliding_window", "yarn", "llama_4_scaling", "q_lora_rank", "vision_encoder")
 
 # Names a YAML may give; what they stand for is in model.attention and finetune.mixed_precision, which load torch.
 ATTENTION_ENGINES = ("xformers", "varlen", "sdpa")
 PARAM_DTYPES = ("bf16", "fp16", "fp32")
+
+# Far beyond every model; a params.json that asks for more would keep the machine busy before it is found wrong.
+_LARGEST_WIDTH = 1 << 24
+_MOST_BLOCKS = 2_000  # feed-forward networks of all layers
+_MAX_PARAMS_BYTES = 1 << 20
 
 
 @dataclasses.dataclass
@@ -64,6 +76,7 @@ class ModelArgs(Serializable):
     norm_eps: float
     vocab_size: int  # V
     rope_theta: float = 10000.0  # base of the rotary frequencies
+    sliding_window: int | None = None  # a token sees this many; longer documents are refused, for them it would matter
     moe: MoeArgs | None = None
 
     def __post_init__(self) -> None:
@@ -72,14 +85,15 @@ class ModelArgs(Serializable):
 
 
 def load_model_args(folder: Path) -> ModelArgs:
-    """Reads `folder/params.json`; keys this code does not use are ignored, as the original does.
+    """Reads `folder/params.json`, or Hugging Face's config.json; keys this code does not use are ignored.
 
     Raises:
-        UserError: no such folder or file, no JSON object, or keys that are missing or of the wrong kind.
+        UserError: no such folder or file, no JSON object, keys that are missing or of the wrong kind, or a variant of
+            the architecture that this code does not compute.
     """
-    path = folder / "params.json"
+    path = _params_path(folder)
     params = read_params(folder)
-    fields = {field.name: field for field in dataclasses.fields(ModelArgs) if field.name != "moe"}
+    fields = {field.name: field for field in dataclasses.fields(ModelArgs) if field.name not in OPTIONAL}
     missing = [
         name for name, field in fields.items() if field.default is dataclasses.MISSING and params.get(name) is None
     ]
@@ -88,41 +102,77 @@ def load_model_args(folder: Path) -> ModelArgs:
     values: dict[str, Any] = {}
     for name, field in fields.items():
         value = params.get(name, field.default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{path}: `{name}` is {value!r}; expected a positive number.")
-        values[name] = float(value) if field.type is float else int(value)
-    if (window := params.get("sliding_window")) is not None:
+        values[name] = _positive(path, name, value, field.type)
+    for key in UNSUPPORTED:
+        if params.get(key) is not None:
+            raise UserError(
+                f"{path}: `{key}` is {quoted(params[key])}, which this code does not support; "
+                "training without it would quietly change the model."
+            )
+    window = params.get("sliding_window")
+    if isinstance(window, list):
+        raise UserError(f"{path}: `sliding_window` is {quoted(window)}; windows that alternate are not supported.")
+    window = None if window is None else int(_positive(path, "sliding_window", window, int))
+    args = ModelArgs(moe=_moe_args(path, params), sliding_window=window, **values)
+    if args.head_dim % 2:
+        raise UserError(f"{path}: `head_dim` is {args.head_dim}; rotary embeddings need an even one.")
+    if (blocks := args.n_layers * (args.moe.num_experts if args.moe else 1)) > _MOST_BLOCKS:
         raise UserError(
-            f"{path}: `sliding_window` is {window!r}, which this code does not support; "
-            "training without the window would quietly change the model."
+            f"{path} asks for {blocks:,} feed-forward networks; no Mistral model has over {_MOST_BLOCKS:,}."
         )
-    return ModelArgs(moe=_moe_args(path, params.get("moe")), **values)
+    return args
 
 
-def _moe_args(path: Path, moe: Any) -> MoeArgs | None:
+def _positive(path: Path, name: str, value: Any, kind: type) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
+        raise UserError(f"{path}: `{name}` is {quoted(value)}; expected a positive number.")
+    if kind is float:
+        return float(value)
+    if value > _LARGEST_WIDTH or value != int(value):
+        raise UserError(f"{path}: `{name}` is {quoted(value)}; expected a whole number up to {_LARGEST_WIDTH:,}.")
+    return int(value)
+
+
+def _moe_args(path: Path, params: dict[str, Any]) -> MoeArgs | None:
+    """The keys of a mixture of experts stand in an object `moe` or, in some folders, beside the others."""
+    known = {field.name for field in dataclasses.fields(MoeArgs)}
+    moe = params.get("moe")
+    if moe is None:
+        moe = {name: params[name] for name in known if params.get(name) is not None} or None
     if moe is None:
         return None
-    known = {field.name for field in dataclasses.fields(MoeArgs)}
     if not isinstance(moe, dict) or set(moe) - known:
-        raise UserError(f"{path}: `moe` is {moe!r}; expected an object with {' and '.join(sorted(known))}.")
-    return MoeArgs(**moe)
+        raise UserError(f"{path}: `moe` is {quoted(moe)}; expected an object with {' and '.join(sorted(known))}.")
+    return MoeArgs(**{name: int(_positive(path, f"moe.{name}", value, int)) for name, value in moe.items()})
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    """Returns `folder/params.json` as it stands.
+    """Returns `folder/params.json` as it stands; of a folder in Hugging Face's layout, what it would say.
 
     Raises:
-        UserError: the folder or the file does not exist, or it holds no JSON object.
+        UserError: the folder or the file does not exist, it holds no JSON object, or config.json is of another model.
     """
-    path = folder / "params.json"
+    path = _params_path(folder)
     if not folder.is_dir():
         raise UserError(f"The model folder {folder} does not exist (or is no folder).")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: a model folder holds params.json beside its consolidated weights.")
+        raise UserError(
+            f"{path} does not exist: a model folder holds params.json beside its consolidated "
+            "weights, or config.json beside model*.safetensors."
+        )
+    if (size := path.stat().st_size) > _MAX_PARAMS_BYTES:
+        raise UserError(f"{path} has {size:,} bytes: it does not describe a model.")
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply.") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(params, dict):
         raise UserError(f"{path} must hold a JSON object, found {type(params).__name__}.")
-    return params
+    return params_from_config(path, params) if path.name == CONFIG_NAME else params
+
+
+def _params_path(folder: Path) -> Path:
+    config = folder / CONFIG_NAME
+    return config if config.is_file() and not (folder / PARAMS_NAME).is_file() else folder / PARAMS_NAME

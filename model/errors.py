@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how its messages quote what was found."""
+
+_LONGEST_QUOTE = 500  # characters
 
 
 class UserError(ValueError):
@@ -6,3 +8,12 @@ class UserError(ValueError):
 
     Entry points print the message and exit with code 1; anything else is a defect of ours and keeps its traceback.
     """
+
+
+def quoted(value: object) -> str:
+    """`repr(value)` for a message: cut where it is long, and of values that Python refuses to print too."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of over 4,300 digits; an endless nesting
+        return f"{type(value).__name__} too long to show"
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]} ..."

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .args import ModelArgs
 from .attention import ENGINES, Engine, PackedDocuments
+from .errors import UserError
 from .lora import Linear
 from .moe import MoeLayer
 from .rope import apply_rotary, rotary_phases
@@ -124,6 +125,9 @@ class Transformer(nn.Module):
         documents = lengths
         if not isinstance(documents, PackedDocuments):
             documents = PackedDocuments.from_lengths(documents, input_ids.device)
+        window = self.args.sliding_window
+        if window is not None and documents.positions.max() >= window:
+            raise UserError(f"A text is longer than the model's `sliding_window` of {window} tokens: shorten it.")
         phases = rotary_phases(documents.positions, self.args.head_dim, self.args.rope_theta)
         h = self.tok_embeddings(input_ids).to(self.compute_dtype)
         for layer in self.layers:

@@ -8,23 +8,22 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, quoted
+from .file_kinds import looks_like
 
 SAFETENSORS_NAME = "consolidated.safetensors"
 PTH_NAME = "consolidated.00.pth"
-SHARD_PATTERN = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors")
 
 # Names of https://github.com/huggingface/safetensors#format. Its own writer lays tensors out by falling alignment, that
 # is in the reverse of this order, then by name; we do the same so that both write the same bytes.
@@ -44,7 +43,9 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPE_RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES.values())}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 1 << 24  # Mistral's largest model has 200 kB, and each byte takes some 20 when it is read
+_MAX_DIMENSIONS = 8
+_MAX_NAME = 256  # characters
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,28 @@ class TensorLocation:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def end(self) -> int:
+        """Where the tensor's last byte is followed by what is not its own."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors that are made one at a time, when they are read."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU."""
+
 
 class WeightsReader:
     """Named tensors on disk. Holds no file open, so it may be shared by threads and processes.
 
     Attributes:
         source: folder or file the weights were opened from, for messages.
+        locations: where each tensor lies.
         shapes: shape of each tensor.
         dtypes: dtype of each tensor.
         size_bytes: size of all files together.
@@ -69,7 +86,7 @@ class WeightsReader:
 
     def __init__(self, source: Path, locations: dict[str, TensorLocation]) -> None:
         self.source = source
-        self._locations = locations
+        self.locations = locations
         self.shapes = {name: location.shape for name, location in locations.items()}
         self.dtypes = {name: location.dtype for name, location in locations.items()}
         self.size_bytes = sum(file.stat().st_size for file in {location.file for location in locations.values()})
@@ -88,7 +105,7 @@ class WeightsReader:
             KeyError: there is no such tensor.
             UserError: the file became shorter since it was opened.
         """
-        location = self._locations[name]
+        location = self.locations[name]
         shape, offset = location.shape, location.offset
         if rows is not None:
             start, stop, step = rows.indices(shape[0])
@@ -131,7 +148,7 @@ def open_safetensors(path: Path) -> WeightsReader:
 
 def _open_folder(folder: Path) -> WeightsReader:
     single = [folder / name for name in (SAFETENSORS_NAME, PTH_NAME) if (folder / name).is_file()]
-    shards = _shards(folder)
+    shards = safetensors_shards(folder, Path(SAFETENSORS_NAME).stem)
     sets = [file.name for file in single] + ([f"{len(shards)} shards {shards[0].name} ..."] if shards else [])
     if len(sets) > 1:
         raise UserError(f"{folder} holds {' and '.join(sets)}: keep one of them, so that it is clear which to load.")
@@ -139,26 +156,24 @@ def _open_folder(folder: Path) -> WeightsReader:
         present = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
         raise UserError(
             f"{folder} holds no weights in Mistral's layout: expected {SAFETENSORS_NAME}, {PTH_NAME} or "
-            f"consolidated-00001-of-0000N.safetensors, found {present}. (Files named model*.safetensors or "
-            "pytorch_model*.bin are the Hugging Face layout; the same repositories offer the consolidated one.)"
+            f"consolidated-00001-of-0000N.safetensors, found {present}. (Of the Hugging Face layout, "
+            "model*.safetensors beside a config.json are read, pytorch_model*.bin are not.)"
         )
-    if not shards:
-        return open_weights(single[0])
-    locations: dict[str, TensorLocation] = {}
-    for shard in shards:
-        found = _safetensors_locations(shard)
-        if twice := sorted(found.keys() & locations.keys()):
-            raise UserError(f"`{twice[0]}` stands both in {locations[twice[0]].file} and in {shard}.")
-        locations |= found
-    return WeightsReader(folder, locations)
+    return WeightsReader(folder, joint_locations(shards)) if shards else open_weights(single[0])
 
 
-def _shards(folder: Path) -> list[Path]:
-    matches = [match for file in sorted(folder.iterdir()) if (match := SHARD_PATTERN.fullmatch(file.name))]
+def safetensors_shards(folder: Path, stem: str) -> list[Path]:
+    """The files {stem}-00001-of-0000N.safetensors of a folder, in order; none where it holds no such file.
+
+    Raises:
+        UserError: some of the N are missing.
+    """
+    pattern = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.safetensors")
+    matches = [match for file in sorted(folder.iterdir()) if (match := pattern.fullmatch(file.name))]
     if not matches:
         return []
     total = int(matches[0][2])
-    expected = [f"consolidated-{index:05d}-of-{total:05d}.safetensors" for index in range(1, total + 1)]
+    expected = [f"{stem}-{index:05d}-of-{total:05d}.safetensors" for index in range(1, total + 1)]
     present = [match[0] for match in matches]
     if present != expected:
         wrong = ", ".join(sorted(set(expected) ^ set(present)))
@@ -166,36 +181,73 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in present]
 
 
+def joint_locations(files: Iterable[Path]) -> dict[str, TensorLocation]:
+    """Where the tensors of several safetensors files lie.
+
+    Raises:
+        UserError: a file is damaged, or two hold a tensor of the same name.
+    """
+    locations: dict[str, TensorLocation] = {}
+    for file in files:
+        found = _safetensors_locations(file)
+        if twice := sorted(found.keys() & locations.keys()):
+            raise UserError(f"`{twice[0]}` stands both in {locations[twice[0]].file} and in {file}.")
+        locations |= found
+    return locations
+
+
 def _safetensors_locations(path: Path) -> dict[str, TensorLocation]:
-    """Reads and checks the header: a little-endian u64 length, then that many bytes of JSON."""
+    """Reads and checks the header: a little-endian u64 length, then that many bytes of JSON.
+
+    Tensors must follow each other without a gap or an overlap, from the header to the end of the file.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist (or is no file).")
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= header_bytes <= _MAX_HEADER_BYTES:
-            raise _damaged(path, f"has {size} bytes and does not begin with a safetensors header")
+            file.seek(0)
+            kind = f" (it looks like {kind})" if (kind := looks_like(file.read(512))) else ""
+            raise _damaged(path, f"has {size} bytes and does not begin with a safetensors header{kind}")
         if 8 + header_bytes > size:
             raise _damaged(path, f"has {size} bytes but its header alone should have {8 + header_bytes}")
         try:
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(header_bytes), object_pairs_hook=_unique_names)
             header.pop("__metadata__", None)
+            if not all(map(_is_name, header)):
+                raise ValueError("a name that is no tensor's")
             locations = {name: _location(path, 8 + header_bytes, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"has a header that cannot be read ({error!r})") from error
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + header_bytes + end != size:
-        raise _damaged(path, f"has {size} bytes but its header announces {8 + header_bytes + end}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(path, f"has a header that cannot be read ({quoted(error)})") from error
+    end = 8 + header_bytes
+    for name, location in sorted(locations.items(), key=lambda item: (item[1].offset, item[1].end)):
+        if location.offset != end:
+            raise _damaged(path, f"has a header that puts {quoted(name)} at byte {location.offset} instead of {end}")
+        end = location.end
+    if end != size:
+        raise _damaged(path, f"has {size} bytes but its header announces {end}")
     return locations
 
 
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= _MAX_NAME and name.isprintable()
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return unique
+
+
 def _location(path: Path, data_start: int, entry: dict[str, Any]) -> TensorLocation:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(width) for width in entry["shape"])
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
     dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {entry['dtype']}")
-    return TensorLocation(path, data_start + begin, shape, dtype)
+    if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape)):
+        raise ValueError(f"shape {quoted(shape)} at {quoted(entry['data_offsets'])}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for shape {shape} of {entry['dtype']}")
+    return TensorLocation(path, data_start + begin, tuple(shape), dtype)
 
 
 def _damaged(path: Path, finding: str) -> UserError:
@@ -206,22 +258,46 @@ def _open_pth(path: Path) -> WeightsReader:
     """Opens what `torch.save` wrote: a zip without compression, so that each tensor can be read where it lies."""
     if not path.is_file():
         raise UserError(f"{path} does not exist (or is no file).")
-    if not zipfile.is_zipfile(path):  # its table of contents stands at the end, so this finds truncated files too
-        raise _damaged(path, f"has {path.stat().st_size} bytes and is no file of torch.save (a zip archive)")
+    _check_archive(path)
     try:
         # "meta" loads the table only; each storage then carries its offset in the file.
         tensors = torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a table of tensors: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the unpickler makes of damaged or forbidden content
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} cannot be read as a table of tensors: {quoted(reason)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} must hold a flat dict of tensors (a state dict), found {type(tensors).__name__}.")
-    locations = {}
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise UserError(f"{path}: `{name}` was saved transposed; save it again after .contiguous().")
-        offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-        locations[name] = TensorLocation(path, offset, tuple(tensor.shape), tensor.dtype)
-    return WeightsReader(path, locations)
+    return WeightsReader(path, {name: _pth_location(path, name, tensor) for name, tensor in tensors.items()})
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses what is no zip of torch.save's kind, before anything of it is unpacked."""
+    size = path.stat().st_size
+    if not zipfile.is_zipfile(path):  # its table of contents stands at the end, so this finds truncated files too
+        raise _damaged(path, f"has {size} bytes and is no file of torch.save (a zip archive)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise _damaged(path, f"has {size} bytes and no table of contents that can be read") from error
+    if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
+        raise _damaged(path, "is a compressed zip archive, which torch.save does not write")
+    if any(member.filename.endswith("/data.pkl") and member.file_size > _MAX_HEADER_BYTES for member in members):
+        raise _damaged(path, f"has a table of contents of over {_MAX_HEADER_BYTES:,} bytes")
+
+
+def _pth_location(path: Path, name: Any, tensor: torch.Tensor) -> TensorLocation:
+    if not _is_name(name) or tensor.layout is not torch.strided or tensor.dtype not in _DTYPE_NAMES:
+        raise UserError(f"{path}: {quoted(name)} is no plain tensor ({tensor.layout}, {tensor.dtype}) with a name.")
+    if not tensor.is_contiguous():
+        raise UserError(f"{path}: `{name}` was saved transposed; save it again after .contiguous().")
+    storage = tensor.untyped_storage()._checkpoint_offset  # None: not read from the file
+    location = TensorLocation(
+        path, (storage or 0) + tensor.storage_offset() * tensor.dtype.itemsize, tuple(tensor.shape), tensor.dtype
+    )
+    if storage is None or location.end > path.stat().st_size:
+        raise _damaged(path, f"ends before byte {location.end}, where its table says that {quoted(name)} does")
+    return location
 
 
 class SafetensorsWriter:
@@ -233,18 +309,24 @@ class SafetensorsWriter:
     Tensors may come in any order. On any exception the unfinished file is removed and an existing one left as it was.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Lays the file out.
 
         Args:
             path: file to write, in an existing folder.
             tensors: shape and dtype of every tensor that will be written.
+            metadata: what the header says besides; transformers asks for {"format": "pt"}.
         """
         self._path = path
         self._aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
         self._missing = set(tensors)
-        self._header, self._offsets, self._size = _layout(self._tensors)
+        self._header, self._offsets, self._size = _layout(self._tensors, metadata)
         self._file: BinaryIO
 
     def __enter__(self) -> Self:
@@ -285,14 +367,17 @@ class SafetensorsWriter:
             self._aside.unlink(missing_ok=True)
 
 
-def _layout(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bytes, dict[str, int], int]:
+def _layout(
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int], int]:
     """Returns the header, the offset of each tensor in the file, and the size of the whole file."""
     entries, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-_DTYPE_RANKS[tensors[name][1]], name)):
         shape, dtype = tensors[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    stated = {"__metadata__": dict(metadata)} | entries if metadata else entries
+    text = json.dumps(stated, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     header = len(text).to_bytes(8, "little") + text
     offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}

@@ -171,7 +171,7 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant():
 
 
 def test_keys_that_are_no_texts_are_named():
-    with pytest.raises(UserError, match="`True` is no setting"):
+    with pytest.raises(UserError, match="`on` is no setting"):
         load("on: 1")  # YAML 1.1 reads `on` as true
     with pytest.raises(UserError, match=r"`data\.3` is no setting"):
         load("data: {3: x}")

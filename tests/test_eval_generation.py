@@ -13,10 +13,12 @@ from finetune.data.args import DataArgs
 from finetune.data.tokenize import SampleEncoder
 from finetune.distributed import World
 from finetune.eval import BestSoFar, Questionnaire
+from finetune.monitoring.args import WandbArgs
 from model.args import LoraArgs
 from model.errors import UserError
 from tests.checkpoints import make_tiny_checkpoint
 from tests.golden import instruct_tokenizer
+from tests.wandb_reader import read_offline_run
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.prompts import instruct_row
 from utils.icd10.scoring import answer_scores
@@ -59,7 +61,8 @@ def eval_records(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_answers_are_scored_and_kept_and_appear_nowhere_else(tmp_path: Path, model_folder: Path, rows: Path) -> None:
     generation = GenerationArgs(file=str(rows), n_samples=3, max_tokens=4, batch_size=2, freq=2)
-    run_dir = run(tmp_path, model_folder, rows, max_steps=4, eval_generation=generation)
+    wandb = WandbArgs(project="icd", offline=True)
+    run_dir = run(tmp_path, model_folder, rows, max_steps=4, eval_generation=generation, wandb=wandb)
     records = eval_records(run_dir)
     assert [record["step"] for record in records] == [0, 2, 4]
     assert all({"micro_f1", "exact_match", "ended"} <= record.keys() for record in records)
@@ -68,6 +71,10 @@ def test_answers_are_scored_and_kept_and_appear_nowhere_else(tmp_path: Path, mod
     assert answers == ["step_000000.jsonl", "step_000002.jsonl", "step_000004.jsonl"]
     kept = [json.loads(line) for line in (run_dir / "answers" / answers[0]).read_text(encoding="utf-8").splitlines()]
     assert [row["expected"] for row in kept] == [ANSWER] * 3
+    (tracked,) = (read_offline_run(path) for path in run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert any("eval.micro_f1" in step for step in tracked.history)
+    assert all(isinstance(value, int | float) for step in tracked.history for value in step.values())
+    assert "xylophonique" not in str(tracked) and "Hypertension" not in str(tracked)
     for path in run_dir.rglob("*"):
         if path.is_file() and path.parent.name != "answers":
             content = path.read_bytes()
@@ -96,11 +103,16 @@ def test_the_best_checkpoint_is_linked_and_never_pruned(
     tmp_path: Path, model_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("finetune.eval.evaluate", lambda *_: next(losses))
     run_dir = run(tmp_path, model_folder, rows, max_steps=6, eval_freq=1, ckpt_freq=1, keep_best=True, num_ckpt_keep=1)
     checkpoints = run_dir / "checkpoints"
     assert (checkpoints / "best").resolve().name == "checkpoint_000002"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "checkpoint_000002", "checkpoint_000006"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "best",
+        "checkpoint_000002",
+        "checkpoint_000006",
+        "last",
+    ]
     assert (checkpoints / "best" / "consolidated" / "lora.safetensors").is_file()
 
 
@@ -108,11 +120,11 @@ def test_a_run_that_gets_no_better_stops_with_a_checkpoint(
     tmp_path: Path, model_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5, 0.5])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("finetune.eval.evaluate", lambda *_: next(losses))
     early = EarlyStoppingArgs(patience=2)
     run_dir = run(tmp_path, model_folder, rows, max_steps=20, eval_freq=1, early_stopping=early)
     assert eval_records(run_dir)[-1]["step"] == 4
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["checkpoint_000004"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["checkpoint_000004", "last"]
 
 
 @pytest.mark.parametrize(

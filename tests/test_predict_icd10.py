@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from finetune.distributed import World
 from model.args import LoraArgs
 from model.errors import UserError
 from tests.checkpoints import make_tiny_checkpoint
+from utils import evaluate_icd10
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.catalogue import load_catalogue
 from utils.icd10.codes import Cim10Table
@@ -48,7 +50,8 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # splitlines would also cut at what an untrained model writes
+        return [json.loads(line) for line in file]
 
 
 def test_every_note_is_coded_once(run_dir: Path, notes: Path, tmp_path: Path) -> None:
@@ -76,6 +79,19 @@ def test_another_file_is_not_overwritten(run_dir: Path, notes: Path, tmp_path: P
     assert out.read_text(encoding="utf-8") == '{"text": "mine"}\n'
 
 
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        ("notes.jsonl", "which holds the notes"),
+        ("notes.csv", "which holds the notes"),
+        ("p.txt", r"in \.jsonl or \.csv"),
+    ],
+)
+def test_answers_have_a_file_of_their_own(out: str, sentence: str, notes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        code_notes(tmp_path, notes, notes.with_name(out))
+
+
 def test_csv_has_a_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.csv"
     code_notes(run_dir, notes, out, load_table(tmp_path), batch_size=5, max_tokens=80)
@@ -97,6 +113,24 @@ def test_an_untrained_model_names_only_codes_of_the_table(run_dir: Path, notes: 
         found = parse_answer(answer)
         assert found
         assert all(codes.allows(item.role, item.code) for item in found)
+
+
+def test_evaluating_a_run_answers_first_and_once(
+    run_dir: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "scores.json"
+    arguments = ["--gold", str(notes), "--run", str(run_dir), "--json", str(scores)]
+    monkeypatch.setattr(sys, "argv", ["evaluate_icd10", *arguments])
+    evaluate_icd10.main()
+    assert "micro F1" in capsys.readouterr().out
+    first = json.loads(scores.read_text(encoding="utf-8"))
+    assert (first["counts"]["notes"], first["counts"]["missing_predictions"]) == (5, 0)
+    (answers,) = (run_dir / "predictions").iterdir()
+    assert answers.name == "notes.checkpoint_000001.jsonl"
+    assert len(read(answers)) == 5
+    monkeypatch.setattr("utils.predict_icd10.Coder", None)  # the second time nothing is left to answer
+    evaluate_icd10.main()
+    assert json.loads(scores.read_text(encoding="utf-8")) == first
 
 
 @pytest.mark.parametrize(

@@ -455,7 +455,7 @@ def test_a_schema_nested_too_deeply_is_refused(tiny_v3: MistralTokenizer):
     schema: dict[str, Any] = {}
     for _ in range(300):
         schema = {"type": "object", "properties": {"inner": schema}}
-    with pytest.raises(ConversationFormatError, match="nested too deeply"):
+    with pytest.raises(JsonError, match="nested too deeply"):
         encode(tiny_v3, parse_row(changed("tools", 0, "function", "parameters", to=schema)))
 
 

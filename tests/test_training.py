@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 
 import train
 from finetune.args import load_train_args
-from finetune.checkpointing import Checkpointer, saved_checkpoints
+from finetune.checkpointing import Checkpointer
 from finetune.data.data_loader import Batch, build_data_loader
 from finetune.data.tokenize import load_instruct_tokenizer
 from finetune.distributed import World
 from finetune.hardware import choose_hardware
 from finetune.mixed_precision import LossScaler
 from finetune.optim import build_optimizer
+from finetune.utils import saved_checkpoints
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
 from model.errors import UserError
 from model.lora import lora_layers
@@ -411,6 +412,7 @@ def save(config: Path, model: Transformer, *steps: int) -> Path:
     checkpointer = Checkpointer(model, tokenizer, args, Path(args.run_dir), model.compute_dtype, CPU)
     for step in steps:
         assert checkpointer.save(step) == weights_folder(Path(args.run_dir), step)
+    checkpointer.finish()
     return Path(args.run_dir)
 
 
@@ -459,7 +461,7 @@ def test_checkpoints_are_ordered_by_step_and_others_folders_are_left_alone(model
     (run_dir / "checkpoints" / "checkpoint_mine").mkdir()
     save(config, model, 1_000_001)
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert names == {"checkpoint_1000000", "checkpoint_1000001", "checkpoint_mine"}
+    assert names == {"checkpoint_1000000", "checkpoint_1000001", "checkpoint_mine", "last"}
 
 
 def full_disk(*args, **kwargs):
@@ -481,7 +483,7 @@ def test_an_interrupted_save_leaves_what_was_there(where, what, error, models, t
             save(config, model, 2)
     if error is UserError:
         assert "checkpoint_000002 could not be saved" in str(raised.value) and "No space left" in str(raised.value)
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["checkpoint_000001"]
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"checkpoint_000001", "last"}
     assert load_file(weights_folder(run_dir, 1) / "lora.safetensors")
     save(config, model, 2)
     assert load_file(weights_folder(run_dir, 2) / "lora.safetensors")

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from finetune.cli import run_cli
 from model.args import ModelArgs, load_model_args, read_params
 from model.errors import UserError
-from model.weights import SAFETENSORS_NAME, SafetensorsWriter, WeightsReader, new_folder, open_weights
+from model.hf_format import open_model_weights
+from model.weights import SAFETENSORS_NAME, SafetensorsWriter, WeightsReader, new_folder
 
 OLD_VOCAB_SIZE = 32000
 NEW_VOCAB_SIZE = 32768
@@ -38,7 +39,7 @@ def extend_model_vocab(original: Path, extended: Path, seed: int = 0) -> None:
         UserError: the original has another vocabulary, is incomplete or damaged, or the folder holds something.
     """
     args = load_model_args(original)
-    weights = open_weights(original)
+    weights = open_model_weights(original)
     _check(original, args, weights)
     generator = torch.Generator().manual_seed(seed)
     new_rows = {  # [768, D] each
@@ -46,7 +47,9 @@ def extend_model_vocab(original: Path, extended: Path, seed: int = 0) -> None:
         for name in EXTENDED_TENSORS
     }
     # rope_theta is written out because loaders disagree on what its absence means.
+    # Head and embeddings are written each by itself, their new rows differ.
     params = read_params(original) | {"vocab_size": NEW_VOCAB_SIZE, "rope_theta": args.rope_theta}
+    params.pop("tied_embeddings", None)
     tensors = {
         name: ((NEW_VOCAB_SIZE, args.dim) if name in new_rows else shape, weights.dtypes[name])
         for name, shape in weights.shapes.items()

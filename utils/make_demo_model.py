@@ -1,24 +1,35 @@
-"""Writes a tiny Mistral model folder with random weights, for demonstrations and tests on a laptop.
+"""Writes a tiny Mistral model folder for demonstrations and tests on a laptop.
 
-`python -m utils.make_demo_model --out DIR [--dim 128] [--n_layers 2] [--seed 0]`
+`python -m utils.make_demo_model --out DIR [--steps 1200] [--cim10 TABLE] [--dim 128] [--n_layers 2] [--seed 0]`
+
+The model is trained for a minute or two to read fictional French notes and to name the diagnoses it finds in them
+(`utils.icd10.lessons`); it knows no CIM-10 code and no answer of the fine-tuning task. `--steps 0` leaves it random.
 """
 
 import argparse
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from tqdm import tqdm
 
 from finetune.cli import run_cli
-from finetune.data.tokenize import V3_VOCABULARY
+from finetune.data.tokenize import V3_VOCABULARY, SampleEncoder, TokenSample, parse_conversation
 from model.args import ModelArgs
+from model.errors import UserError
 from model.transformer import Transformer
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter, new_folder
+from utils.demo_base import LESSONS_PER_STEP, train_demo_base
+from utils.icd10.catalogue import Catalogue, load_catalogue
+from utils.icd10.codes import Cim10Table
+from utils.icd10.lessons import Teacher
 
 HEAD_DIM = 32
+STEPS = 1200
 
 
 def demo_model_args(dim: int, n_layers: int) -> ModelArgs:
@@ -36,22 +47,44 @@ def demo_model_args(dim: int, n_layers: int) -> ModelArgs:
     )
 
 
-def make_demo_model(out: Path, args: ModelArgs, seed: int) -> None:
+def make_demo_model(out: Path, args: ModelArgs, seed: int, steps: int = 0, catalogue: Catalogue | None = None) -> None:
     """Creates the folder `out` with params.json, bf16 weights and the v3 tokenizer.
+
+    Args:
+        out: folder to create.
+        args: shapes of the model.
+        seed: of weights and lessons, 0 or more.
+        steps: to train; 0: the weights stay random.
+        catalogue: diagnoses to teach; None: the common ones.
 
     Raises:
         UserError: `out` exists and is not empty.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(args).named_parameters()}
     with new_folder(out) as folder:
         (folder / "params.json").write_text(json.dumps(dataclasses.asdict(args), indent=4), encoding="utf-8")
         shutil.copyfile(MistralTokenizer.v3().instruct_tokenizer.tokenizer.file_path, folder / "tokenizer.model.v3")
-        plan = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+        if steps:
+            lessons = _encoded_lessons(catalogue or load_catalogue(), seed, steps * LESSONS_PER_STEP)
+            weights = train_demo_base(args, lessons, seed)
+        else:
+            weights = _random_weights(args, seed)
+        plan = {name: (tuple(weight.shape), torch.bfloat16) for name, weight in weights.items()}
         with SafetensorsWriter(folder / SAFETENSORS_NAME, plan) as file:
-            for name, shape in shapes.items():
-                file.write(name, _initial_weight(name, shape, generator).to(torch.bfloat16))
+            for name, weight in weights.items():
+                file.write(name, weight.to(torch.bfloat16))
+
+
+def _encoded_lessons(catalogue: Catalogue, seed: int, count: int) -> list[TokenSample]:
+    encoder = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer)
+    rows = tqdm(Teacher(catalogue, seed).lessons(count), total=count, unit=" lessons", disable=None)
+    return [encoder.encode_conversation(parse_conversation(row)) for row in rows]
+
+
+def _random_weights(args: ModelArgs, seed: int) -> Mapping[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(args).named_parameters()}
+    return {name: _initial_weight(name, shape, generator) for name, shape in shapes.items()}
 
 
 def _initial_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -63,13 +96,19 @@ def _initial_weight(name: str, shape: tuple[int, ...], generator: torch.Generato
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a tiny Mistral model folder with random weights.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps; 0: random (default: %(default)s)")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="teach only the diagnoses of this CIM-10 table")
     parser.add_argument("--dim", type=int, default=128, help=f"model width, a multiple of {2 * HEAD_DIM}")
     parser.add_argument("--n_layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    make_demo_model(options.out, demo_model_args(options.dim, options.n_layers), options.seed)
+    if options.steps < 0 or options.seed < 0:
+        raise UserError(f"--steps {options.steps} --seed {options.seed}: expected 0 or more.")
+    catalogue = load_catalogue(Cim10Table.from_file(options.cim10) if options.cim10 else None)
+    args = demo_model_args(options.dim, options.n_layers)
+    make_demo_model(options.out, args, options.seed, options.steps, catalogue)
     print(f"Wrote {options.out}")
 
 

@@ -8,22 +8,24 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from finetune.cli import run_cli
 from finetune.wrapped_model import ADAPTER_NAME
-from model.args import LoraArgs, read_params
+from model.args import LoraArgs, ModelArgs, read_params
 from model.errors import UserError
+from model.hf_format import open_model_weights
 from model.lora import merged_weight
 from model.weights import (
     SAFETENSORS_NAME,
     SafetensorsWriter,
+    TensorSource,
     WeightsReader,
     new_folder,
     open_safetensors,
-    open_weights,
 )
 
 TOKENIZER_PATTERNS = ("tokenizer.model*", "tekken*.json")
@@ -43,28 +45,87 @@ def merge_lora(base_path: Path, adapter_path: Path, destination: Path, scaling: 
     Raises:
         UserError: a file is missing or damaged, the adapter does not fit, or the destination exists.
     """
-    base = open_weights(base_path)
-    adapter = open_safetensors(adapter_path / ADAPTER_NAME if adapter_path.is_dir() else adapter_path)
-    adapted = _adapted_tensors(base, adapter)
-    if scaling is None:
-        scaling = _recorded_scaling(adapter.source.parent)
-    if not (scaling > 0 and math.isfinite(scaling)):
-        raise UserError(f"The scaling is {scaling}; it must be a positive number (2.0 is usual).")
+    merged = open_merged(base_path, adapter_path, scaling)
     if destination.suffix == ".safetensors" and not destination.is_dir():
         if destination.exists():
             raise UserError(f"{destination} already exists: remove it or choose another name.")
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _write_merged(base, adapter, adapted, scaling, destination)
+        _write(merged, destination)
     elif destination.suffix in (".pth", ".pt", ".bin"):
         raise UserError(f"{destination}: merged weights are written as .safetensors (or give a folder).")
     else:
         base_folder = base_path if base_path.is_dir() else base_path.parent
-        params = {key: value for key, value in read_params(base_folder).items() if key != "lora"}
-        with new_folder(destination) as folder:
-            (folder / "params.json").write_text(json.dumps(params, indent=4), encoding="utf-8")
-            _copy_tokenizer([base_folder, adapter.source.parent], folder)
-            _write_merged(base, adapter, adapted, scaling, folder / SAFETENSORS_NAME)
+        write_model_folder(destination, merged, read_params(base_folder), [base_folder, merged.adapter.source.parent])
     print(f"Merged checkpoint saved to {destination}")
+
+
+class MergedWeights:
+    """The tensors of base + adapter, each computed when it is read, on the CPU.
+
+    Attributes:
+        base, adapter: what is merged.
+        shapes: shape of each tensor.
+        dtypes: dtype of each tensor: the adapter's.
+    """
+
+    def __init__(self, base: WeightsReader, adapter: WeightsReader, scaling: float) -> None:
+        self.base, self.adapter = base, adapter
+        self._adapted = _adapted_tensors(base, adapter)
+        self._scaling = scaling
+        self.shapes = base.shapes
+        dtype = next(iter(adapter.dtypes.values()))
+        self.dtypes = dict.fromkeys(base.shapes, dtype)
+        print(f"Merging {len(self._adapted)} of {len(self.shapes)} tensors to {dtype}.")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor of `shapes`."""
+        tensor = self.base.read(name).to(self.dtypes[name])
+        if name not in self._adapted:
+            return tensor
+        stem = name.removesuffix("weight")
+        lora_a, lora_b = (self.adapter.read(f"{stem}{part}.weight") for part in ("lora_A", "lora_B"))
+        return merged_weight(tensor, lora_a, lora_b, self._scaling)
+
+
+def open_merged(base_path: Path, adapter_path: Path, scaling: float | None = None) -> MergedWeights:
+    """Opens base and adapter and checks that they fit; for the arguments and errors see `merge_lora`."""
+    base = open_model_weights(base_path)
+    adapter = open_safetensors(adapter_path / ADAPTER_NAME if adapter_path.is_dir() else adapter_path)
+    if scaling is None:
+        scaling = recorded_scaling(adapter.source.parent)
+    if not (scaling > 0 and math.isfinite(scaling)):
+        raise UserError(f"The scaling is {scaling}; it must be a positive number (2.0 is usual).")
+    return MergedWeights(base, adapter, scaling)
+
+
+def write_model_folder(
+    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path]
+) -> None:
+    """Writes a model folder in Mistral's layout, whole or not at all.
+
+    Args:
+        destination: a new folder.
+        weights: all tensors of the model.
+        params: what `model.args.read_params` says of it.
+        tokenizers: folders; the tokenizer of the first that has one is copied.
+
+    Raises:
+        UserError: the destination exists, or the disk is full.
+    """
+    # All tensors are written, the head's too, and none is an adapter any more.
+    params = {key: value for key, value in params.items() if key not in ("lora", "tied_embeddings")}
+    params.setdefault("rope_theta", ModelArgs.rope_theta)  # loaders disagree on what its absence means
+    with new_folder(destination) as folder:
+        (folder / "params.json").write_text(json.dumps(params, indent=4), encoding="utf-8")
+        copy_tokenizer(tokenizers, folder)
+        _write(weights, folder / SAFETENSORS_NAME)
+
+
+def _write(weights: TensorSource, path: Path) -> None:
+    plan = {name: (shape, weights.dtypes[name]) for name, shape in weights.shapes.items()}
+    with SafetensorsWriter(path, plan) as writer:
+        for name in tqdm(plan, desc="writing", unit="tensor", disable=None):
+            writer.write(name, weights.read(name))
 
 
 def _adapted_tensors(base: WeightsReader, adapter: WeightsReader) -> set[str]:
@@ -119,7 +180,7 @@ def _fit_problems(base: WeightsReader, adapter: WeightsReader, stem: str) -> lis
     return []
 
 
-def _recorded_scaling(folder: Path) -> float:
+def recorded_scaling(folder: Path) -> float:
     """Returns `lora.scaling` of the adapter's params.json; without one, the original's default, and says so."""
     default = LoraArgs().scaling
     lora = read_params(folder).get("lora") if (folder / "params.json").is_file() else None
@@ -132,27 +193,13 @@ def _recorded_scaling(folder: Path) -> float:
     return float(lora["scaling"])
 
 
-def _write_merged(base: WeightsReader, adapter: WeightsReader, adapted: set[str], scaling: float, path: Path) -> None:
-    dtype = next(iter(adapter.dtypes.values()))
-    print(f"Merging {len(adapted)} of {len(base.shapes)} tensors to {dtype}.")
-    with SafetensorsWriter(path, {name: (shape, dtype) for name, shape in base.shapes.items()}) as writer:
-        for name in tqdm(base.shapes, desc="merging", unit="tensor", disable=None):
-            tensor = base.read(name).to(dtype)
-            if name in adapted:
-                stem = name.removesuffix("weight")
-                lora_a, lora_b = adapter.read(f"{stem}lora_A.weight"), adapter.read(f"{stem}lora_B.weight")
-                tensor = merged_weight(tensor, lora_a, lora_b, scaling)
-            writer.write(name, tensor)
-
-
-def _copy_tokenizer(sources: list[Path], folder: Path) -> None:
-    """Copies the tokenizer of the first folder that has one."""
+def copy_tokenizer(sources: list[Path], folder: Path) -> list[Path]:
+    """Copies the tokenizer of the first folder that has one; returns its new files."""
     for source in sources:
-        if files := [file for pattern in TOKENIZER_PATTERNS for file in source.glob(pattern)]:
-            for file in files:
-                shutil.copyfile(file, folder / file.name)
-            return
-    print(f"No tokenizer beside the weights in {sources[0]}: the merged folder has none either.")
+        if files := [file for pattern in TOKENIZER_PATTERNS for file in sorted(source.glob(pattern))]:
+            return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+    print(f"No tokenizer beside the weights in {sources[0]}: the new folder has none either.")
+    return []
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ class Coder:
     """A trained model that codes notes.
 
     Args:
-        run_dir: folder of the training run.
+        run_dir: folder of the training run, or of a model.
         table: codes that may be given; None: whatever the model writes.
         step: which checkpoint; None: the newest.
     """
@@ -86,7 +86,6 @@ class Coder:
             # A SentencePiece text begins with a blank that decoding takes away.
             blank = " " if self._tokenizer.encode("a", bos=False, eos=False) != [pieces.index(b"a")] else ""
             self._grammar = AnswerGrammar(table, prefix=blank)
-            self._allowed: dict[Any, list[int]] = {}
 
     def answers(self, notes: list[Note], max_tokens: int) -> list[str]:
         """Answers a batch of notes, greedily."""
@@ -95,7 +94,7 @@ class Coder:
         ]
         constraints = None
         if self._grammar is not None:
-            constraints = [AnswerConstraint(self._grammar, self._vocabulary, self._allowed) for _ in notes]
+            constraints = [AnswerConstraint(self._grammar, self._vocabulary) for _ in notes]
         outputs = generate(self._model, prompts, max_tokens, self._tokenizer.eos_id, constraints=constraints)
         if constraints is not None:
             return [constraint.text for constraint in constraints]
@@ -137,8 +136,12 @@ def code_notes(
     Raises:
         UserError: notes, run or output cannot be used.
     """
+    if out.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"{out}: expected a name that ends in .jsonl or .csv.")
     notes = read_notes(notes_file)
     lines = out.with_suffix(".jsonl")
+    if lines.resolve() == notes_file.resolve():
+        raise UserError(f"The answers would go to {lines}, which holds the notes; give --out another name.")
     with file_errors():
         lines.parent.mkdir(parents=True, exist_ok=True)
         done = read_journal(lines)
@@ -157,7 +160,7 @@ def code_notes(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="folder of the training run")
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="a training run, or a model folder")
     parser.add_argument("--notes", type=Path, required=True, help="jsonl or csv")
     parser.add_argument("--out", type=Path, required=True, help="jsonl, or csv (which keeps the jsonl beside it)")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="answers may name only codes of this CIM-10 table")

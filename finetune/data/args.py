@@ -1,6 +1,7 @@
 """The `data` block of a training YAML, and the grammar of its sources."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from model.errors import UserError
 
 from .packing import PACKINGS
 from .shorten import OVERLONG
+
+_LARGEST_WEIGHT = 1e9  # the sum of the weights stays a number
 
 
 @dataclasses.dataclass
@@ -69,12 +72,13 @@ class Source:
         """The jsonl files of this source, in sorted order for a folder (searched with its sub-folders).
 
         Raises:
-            UserError: the path does not exist, or the folder holds no file whose name ends in "jsonl".
+            UserError: there is no such file or folder, or the folder holds no file whose name ends in "jsonl".
         """
-        if self.path.is_file():
+        if os.path.isfile(self.path):
             return [self.path]
-        if not self.path.is_dir():
-            raise UserError(f"The path {self.path} does not exist; expected a jsonl file or a folder of jsonl files.")
+        if not os.path.isdir(self.path):
+            found = "is a pipe, a device or a socket" if os.path.exists(self.path) else "does not exist"
+            raise UserError(f"The path {self.path} {found}; expected a jsonl file or a folder of jsonl files.")
         files = sorted(path for path in self.path.rglob("*jsonl") if path.is_file())
         if not files:
             raise UserError(f"The folder {self.path} holds no file whose name ends in 'jsonl'.")
@@ -112,6 +116,8 @@ def _split_weight(entry: str) -> tuple[str, float]:
         raise UserError(f"{malformed}, but {weight_text.strip()!r} is no number.") from None
     if not 0 < weight < float("inf"):
         raise UserError(f"{malformed}, but the weight is {weight_text.strip()}: it must be positive.")
+    if weight > _LARGEST_WEIGHT:
+        raise UserError(f"{malformed}, but the weight is {weight_text.strip()}: at most {_LARGEST_WEIGHT:g} will do.")
     return path, weight
 
 

@@ -28,6 +28,7 @@ class Batch:
     y: np.ndarray  # [T] int64, tokens to predict
     sizes: list[int]  # document lengths over all sequences; their sum is T
     y_mask: np.ndarray | None = None  # [T] bool, true where trained; None where every position is
+    rows: list[str] = dataclasses.field(default_factory=list)  # FILE:LINE of each document, padding left out
 
     @classmethod
     def collate(cls, sequences: list[Sequence]) -> "Batch":
@@ -37,6 +38,7 @@ class Batch:
             y=np.concatenate([sequence.y for sequence in sequences]),
             sizes=[size for sequence in sequences for size in sequence.sizes],
             y_mask=None if mask.all() else mask,
+            rows=[row for sequence in sequences for row in sequence.origins],
         )
 
 

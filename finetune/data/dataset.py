@@ -7,9 +7,10 @@ handful of numbers, so going on after an interruption costs the same at the firs
 import dataclasses
 import functools
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,7 +20,15 @@ from .args import DataArgs, Source, parse_sources, training_sources
 from .exceptions import BadRowError, RowError
 from .packing import PackedSequences, PackingCounts, Sequence, best_fit, concat
 from .shorten import FittingEncoder
-from .tokenize import SampleEncoder, SampleType, TokenSample, chunk_ends, parse_conversation, parse_row
+from .tokenize import (
+    SampleEncoder,
+    SampleType,
+    TokenSample,
+    chunk_ends,
+    parse_conversation,
+    parse_row,
+    require_row_size,
+)
 
 logger = logging.getLogger("data")
 
@@ -65,11 +74,18 @@ def read_rows(path: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     offsets = line_offsets(path)
     with path.open("rb") as file:
         for index in range(min(count, len(offsets) - 1)):
-            line = file.read(offsets[index + 1] - offsets[index]).rstrip(b"\r\n")
             try:
-                yield index + 1, parse_row(line.removeprefix(b"\xef\xbb\xbf"))
+                yield index + 1, parse_row(_read_line(file, offsets[index], offsets[index + 1]))
             except RowError as error:
                 raise BadRowError(path, index + 1, error) from error
+
+
+def _read_line(file: BinaryIO, start: int, end: int) -> bytes:
+    """Bytes [start, end) without the line end and the file's byte order mark; raises JsonError if they are too many."""
+    require_row_size(int(end - start))
+    file.seek(start)
+    line = file.read(end - start).rstrip(b"\r\n")
+    return line.removeprefix(b"\xef\xbb\xbf") if start == 0 else line
 
 
 class JsonlFile:
@@ -80,6 +96,7 @@ class JsonlFile:
         self.sample_type = sample_type
         offsets = line_offsets(path)
         self.total_rows = len(offsets) - 1
+        self.layout = zlib.crc32(offsets.tobytes())  # another where rows came, went or changed their lengths
         self._rows = np.arange(rank, self.total_rows, world_size, dtype=np.int64)
         self._starts, self._ends = offsets[self._rows], offsets[self._rows + 1]
         # An entry is (index into _rows, messages to keep); the rank's rows first, then the conversations cut short.
@@ -93,22 +110,30 @@ class JsonlFile:
         found = []
         with self.path.open("rb") as file:
             for index in range(len(self._rows)):
-                line = self._read(file, index)
-                # Parsing is slow, and most rows have no tools.
-                if b"tools" in line or b"only_last" in line:
-                    found += [(index, keep) for keep in self._chunk_ends(index, line)]
+                found += [(index, keep) for keep in self._chunk_ends(file, index)]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
-    def _chunk_ends(self, index: int, line: bytes) -> list[int]:
+    def _chunk_ends(self, file: BinaryIO, index: int) -> list[int]:
         try:
+            line = self._read(file, index)
+            # Parsing is slow, and most rows have no tools.
+            if b"tools" not in line and b"only_last" not in line:
+                return []
             return chunk_ends(parse_conversation(parse_row(line)))
         except RowError as error:
             raise self._bad_row(index, error) from error
 
-    def _read(self, file: Any, index: int) -> bytes:
-        file.seek(self._starts[index])
-        line = file.read(self._ends[index] - self._starts[index]).rstrip(b"\r\n")
-        return line.removeprefix(b"\xef\xbb\xbf") if self._starts[index] == 0 else line
+    def _read(self, file: BinaryIO, index: int) -> bytes:
+        return _read_line(file, self._starts[index], self._ends[index])
+
+    def require_row_sizes(self) -> None:
+        """Raises BadRowError where the longest line is too long to be a row; reads nothing."""
+        sizes = self._ends - self._starts
+        longest = int(sizes.argmax()) if len(sizes) else None
+        try:
+            require_row_size(0 if longest is None else int(sizes[longest]))
+        except RowError as error:
+            raise self._bad_row(longest, error) from error
 
     def _bad_row(self, index: int, error: RowError) -> BadRowError:
         return BadRowError(self.path, self._line(index), error)
@@ -119,6 +144,10 @@ class JsonlFile:
     def describe(self, entry: int) -> str:
         """Where an entry stands, for messages."""
         return f"line {self._line(self.entries[entry][0])} of {self.path}"
+
+    def locate(self, entry: int) -> str:
+        """Where an entry stands, as editors understand it."""
+        return f"{self.path}:{self._line(self.entries[entry][0])}"
 
     def encode(self, file: Any, entry: int, encoder: Encoder) -> TokenSample:
         """Reads and tokenises one entry through the open binary `file`.
@@ -189,11 +218,17 @@ class SourceStream:
         self._packing = packing
         self._repeat = repeat
         self._files = [JsonlFile(path, sample_type, chunk, rank, world_size) for path in source.files()]
+        for file in self._files:
+            file.require_row_sizes()
         if repeat and not any(map(len, self._files)):
             raise UserError(_too_few_rows(source.path, sum(file.total_rows for file in self._files), rank, world_size))
         self._shuffle_key = None if shuffle_seed is None else np.array((shuffle_seed, rank))
         self._warned = False
         self.rewind()
+
+    def layouts(self) -> list[int]:
+        """A number per file that tells whether it is still the same."""
+        return [file.layout for file in self._files]
 
     def rewind(self) -> None:
         """Goes back to the first row."""
@@ -216,6 +251,7 @@ class SourceStream:
                 "waiting": [[other.epoch, other.file, other.entry] for other in resume.waiting],
                 "counts": dataclasses.asdict(self._counts),
             }
+            sequence.origins = [self._files[origin.file].locate(origin.entry) for origin in sequence.origins]
             yield sequence
 
     def _encode(self, file: int, entry: int) -> TokenSample:
@@ -303,12 +339,22 @@ class MixedStream:
         name, keys, position, *gauss = self._random.get_state(legacy=True)
         return {
             "sources": [dict(stream.state) for stream in self._streams],
+            "layouts": [stream.layouts() for stream in self._streams],
             "random": [name, keys.tolist(), position, *gauss],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`; takes effect with the next iteration."""
-        for stream, source_state in zip(self._streams, state["sources"], strict=True):
+        """Goes on from `state`; takes effect with the next iteration.
+
+        Raises:
+            UserError: the files are not those any more of which `state` tells the place.
+        """
+        for stream, source_state, layouts in zip(self._streams, state["sources"], state["layouts"], strict=True):
+            if stream.layouts() != layouts:
+                raise UserError(
+                    f"{stream.source.path} has changed since the checkpoint was saved, so the place in it means "
+                    "nothing any more. Put the file back as it was, or start a new run with another `run_dir`."
+                )
             stream.state = dict(source_state)
         self._random.set_state(tuple(state["random"]))
 

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Sequence:
     mask: np.ndarray  # [L] bool, true where the prediction is trained
     sizes: list[int]  # document lengths in order; their sum is L
     padding: int = 0  # positions at the end that hold no sample, as a document of their own
+    origins: list[Any] = dataclasses.field(default_factory=list)  # cursor of the sample behind each document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class SequenceBuffer:
         self._y: list[int] = []
         self._mask: list[bool] = []
         self._sizes: list[int] = []
+        self._origins: list[Any] = []
 
     @property
     def room(self) -> int:
@@ -87,12 +89,13 @@ class SequenceBuffer:
     def __len__(self) -> int:
         return len(self._x)
 
-    def add(self, x: list[int], y: list[int], mask: list[bool]) -> None:
-        """Appends a document of at most `room` tokens."""
+    def add(self, x: list[int], y: list[int], mask: list[bool], origin: Any = None) -> None:
+        """Appends a document of at most `room` tokens, which is or is part of the sample that `origin` points at."""
         self._x += x
         self._y += y
         self._mask += mask
         self._sizes.append(len(x))
+        self._origins += [] if origin is None else [origin]
 
     def flush(self) -> Sequence:
         """Hands out the sequence, padded with a document of zeros that trains nothing, and starts a new one."""
@@ -104,8 +107,9 @@ class SequenceBuffer:
             np.array(self._mask, dtype=bool),
             self._sizes,
             padding,
+            self._origins,
         )
-        self._x, self._y, self._mask, self._sizes = [], [], [], []
+        self._x, self._y, self._mask, self._sizes, self._origins = [], [], [], [], []
         return sequence
 
 
@@ -138,7 +142,7 @@ def concat(
         while start < len(x):
             end = start + min(buffer.room, len(x) - start)
             if any(mask[start:end]):
-                buffer.add(x[start:end], y[start:end], mask[start:end])
+                buffer.add(x[start:end], y[start:end], mask[start:end], cursor)
             start = end
             if not buffer.room:
                 yield buffer.flush(), Resume(cursor, start)
@@ -182,8 +186,8 @@ def best_fit(
         last_epoch = queue[0][0].epoch + 1
         chosen: int | None = 0
         while chosen is not None:
-            _, sample = queue.pop(chosen)
-            buffer.add(sample.tokens[:-1], sample.tokens[1:], sample.masks[1:])
+            cursor, sample = queue.pop(chosen)
+            buffer.add(sample.tokens[:-1], sample.tokens[1:], sample.masks[1:], cursor)
             chosen = _longest_fitting(queue, buffer.room, last_epoch)
         yield buffer.flush(), Resume(taken[0], 1, tuple(cursor for cursor, _ in queue))
 

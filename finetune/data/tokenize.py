@@ -1,5 +1,6 @@
 """Rows -> tokens and loss masks, through mistral-common's own encoders."""
 
+import collections
 import dataclasses
 import enum
 import json
@@ -21,16 +22,37 @@ from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest, ModelSettings
 from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
-from mistral_common.tokens.tokenizers.base import Tokenizer
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+from mistral_common.tokens.tokenizers.base import Tokenizer, TokenizerVersion
+from mistral_common.tokens.tokenizers.instruct import (
+    InstructTokenizerBase,
+    InstructTokenizerV1,
+    InstructTokenizerV3,
+    InstructTokenizerV7,
+)
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from pydantic import ValidationError
 
-from model.errors import UserError
+from model.errors import UserError, quoted
+from model.file_kinds import looks_like
 
 from .exceptions import ConversationFormatError, JsonError, MessageFormatError, PretrainFormatError, RowError
 
 V3_VOCABULARY = 32768
+MAX_ROW_BYTES = 1 << 24  # the longest notes have some 100 kB; more is a file without line ends
+_MAX_DEPTH = 100  # of the objects and lists in a row: far below what Python's own functions can follow
+
+
+_TOO_DEEP = f"Its JSON is nested too deeply, more than {_MAX_DEPTH} levels."
+_LONGEST_REASON = 500  # characters
+
+
+_UNVERSIONED_NAME = "tokenizer.model"
+_MARKS_OF_VERSIONS = {  # a piece that earlier versions do not have; v2 was published for no open model
+    "[SYSTEM_PROMPT]": (TokenizerVersion.v7, InstructTokenizerV7),
+    "[INST]": (TokenizerVersion.v3, InstructTokenizerV3),
+    "<s>": (TokenizerVersion.v1, InstructTokenizerV1),
+}
 
 
 class SampleType(enum.StrEnum):
@@ -61,6 +83,7 @@ def load_instruct_tokenizer(model_folder: Path, vocab_size: int) -> InstructToke
         UserError: several tokenizers in the folder, one that cannot be read, or one with more tokens than the model.
     """
     files = [*model_folder.glob("tokenizer.model.v*"), *model_folder.glob("tekken.json")]
+    files = files or [*model_folder.glob(_UNVERSIONED_NAME)]
     if len(files) > 1:
         names = ", ".join(sorted(file.name for file in files))
         raise UserError(f"{model_folder} holds several tokenizers ({names}); leave the model's own.")
@@ -80,17 +103,27 @@ def load_instruct_tokenizer(model_folder: Path, vocab_size: int) -> InstructToke
 
 def _read_tokenizer(file: Path) -> InstructTokenizerBase:
     try:
+        if file.name == _UNVERSIONED_NAME:
+            return _unversioned_tokenizer(file)
         return MistralTokenizer.from_file(str(file)).instruct_tokenizer
-    except (MistralCommonException, ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
-        raise UserError(f"The tokenizer {file} cannot be read: {error}") from error
+    except Exception as error:  # whatever three libraries make of bytes that are no tokenizer
+        raise UserError(f"The tokenizer {file} cannot be read: {str(error)[:_LONGEST_REASON]}") from error
+
+
+def _unversioned_tokenizer(file: Path) -> InstructTokenizerBase:
+    """Hugging Face's folders do not say the version in the file's name, but its vocabulary does."""
+    pieces = SentencePieceTokenizer(file).vocab()
+    version, instruct = next(found for mark, found in _MARKS_OF_VERSIONS.items() if mark in pieces)
+    return instruct(SentencePieceTokenizer(file, version))
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """Reads one line of a jsonl file.
 
     Raises:
-        JsonError: not UTF-8, not JSON, no object, or an object that names a key twice.
+        JsonError: not UTF-8, not JSON, no object, one that names a key twice, or a line that can be no row.
     """
+    require_row_size(len(line))
     try:
         text = line.decode("utf-8")
         if not text.strip():
@@ -99,25 +132,52 @@ def parse_row(line: bytes) -> dict[str, Any]:
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # finds halves of surrogate pairs
     except UnicodeDecodeError as error:
-        raise JsonError(f"Byte {error.start + 1} is not valid UTF-8 ({error.reason}).") from error
+        raise _not_json(line, f"Byte {error.start + 1} is not valid UTF-8 ({error.reason}).") from error
     except UnicodeEncodeError as error:
         raise JsonError("It holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.") from error
     except RecursionError as error:
-        raise JsonError("Its JSON is nested too deeply.") from error
+        raise JsonError(_TOO_DEEP) from error
+    except json.JSONDecodeError as error:
+        raise _not_json(line, str(error)) from error
     except JsonError:
         raise
     except ValueError as error:
-        raise JsonError(str(error)) from error
+        raise JsonError("It holds a whole number of too many digits.") from error
     if not isinstance(row, dict):
         raise JsonError(f"Expected a JSON object, found {_json_type(row)}.")
+    if line.count(b"{") + line.count(b"[") > _MAX_DEPTH and _depth(row) > _MAX_DEPTH:
+        raise JsonError(_TOO_DEEP)
     return row
+
+
+def require_row_size(size: int) -> None:
+    """Raises JsonError where a line of `size` bytes is too long to be a row."""
+    if size > MAX_ROW_BYTES:
+        raise JsonError(
+            f"It has {size:,} bytes; a row has at most {MAX_ROW_BYTES:,}. Is there a line end after each row?"
+        )
+
+
+def _not_json(line: bytes, reason: str) -> JsonError:
+    kind = looks_like(line)
+    return JsonError(f"It begins like {kind}, not like a row of jsonl." if kind else reason)
+
+
+def _depth(value: Any) -> int:
+    """How deep objects and lists are nested; without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
-        raise JsonError(f"The key {next(name for name in names if names.count(name) > 1)!r} stands twice.")
+        twice = next(name for name, count in collections.Counter(names).items() if count > 1)
+        raise JsonError(f"The key {quoted(twice)} stands twice.")
     return unique
 
 
@@ -160,7 +220,7 @@ def _one_of(item: dict[str, Any], keys: tuple[str, str], what: str, error: type[
 
 
 def _keys(item: dict[str, Any]) -> str:
-    return ", ".join(item) or "none"
+    return ", ".join(item)[:_LONGEST_REASON] or "none"
 
 
 def _parse_tools(row: dict[str, Any]) -> list[Tool] | None:
@@ -182,7 +242,7 @@ def _parse_tool(raw_tool: Any) -> Tool:
     if not isinstance(function, dict):
         raise ConversationFormatError("A tool must be an object with a 'function' object in it.")
     if raw_tool.get("type", "function") != "function":
-        raise ConversationFormatError(f"A tool's `type` is {raw_tool['type']!r}; only 'function' can be trained.")
+        raise ConversationFormatError(f"A tool's `type` is {quoted(raw_tool['type'])}; only 'function' can be trained.")
     for key in ("name", "description", "parameters"):
         if key not in function:
             raise ConversationFormatError(
@@ -205,7 +265,7 @@ def _parse_message(raw: Any) -> FinetuningMessage:
     if role == "assistant":
         return _parse_assistant_message(raw)
     if role not in ("system", "user", "tool"):
-        raise MessageFormatError(f"A message has the role {role!r}; expected system, user, assistant or tool.")
+        raise MessageFormatError(f"A message has the role {quoted(role)}; expected system, user, assistant or tool.")
     content = _one_of(raw, ("content", "text"), f"A {role} message", MessageFormatError)
     if raw.get("tool_calls"):
         raise MessageFormatError(f"A {role} message has 'tool_calls'; only an assistant message may.")
@@ -292,7 +352,8 @@ def _build(cls: type, what: str, error: type[RowError], **values: Any) -> Any:
     except ValidationError as invalid:
         first = invalid.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise error(f"{what} has a wrong `{where}`: {first['msg']}, found {str(first['input'])[:40]!r}.") from None
+        found = quoted(str(first["input"])[:40])
+        raise error(f"{what} has a wrong `{where}`: {first['msg']}, found {found}.") from None
 
 
 def chunk_ends(conversation: Conversation) -> list[int]:
@@ -344,8 +405,8 @@ class SampleEncoder:
             return self._encode_request(request, conversation.only_last)
         except MistralCommonException as error:
             raise ConversationFormatError(str(error)) from error
-        except RecursionError as error:
-            raise ConversationFormatError("Its tools' parameters are nested too deeply.") from error
+        except RecursionError as error:  # of JSON written as a text: a call's arguments
+            raise ConversationFormatError("The arguments of a tool call are nested too deeply.") from error
         except (ValueError, AssertionError, TypeError) as error:
             raise error if isinstance(error, RowError) else RowError(str(error)) from error
 

@@ -5,6 +5,8 @@ import importlib.util
 
 from simple_parsing.helpers import Serializable, field
 
+from finetune.redaction import add_secret
+
 
 @dataclasses.dataclass
 class WandbArgs(Serializable):
@@ -20,6 +22,8 @@ class WandbArgs(Serializable):
         self.project = self.project or None
         self.run_name = self.run_name or None
         self.key = (self.key or "").strip() or None
+        if self.key:
+            add_secret(self.key)
 
     def problems(self) -> list[str]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from finetune.redaction import redacted
+
 from .args import MLFlowArgs, WandbArgs
 from .trackers import (
     FaultTolerant,
@@ -18,8 +20,6 @@ from .trackers import (
     Tracker,
     WandbTracker,
     describe,
-    redacted,
-    wandb_secrets,
 )
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class MetricsLogger:
         if not is_master:
             return
         self._file = _open_for_lines(metrics_path(run_dir, tag))
-        config = redacted(config, wandb_secrets(wandb))
+        config = redacted(config)
         self._add_tracker("TensorBoard", lambda: TensorBoardTracker(run_dir / "tb"))
         if wandb.project:
             self._add_tracker("wandb", lambda: WandbTracker(wandb, run_dir, config))

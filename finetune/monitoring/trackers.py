@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.redaction import redacted
+
 from .args import MLFlowArgs, WandbArgs
 
 logger = logging.getLogger(__name__)
@@ -116,11 +118,10 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
             )
             return wandb.init(**options, settings=settings)
         except Exception as error:
-            reason = redacted(describe(error), wandb_secrets(args))
             logger.warning(
                 "wandb could not start online (%s); this run is recorded offline under %s, to be uploaded with "
                 "`wandb sync`.",
-                reason,
+                describe(error),
                 run_dir / "wandb",
             )
     return wandb.init(**options, mode="offline", settings=wandb.Settings(**private))
@@ -162,23 +163,6 @@ def _flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-    """One short line for a log: the kind of error and the beginning of what it says."""
-    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    """One short line for a log: the kind of error and the beginning of what it says, without secrets."""
+    text = textwrap.shorten(redacted(str(error)), 200, placeholder=" ...")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def wandb_secrets(args: WandbArgs) -> list[str]:
-    """The API keys this process knows."""
-    return [key for key in (args.key, os.environ.get("WANDB_API_KEY")) if key]
-
-
-def redacted(value: Any, secrets: list[str]) -> Any:
-    """Returns a copy of nested dicts, lists and strings in which no secret stands."""
-    if isinstance(value, Mapping):
-        return {key: redacted(item, secrets) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item, secrets) for item in value]
-    if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, "***")
-    return value

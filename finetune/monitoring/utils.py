@@ -7,6 +7,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from finetune.redaction import redacted
+
 
 class RankFilter(logging.Filter):
     """Rank 0 speaks from INFO on; other ranks only to warn, and say who they are."""
@@ -22,14 +24,17 @@ class RankFilter(logging.Filter):
 
 
 class LineFormatter(logging.Formatter):
-    """`2024-12-19 09:24:38 (CET) - 0:03:12 - train - INFO - message`: local time, then time since the start."""
+    """`2024-12-19 09:24:38 (CET) - 0:03:12 - train - INFO - message`: local time, then time since the start.
+
+    Secrets are left out, of tracebacks too.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s - %(elapsed)s - %(name)s - %(levelname)s - %(rank_prefix)s%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         record.elapsed = timedelta(seconds=int(record.relativeCreated / 1000))
-        return super().format(record)
+        return redacted(super().format(record))  # tracebacks included
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S (%Z)", time.localtime(record.created))

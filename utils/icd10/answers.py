@@ -21,7 +21,7 @@ class Diagnosis(NamedTuple):
 
 # "diagnostic principal", "Diagnostics associés significatifs (DAS)", "relié :" opening a line, "DP :", "DAS I10".
 _ROLE = re.compile(
-    rf"""diagn\w*\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
+    rf"""diagn\w{{0,20}}\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
     | ^[^\w\n]*(?P<opening>princip|reli|associ)\w*\s*(?=:)
     | \b(?P<short>DP|DR|DAS)\b(?=\s*[:=–—-]|\s+{CODE_PATTERN}\b)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
@@ -30,13 +30,14 @@ _ROLE_OF_STEM = {"princip": "DP", "reli": "DR", "associ": "DAS", "dp": "DP", "dr
 
 # A code is not the start of a longer word, of a range (C00-D48), nor one of the asterisk system (G01*).
 _END = r"(?![\w*†+]|\.?-\S|\.-)"
-_IN_PARENTHESES = rf"[(\[]\s*(?:(?:code|cim(?:[ -]?10)?)\b\s*:?\s*)?(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
+_IN_PARENTHESES = rf"[(\[]\s*(?:(?:code|cim(?:[ -]?10)?)\b(?:\s*:)?\s*)?(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
 # Without parentheses a code opens an item ("- I10 : HTA", "code I10") or closes it ("HTA I10,"); "vitamine B12" and
 # "sorti à J10" are none.
 _OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)[^\S\n]*(?P<opening>{CODE_PATTERN}){_END}"
 _CLOSING = rf"(?<!vitamine\s)(?<!\sà\s)\b(?P<closing>{CODE_PATTERN}){_END}(?=\s*(?:[.;,|\n]|\bet\b|$))"
 _CODES = re.compile(rf"{_IN_PARENTHESES}|{_OPENING}|{_CLOSING}", re.IGNORECASE | re.MULTILINE)
 _GROUP = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
+_DEEPEST_REMARK = 20  # parentheses within parentheses
 _AROUND_LABEL = " \t\r\n:,;=•*–—-"
 
 
@@ -113,11 +114,12 @@ def _same_item(match: re.Match[str], following: re.Match[str], section: str) -> 
 
 def _blank_remarks(section: str) -> str:
     """Parentheses that hold more than a code become blanks: what they mention belongs to a label."""
-    while True:
+    for _ in range(_DEEPEST_REMARK):
         blanked = _GROUP.sub(
             lambda group: group[0] if re.fullmatch(_IN_PARENTHESES, group[0], re.IGNORECASE) else " " * len(group[0]),
             section,
         )
         if blanked == section:
-            return section
+            break
         section = blanked
+    return section

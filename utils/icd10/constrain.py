@@ -6,8 +6,11 @@ its role. It works on bytes, so any tokenization of a label may be generated.
 
 import bisect
 import functools
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from utils.icd10.codes import ROLES, Cim10Table
 from utils.icd10.prompts import ANSWER, CODE_ITEM, ITEM_SEPARATOR, NOTHING
@@ -16,7 +19,7 @@ _END = "end"
 
 
 class _State(NamedTuple):
-    """Inside a node: the texts [low, high) of its sorted list agree with the last `depth` bytes."""
+    """Inside a node: the texts [low, high) of its sorted list begin with the last `depth` bytes, and go on."""
 
     node: str
     low: int
@@ -57,48 +60,35 @@ class AnswerGrammar:
         self._texts = {name: sorted({text.encode() for text in texts}) for name, (texts, _) in nodes.items()}
         self._following = {name: following for name, (_, following) in nodes.items()}
         self.start = self._enter("opening")
+        self._item_ends = frozenset().union(*map(self._enter, ("before DR", "before DAS", "separator", _END)))
 
     def _enter(self, node: str) -> States:
-        return frozenset([_State(node, 0, 0 if node == _END else len(self._texts[node]), 0)])
+        return frozenset([_State(node, 0, len(self._texts.get(node, ())), 0)])
 
     @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - lives as long as the grammar, which is one per command
-    def step(self, states: States, byte: int) -> States:
-        """Where the next byte leads; empty where it may not follow."""
-        reached: set[_State] = set()
-        for state in states:
-            if state.node == _END:
-                continue
-            texts = self._texts[state.node]
-            if state.low == state.high:
-                continue
-            written = texts[state.low][: state.depth] + bytes([byte])
-            low = bisect.bisect_left(texts, written, state.low, state.high)
-            high = low
-            if low < state.high and texts[low].startswith(written):
-                high = (
-                    bisect.bisect_left(texts, written[:-1] + bytes([byte + 1]), low, state.high)
-                    if byte < 255
-                    else state.high
-                )
-            if low == high:
-                continue
-            if len(texts[low]) == len(written):  # the shortest stands first: it is complete here
-                for following in self._following[state.node]:
-                    reached |= self._enter(following)
-                low += 1
-            if low < high:
-                reached.add(_State(state.node, low, high, state.depth + 1))
-        return frozenset(reached)
+    def following(self, states: States) -> Mapping[int, States]:
+        """The bytes that may come next, and where each leads."""
+        reached: defaultdict[int, set[_State]] = defaultdict(set)
+        for node, low, high, depth in states:
+            texts = self._texts.get(node, ())
+            while low < high:
+                byte = texts[low][depth]
+                end = bisect.bisect_right(texts, byte, low, high, key=lambda text: text[depth])
+                if len(texts[low]) == depth + 1:  # the shortest stands first: it is complete here
+                    reached[byte].update(*(self._enter(entered) for entered in self._following[node]))
+                    low += 1
+                if low < end:
+                    reached[byte].add(_State(node, low, end, depth + 1))
+                low = end
+        return {byte: frozenset(found) for byte, found in reached.items()}
 
     @staticmethod
     def may_end(states: States) -> bool:
         return any(state.node == _END for state in states)
 
-    @staticmethod
-    def at_item_end(states: States) -> bool:
+    def at_item_end(self, states: States) -> bool:
         """Whether an item has just been completed, so that the text could be cut here."""
-        ends = {("before DR", 0), ("before DAS", 0), ("separator", 0), (_END, 0)}
-        return any((state.node, state.depth) in ends for state in states)
+        return not self._item_ends.isdisjoint(states)
 
 
 def _fixed_parts() -> Sequence[str]:
@@ -122,43 +112,39 @@ class Vocabulary:
                     node = node.setdefault(byte, {})
                 node.setdefault("tokens", []).append(token)
 
-    def allowed(self, grammar: AnswerGrammar, states: States) -> list[int]:
-        """Tokens whose bytes the grammar accepts from these states on."""
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - as above; the answers of a run pass through the same states
+    def allowed(self, grammar: AnswerGrammar, states: States) -> np.ndarray:
+        """Ids of the tokens whose bytes the grammar accepts from these states on."""
         found: list[int] = [self.eos_id] if grammar.may_end(states) else []
         open_nodes = [(self._root, states)]
         while open_nodes:
             node, at = open_nodes.pop()
-            for byte, child in node.items():
-                if byte == "tokens" or not (reached := grammar.step(at, byte)):
-                    continue
-                found += child.get("tokens", ())
-                open_nodes.append((child, reached))
-        return found
+            for byte, reached in grammar.following(at).items():
+                if child := node.get(byte):
+                    found += child.get("tokens", ())
+                    open_nodes.append((child, reached))
+        return np.array(found)
 
 
 class AnswerConstraint:
     """Follows one answer while it is generated; see `model.generate.Constraint`."""
 
-    def __init__(self, grammar: AnswerGrammar, vocabulary: Vocabulary, cache: dict[States, list[int]]) -> None:
-        """`cache` is shared by all answers of a run: many pass through the same states."""
+    def __init__(self, grammar: AnswerGrammar, vocabulary: Vocabulary) -> None:
         self._grammar = grammar
         self._vocabulary = vocabulary
-        self._cache = cache
         self._states = grammar.start
-        self._written = b""
+        self._written = bytearray()
         self._complete = 0  # bytes up to the end of the last whole item
 
-    def allowed(self) -> list[int]:
+    def allowed(self) -> np.ndarray:
         """Ids that may come next."""
-        if self._states not in self._cache:
-            self._cache[self._states] = self._vocabulary.allowed(self._grammar, self._states)
-        return self._cache[self._states]
+        return self._vocabulary.allowed(self._grammar, self._states)
 
     def take(self, token: int) -> None:
         """Notes the token that was chosen."""
         for byte in self._vocabulary.pieces[token] or b"":
-            self._states = self._grammar.step(self._states, byte)
-            self._written += bytes([byte])
+            self._states = self._grammar.following(self._states)[byte]
+            self._written.append(byte)
             if self._grammar.at_item_end(self._states):
                 self._complete = len(self._written)
 

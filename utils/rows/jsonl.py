@@ -1,6 +1,7 @@
 """Reading jsonl row by row, writing it whole or not at all, and saying which rows were left out."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.exceptions import JsonError
-from finetune.data.tokenize import parse_row
+from finetune.data.tokenize import MAX_ROW_BYTES, parse_row
 from model.errors import UserError
 
 Row = dict[str, Any]
@@ -73,9 +74,19 @@ def require_file(path: Path) -> None:
 
 
 def read_lines(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1; CR, LF and CRLF end a line, U+2028 does not."""
+    """The lines that are not blank, with their numbers from 1; CR, LF and CRLF end a line, U+2028 does not.
+
+    Raises:
+        UserError: a line is too long to be a row; not all of it is read.
+    """
     with path.open(encoding=encoding, errors=errors, newline=None) as file:
-        for number, line in enumerate(file, start=1):
+        for number in itertools.count(1):
+            line = file.readline(MAX_ROW_BYTES + 1)
+            if len(line) > MAX_ROW_BYTES:
+                too_long = f"Line {number} of {path} has over {MAX_ROW_BYTES:,} characters"
+                raise UserError(f"{too_long}; is there a line end after each row?")
+            if not line:
+                return
             if line.strip():
                 yield number, line.rstrip("\n")
 
@@ -123,7 +134,7 @@ def read_journal(path: Path) -> dict[str, Row]:
         try:
             row = json.loads(line)
             rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} exists and is no output of this command; name another file.") from None
     return rows
 

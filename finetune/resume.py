@@ -1,0 +1,245 @@
+"""Where a run stands: taken down in each checkpoint's `state` folder, and gone on from.
+
+`state/` holds the trained parameters and the optimizer's tensors in the shards of torch.distributed.checkpoint (as
+safetensors: nothing that is loaded can run code), `run.json` (what all ranks share) and a `rank_*.json` each (place in
+the data, random numbers). Another number of ranks can load the tensors too.
+"""
+
+import base64
+import dataclasses
+import json
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from model.errors import UserError
+from model.transformer import Transformer
+
+from .args import TrainArgs
+from .data.data_loader import TrainLoader
+from .distributed import World
+from .eval import BestSoFar
+from .manifest import damage
+from .mixed_precision import LossScaler
+from .utils import TrainState, saved_checkpoints
+
+logger = logging.getLogger("resume")
+
+STATE_NAME = "state"
+RUN_NAME = "run.json"
+
+# Settings that may change when a run is continued: they alter neither its data nor its model.
+_FREE = {
+    *("run_dir", "resume", "world_size", "checkpoint", "attention", "guards"),
+    *("log_freq", "wandb", "mlflow", "ckpt_freq", "save_adapters", "no_ckpt", "num_ckpt_keep", "keep_best"),
+    *("eval_freq", "no_eval", "data.eval_instruct_data", "eval_generation", "early_stopping"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """All that changes while a run trains."""
+
+    model: Transformer
+    optimizer: Optimizer
+    schedule: LRScheduler
+    scaler: LossScaler
+    progress: TrainState
+    best_so_far: BestSoFar
+    batches: TrainLoader
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The trained parameters and the optimizer's state: the tensors themselves, or this rank's shards of them."""
+        options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        parts = {"model": model, "optimizer": optimizer}
+        entries = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        return {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+
+    def of_rank(self) -> dict[str, Any]:
+        """What each rank has of its own, as JSON can hold it."""
+        return {"data": self.batches.state_dict(), "random": _random_state()}
+
+    def of_run(self, args: TrainArgs, world: World) -> dict[str, Any]:
+        """What all ranks share, as JSON can hold it. Every rank must ask: some of it is summed up."""
+        trained_tokens = int(world.sum(torch.tensor(self.progress.trained_tokens)).item())
+        return {
+            "progress": self.progress.state_dict() | {"trained_tokens": trained_tokens},
+            "best_so_far": self.best_so_far.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()},
+            "groups": [_settings(group) for group in self.optimizer.param_groups],
+            "world_size": world.size,
+            "args": args.to_dict(),
+        }
+
+    def restore(self, saved: "SavedState", world: World) -> None:
+        """Continues from `saved` on every rank; the data loader has been told its place before."""
+        reader = HuggingFaceStorageReader(str(saved.folder))
+        dcp.load(self.tensors(), storage_reader=reader, no_dist=world.size == 1)
+        run = saved.run
+        self.progress.load_state_dict(run["progress"])
+        self.progress.checkpoint = saved.folder.parent / "consolidated"
+        if not world.is_master:
+            self.progress.trained_tokens = 0  # the sum of all ranks goes on at one of them
+        self.best_so_far.load_state_dict(run["best_so_far"])
+        self.scaler.load_state_dict(run["scaler"])
+        self.schedule.last_epoch = run["schedule"]["last_epoch"]
+        self.schedule._last_lr = run["schedule"]["last_lr"]
+        for group, settings in zip(self.optimizer.param_groups, run["groups"], strict=True):
+            group.update({name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+        if own := saved.of_rank(world):
+            _set_random_state(own["random"])
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedState:
+    """A checkpoint's `state` folder, checked."""
+
+    folder: Path
+    run: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.run["progress"]["step"]
+
+    def of_rank(self, world: World) -> dict[str, Any] | None:
+        """What this rank had of its own; None where another number of ranks was at work."""
+        if self.run["world_size"] != world.size:
+            return None
+        return json.loads((self.folder / rank_name(world.rank)).read_text(encoding="utf-8"))
+
+
+def rank_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState | None:
+    """Where the run goes on, as `resume` says; None: it starts. Asked on every rank, found by rank 0.
+
+    Raises:
+        UserError: the run folder holds something else, there is nothing sound to go on from, or a setting changed
+            that makes it another run.
+    """
+    checkpoint = world.together(lambda: _choose_checkpoint(args.resume, run_dir) if world.is_master else None)
+    checkpoint = world.gather(checkpoint)[0]
+    if checkpoint is None:
+        return None
+    saved = world.together(lambda: _open(checkpoint, args))
+    logger.info("Goes on from %s, behind step %d", checkpoint, saved.step)
+    if saved.run["world_size"] != world.size:
+        logger.warning(
+            "The run was at work with %d processes and goes on with %d: weights, optimizer and schedule continue; the "
+            "rows are dealt out anew from the first epoch on, so some are seen again, and a step takes %d sequences "
+            "instead of %d.",
+            saved.run["world_size"],
+            world.size,
+            args.batch_size * args.num_microbatches * world.size,
+            args.batch_size * args.num_microbatches * saved.run["world_size"],
+        )
+    return saved
+
+
+def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    # os.path.exists is not put off by names that no file can have.
+    inhabited = os.path.exists(run_dir) and not (run_dir.is_dir() and not any(run_dir.iterdir()))
+    if resume not in ("never", "auto"):
+        chosen = Path(resume)
+        if inhabited and run_dir.resolve() not in chosen.resolve().parents:
+            raise UserError(f"The run folder {run_dir} already exists, and `resume` names a checkpoint of another run.")
+        if not (chosen / STATE_NAME / RUN_NAME).is_file():
+            raise UserError(f"`resume`: {chosen} is no checkpoint to go on from: it holds no {STATE_NAME}/{RUN_NAME}.")
+        if fault := damage(chosen):
+            raise UserError(f"`resume`: the checkpoint {chosen} is damaged: {fault}. Name an earlier one.")
+        return chosen
+    if not inhabited:
+        return None
+    if resume == "never":
+        raise UserError(
+            f"The run folder {run_dir} already exists. Set `resume: auto` to go on with that run, choose another "
+            "`run_dir`, or move it away first."
+        )
+    if not (run_dir / "args.yaml").is_file():
+        raise UserError(f"The run folder {run_dir} is not empty and holds no run (no args.yaml). Choose another.")
+    return _newest_sound_checkpoint(run_dir)
+
+
+def _newest_sound_checkpoint(run_dir: Path) -> Path | None:
+    saved = saved_checkpoints(run_dir / "checkpoints")
+    for checkpoint in reversed(saved):
+        if not (checkpoint / STATE_NAME).is_dir():
+            continue  # weights alone, as mistral-finetune saves them
+        if not (fault := damage(checkpoint)):
+            return checkpoint
+        logger.warning("The checkpoint %s is damaged (%s); trying the one before.", checkpoint, fault)
+    if saved:
+        raise UserError(f"None of the checkpoints in {run_dir} can be gone on from. Choose another `run_dir`.")
+    return None
+
+
+def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
+    folder = checkpoint / STATE_NAME
+    run = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+    if changes := _changes(run["args"], args.to_dict()):
+        raise UserError(
+            f"The run in {checkpoint} cannot go on with other settings for its data or model:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\nSet them back, or start a new run with another `run_dir`."
+        )
+    return SavedState(folder, run)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line per setting that differs and must not; JSON has made lists of tuples."""
+    found = []
+    for key in {**before, **now}:
+        name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
+        if name in _FREE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"`{name}` is {new!r}, it was {old!r}")
+    return found
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, *position = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *position],
+        "torch": _text(torch.get_rng_state()),
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

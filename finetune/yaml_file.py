@@ -1,0 +1,113 @@
+"""Reads a configuration's YAML as plain data: no tags of Python, no key given twice, no file that explodes when read.
+
+Messages say where a mistake stands and never quote the line: an API key may stand in it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.errors import UserError
+from model.file_kinds import looks_like
+
+_MAX_BYTES = 1 << 18
+_MAX_VALUES = 10_000  # keys, values and blocks, with what an alias (`*name`) stands for wherever one stands
+_MAX_DEPTH = 50
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"  # merge: `<<: *name`
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the `key: value` pairs of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or holds something else.
+    """
+    text = _read_text(path)
+    try:
+        raw = _parse(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        what = ", ".join(filter(None, (error.context, error.problem)))
+        raise UserError(f"{path} is not valid YAML: {what}{where}.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path} is not valid YAML: a control character stands in line {line}.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: its blocks are nested too deeply.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold `key: value` pairs, found {type(raw).__name__}.")
+    return raw
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"The configuration {path} does not exist (or is no file).")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path} is too large for a configuration: over {_MAX_BYTES:,} bytes.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = f"; it looks like {kind}" if (kind := looks_like(content)) else ""
+        raise UserError(f"{path} is not valid UTF-8 (byte {error.start + 1}){kind}.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    def fetch_flow_collection_start(self, token: type) -> None:
+        if self.flow_level == _MAX_DEPTH:  # PyYAML looks at all open brackets at each token
+            raise yaml.MarkedYAMLError(problem="blocks are nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # `2024-13-45`, `!!int abc`: whatever a constructor makes of a wrong text
+            kind = node.tag.rpartition(":")[2]
+            problem = str(error) if kind == "timestamp" and isinstance(error, ValueError) else f"this is no {kind}"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def _parse(text: str) -> Any:
+    loader = _Loader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None
+    _count_values(root, {})
+    return loader.construct_document(root)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """How many values a node stands for; refuses too many of them, and keys that are no text or given twice."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)] = _MAX_VALUES  # for an alias inside of what it stands for
+    inner = node.value
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        inner = [value for _, value in node.value]
+    count = 1 + sum(_count_values(value, counts) for value in inner)
+    if count > _MAX_VALUES:
+        raise yaml.MarkedYAMLError(problem=f"over {_MAX_VALUES:,} values", problem_mark=node.start_mark)
+    counts[id(node)] = count
+    return count
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+            problem = "a key is given twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        if key.tag != _MERGE:
+            key.tag = _TEXT  # YAML 1.1 reads `on` as true
+        seen.add(key.value)

@@ -1,0 +1,117 @@
+"""Hugging Face's config.json and Mistral's params.json, one from the other."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+CONFIG_NAME = "config.json"
+
+# params.json -> config.json
+_SHAPES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+_MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
+_ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
+_DEFAULT_THETAS = {"mistral": 1e4, "mixtral": 1e6}
+# params.json rarely says how long a sequence may become; rotary embeddings have no table, but engines plan by it.
+_DEFAULT_MAX_POSITIONS = 32768
+_BOS, _EOS = 1, 2  # in every tokenizer of Mistral's
+
+
+def params_from_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Says in the words of params.json what a config.json says.
+
+    Args:
+        path: of the config.json, for messages.
+        config: its content.
+
+    Raises:
+        UserError: another architecture, a variant this code does not compute, or missing keys.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
+        raise UserError(f"{path}: `model_type` is {kind!r}; expected {' or '.join(_ARCHITECTURES)}.")
+    _refuse_variants(path, config)
+    keys = _SHAPES | (_MOE if kind == "mixtral" else {})
+    if missing := [theirs for theirs in keys.values() if config.get(theirs) is None]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it must state the shapes of a {kind} model.")
+    params: dict[str, Any] = {ours: config[theirs] for ours, theirs in _SHAPES.items()}
+    params["head_dim"] = config.get("head_dim") or _default_head_dim(path, config)
+    params["rope_theta"] = _rope_theta(config) or _DEFAULT_THETAS[kind]
+    if kind == "mixtral":
+        params["moe"] = {ours: config[theirs] for ours, theirs in _MOE.items()}
+    if config.get("tie_word_embeddings"):
+        params["tied_embeddings"] = True
+    for key in ("sliding_window", "max_position_embeddings"):
+        if config.get(key) is not None:
+            params[key] = config[key]
+    return params
+
+
+def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    layer_types = config.get("layer_types") or []
+    kinds = sorted(set(map(str, layer_types))) if isinstance(layer_types, list) else layer_types
+    for key, value, expected in (
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("quantization_config", config.get("quantization_config"), None),
+        ("rope_parameters", rope_type, "default"),
+        ("layer_types", kinds or ["full_attention"], ["full_attention"]),
+    ):
+        if value != expected:
+            raise UserError(
+                f"{path}: `{key}` is {value!r}; this code computes models with {expected!r} only "
+                "and would quietly make another one of it."
+            )
+
+
+def _default_head_dim(path: Path, config: Mapping[str, Any]) -> int:
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(f"{path}: `hidden_size` {width!r} is not a multiple of `num_attention_heads` {heads!r}.")
+    return width // heads
+
+
+def _rope_theta(config: Mapping[str, Any]) -> Any:
+    """It moved into `rope_parameters` with transformers 5."""
+    return (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
+
+
+def config_from_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of a model whose weights are stored in `dtype` ("bfloat16"), with the head's own weights.
+
+    Args:
+        params: what `model.args.read_params` returns.
+        dtype: as PyTorch writes it.
+    """
+    kind = "mixtral" if params.get("moe") else "mistral"
+    config = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        **{theirs: params[ours] for ours, theirs in _SHAPES.items()},
+        "head_dim": params["head_dim"],
+        "hidden_act": "silu",
+        "rope_theta": params.get("rope_theta", _DEFAULT_THETAS["mistral"]),
+        "max_position_embeddings": params.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
+        "sliding_window": params.get("sliding_window"),
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        **generation_config(),
+    }
+    if kind == "mixtral":
+        config |= {theirs: params["moe"][ours] for ours, theirs in _MOE.items()}
+    return config
+
+
+def generation_config() -> dict[str, Any]:
+    """The generation_config.json: where an answer ends."""
+    return {"bos_token_id": _BOS, "eos_token_id": _EOS}

@@ -1,0 +1,205 @@
+"""Weights in Hugging Face's layout (transformers' Mistral and Mixtral): names, channel order, files.
+
+The two layouts hold the same numbers under other names, except that the rows of the query and key projections stand in
+another order within a head: Mistral's rotary embeddings turn neighbouring channels (2j, 2j + 1), transformers' turn
+channels (j, j + Dh/2). Shapes: Dh head width, E experts, D model width, F inner width of an expert.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .args import load_model_args, read_params
+from .errors import UserError
+from .weights import (
+    SafetensorsWriter,
+    TensorLocation,
+    TensorSource,
+    WeightsReader,
+    joint_locations,
+    open_weights,
+    safetensors_shards,
+)
+
+HF_STEM = "model"  # of the files' names: model.safetensors or model-00001-of-0000N.safetensors
+INDEX_NAME = "model.safetensors.index.json"  # which shard holds what; reading needs only the shards' own headers
+MAX_SHARD_BYTES = 5_000_000_000
+
+_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.gate": "block_sparse_moe.gate",
+    "feed_forward.experts": "block_sparse_moe.experts",
+}
+_FROM_OUTSIDE = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+# transformers 5 computes with all experts in one tensor and says "mlp"; it may save them so.
+_FROM_LAYER = {theirs: ours for ours, theirs in _IN_LAYER.items()} | {"mlp.gate": "feed_forward.gate"}
+_FUSED_EXPERTS = {"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_proj": ("w2",)}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ROTATED = re.compile(r"\.attention\.w[qk]\.(lora_B\.)?weight$")
+_ROTARY_TABLE = "rotary_emb.inv_freq"  # old files store it; it follows from head_dim and rope_theta
+
+
+def hf_name(name: str) -> str:
+    """transformers' name of a tensor, of its adapter's parts too: `layers.0.attention.wq.lora_A.weight`."""
+    if not name.startswith("layers."):
+        return _renamed(name, _OUTSIDE)
+    _, layer, part = name.split(".", 2)
+    return f"model.layers.{layer}.{_renamed(part, _IN_LAYER)}"
+
+
+def mistral_name(name: str) -> str:
+    """The inverse of `hf_name`; a name that is not transformers' comes back as it is."""
+    if match := _LAYER.fullmatch(name):
+        renamed = _renamed(match[2], _FROM_LAYER)
+        return f"layers.{match[1]}.{renamed}" if renamed != match[2] else name
+    return _renamed(name, _FROM_OUTSIDE)
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    for old, new in table.items():
+        if name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return name
+
+
+def to_hf(name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Orders the rows of a tensor [out, in], called `name` in Mistral's layout, as transformers wants them."""
+    return _reordered(tensor, (head_dim // 2, 2)) if _ROTATED.search(name) else tensor
+
+
+def from_hf(name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The inverse of `to_hf`, for whole heads."""
+    return _reordered(tensor, (2, head_dim // 2)) if _ROTATED.search(name) else tensor
+
+
+def _reordered(tensor: torch.Tensor, pairs: tuple[int, int]) -> torch.Tensor:
+    """Transposes each head's rows, read as a matrix of this shape."""
+    return tensor.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+class HFWeightsReader(WeightsReader):
+    """Reads Hugging Face files under Mistral's names and in Mistral's order of channels."""
+
+    def __init__(self, source: Path, locations: dict[str, TensorLocation], head_dim: int) -> None:
+        super().__init__(source, locations)
+        self._head_dim = head_dim
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """As `WeightsReader.read`; to turn some rows of a query or key projection, their whole heads are read."""
+        if not _ROTATED.search(name):
+            return super().read(name, rows)
+        start, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
+        first = start // self._head_dim * self._head_dim
+        heads = super().read(name, slice(first, -(-stop // self._head_dim) * self._head_dim))
+        return from_hf(name, heads, self._head_dim)[start - first : max(stop, start) - first].contiguous()
+
+
+def _mistral_locations(source: Path, locations: dict[str, TensorLocation]) -> dict[str, TensorLocation]:
+    found: dict[str, TensorLocation] = {}
+    for name, location in locations.items():
+        if name.endswith(_ROTARY_TABLE):
+            continue
+        match = _LAYER.fullmatch(name)
+        if match and match[2] in _FUSED_EXPERTS:
+            prefix = f"layers.{match[1]}.feed_forward.experts"
+            found |= _expert_locations(source, prefix, _FUSED_EXPERTS[match[2]], location)
+        else:
+            found[mistral_name(name)] = location
+    return found
+
+
+def _expert_locations(
+    source: Path, prefix: str, parts: tuple[str, ...], fused: TensorLocation
+) -> dict[str, TensorLocation]:
+    """Cuts a tensor of all experts, [E, 2F, D] for w1 above w3 or [E, D, F] for w2, into theirs: each is one piece."""
+    if len(fused.shape) != 3 or fused.shape[1] % len(parts):
+        raise UserError(f"{source}: a tensor of all experts for {prefix} has the shape {list(fused.shape)}.")
+    shape = (fused.shape[1] // len(parts), fused.shape[2])
+    size = math.prod(shape) * fused.dtype.itemsize
+    names = [f"{prefix}.{expert}.{part}.weight" for expert in range(fused.shape[0]) for part in parts]
+    return {
+        name: dataclasses.replace(fused, offset=fused.offset + index * size, shape=shape)
+        for index, name in enumerate(names)
+    }
+
+
+def write_hf_weights(
+    folder: Path, weights: TensorSource, head_dim: int, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes weights in Hugging Face's layout, one tensor at a time: model.safetensors, or shards and their index.
+
+    Args:
+        folder: where to.
+        weights: all tensors, under Mistral's names.
+        head_dim: width of one attention head.
+        max_shard_bytes: size of a file, unless one tensor alone is larger.
+    """
+    sizes = {name: math.prod(shape) * weights.dtypes[name].itemsize for name, shape in weights.shapes.items()}
+    shards = _split(sizes, max_shard_bytes)
+    files = [f"{HF_STEM}-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{HF_STEM}.safetensors"]
+    progress = tqdm(total=len(sizes), desc="writing", unit="tensor", disable=None)
+    for file, names in zip(files, shards, strict=True):
+        plan = {hf_name(name): (weights.shapes[name], weights.dtypes[name]) for name in names}
+        with SafetensorsWriter(folder / file, plan, {"format": "pt"}) as writer:
+            for name in names:
+                writer.write(hf_name(name), to_hf(name, weights.read(name), head_dim))
+                progress.update()
+    progress.close()
+    if len(shards) > 1:
+        weight_map = {hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in groups that exceed the limit only where one alone does."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def open_model_weights(path: Path) -> WeightsReader:
+    """Opens the weights of a model, under Mistral's names: a folder in either layout, or a file in Mistral's.
+
+    Raises:
+        UserError: there are no weights, more than one set of them, or a file is damaged.
+    """
+    files = _hf_files(path)
+    weights = WeightsReader(path, _mistral_locations(path, joint_locations(files))) if files else open_weights(path)
+    locations = weights.locations
+    if "output.weight" not in locations and path.is_dir() and read_params(path).get("tied_embeddings"):
+        locations = {**locations, "output.weight": locations["tok_embeddings.weight"]}
+    if files:
+        return HFWeightsReader(path, locations, load_model_args(path).head_dim)
+    return WeightsReader(weights.source, locations)
+
+
+def _hf_files(path: Path) -> list[Path]:
+    """The weights in Hugging Face's layout; none where Mistral's stand beside them, as they may."""
+    if not path.is_dir() or any(path.glob("consolidated*")):
+        return []
+    single = path / f"{HF_STEM}.safetensors"
+    return [single] if single.is_file() else safetensors_shards(path, HF_STEM)
