@@ -210,8 +210,8 @@ class Checkpointer:
             yield name, tensor.to(self._dtype)
 
     def _params(self) -> dict[str, object]:
-        params = dataclasses.asdict(self._model.args)
-        moe = params.pop("moe")
+        params = {key: value for key, value in dataclasses.asdict(self._model.args).items() if value is not None}
+        moe = params.pop("moe", None)
         lora = None
         if self._args.save_adapters:
             lora = {key: value for key, value in dataclasses.asdict(self._args.lora).items() if key != "from_adapter"}
