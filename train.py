@@ -12,7 +12,6 @@ import fire
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from finetune.args import TrainArgs, load_train_args
@@ -31,7 +30,7 @@ from finetune.monitoring.metrics_logger import MetricsLogger, train_log_message,
 from finetune.monitoring.plot import draw_loss_curve
 from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
-from finetune.optim import build_optimizer
+from finetune.optim import Schedule, build_optimizer
 from finetune.preemption import EXIT_INTERRUPTED, stop_requests
 from finetune.preflight import check_preflight, out_of_memory_advice
 from finetune.resume import RunState, find_saved_state
@@ -46,7 +45,7 @@ logger = logging.getLogger("train")
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    loss: torch.Tensor  # scalar, mean over this rank's micro-batches
+    loss: torch.Tensor  # scalar, this rank's part; the mean over ranks is the step's
     grad_norm: float  # of all ranks' mean gradient, before clipping
     lr: float  # what the step used
     skipped: bool  # the gradient was not finite and the weights are as they were
@@ -56,18 +55,24 @@ def train_step(
     model: Transformer,
     batches: list[Batch],
     optimizer: Optimizer,
-    schedule: OneCycleLR,
+    schedule: Schedule,
     scaler: LossScaler,
     max_norm: float,
     device: torch.device,
+    tokens_per_rank: float | None = None,
 ) -> StepResult:
-    """One optimizer step on the mean of the micro-batches' mean losses; gradients are averaged over ranks."""
+    """One optimizer step on the mean of the micro-batches' mean losses; gradients are averaged over ranks.
+
+    With `tokens_per_rank`, the mean over ranks of a step's trained tokens, it is on the mean over all ranks' tokens: a
+    micro-batch's mean counts as often as it has tokens, and the average over ranks then divides by the sum of all.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=device)
     for batch in batches:
         microbatch_loss = batch_loss(model, batch, device)
-        (microbatch_loss * (scaler.scale / len(batches))).backward()
-        loss += microbatch_loss.detach() / len(batches)
+        divisor = tokens_per_rank / batch.trained_tokens if tokens_per_rank else len(batches)
+        (microbatch_loss * (scaler.scale / divisor)).backward()
+        loss += microbatch_loss.detach() / divisor
 
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -84,6 +89,12 @@ def train_step(
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where the first step is skipped
             schedule.step()
     return StepResult(loss, grad_norm, lr, skipped=not finite)
+
+
+def tokens_per_rank(batches: list[Batch], world: World) -> float:
+    """The mean over ranks of the tokens that a step trains on."""
+    own = sum(batch.trained_tokens for batch in batches)
+    return world.mean(torch.tensor(own, dtype=torch.float64)).item()
 
 
 def train(config: str) -> None:
@@ -132,7 +143,7 @@ def run(args: TrainArgs, world: World) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
         sinks = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
-        train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks))
+        train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks, void_from=saved and saved.step + 1))
         eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
         bar = stack.enter_context(progress_bar(state, world))
         stop = stack.enter_context(stop_requests())
@@ -143,7 +154,10 @@ def run(args: TrainArgs, world: World) -> None:
         while state.step < args.max_steps and not best_so_far.patience_is_over:
             with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
                 step_batches = list(itertools.islice(batches, args.num_microbatches))
-                result = train_step(model, step_batches, optimizer, schedule, scaler, args.max_norm, world.device)
+                tokens = tokens_per_rank(step_batches, world) if args.loss_normalization == "tokens" else None
+                result = train_step(
+                    model, step_batches, optimizer, schedule, scaler, args.max_norm, world.device, tokens
+                )
             state.note(step_batches, result.skipped)
             bar.update()
 

@@ -2,9 +2,12 @@
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 MB = 1e6  # all sizes are told in these
 
 _PACKAGES = ("torch", "mistral-common", "sentencepiece", "safetensors", "numpy")
+_PEERS = ("transformers", "peft", "flash-attn", "xformers")  # told where they are installed
 
 
 def peak_rss() -> int:
@@ -40,7 +44,7 @@ def run_json(*command: str) -> dict[str, Any]:
 
 
 def measure(
-    name: str, cases: Sequence[dict[str, Any]], rounds: int, run: Callable[[dict[str, Any]], dict[str, float]]
+    name: str, cases: Sequence[dict[str, Any]], rounds: int, run: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """Measures each case once per round, so that what else the machine does meets all alike; appends the result.
 
@@ -51,10 +55,11 @@ def measure(
         run: measures a case.
 
     Returns:
-        The line written: under "results" each case with [lowest, median, highest] of everything measured.
+        The line written: under "results" each case with [lowest, median, highest] of every number measured, and the
+        texts of its last round.
     """
     load = [os.getloadavg()[0]]
-    measured: list[list[dict[str, float]]] = [[] for _ in cases]
+    measured: list[list[dict[str, Any]]] = [[] for _ in cases]
     with tqdm(total=rounds * len(cases), desc=name, disable=None) as bar:
         for _ in range(rounds):
             for case, runs in zip(cases, measured, strict=True):
@@ -66,11 +71,12 @@ def measure(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu_model(),
+            "gpus": _gpu_names(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(_kilobytes("/proc/meminfo", "MemTotal:") * 1024 / 1e9, 1),
             "load_before_and_after": [round(value, 2) for value in load],
         },
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "versions": {"python": platform.python_version()} | _versions(),
         "rounds": rounds,
         "results": [case | _spreads(runs) for case, runs in zip(cases, measured, strict=True)],
     }
@@ -80,12 +86,26 @@ def measure(
     return record
 
 
-def _spreads(runs: list[dict[str, float]]) -> dict[str, list[float]]:
-    values = {key: [run[key] for run in runs] for key in runs[0]}
-    return {
-        key: [float(f"{value:.5g}") for value in (min(found), statistics.median(found), max(found))]
-        for key, found in values.items()
-    }
+def _versions() -> dict[str, str]:
+    peers = [package for package in _PEERS if importlib.util.find_spec(package.replace("-", "_"))]
+    return {package: importlib.metadata.version(package) for package in (*_PACKAGES, *peers)}
+
+
+def _spreads(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    found = dict(runs[-1])
+    for key, value in runs[-1].items():
+        if isinstance(value, int | float):
+            values = [run[key] for run in runs]
+            middle = (min(values), statistics.median(values), max(values))
+            found[key] = [float(f"{number:.5g}") for number in middle]
+    return found
+
+
+def _gpu_names() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return re.findall(r"GPU \d+: (.+?) \(UUID", listing)
 
 
 def _cpu_model() -> str:

@@ -18,11 +18,16 @@ from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
 from .yaml_file import read_yaml
 
+SCHEDULES = ("onecycle", "cosine", "linear", "constant")
+LOSS_NORMALIZATIONS = ("microbatch", "tokens")
+
 
 @dataclasses.dataclass
 class OptimArgs(Serializable):
-    """AdamW under PyTorch's OneCycleLR: lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
+    """AdamW, whose rate goes lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
 
+    schedule: str = "onecycle"  # PyTorch's OneCycleLR, which moves beta1 too; or, behind a straight warm-up and with a
+    # beta1 of 0.9 throughout, the way down from lr: cosine, linear, or constant (none)
     lr: float = 1e-4  # highest learning rate; 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
     weight_decay: float = 0.1
     pct_start: float = 0.05  # share of the steps spent warming up, 0 to 1
@@ -32,6 +37,8 @@ class OptimArgs(Serializable):
     def problems(self) -> list[str]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
+        if self.schedule not in SCHEDULES:
+            found.append(f"`optim.schedule` is {quoted(self.schedule)}; expected {', '.join(SCHEDULES)}.")
         if not 0 <= self.pct_start <= 1:
             found.append(f"`optim.pct_start` is {self.pct_start}; it is a share of the steps, between 0 and 1.")
         if not self.lr >= 0:
@@ -122,6 +129,8 @@ class TrainArgs(Serializable):
     resume: str = "never"  # never; auto: go on with the run in run_dir where there is one; or a checkpoint's folder
     seed: int = 0  # adapter initialisation, data order, dropout; 0 to 2**32 - 1
     num_microbatches: int = 1  # batches whose gradients are averaged before a step
+    loss_normalization: str = "microbatch"  # what a step's and an evaluation's loss is: the mean of the batches' means,
+    # or, with tokens, the mean over all trained tokens of all batches and processes, so that each counts the same
     seq_len: int = 2048  # tokens per packed sequence
     batch_size: int = 1  # sequences per process and micro-batch
     max_norm: float = 1.0  # the gradient's norm is clipped to this
@@ -166,6 +175,9 @@ class TrainArgs(Serializable):
             found.append(f"`max_norm` is {self.max_norm}; it must be positive.")
         if not 0 <= self.seed < 2**32:
             found.append(f"`seed` is {self.seed}; it must lie between 0 and 2**32 - 1.")
+        if self.loss_normalization not in LOSS_NORMALIZATIONS:
+            expected = ", ".join(LOSS_NORMALIZATIONS)
+            found.append(f"`loss_normalization` is {quoted(self.loss_normalization)}; expected {expected}.")
         if self.param_dtype != "auto" and self.param_dtype not in PARAM_DTYPES:
             found.append(f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(PARAM_DTYPES)}.")
         if self.attention != "auto" and self.attention not in ATTENTION_ENGINES:

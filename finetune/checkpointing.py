@@ -214,7 +214,7 @@ class Checkpointer:
         moe = params.pop("moe", None)
         lora = None
         if self._args.save_adapters:
-            lora = {key: value for key, value in dataclasses.asdict(self._args.lora).items() if key != "from_adapter"}
+            lora = {key: getattr(self._args.lora, key) for key in ("enable", "rank", "dropout", "scaling")}
             lora["base_model"] = self._args.model_id_or_path  # an adapter is of no use without it
         return params | {"lora": lora, "moe": moe}
 

@@ -32,14 +32,16 @@ _PLACEHOLDER = Batch(x=np.zeros(1, dtype=np.int64), y=np.zeros(1, dtype=np.int64
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch], world: World) -> float | None:
+def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_tokens: bool = False) -> float | None:
     """Mean over all ranks' batches of the batch's loss, in nats per token; None where no rank has a batch.
+
+    With `by_tokens` a batch counts as often as it has trained tokens: the mean over all of them.
 
     A sharded model needs all ranks in every forward, so a rank whose rows are used up runs along on a token of its
     own, which does not count.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of batches
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of batches (or of tokens)
     rows = iter(batches)
     while True:
         batch = next(rows, None)
@@ -47,7 +49,8 @@ def evaluate(model: Transformer, batches: Iterable[Batch], world: World) -> floa
             break
         loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
         if batch is not None:
-            total += torch.tensor([loss.item(), 1.0], dtype=torch.float64)
+            weight = batch.trained_tokens if by_tokens else 1
+            total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
     reshard(model)
     model.train()
     loss_sum, count = world.sum(total).tolist()
@@ -153,7 +156,8 @@ class Examiner:
         """What is due at this step, logged; empty where nothing is. Questions are also asked before the first step."""
         metrics: dict[str, float] = {}
         if state.step > 0 and self.loss_due(state):
-            state.eval_losses[state.step] = evaluate(model, self._batches, self._world)
+            by_tokens = self._args.loss_normalization == "tokens"
+            state.eval_losses[state.step] = evaluate(model, self._batches, self._world, by_tokens)
             metrics = eval_metrics(step=state.step, train_loss=state.last_loss, eval_loss=state.eval_losses[state.step])
             logger.info(eval_log_message(metrics))
         if self._questionnaire and (state.step == 0 or state.due(self._args.eval_generation.freq)):

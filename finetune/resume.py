@@ -26,6 +26,7 @@ from model.errors import UserError
 from model.transformer import Transformer
 
 from .args import TrainArgs
+from .data.args import DataArgs
 from .data.data_loader import TrainLoader
 from .distributed import World
 from .eval import BestSoFar
@@ -190,13 +191,20 @@ def _newest_sound_checkpoint(run_dir: Path) -> Path | None:
 def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
     folder = checkpoint / STATE_NAME
     run = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-    if changes := _changes(run["args"], args.to_dict()):
+    defaults = TrainArgs(DataArgs(), "", "").to_dict()
+    if changes := _changes(_completed(run["args"], defaults), args.to_dict()):
         raise UserError(
             f"The run in {checkpoint} cannot go on with other settings for its data or model:\n"
             + "\n".join(f"  - {change}" for change in changes)
             + "\nSet them back, or start a new run with another `run_dir`."
         )
     return SavedState(folder, run)
+
+
+def _completed(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """With the settings that did not exist yet when a run was saved: their defaults are what it did."""
+    inner = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    return defaults | settings | {key: _completed(value, defaults.get(key) or {}) for key, value in inner.items()}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

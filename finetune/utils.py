@@ -82,7 +82,7 @@ class TrainState:
 
     def note(self, batches: list[Batch], skipped: bool) -> None:
         """Takes note of what a step trained on and whether it was skipped."""
-        self.trained_tokens += sum(len(b.x) if b.y_mask is None else int(b.y_mask.sum()) for b in batches)
+        self.trained_tokens += sum(batch.trained_tokens for batch in batches)
         self.skipped_steps += skipped
 
     def note_loss(self, loss: float) -> None:

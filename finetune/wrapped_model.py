@@ -65,8 +65,9 @@ def open_base_model(args: TrainArgs) -> BaseModel:
         weights, {name: tuple(p.shape) for name, p in model.named_parameters()}, "the shapes in params.json"
     )
     adapter = None
-    if args.lora.enable and args.lora.from_adapter:
+    if args.lora.enable:
         add_lora(model, args.lora)
+    if args.lora.enable and args.lora.from_adapter:
         expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         adapter = _open_adapter(Path(args.lora.from_adapter), args.lora, expected)
     return BaseModel(folder, model_args, weights, adapter)
@@ -75,7 +76,8 @@ def open_base_model(args: TrainArgs) -> BaseModel:
 def _open_adapter(path: Path, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
     path = path / ADAPTER_NAME if path.is_dir() else path
     adapter = open_safetensors(path)
-    _compare_shapes(adapter, expected, f"this model with `lora.rank: {lora.rank}`")
+    settings = f"`lora.rank: {lora.rank}` and `lora.targets: [{', '.join(lora.targets)}]`"
+    _compare_shapes(adapter, expected, f"this model with {settings}")
     recorded = (read_params(path.parent).get("lora") or {}) if (path.parent / "params.json").is_file() else {}
     if recorded.get("scaling", lora.scaling) != lora.scaling:
         raise UserError(

@@ -20,6 +20,10 @@ UNSUPPORTED = ("_sliding_window", "yarn", "llama_4_scaling", "q_lora_rank", "vis
 ATTENTION_ENGINES = ("xformers", "varlen", "sdpa")
 PARAM_DTYPES = ("bf16", "fp16", "fp32")
 
+# Linear layers that can have an adapter, by the last part of their names: of each block, and of the whole model.
+BLOCK_LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+LORA_TARGETS = (*BLOCK_LINEARS, "gate", "output")
+
 # Far beyond every model; a params.json that asks for more would keep the machine busy before it is found wrong.
 _LARGEST_WIDTH = 1 << 24
 _MOST_BLOCKS = 2_000  # feed-forward networks of all layers
@@ -48,8 +52,17 @@ class LoraArgs(Serializable):
     enable: bool = True
     rank: int = 16  # inner width R of A [R, in] and B [out, R]; 8 to 128 are usual
     dropout: float = 0.0  # share of A's input that is zeroed while training, 0 <= dropout < 1
-    scaling: float = 2.0  # PEFT and others write it alpha / rank
+    scaling: float | None = None  # null: alpha / rank where alpha is given, else 2.0
+    alpha: float | None = None  # in place of scaling, as PEFT has it; args.yaml and checkpoints record the scaling
+    targets: list[str] = dataclasses.field(default_factory=lambda: list(BLOCK_LINEARS))  # also: gate (of a mixture of
+    # experts), output (the head; mistral-inference passes over its adapter, so export such a model merged)
     from_adapter: str | None = None  # path of a lora.safetensors to start from; null: B starts at zero
+
+    def __post_init__(self) -> None:
+        if self.scaling is None and self.alpha is None:
+            self.scaling = 2.0
+        elif self.scaling is None and self.alpha > 0 and self.rank >= 1:
+            self.scaling, self.alpha = self.alpha / self.rank, None
 
     def problems(self) -> list[str]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
@@ -58,8 +71,19 @@ class LoraArgs(Serializable):
             found.append(f"`lora.rank` is {self.rank}; it must be at least 1 (or set `lora.enable: false`).")
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"`lora.dropout` is {self.dropout}; it must lie in [0, 1).")
-        if not self.scaling > 0:
+        if self.scaling is not None and not self.scaling > 0:
             found.append(f"`lora.scaling` is {self.scaling}; it must be positive.")
+        if self.alpha is not None and not self.alpha > 0:
+            found.append(f"`lora.alpha` is {self.alpha}; it must be positive.")
+        elif self.alpha is not None and self.scaling is not None:
+            found.append(
+                f"`lora.alpha` ({self.alpha}) and `lora.scaling` ({self.scaling}) are both given; "
+                "scaling is alpha / rank, so give one of them."
+            )
+        if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
+            found.append(f"`lora.targets` names {quoted(unknown)}; expected some of {', '.join(LORA_TARGETS)}.")
+        if self.enable and not self.targets:
+            found.append("`lora.targets` is empty; name a layer (or set `lora.enable: false`).")
         if self.from_adapter and not self.enable:
             found.append("`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.")
         return found

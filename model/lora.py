@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .args import LoraArgs
+from .errors import UserError
 
 
 class Linear(nn.Linear):
@@ -21,6 +22,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+    def as_product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors u [T, K] and M [out, K] of forward(x) = u M^T, for who wants some rows or columns of it at a time."""
+        return x, self.weight
 
 
 class LoRALinear(Linear):
@@ -36,16 +41,25 @@ class LoRALinear(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
 
+    def as_product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Linear.as_product`, of [x, scaling * A(dropout(x))] and [W, B]: K = in + R."""
+        low = self.lora_A(self.dropout(x)) * self.scaling  # [T, R]
+        return torch.cat([x, low], dim=-1), torch.cat([self.weight, self.lora_B.weight.to(self.weight.dtype)], dim=-1)
+
 
 def add_lora(model: nn.Module, lora: LoraArgs) -> None:
-    """Gives every linear layer of the attention and feed-forward parts an adapter and freezes all else.
+    """Gives the linear layers that `lora.targets` names an adapter and freezes all else. Works on the meta device.
 
-    The gate of a mixture of experts, the output head and the embeddings get none. Works on the meta device.
+    Raises:
+        UserError: the model has no such layer.
     """
     model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    if missing := set(lora.targets) - {name.rpartition(".")[2] for name in linears}:
+        raise UserError(f"`lora.targets` names {', '.join(sorted(missing))}, which this model does not have.")
+    for name, module in linears.items():
         parent_name, _, attribute = name.rpartition(".")
-        if not name.startswith("layers.") or not isinstance(module, Linear) or attribute == "gate":
+        if attribute not in lora.targets:
             continue
         with module.weight.device:
             wrapped = LoRALinear(module.in_features, module.out_features, lora)

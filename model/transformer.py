@@ -18,7 +18,8 @@ from .lora import Linear
 from .moe import MoeLayer
 from .rope import apply_rotary, rotary_phases
 
-# What to make of the final hidden states [T, D], given the output head's weight [V, D].
+# What to make of the final hidden states [T, D], given the output head's weight [V, D]. Where the head has an adapter,
+# both are wider (see LoRALinear.as_product); their product is the logits all the same.
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -133,4 +134,4 @@ class Transformer(nn.Module):
         for layer in self.layers:
             h = layer(h, phases, documents)
         h = self.norm(h)
-        return self.output(h).float() if head is None else head(h, self.output.weight)
+        return self.output(h).float() if head is None else head(*self.output.as_product(h))

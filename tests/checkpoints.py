@@ -1,13 +1,15 @@
 """Tiny random checkpoints, the same bits on every machine (recipe and hashes: ../shared/golden, GENERATOR.md)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from model.args import BLOCK_LINEARS
 
 DENSE_SHA256 = "8d0ba7df8ed86971d9455fcd5c37c2c791d1276dd56624ddcfab990c762b898a"
 MOE_SHA256 = "84bb425c68a33695f90a6a051b1d268c9cf6f4a3ed8a086eb3c609c6926d5a5d"
@@ -50,13 +52,19 @@ def make_tiny_checkpoint(
     return folder
 
 
-def make_tiny_adapter(base: Path, file: Path, *, rank: int = 4, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Writes a random adapter (A and B both non-zero) for every linear of a checkpoint that carries LoRA."""
-
+def make_tiny_adapter(
+    base: Path,
+    file: Path,
+    *,
+    rank: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    targets: Sequence[str] = BLOCK_LINEARS,
+) -> Path:
+    """Writes a random adapter (A and B both non-zero) for these linears of a checkpoint."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in load_file(base / "consolidated.safetensors").items():
-        if ".attention." in name or name.endswith(("w1.weight", "w2.weight", "w3.weight")):
+        if name.split(".")[-2] in targets:
             stem = name.removesuffix("weight")
             tensors[f"{stem}lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator).mul(0.1).to(dtype)
             tensors[f"{stem}lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator).mul(0.1).to(dtype)

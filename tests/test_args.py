@@ -59,7 +59,7 @@ def test_defaults_are_the_originals():
         True,
         True,
     )
-    assert dataclasses.astuple(args.optim) == (1e-4, 0.1, 0.05, 25, 1e4)
+    assert dataclasses.astuple(args.optim) == ("onecycle", 1e-4, 0.1, 0.05, 25, 1e4)
     assert (args.seed, args.num_microbatches, args.seq_len, args.batch_size) == (0, 1, 2048, 1)
     assert (args.max_norm, args.max_steps, args.log_freq, args.checkpoint) == (1.0, 100, 1, True)
     assert (args.ckpt_freq, args.save_adapters, args.no_ckpt, args.num_ckpt_keep) == (0, True, False, 3)
@@ -67,6 +67,7 @@ def test_defaults_are_the_originals():
     assert (args.lora.enable, args.lora.rank, args.lora.dropout, args.lora.scaling) == (True, 16, 0.0, 2.0)
     assert (args.wandb.project, args.mlflow.tracking_uri, args.lora.from_adapter) == (None, None, None)
     assert (args.param_dtype, args.attention, args.data.packing) == ("auto", "auto", "concat")
+    assert (args.lora.targets, args.loss_normalization) == (["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "microbatch")
 
 
 def test_numbers_may_be_written_as_yaml_mistakes_them():
@@ -91,6 +92,16 @@ def test_numbers_may_be_written_as_yaml_mistakes_them():
         None,
     )
     assert isinstance(args.seq_len, int) and isinstance(args.optim.pct_start, float)
+
+
+@pytest.mark.parametrize(
+    ("lora", "scaling"),
+    [({"rank": 8, "alpha": 12}, 1.5), ({"alpha": 16}, 1.0), ({"scaling": 3}, 3.0), ({"scaling": None}, 2.0)],
+)
+def test_alpha_is_another_way_to_give_the_scaling(lora: dict[str, Any], scaling: float):
+    args = load(BASE | {"lora": lora})
+    assert (args.lora.scaling, args.lora.alpha) == (scaling, None)
+    assert load(BASE | {"lora": args.to_dict()["lora"]}) == args
 
 
 def test_an_empty_text_means_unset_for_trackers():
@@ -254,6 +265,22 @@ IMPOSSIBLE = [
     ({"lora": {"dropout": 1}}, "`lora.dropout` is 1.0; it must lie in [0, 1)."),
     ({"lora": {"dropout": -0.1}}, "`lora.dropout` is -0.1; it must lie in [0, 1)."),
     ({"lora": {"scaling": 0}}, "`lora.scaling` is 0.0; it must be positive."),
+    ({"lora": {"alpha": -1}}, "`lora.alpha` is -1.0; it must be positive."),
+    (
+        {"lora": {"rank": 16, "alpha": 32, "scaling": 2}},
+        "`lora.alpha` (32.0) and `lora.scaling` (2.0) are both given; scaling is alpha / rank, so give one of them.",
+    ),
+    (
+        {"lora": {"rank": 0, "alpha": 32}},
+        "`lora.rank` is 0; it must be at least 1 (or set `lora.enable: false`).",
+    ),
+    ({"lora": {"targets": []}}, "`lora.targets` is empty; name a layer (or set `lora.enable: false`)."),
+    (
+        {"lora": {"targets": ["wq", "q_proj", "lm_head"]}},
+        "`lora.targets` names ['q_proj', 'lm_head']; expected some of wq, wk, wv, wo, w1, w2, w3, gate, output.",
+    ),
+    ({"optim": {"schedule": "cosin"}}, "`optim.schedule` is 'cosin'; expected onecycle, cosine, linear, constant."),
+    ({"loss_normalization": "token"}, "`loss_normalization` is 'token'; expected microbatch, tokens."),
     (
         {"lora": {"enable": False, "from_adapter": "x"}, "save_adapters": False},
         "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.",

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer, parse_conversation
-from model.args import LoraArgs, load_model_args
+from model.args import BLOCK_LINEARS, LoraArgs, load_model_args
 from model.errors import UserError
 from model.hf_format import open_model_weights
 from model.lora import add_lora
@@ -34,13 +35,14 @@ def make_base(folder: Path, moe: bool = False) -> Path:
     return make_tiny_checkpoint(folder, moe=moe, dtype=torch.float32, **SMALL)
 
 
-def make_run(folder: Path, base: Path, steps: tuple[int, ...] = (1,)) -> Path:
+def make_run(folder: Path, base: Path, steps: tuple[int, ...] = (1,), targets: Sequence[str] = BLOCK_LINEARS) -> Path:
     """A run folder whose checkpoints hold an adapter each."""
     params = json.loads((base / "params.json").read_text(encoding="utf-8"))
     params["lora"] = {"rank": RANK, "scaling": SCALING, "base_model": str(base)}
     for step in steps:
         checkpoint = folder / "checkpoints" / f"checkpoint_{step:06d}" / "consolidated"
-        adapter = make_tiny_adapter(base, checkpoint / "lora.safetensors", rank=RANK, dtype=torch.float32)
+        file = checkpoint / "lora.safetensors"
+        adapter = make_tiny_adapter(base, file, rank=RANK, dtype=torch.float32, targets=targets)
         scaled = {name: tensor * step for name, tensor in load_file(adapter).items()}
         save_file(scaled, adapter)
         (checkpoint / "params.json").write_text(json.dumps(params), encoding="utf-8")
@@ -52,12 +54,12 @@ def checkpoint_of(run: Path, step: int = 1) -> Path:
     return run / "checkpoints" / f"checkpoint_{step:06d}" / "consolidated"
 
 
-def our_logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+def our_logits(folder: Path, adapter: Path | None = None, targets: Sequence[str] = BLOCK_LINEARS) -> torch.Tensor:
     weights = open_model_weights(folder)
     with torch.device("meta"):
         model = Transformer(load_model_args(folder))
         if adapter:
-            add_lora(model, LoraArgs(rank=RANK, scaling=SCALING))
+            add_lora(model, LoraArgs(rank=RANK, scaling=SCALING, targets=list(targets)))
     tensors = {name: weights.read(name) for name in weights.shapes}
     if adapter:
         lora = open_safetensors(adapter)
@@ -108,6 +110,40 @@ def test_mistral_inference_computes_our_logits(trained, tmp_path):
     export(run, "mistral", tmp_path / "merged", merged=True)
     assert_same(mistral_inference_logits(tmp_path / "merged", TOKENS), logits)
     assert "lora" not in json.loads((tmp_path / "merged" / "params.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match")
+@pytest.mark.parametrize(
+    "moe, targets, theirs",
+    [
+        (False, ["wq", "wv"], ["q_proj", "v_proj"]),
+        (False, ["wk", "w2", "output"], ["down_proj", "k_proj", "lm_head"]),
+        (True, ["wo", "gate", "output"], ["gate", "lm_head", "o_proj"]),
+        (True, ["w2"], ["w2"]),
+    ],
+)
+def test_adapters_of_some_layers(moe, targets, theirs, tmp_path):
+    base = make_base(tmp_path / "base", moe)
+    run = make_run(tmp_path / "run", base, targets=targets)
+    logits = our_logits(base, checkpoint_of(run) / "lora.safetensors", targets)
+    assert (logits - our_logits(base)).abs().max() > 0.01
+    export(base, "hf", tmp_path / "base_hf")
+    export(run, "peft", tmp_path / "peft")
+    assert_same(transformers_logits(tmp_path / "base_hf", TOKENS, tmp_path / "peft"), logits)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == theirs
+    for to, their_logits in (("hf", transformers_logits), ("mistral", mistral_inference_logits)):
+        export(run, to, tmp_path / to, merged=True)
+        assert_same(their_logits(tmp_path / to, TOKENS), logits)
+
+
+@pytest.mark.parametrize("targets", [["w1"], ["w1", "w3"], ["w2", "w3"]])
+def test_adapters_of_experts_that_peft_would_misread_are_refused(targets, tmp_path):
+    base = make_base(tmp_path / "base", moe=True)
+    run = make_run(tmp_path / "run", base, targets=["wq", *targets])
+    with pytest.raises(UserError, match="where w1, w2 and w3 all have one: export it with --to hf --merged"):
+        export(run, "peft", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_a_checkpoint_of_all_weights_needs_no_merging(trained, tmp_path):

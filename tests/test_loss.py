@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 from finetune import loss as loss_module
 from finetune.data.data_loader import Batch
 from finetune.loss import batch_loss, cross_entropy_head
-from model.args import ModelArgs
+from model.args import LoraArgs, ModelArgs
+from model.lora import LoRALinear
 from model.transformer import Transformer
 
 V, D = 37, 8
@@ -116,6 +117,26 @@ def test_small_fp16_gradients_survive_a_large_batch(rows_per_chunk):
     assert expected.abs().max() < 2.0**-15 and expected.abs().median() < 2.0**-24  # fp16 cannot hold them as they are
     error = (hidden.grad.double() / scale - expected).norm() / expected.norm()
     assert error < 0.01
+
+
+@pytest.mark.parametrize("rows", [2, 1000])
+def test_a_head_with_an_adapter_has_the_plain_ones_loss_and_gradients(rows_per_chunk, rows):
+    rows_per_chunk(rows)
+    hidden, weight, targets = problem(9)
+    layer = LoRALinear(D, V, LoraArgs(rank=2, scaling=3.0))
+    layer.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+    generator = torch.Generator().manual_seed(0)
+    for factor in (layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(factor.weight, generator=generator)
+    trained = torch.arange(0, 9, 2)
+    tensors = (hidden, layer.lora_A.weight, layer.lora_B.weight)
+    loss = cross_entropy_head(targets, trained)(*layer.as_product(hidden))
+    x, a, b = (tensor.detach().double().requires_grad_() for tensor in tensors)
+    expected = F.cross_entropy((x @ weight.detach().double().T + 3 * x @ a.T @ b.T)[trained], targets[trained])
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    ours, plain_ones = torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, (x, a, b))
+    for gradient, plain_one in zip(ours, plain_ones, strict=True):
+        torch.testing.assert_close(gradient.double(), plain_one, rtol=1e-4, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,11 +1,13 @@
 """The schedule step by step as the original runs it, its corners, and the fp16 loss scale."""
 
 import json
+import math
 import warnings
 
 import pytest
 import torch
 
+from finetune.args import SCHEDULES as SCHEDULE_NAMES
 from finetune.args import OptimArgs
 from finetune.mixed_precision import DTYPES, LossScaler, choose_dtype
 from finetune.optim import build_optimizer
@@ -85,6 +87,48 @@ def test_div_factors_set_the_first_and_the_last_rate():
     args = OptimArgs(lr=1e-3, pct_start=0.2, div_factor=250.0, final_div_factor=10.0)
     rates = [rate for rate, _ in simulate(args, 20)]
     assert (rates[0], max(rates), rates[-1]) == pytest.approx((1e-3 / 250, 1e-3, 1e-3 / 250 / 10))
+
+
+def plain_rate(args: OptimArgs, max_steps: int, step: int) -> float:
+    """As finetune/args.py describes it, at a step counted from 0."""
+    first, peak = args.lr / args.div_factor, max(args.pct_start * max_steps - 1, 0)
+    if step < peak:
+        return first + (args.lr - first) * step / peak
+    if args.schedule == "constant" or max_steps - 1 == peak:
+        return args.lr
+    done, last = (step - peak) / (max_steps - 1 - peak), first / args.final_div_factor
+    way = done if args.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return args.lr * (1 - way) + last * way
+
+
+@pytest.mark.parametrize("max_steps, pct_start", [(1, 0.05), (2, 1), (20, 0), (20, 0.05), (20, 0.33), (50, 1)])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_other_schedules_warm_up_straight_and_leave_beta1_alone(name, max_steps, pct_start):
+    args = OptimArgs(schedule=name, lr=1e-3, pct_start=pct_start, div_factor=10.0, final_div_factor=5.0)
+    rates, betas = zip(*simulate(args, max_steps))
+    assert rates == pytest.approx([plain_rate(args, max_steps, step) for step in range(max_steps)])
+    assert set(betas) == {0.9} and max(rates) <= args.lr * (1 + 1e-12)
+
+
+def test_the_way_down_of_cosine_is_one_cycles():
+    one_cycle, cosine = (OptimArgs(schedule=name, pct_start=0.25) for name in ("onecycle", "cosine"))
+    ours, theirs = ([rate for rate, _ in simulate(args, 40)] for args in (cosine, one_cycle))
+    assert ours[9:] == pytest.approx(theirs[9:]) and ours[0] == pytest.approx(theirs[0])
+    assert ours[5] != pytest.approx(theirs[5])
+
+
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+def test_a_schedule_told_its_place_goes_on_from_there(name):
+    """What finetune.resume keeps of it is last_epoch, last_lr and the groups' settings."""
+    args = OptimArgs(schedule=name, lr=1e-3, pct_start=0.3)
+    optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 20)
+    schedule.last_epoch, expected = 11, simulate(args, 20)
+    rates = []
+    for _ in range(12, 20):
+        optimizer.step()
+        schedule.step()
+        rates.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+    assert rates == expected[12:]
 
 
 def test_the_optimizer_is_adamw_with_the_yamls_weight_decay():

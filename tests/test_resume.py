@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from finetune import preflight
@@ -340,3 +341,18 @@ def test_a_manifest_tells_damage(tmp_path):
     assert "No such file" in damage(tmp_path)
     (tmp_path / MANIFEST_NAME).write_text("[]")
     assert "cannot be read" in damage(tmp_path)
+
+
+def test_trackers_go_on_with_the_same_run(finished, folder):
+    """TensorBoard shows each step once, and wandb has one run."""
+    settings = {"wandb": {"project": "icd", "offline": True}}
+    config = copy_run(finished, folder, "tracked", **settings)
+    run_dir = config.with_suffix("")
+    codes, log = start(config)
+    assert codes == [0], log
+    events = EventAccumulator(str(run_dir / "tb")).Reload()
+    assert [event.step for event in events.Scalars("train.loss")] == list(range(1, 17))
+    shutil.rmtree(run_dir / "checkpoints" / "checkpoint_000016")
+    assert start(config)[0] == [0]
+    runs = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(runs) == 2 and len({path.stem for path in runs}) == 1

@@ -127,6 +127,7 @@ def _write_peft(checkpoint: Path, base: Path | None, out: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; the base model itself is not needed."""
     head_dim = load_model_args(checkpoint).head_dim
     adapter = open_safetensors(checkpoint / ADAPTER_NAME)
+    _check_experts(adapter.source, list(adapter.shapes))
     ranks = {shape[0] for name, shape in adapter.shapes.items() if name.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise UserError(f"{adapter.source} holds adapters of the ranks {sorted(ranks)}; expected one rank throughout.")
@@ -140,6 +141,16 @@ def _write_peft(checkpoint: Path, base: Path | None, out: Path) -> None:
         with SafetensorsWriter(folder / "adapter_model.safetensors", plan, {"format": "pt"}) as writer:
             for name in adapter.shapes:
                 writer.write(names[name], to_hf(name, adapter.read(name), head_dim))
+
+
+def _check_experts(source: Path, names: list[str]) -> None:
+    """Refuses what PEFT (0.21) makes nothing or something else of: transformers fuses the experts' w1 and w3."""
+    parts = {name.split(".lora_")[0].rpartition(".")[2] for name in names if ".experts." in name}
+    if parts & {"w1", "w3"} and not parts >= {"w1", "w2", "w3"}:
+        raise UserError(
+            f"{source} adapts {', '.join(sorted(parts))} of the experts, and PEFT computes adapters of w1 or w3 only "
+            "where w1, w2 and w3 all have one: export it with --to hf --merged."
+        )
 
 
 def _peft_config(names: list[str], rank: int, scaling: float) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class Batch:
     y_mask: np.ndarray | None = None  # [T] bool, true where trained; None where every position is
     rows: list[str] = dataclasses.field(default_factory=list)  # FILE:LINE of each document, padding left out
 
+    @property
+    def trained_tokens(self) -> int:
+        """Positions that carry loss."""
+        return len(self.x) if self.y_mask is None else int(self.y_mask.sum())
+
     @classmethod
     def collate(cls, sequences: list[Sequence]) -> "Batch":
         mask = np.concatenate([sequence.mask for sequence in sequences])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import textwrap
 import time
 from collections.abc import Mapping
@@ -64,12 +65,12 @@ class FaultTolerant:
 
 
 class TensorBoardTracker:
-    """Event files under `folder`; several writers may share it."""
+    """Event files under `folder`; several writers may share it. What it holds of step `void_from` on becomes void."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, void_from: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._writer = SummaryWriter(str(folder), flush_secs=10)
+        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=void_from)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -98,10 +99,14 @@ class WandbTracker:
 
 
 def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
-    """Returns a new wandb run: online unless the settings say otherwise or the server cannot be reached."""
+    """Returns a wandb run, the same for a run that goes on: online unless told otherwise or the server is away."""
     import wandb
 
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8), encoding="utf-8")
     options: dict[str, Any] = {
+        "id": id_file.read_text(encoding="utf-8"),
         "project": args.project,
         "name": args.run_name or run_dir.name,
         "dir": str(run_dir),
@@ -116,7 +121,7 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
             settings = wandb.Settings(
                 api_key=args.key, login_timeout=LOGIN_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, **private
             )
-            return wandb.init(**options, settings=settings)
+            return wandb.init(**options, resume="allow", settings=settings)
         except Exception as error:
             logger.warning(
                 "wandb could not start online (%s); this run is recorded offline under %s, to be uploaded with "
@@ -124,6 +129,7 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
                 describe(error),
                 run_dir / "wandb",
             )
+            del options["id"]  # wandb takes it for in use
     return wandb.init(**options, mode="offline", settings=wandb.Settings(**private))
 
 

@@ -1,0 +1,128 @@
+"""Measures the training of one model in this process."""
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.data import rows_file
+from benchmarks.measure import peak_rss
+from finetune.args import TrainArgs, read_train_args
+from finetune.data.data_loader import TrainLoader, build_data_loader
+from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.mixed_precision import choose_dtype
+from model.args import ModelArgs
+
+from .ours import build_ours
+from .peer import build_peft
+from .presets import PRESETS, Preset
+from .step import Trainee
+from .work import Work, matmul_rate, model_flops, recomputed_flops, synchronize
+
+BUILDERS = {"ours": build_ours, "peft": build_peft}
+_MEGABYTES = 4  # of rows, read again and again
+
+
+def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Builds, warms up and times one implementation in one setting (the options of benchmarks.train).
+
+    Raises:
+        UserError: a setting that the implementation does not have.
+    """
+    import_bytes = peak_rss()
+    torch.set_num_threads(case["threads"])
+    preset, device = PRESETS[case["preset"]], torch.device(case["device"])
+    shapes = dataclasses.replace(preset.shapes, vocab_size=case["vocab_size"] or preset.shapes.vocab_size)
+    args = train_args(preset, case)
+    rate = matmul_rate(device, choose_dtype(args.param_dtype, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    trainee = BUILDERS[impl](args, shapes, device)
+    work, numbers = _timed_steps(trainee, _batches(args, shapes), args, case["warmup"], device)
+    flops, seconds = model_flops(shapes, args.lora.rank, work), numbers["seconds"]
+    recomputed = recomputed_flops(shapes, args.lora.rank, work) if str(args.checkpoint).lower() == "true" else 0.0
+    return (
+        numbers
+        | _memory(device, import_bytes)
+        | {
+            "attention": trainee.attention,
+            "tokens_per_second": numbers["tokens"] / seconds,
+            "samples_per_second": work.complete / seconds,
+            "severed_documents": work.documents - work.complete,
+            "trained_share": work.trained / work.positions,
+            "flops_per_second": flops / seconds,
+            "matmul_flops_per_second": rate,
+            "mfu": flops / seconds / rate,
+            "hfu": (flops + recomputed) / seconds / rate,
+        }
+    )
+
+
+def train_args(preset: Preset, case: dict[str, Any]) -> TrainArgs:
+    """The YAML of a run in this setting, read as a user's would be; `case["set"]` adds keys and overrides them."""
+    source = "data" if preset.rows == "texts" else "instruct_data"
+    settings = {
+        "data": {source: str(rows_file(preset.rows, _MEGABYTES)), "packing": preset.packing},
+        "model_id_or_path": case["preset"],
+        "run_dir": "none",
+        "seq_len": case["seq_len"] or preset.seq_len,
+        "batch_size": preset.batch_size,
+        "num_microbatches": preset.num_microbatches,
+        "max_steps": case["warmup"] + case["steps"],
+        "lora.rank": preset.rank,
+        "checkpoint": case["checkpoint"],
+        "param_dtype": case["dtype"],
+        "attention": case["attention"],
+    }
+    settings |= dict(item.split("=", 1) for item in case["set"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmark.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return read_train_args(path)
+
+
+def _batches(args: TrainArgs, shapes: ModelArgs) -> TrainLoader:
+    tokenizer = load_instruct_tokenizer(Path("has no tokenizer"), min(shapes.vocab_size, 32768))
+    return build_data_loader(tokenizer, args.data, args.batch_size, args.seq_len, args.seed, 0, 1, is_eval=False)
+
+
+def _timed_steps(
+    trainee: Trainee, batches: TrainLoader, args: TrainArgs, warmup: int, device: torch.device
+) -> tuple[Work, dict[str, float]]:
+    work, losses = Work(), []
+    for step in range(args.max_steps):
+        if step == warmup:
+            synchronize(device)
+            start, filled = time.perf_counter(), batches.counts.filled
+        micro_batches = list(itertools.islice(batches, args.num_microbatches))
+        losses.append(trainee.step(micro_batches))
+        if step >= warmup:
+            for batch in micro_batches:
+                work.add(batch)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    tokens = batches.counts.filled - filled
+    batches.close()
+    return work, {
+        "seconds": seconds,
+        "tokens": tokens,
+        "first_loss": losses[0].item(),
+        "last_loss": losses[-1].item(),
+    }
+
+
+def _memory(device: torch.device, import_bytes: int) -> dict[str, int]:
+    """The process's peak since its start; on a GPU, what tensors took and what was reserved for them."""
+    if device.type == "cpu":
+        return {"peak_bytes": peak_rss(), "import_bytes": import_bytes}
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "host_peak_bytes": peak_rss(),
+    }

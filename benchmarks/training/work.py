@@ -1,0 +1,93 @@
+"""What a training step has to compute, and how fast the machine multiplies."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from finetune.data.data_loader import Batch
+from model.args import ModelArgs
+
+_BOS, _EOS = 1, 2  # of every tokenizer of Mistral's
+_MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclasses.dataclass
+class Work:
+    """What some batches held."""
+
+    positions: int = 0  # padding included
+    trained: int = 0  # positions with a loss
+    pairs: int = 0  # of a position and one that it sees, itself included
+    documents: int = 0
+    complete: int = 0  # documents that are whole samples
+
+    def add(self, batch: Batch) -> None:
+        sizes = np.array(batch.sizes)
+        self.positions += len(batch.x)
+        self.trained += len(batch.x) if batch.y_mask is None else int(batch.y_mask.sum())
+        self.pairs += int((sizes * (sizes + 1) // 2).sum())
+        self.documents += len(batch.rows)
+        self.complete += sum(_complete(batch))
+
+
+def _complete(batch: Batch) -> Iterator[bool]:
+    """Of each document, whether it begins and ends as a sample does; padding does not."""
+    end = 0
+    for size in batch.sizes:
+        start, end = end, end + size
+        yield bool(batch.x[start] == _BOS and batch.y[end - 1] == _EOS)
+
+
+def model_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
+    """Floating-point operations that the loss and the adapters' gradients need, whoever computes them.
+
+    Two per weight and position forward; as many for the input's gradient; of an adapter, as many again for its own.
+    Attention's backward pass has twice the products of its forward pass; the head only counts where there is a loss.
+    """
+    base, adapters = _block_weights(shapes, rank)
+    blocks = shapes.n_layers * work.positions * (4 * base + 6 * adapters)
+    head = 4 * shapes.dim * shapes.vocab_size * work.trained
+    return blocks + head + 3 * _attention_flops(shapes, work)
+
+
+def recomputed_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
+    """What recomputing every block adds to `model_flops`: their forward pass."""
+    base, adapters = _block_weights(shapes, rank)
+    return shapes.n_layers * work.positions * 2 * (base + adapters) + _attention_flops(shapes, work)
+
+
+def _block_weights(shapes: ModelArgs, rank: int) -> tuple[int, int]:
+    """Weights of a dense block's linear layers, and of their adapters."""
+    queries, keys = shapes.n_heads * shapes.head_dim, shapes.n_kv_heads * shapes.head_dim
+    dim, hidden = shapes.dim, shapes.hidden_dim
+    sides = [(dim, queries), (dim, keys), (dim, keys), (queries, dim), (dim, hidden), (dim, hidden), (hidden, dim)]
+    return sum(a * b for a, b in sides), rank * sum(a + b for a, b in sides)
+
+
+def _attention_flops(shapes: ModelArgs, work: Work) -> float:
+    """Of one forward pass: scores and their sum of values, where the causal mask lets them be."""
+    return 4 * shapes.n_layers * shapes.n_heads * shapes.head_dim * work.pairs
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> float:
+    """The highest FLOP/s of products of square random matrices: what the others are measured against."""
+    size = _MATMUL_SIZES[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    seconds = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queue of work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
