@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from finetune.args import load_train_args
 from finetune.data.data_loader import Batch
 from finetune.inference import load_trained
 from finetune.loss import batch_loss
+from finetune.manifest import seal
 from finetune.optim import build_optimizer
 from finetune.wrapped_model import trainable_parameters
 from model.errors import UserError
@@ -21,7 +23,7 @@ from model.generate import generate
 from model.lora import merge_lora
 from model.transformer import Transformer
 from tests.checkpoints import make_tiny_checkpoint
-from tests.kill_runs import SMALL
+from tests.kill_runs import COMPARED, SMALL, ForkedRun, curve, kill_test_config
 from tests.run_trajectories import INPUTS, read_jsonl, torchrun
 from tests.test_training import build, loaders, logits_of, run_here, small_config, trained, weights_folder
 
@@ -161,3 +163,47 @@ def test_an_adapter_of_other_layers_is_no_start(by_tokens, tmp_path, moe):
     config = small_config(tmp_path, moe, lora={"rank": 4, "targets": ["wq", "wk"], "from_adapter": str(adapter)})
     with pytest.raises(UserError, match=r"`lora.targets: \[wq, wk\]`: .*attention.wk.lora_A.weight is missing"):
         run_here(config)
+
+
+@pytest.mark.parametrize("name, ranks", [("cosine", 1), ("linear", 1), ("constant", 2)])
+def test_a_run_goes_on_with_schedule_targets_and_normalization(name, ranks, tmp_path):
+    settings = {
+        "optim": {"lr": 0.01, "schedule": name, "pct_start": 0.3},
+        "lora": {"rank": 4, "dropout": 0.1, "alpha": 6, "targets": ["wv", "output"]},
+        "loss_normalization": "tokens",
+        "num_microbatches": 2,
+        "num_ckpt_keep": None,
+    }
+    whole = kill_test_config(tmp_path, "whole", **settings)
+    assert ForkedRun(whole, ranks).wait() == [0] * ranks
+    checkpoint = whole.with_suffix("") / "checkpoints" / "checkpoint_000004"
+    later = kill_test_config(tmp_path, "later", resume=str(checkpoint), **settings)
+    assert ForkedRun(later, ranks).wait() == [0] * ranks
+    expected, found = curve(whole.with_suffix("")), curve(later.with_suffix(""))
+    assert all(found[tag] == [row for row in expected[tag] if row[0] > 4] and found[tag] for tag in COMPARED)
+
+
+def test_these_settings_make_another_run_but_their_absence_does_not(tmp_path):
+    """A run saved before the settings existed has none of them in its state."""
+    config = kill_test_config(tmp_path, "run", ckpt_freq=14)
+    assert ForkedRun(config, 1).wait() == [0]
+    checkpoint = config.with_suffix("") / "checkpoints" / "checkpoint_000014"
+    changed = {
+        "optim": {"lr": 0.01, "schedule": "linear"},
+        "lora": {"rank": 4, "dropout": 0.1, "targets": ["wq"]},
+        "loss_normalization": "tokens",
+    }
+    run = ForkedRun(kill_test_config(tmp_path, "changed", resume=str(checkpoint), **changed), 1)
+    assert run.wait() == [1]
+    assert set(re.findall(r"^  - `(.*?)` is", run.log, re.MULTILINE)) == {
+        *("optim.schedule", "lora.targets", "loss_normalization")
+    }
+    state = checkpoint / "state" / "run.json"
+    saved = json.loads(state.read_text())
+    del saved["args"]["loss_normalization"], saved["args"]["optim"]["schedule"], saved["args"]["lora"]["targets"]
+    state.write_text(json.dumps(saved))
+    seal(checkpoint)
+    later = kill_test_config(tmp_path, "later", resume=str(checkpoint))
+    run = ForkedRun(later, 1)
+    assert run.wait() == [0], run.log
+    assert [row[0] for row in curve(later.with_suffix(""))["train"]] == [15, 16]
