@@ -32,7 +32,7 @@ from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.optim import Schedule, build_optimizer
 from finetune.preemption import EXIT_INTERRUPTED, stop_requests
-from finetune.preflight import check_preflight, out_of_memory_advice
+from finetune.preflight import check_preflight, check_shared, out_of_memory_advice
 from finetune.resume import RunState, find_saved_state
 from finetune.utils import TrainState, create_run_dir, set_seed
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
@@ -91,7 +91,7 @@ def train_step(
     return StepResult(loss, grad_norm, lr, skipped=not finite)
 
 
-def tokens_per_rank(batches: list[Batch], world: World) -> float:
+def count_tokens_per_rank(batches: list[Batch], world: World) -> float:
     """The mean over ranks of the tokens that a step trains on."""
     own = sum(batch.trained_tokens for batch in batches)
     return world.mean(torch.tensor(own, dtype=torch.float64)).item()
@@ -128,6 +128,7 @@ def run(args: TrainArgs, world: World) -> None:
     world.together(batches.wait_for_first)
     examiner = Examiner(args, tokenizer, answer_scores, world)
     world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
+    world.together(lambda: check_shared(run_dir))
     logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
 
     model = build_model(base, args, hardware, world)
@@ -136,9 +137,10 @@ def run(args: TrainArgs, world: World) -> None:
     checkpointer = Checkpointer(model, tokenizer, args, run_dir, hardware.dtype, world)
     guards = Guards(args.guards, run_dir / "rescue", world.rank)
     state, best_so_far = TrainState(args.max_steps), BestSoFar(args.early_stopping)
-    run_state = RunState(model, optimizer, schedule, scaler, state, best_so_far, batches)
+    run_state = RunState(model, optimizer, schedule, scaler, state, best_so_far, guards, batches)
     if saved:
-        run_state.restore(saved, world)
+        run_state.restore(saved, args, world)
+    checkpointer.settle(state.step)
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
@@ -147,6 +149,7 @@ def run(args: TrainArgs, world: World) -> None:
         eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
         bar = stack.enter_context(progress_bar(state, world))
         stop = stack.enter_context(stop_requests())
+        stack.push(world.announce)
 
         if state.step == 0 and (metrics := examiner.examine(model, state)):
             eval_log.log(metrics, 0)
@@ -154,7 +157,7 @@ def run(args: TrainArgs, world: World) -> None:
         while state.step < args.max_steps and not best_so_far.patience_is_over:
             with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
                 step_batches = list(itertools.islice(batches, args.num_microbatches))
-                tokens = tokens_per_rank(step_batches, world) if args.loss_normalization == "tokens" else None
+                tokens = count_tokens_per_rank(step_batches, world) if args.loss_normalization == "tokens" else None
                 result = train_step(
                     model, step_batches, optimizer, schedule, scaler, args.max_norm, world.device, tokens
                 )
@@ -162,7 +165,7 @@ def run(args: TrainArgs, world: World) -> None:
             bar.update()
 
             log_due = state.step % args.log_freq == 0
-            complaint = guards.watch_step(state, step_batches, result)
+            complaint = guards.watch_step(state, step_batches, result.skipped)
             if log_due or examiner.loss_due(state):
                 state.note_loss(world.mean(result.loss).item())
                 complaint = complaint or guards.watch_loss(state, step_batches)
@@ -175,7 +178,7 @@ def run(args: TrainArgs, world: World) -> None:
             if metrics := examiner.examine(model, state):
                 eval_log.log(metrics, state.step)
             improved = best_so_far.improved(metrics) and args.keep_best
-            stopping = world.any(bool(stop))
+            stopping = world.any(bool(stop) or checkpointer.has_failed)
             save_due = improved or stopping or best_so_far.patience_is_over or state.due(args.ckpt_freq)
             if save_due and not args.no_ckpt:
                 state.checkpoint = checkpointer.save(state.step, run_state, best=improved)

@@ -35,9 +35,9 @@ from model.weights import SAFETENSORS_NAME, SafetensorsWriter
 
 from .args import TrainArgs
 from .distributed import World
-from .manifest import damage, seal
+from .manifest import damage, seal, sync_folder
 from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
-from .utils import saved_checkpoints
+from .utils import checkpoint_name, saved_checkpoints, step_of
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
@@ -78,9 +78,28 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._saving: Path | None = None
-        if world.is_master:
-            for left in self.folder.glob("tmp.*"):  # by a process that died while saving
-                shutil.rmtree(left, ignore_errors=True)
+
+    def settle(self, step: int) -> None:
+        """Finishes what a process that died left half done, and sets aside what lies ahead of `step`, on rank 0.
+
+        What lies ahead is damaged, or was saved by a run that went on from here before: kept, under another name, it
+        is neither continued nor in the way.
+        """
+        if not self._world.is_master or not self.folder.is_dir():
+            return
+        for left in self.folder.glob("tmp.*"):
+            left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
+        for ahead in (path for path in saved_checkpoints(self.folder) if step_of(path) > step):
+            _remove(superseded := ahead.with_name(f"superseded_{ahead.name}"))
+            os.replace(ahead, superseded)
+        if (newest := self.folder / checkpoint_name(step)).is_dir():
+            run = json.loads((newest / STATE_NAME / RUN_NAME).read_text(encoding="utf-8"))
+            self._link_and_prune(newest, run["best"])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save under way has failed on this rank, so that `finish` will raise."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def save(self, step: int, state: RunState | None = None, best: bool = False) -> Path:
         """Starts saving, on every rank.
@@ -97,7 +116,7 @@ class Checkpointer:
             UserError: the disk refused this save or the one before, on every rank; what was saved before is untouched.
         """
         self.finish()
-        self._saving = final = self.folder / f"checkpoint_{step:06d}"
+        self._saving = final = self.folder / checkpoint_name(step)
         aside = final.with_name(f"tmp.{final.name}")
         self._on_master(lambda: _start_folder(aside, ["consolidated"] + [STATE_NAME] * (state is not None)))
         export = self._gathered()
@@ -105,7 +124,7 @@ class Checkpointer:
             export = iter([(name, tensor.to("cpu", copy=True)) for name, tensor in export if self._world.is_master])
         else:
             self._together(lambda: self._write_merged(aside, export))
-        written = self._start_writing(state, aside) if state is not None else None
+        written = self._start_writing(state, aside, best) if state is not None else None
         if self._world.is_master:
             self._pending = self._background.submit(self._complete, aside, final, export, written, best)
         else:
@@ -139,10 +158,10 @@ class Checkpointer:
                 shutil.rmtree(self._saving.with_name(f"tmp.{self._saving.name}"), ignore_errors=True)
         self._world.fail_together(failure)
 
-    def _start_writing(self, state: RunState, aside: Path) -> Future:
+    def _start_writing(self, state: RunState, aside: Path, best: bool) -> Future:
         """Copies this rank's part of the state and has it written in the background."""
         folder = aside / STATE_NAME
-        run = state.of_run(self._args, self._world)
+        run = state.of_run(self._args, self._world) | {"best": best}
 
         def write_numbers() -> None:
             (folder / rank_name(self._world.rank)).write_text(json.dumps(state.of_rank()), encoding="utf-8")
@@ -168,14 +187,12 @@ class Checkpointer:
             seal(aside)
             _remove(final)
             os.replace(aside, final)
+            sync_folder(self.folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         if fault := damage(final, hashes=False):
             raise UserError(f"it is not whole on the disk ({fault})")
-        _link(self.folder / LAST_NAME, final)
-        if best:
-            _link(self.folder / BEST_NAME, final)
-        self._prune()
+        self._link_and_prune(final, best)
         logger.info("Saved %s", final / "consolidated")
 
     def _write_merged(self, aside: Path, export: _Export) -> None:
@@ -218,7 +235,10 @@ class Checkpointer:
             lora["base_model"] = self._args.model_id_or_path  # an adapter is of no use without it
         return params | {"lora": lora, "moe": moe}
 
-    def _prune(self) -> None:
+    def _link_and_prune(self, newest: Path, best: bool) -> None:
+        _link(self.folder / LAST_NAME, newest)
+        if best:
+            _link(self.folder / BEST_NAME, newest)
         if self._args.num_ckpt_keep is not None:
             best = (self.folder / BEST_NAME).resolve()
             for path in saved_checkpoints(self.folder)[: -self._args.num_ckpt_keep]:
@@ -249,11 +269,14 @@ def _reason(error: BaseException) -> str:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Points `link` at `target`, a neighbour; there is no moment without a link."""
+    """Points `link` at `target`, a neighbour; there is no moment without a link. Some file systems have none."""
     aside = link.with_name(f"tmp.{link.name}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.name, target_is_directory=True)
-    os.replace(aside, link)
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(target.name, target_is_directory=True)
+        os.replace(aside, link)
+    except OSError as error:
+        logger.warning("No link %s could be made (%s); the checkpoint itself is saved.", link, error.strerror)
 
 
 def tokenizer_file_name(tokenizer: InstructTokenizerBase) -> str:

@@ -30,6 +30,7 @@ class World:
     size: int
     device: torch.device
     background_group: dist.ProcessGroup | None = None  # for collectives beside those of the training thread
+    failures: "FailureWatch | None" = None
 
     @property
     def is_master(self) -> bool:
@@ -83,6 +84,14 @@ class World:
         self.fail_together(message)
         return result  # type: ignore[return-value]
 
+    def announce(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Tells the other processes that this one fails; what it still has to close may take its time.
+
+        An exit callback of contextlib.ExitStack.
+        """
+        if self.failures and isinstance(error, Exception):
+            self.failures.announce(error)
+
     def fail_together(self, message: str | None) -> None:
         """Ends every rank if any of them brings a message.
 
@@ -112,7 +121,7 @@ def init_world() -> Iterator[World]:
     dist.init_process_group(backend, store=_connect(size, may_host=rank == 0), rank=rank, world_size=size)
     failures = FailureWatch(_connect(size), rank)
     try:
-        yield World(rank, size, device, dist.new_group(backend="gloo"))
+        yield World(rank, size, device, dist.new_group(backend="gloo"), failures)
     except Exception as error:
         failures.announce(error)
         raise

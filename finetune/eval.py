@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ class BestSoFar:
         value = metrics.get(self._metric)
         if value is None:
             return False
-        if self._best is None or self._sign * value > self._sign * self._best:
+        if math.isfinite(value) and (self._best is None or self._sign * value > self._sign * self._best):
             self._best, self._worse_since = value, 0
             return True
         self._worse_since += 1

@@ -16,7 +16,7 @@ from .data.args import DataArgs
 from .data.tokenize import load_instruct_tokenizer
 from .distributed import World
 from .hardware import choose_device, choose_hardware
-from .utils import saved_checkpoints
+from .utils import saved_checkpoints, step_of
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 
@@ -75,7 +75,7 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
         raise UserError(f"{run_dir} is no run folder: it holds no args.yaml.")
     saved = saved_checkpoints(run_dir / "checkpoints")
     if step is not None:
-        saved = [path for path in saved if int(path.name.removeprefix("checkpoint_")) == step]
+        saved = [path for path in saved if step_of(path) == step]
     if not saved:
         which = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise UserError(f"{run_dir} holds no {which}; train it first, or name another folder.")

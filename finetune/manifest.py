@@ -20,6 +20,17 @@ def seal(folder: Path) -> None:
         json.dump({"files": facts}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_folder(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the folder's entries, and so renames in it, reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def damage(folder: Path, hashes: bool = True) -> str | None:

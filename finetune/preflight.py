@@ -1,6 +1,7 @@
 """What can be known to fail before anything is loaded."""
 
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from model.errors import UserError
 from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware
+from .utils import saved_checkpoints
 from .wrapped_model import BaseModel, empty_model
 
 _GIB = 1024**3
@@ -22,7 +24,7 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     Raises:
         UserError: on every rank, with what is missing.
     """
-    assert world.sum(torch.ones((), device=world.device)).item() == world.size
+    world.sum(torch.ones((), device=world.device))  # where ranks cannot reach each other, it shows here
     parameters = [(p.numel(), p.requires_grad) for p in empty_model(base, args, hardware).parameters()]
     trained = sum(count for count, trains in parameters if trains)
     frozen = sum(count for count, trains in parameters if not trains)
@@ -31,14 +33,27 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     weights_bytes = (frozen * hardware.dtype.itemsize + trained * (_TRAINED_BYTES + 4)) / world.size
     world.together(lambda: check_memory(hardware.device, weights_bytes))
     if not args.no_ckpt:
-        world.together(lambda: check_disk(run_dir, checkpoint_bytes, _planned(args)) if world.is_master else None)
+        world.together(
+            lambda: check_disk(run_dir, checkpoint_bytes, _planned(args, run_dir)) if world.is_master else None
+        )
 
 
-def _planned(args: TrainArgs) -> int:
-    """Checkpoints that lie on the disk at once: those kept, and the one being written."""
-    saved = args.max_steps // args.ckpt_freq + 1 if args.ckpt_freq else 1
-    kept = saved if args.num_ckpt_keep is None else min(saved, args.num_ckpt_keep + 1)
-    return kept + args.keep_best
+def _planned(args: TrainArgs, run_dir: Path) -> int:
+    """Checkpoints there will be at once beside those there are: the kept ones, and the one being written."""
+    saved = -(-args.max_steps // args.ckpt_freq) if args.ckpt_freq else 1
+    if args.keep_best:
+        saved += -(-args.max_steps // args.eval_freq) if args.eval_freq else 1
+    most = saved if args.num_ckpt_keep is None else min(saved, args.num_ckpt_keep + 1 + args.keep_best)
+    return max(1, most - len(saved_checkpoints(run_dir / "checkpoints")))
+
+
+def check_shared(run_dir: Path) -> None:
+    """Raises UserError where a process does not see the run folder that rank 0 made."""
+    if not (run_dir / "args.yaml").is_file():
+        raise UserError(
+            f"A process on {socket.gethostname()} does not see the run folder {run_dir}: `run_dir` must lie on a file "
+            "system that all nodes share."
+        )
 
 
 def check_disk(run_dir: Path, checkpoint_bytes: float, planned: int) -> None:
@@ -47,7 +62,7 @@ def check_disk(run_dir: Path, checkpoint_bytes: float, planned: int) -> None:
     free, needed = shutil.disk_usage(folder).free, checkpoint_bytes * planned
     if free < needed:
         raise UserError(
-            f"The disk of {folder} has {free / _GIB:.1f} GiB free; {planned} checkpoints of "
+            f"The disk of {folder} has {free / _GIB:.1f} GiB free; {planned} more checkpoints of "
             f"{checkpoint_bytes / _GIB:.1f} GiB need {needed / _GIB:.1f} GiB. Free some, choose another `run_dir`, or "
             "lower `num_ckpt_keep`."
         )

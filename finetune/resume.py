@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,6 +31,7 @@ from .data.args import DataArgs
 from .data.data_loader import TrainLoader
 from .distributed import World
 from .eval import BestSoFar
+from .guards import Guards
 from .manifest import damage
 from .mixed_precision import LossScaler
 from .utils import TrainState, saved_checkpoints
@@ -57,10 +59,12 @@ class RunState:
     scaler: LossScaler
     progress: TrainState
     best_so_far: BestSoFar
+    guards: Guards
     batches: TrainLoader
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The trained parameters and the optimizer's state: the tensors themselves, or this rank's shards of them."""
+        _fill_in(self.optimizer)
         options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
         model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
         parts = {"model": model, "optimizer": optimizer}
@@ -78,23 +82,30 @@ class RunState:
             "progress": self.progress.state_dict() | {"trained_tokens": trained_tokens},
             "best_so_far": self.best_so_far.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "guards": self.guards.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()},
             "groups": [_settings(group) for group in self.optimizer.param_groups],
             "world_size": world.size,
             "args": args.to_dict(),
         }
 
-    def restore(self, saved: "SavedState", world: World) -> None:
-        """Continues from `saved` on every rank; the data loader has been told its place before."""
-        reader = HuggingFaceStorageReader(str(saved.folder))
-        dcp.load(self.tensors(), storage_reader=reader, no_dist=world.size == 1)
+    def restore(self, saved: "SavedState", args: TrainArgs, world: World) -> None:
+        """Continues from `saved` on every rank; the data loader has been told its place before.
+
+        Raises:
+            UserError, SystemExit: the state cannot be read, on every rank.
+        """
+        tensors = self.tensors()
+        world.together(lambda: _load(tensors, saved.folder, world))
         run = saved.run
         self.progress.load_state_dict(run["progress"])
         self.progress.checkpoint = saved.folder.parent / "consolidated"
         if not world.is_master:
             self.progress.trained_tokens = 0  # the sum of all ranks goes on at one of them
-        self.best_so_far.load_state_dict(run["best_so_far"])
+        if saved.measures_as(args):
+            self.best_so_far.load_state_dict(run["best_so_far"])
         self.scaler.load_state_dict(run["scaler"])
+        self.guards.load_state_dict(run["guards"])
         self.schedule.last_epoch = run["schedule"]["last_epoch"]
         self.schedule._last_lr = run["schedule"]["last_lr"]
         for group, settings in zip(self.optimizer.param_groups, run["groups"], strict=True):
@@ -113,6 +124,13 @@ class SavedState:
     @property
     def step(self) -> int:
         return self.run["progress"]["step"]
+
+    def measures_as(self, args: TrainArgs) -> bool:
+        """Whether evaluations before and after can be compared, and the best checkpoint is in the same run folder."""
+        before, now = self.run["args"], args.to_dict()
+        same_data = before["data"]["eval_instruct_data"] == now["data"]["eval_instruct_data"]
+        same_folder = Path(args.run_dir).resolve() in self.folder.resolve().parents
+        return same_data and before["eval_generation"] == now["eval_generation"] and same_folder
 
     def of_rank(self, world: World) -> dict[str, Any] | None:
         """What this rank had of its own; None where another number of ranks was at work."""
@@ -154,25 +172,25 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
 def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
     # os.path.exists is not put off by names that no file can have.
     inhabited = os.path.exists(run_dir) and not (run_dir.is_dir() and not any(run_dir.iterdir()))
-    if resume not in ("never", "auto"):
-        chosen = Path(resume)
-        if inhabited and run_dir.resolve() not in chosen.resolve().parents:
-            raise UserError(f"The run folder {run_dir} already exists, and `resume` names a checkpoint of another run.")
-        if not (chosen / STATE_NAME / RUN_NAME).is_file():
-            raise UserError(f"`resume`: {chosen} is no checkpoint to go on from: it holds no {STATE_NAME}/{RUN_NAME}.")
-        if fault := damage(chosen):
-            raise UserError(f"`resume`: the checkpoint {chosen} is damaged: {fault}. Name an earlier one.")
-        return chosen
-    if not inhabited:
-        return None
-    if resume == "never":
+    seed = None if resume in ("never", "auto") else Path(resume)
+    if inhabited and resume == "never":
         raise UserError(
             f"The run folder {run_dir} already exists. Set `resume: auto` to go on with that run, choose another "
             "`run_dir`, or move it away first."
         )
-    if not (run_dir / "args.yaml").is_file():
+    if inhabited and not (run_dir / "args.yaml").is_file():
         raise UserError(f"The run folder {run_dir} is not empty and holds no run (no args.yaml). Choose another.")
-    return _newest_sound_checkpoint(run_dir)
+    if inhabited and (newest := _newest_sound_checkpoint(run_dir)):
+        return newest
+    return seed and _sound(seed)
+
+
+def _sound(chosen: Path) -> Path:
+    if not (chosen / STATE_NAME / RUN_NAME).is_file():
+        raise UserError(f"`resume`: {chosen} is no checkpoint to go on from: it holds no {STATE_NAME}/{RUN_NAME}.")
+    if fault := damage(chosen):
+        raise UserError(f"`resume`: the checkpoint {chosen} is damaged: {fault}. Name an earlier one.")
+    return chosen
 
 
 def _newest_sound_checkpoint(run_dir: Path) -> Path | None:
@@ -219,6 +237,26 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
         elif old != new:
             found.append(f"`{name}` is {new!r}, it was {old!r}")
     return found
+
+
+def _fill_in(optimizer: Optimizer) -> None:
+    """Gives Adam the state it starts from where it has none yet: no step has been taken, or all were skipped."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                # As the optimizers themselves do it: the step's number stays on the CPU unless they are fused.
+                state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _load(tensors: dict[str, torch.Tensor], folder: Path, world: World) -> None:
+    """Fills this rank's `tensors` from `folder`."""
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise UserError(f"The state in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run needs besides model and data: seeds, its folder, its state."""
 
 import dataclasses
+import os
 import random
 import re
 import time
@@ -32,7 +33,16 @@ _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 def saved_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
     found = [path for path in folder.glob("checkpoint_*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
+    return sorted(found, key=step_of)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"checkpoint_{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step behind which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("checkpoint_"))
 
 
 def create_run_dir(run_dir: Path, args: TrainArgs) -> None:
@@ -43,7 +53,9 @@ def create_run_dir(run_dir: Path, args: TrainArgs) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.yaml").write_text(yaml.safe_dump(args.to_dict()), encoding="utf-8")
+        aside = run_dir / "tmp.args.yaml"
+        aside.write_text(yaml.safe_dump(args.to_dict()), encoding="utf-8")
+        os.replace(aside, run_dir / "args.yaml")
     except OSError as error:
         raise UserError(f"The run folder {run_dir} cannot be written: {error.strerror}.") from error
 

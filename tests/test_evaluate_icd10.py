@@ -263,7 +263,7 @@ GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
         ([GOOD, {"id": "b"}], "p.jsonl, line 2: neither an `answer` that is a text nor `codes`"),
         ([{"id": "a", "codes": [10]}], 'p.jsonl, line 1: a code that is neither "I10" nor'),
         ([{"id": "a", "codes": [{"role": "chief", "code": "I10"}]}], "line 1: a code that is neither"),
-        ([{"id": "z", "answer": "I10"}], "No prediction is for a gold note: the first is for 'z'"),
+        ([{"id": "z", "answer": "I10"}], "No prediction is for a gold row: the first is for 'z'"),
         ([], "p.jsonl is empty"),
         ([["I10"]], "p.jsonl, line 1: not a valid JSON object"),
     ],

@@ -139,6 +139,20 @@ def test_a_head_with_an_adapter_has_the_plain_ones_loss_and_gradients(rows_per_c
         torch.testing.assert_close(gradient.double(), plain_one, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_factors_of_an_adapted_layer_multiply_to_its_output(training):
+    layer = LoRALinear(D, V, LoraArgs(rank=2, dropout=0.5, scaling=3.0)).train(training)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(5, D)
+    torch.manual_seed(0)
+    expected = layer(x)
+    torch.manual_seed(0)  # the same inputs are dropped
+    factor, matrix = layer.as_product(x)
+    torch.testing.assert_close(factor @ matrix.T, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert layer.as_product(x)[0].equal(factor) is not training
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the most elements of any tensor that an operation returns."""
 

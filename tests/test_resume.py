@@ -1,6 +1,7 @@
 """Runs that are interrupted, go wrong or cannot be gone on with: real processes, real signals, real files."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from finetune import preflight
+from finetune.args import EarlyStoppingArgs
+from finetune.eval import BestSoFar
 from finetune.manifest import MANIFEST_NAME, damage, seal
 from finetune.utils import saved_checkpoints
 from model.errors import UserError
@@ -69,7 +72,7 @@ def copy_run(run_dir: Path, folder: Path, name: str, **settings) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_at_any_instant_goes_on_as_if_nothing_had_happened(ranks, folder):
-    doing = run_trials(folder, ranks, kills=10, seed=int(time.time()))
+    doing = run_trials(folder, ranks, kills=10, seed=ranks)
     assert sum(doing.values()) == 10
 
 
@@ -87,6 +90,28 @@ def test_what_alters_data_or_model_is_refused_by_name(finished, folder):
     named = set(re.findall(r"^  - `(.*?)` is", log, re.MULTILINE))
     assert named == {"seq_len", "lora.rank", "max_steps"} and "`seq_len` is 256, it was 512" in log
     assert steps(folder / "altered") == [14]
+
+
+def test_a_branch_started_again_goes_on_with_itself(finished, folder):
+    checkpoint = finished / "checkpoints" / "checkpoint_000014"
+    config = kill_test_config(folder, "branch_again", resume=str(checkpoint), ckpt_freq=1)
+    assert start(config)[0] == [0]
+    codes, log = start(config)
+    assert codes == [0] and f"Goes on from {folder / 'branch_again'}" in log, log
+
+
+def test_what_a_dying_process_left_half_done_is_finished(finished, folder):
+    """Killed behind the rename, before links and pruning; or while an older checkpoint was being removed."""
+    config = kill_test_config(folder, "half_done")
+    checkpoints = folder / "half_done" / "checkpoints"
+    shutil.copytree(finished, folder / "half_done", symlinks=True)
+    (checkpoints / "last").unlink()
+    (checkpoints / "tmp.last").symlink_to("checkpoint_000014")
+    shutil.copytree(checkpoints / "checkpoint_000014", checkpoints / "checkpoint_000012")
+    (checkpoints / "tmp.old_checkpoint_000010").mkdir()
+    assert start(config)[0] == [0]
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint_000014", "checkpoint_000016", "last"}
+    assert (checkpoints / "last").resolve().name == "checkpoint_000016"
 
 
 def test_changed_data_are_refused(finished, folder, tmp_path):
@@ -108,7 +133,7 @@ def test_what_only_watches_may_change(finished, folder):
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, folder):
-    config = copy_run(finished, folder, "damaged")
+    config = copy_run(finished, folder, "damaged", num_ckpt_keep=1)
     run_dir = config.with_suffix("")
     shutil.copytree(finished / "checkpoints" / "checkpoint_000016", run_dir / "checkpoints" / "checkpoint_000016")
     shard = next((run_dir / "checkpoints" / "checkpoint_000016" / "state").glob("*.safetensors"))
@@ -119,6 +144,9 @@ def test_a_damaged_checkpoint_is_passed_over(finished, folder):
     assert codes == [0], log
     assert "checkpoint_000016 is damaged" in log and "behind step 14" in log
     assert curve(run_dir) == curve(finished)
+    left = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert left == {"checkpoint_000016", "superseded_checkpoint_000016", "last"}
+    assert damage(run_dir / "checkpoints" / "last") is None
 
 
 def test_nothing_sound_to_go_on_from_is_an_error(finished, folder):
@@ -142,7 +170,6 @@ def test_another_number_of_processes_goes_on_with_weights_and_optimizer(before, 
     first = kill_test_config(folder, f"{name}_first")
     assert start(first, before)[0] == [0] * before
     checkpoint = folder / f"{name}_first" / "checkpoints" / "checkpoint_000014"
-    # With a rate of 0 from here on, what is saved next is what was loaded.
     config = kill_test_config(folder, name, resume=str(checkpoint), ckpt_freq=1, num_ckpt_keep=None)
     state = json.loads((checkpoint / "state" / "run.json").read_text())
     codes, log = start(config, after)
@@ -150,21 +177,12 @@ def test_another_number_of_processes_goes_on_with_weights_and_optimizer(before, 
     assert f"with {before} processes and goes on with {after}" in log and "dealt out anew" in log
     rates = {row["step"]: row["lr"] for row in read_jsonl(folder / name / "metrics.train.jsonl")}
     assert list(rates) == [15, 16] and rates[15] == state["schedule"]["last_lr"][0]
-
-
-def test_state_is_the_same_tensors_whoever_loads_it(folder):
-    """Two ranks' shards, loaded by one, saved again without a step: the adapter must come out unchanged."""
-    config = kill_test_config(folder, "shards", max_steps=4, ckpt_freq=4, optim={"lr": 0.01})
-    assert start(config, 2)[0] == [0, 0]
-    saved = folder / "shards" / "checkpoints" / "checkpoint_000004"
-    again = kill_test_config(folder, "again_shards", max_steps=4, resume=str(saved))
-    assert start(again, 1)[0] == [0]
-    config = kill_test_config(folder, "shards_once_more", max_steps=4, resume=str(saved))
-    shapes = [tensor.shape for tensor in load_file(saved / "consolidated" / "lora.safetensors").values()]
-    whole = sum(shape.numel() for shape in shapes)
-    shards = [load_file(path) for path in (saved / "state").glob("*.safetensors")]
-    models = [{name: t for name, t in shard.items() if name.startswith("model.")} for shard in shards]
-    assert sum(t.numel() for model in models for t in model.values()) == whole
+    # One step at that small a rate changes little: what was loaded is what had been saved, and Adam's moments with it.
+    adapters = [checkpoint, folder / name / "checkpoints" / "checkpoint_000015"]
+    saved, next_one = (load_file(path / "consolidated" / "lora.safetensors") for path in adapters)
+    for tensor_name, tensor in saved.items():
+        assert (tensor - next_one[tensor_name]).abs().max() <= 3 * rates[15]
+        assert ".lora_A" in tensor_name or tensor.abs().max() > 30 * rates[15]
 
 
 @pytest.mark.parametrize(
@@ -273,11 +291,18 @@ def test_fp16_that_overflows_stops_with_sound_weights(folder):
     for checkpoint in checkpoints:
         for tensor in load_file(checkpoint / "consolidated" / "lora.safetensors").values():
             assert tensor.isfinite().all()
+    again, log = start(config)  # the state goes on, too, where the optimizer may not have taken a single step
+    assert again == [1] and "Goes on from" in log and "Traceback" not in log, log
     kept = sorted((run_dir / "rescue").iterdir())
-    assert len(kept) >= 30
+    assert len(kept) == 30
     record = json.loads(kept[-1].read_text())
     assert record["rows"] and all(re.fullmatch(r".*train_icd\.jsonl:\d+", row) for row in record["rows"])
-    assert set(record) == {"step", "loss", "rows"}
+    assert set(record) == {"step", "rows"}
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best():
+    best = BestSoFar(EarlyStoppingArgs(metric="eval_loss", patience=3))
+    assert [best.improved({"eval_loss": loss}) for loss in (math.nan, 2.0, math.inf, 1.0)] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -314,7 +339,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
 def test_a_disk_too_small_for_the_plan_is_known_at_once(folder, monkeypatch):
     config = kill_test_config(folder, "planned", num_ckpt_keep=None)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
-    with pytest.raises(UserError, match=r"9 checkpoints of 0\.0 GiB need"):
+    with pytest.raises(UserError, match=r"8 more checkpoints of 0\.0 GiB need"):
         train.train(str(config))
     assert not config.with_suffix("").exists()
 

@@ -11,22 +11,20 @@ named by their line, from 1; predictions may count from 0. A note without predic
 import argparse
 import csv
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from finetune.cli import run_cli
-from model.errors import UserError
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
 from utils.icd10.metrics import evaluate_codings, rule_rates
-from utils.icd10.predictions import Prediction, match_predictions, read_gold, read_predictions
+from utils.icd10.predictions import Prediction, read_gold, read_predictions
 from utils.icd10.report import LEVEL_NAMES, html_page, score_rows, warnings
-from utils.rows.jsonl import aside, file_errors
+from utils.rows.jsonl import require_own_names, save
+from utils.rows.named import match_names
 
 MOST_FREQUENT = 15  # codes that are named among the missed and the added
 
@@ -133,26 +131,6 @@ def summarise(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *warnings(result)])
 
 
-def save(contents: Mapping[Path, str]) -> None:
-    """Writes files, all of them or none."""
-    with file_errors(), ExitStack() as stack:
-        for path in contents:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        temporaries = {path: stack.enter_context(aside(path)) for path in contents}
-        for path, text in contents.items():
-            temporaries[path].write_text(text, encoding="utf-8", newline="")
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-
-
-def _require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    resolved = [path.resolve() for path in outputs]
-    taken = {path.resolve() for path in inputs}
-    for path, real in zip(outputs, resolved):
-        if real in taken or resolved.count(real) > 1:
-            raise UserError(f"{path} would be written and is another file of this command; give another name.")
-
-
 def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     buffer = StringIO()
     first, *others = rows
@@ -177,27 +155,18 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _predict(run_dir: Path, gold: Path) -> Path:
-    """Answers the gold notes with a run's newest checkpoint; asked again, it finds its answers in the run folder."""
-    from finetune.inference import find_checkpoint  # torch, which scores alone do not need
-    from utils.predict_icd10 import code_notes
-
-    checkpoint = find_checkpoint(run_dir)
-    answers = run_dir / "predictions" / f"{gold.stem}.{checkpoint.name}.jsonl"
-    code_notes(run_dir, gold, answers)
-    return answers
-
-
 def main() -> None:
     args = _arguments()
     if args.run:
-        args.predictions = _predict(args.run, args.gold)
+        from utils.predict_icd10 import answer_with_newest  # torch, which scores alone do not need
+
+        args.predictions = answer_with_newest(args.run, args.gold)
     outputs = [path for path in (args.json, args.html, args.csv) if path]
-    _require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
+    require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = list(read_gold(args.train).values()) if args.train else None
     gold = read_gold(args.gold)
-    predictions = match_predictions(gold, read_predictions(args.predictions))
+    predictions = match_names(gold, read_predictions(args.predictions))
     result = evaluate(gold, predictions, table, training, args.seed)
     contents = {args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"}
     if args.html:

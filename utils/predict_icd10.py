@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from finetune.cli import run_cli
 from finetune.data.tokenize import SampleEncoder, parse_conversation
-from finetune.inference import load_trained, token_bytes
+from finetune.inference import find_checkpoint, load_trained, token_bytes
 from model.errors import UserError
 from model.generate import generate
 from utils.icd10.answers import parse_answer
@@ -156,6 +156,18 @@ def code_notes(
             save_csv(lines, out)
     before = f", {len(notes) - len(to_do)} of them before" if len(to_do) < len(notes) else ""
     return f"{len(notes)} notes coded{before}: {out}"
+
+
+def answer_with_newest(run_dir: Path, rows: Path) -> Path:
+    """Answers the rows of a file with a run's newest checkpoint; asked again, it finds its answers in the run folder.
+
+    Returns:
+        The file of the answers.
+    """
+    checkpoint = find_checkpoint(run_dir)
+    answers = run_dir / "predictions" / f"{rows.stem}.{checkpoint.name}.jsonl"
+    code_notes(run_dir, rows, answers)
+    return answers
 
 
 def main() -> None:

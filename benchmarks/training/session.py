@@ -14,9 +14,8 @@ from benchmarks.data import rows_file
 from benchmarks.measure import peak_rss
 from finetune.args import TrainArgs, read_train_args
 from finetune.data.data_loader import TrainLoader, build_data_loader
-from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
 from finetune.mixed_precision import choose_dtype
-from model.args import ModelArgs
 
 from .ours import build_ours
 from .peer import build_peft
@@ -44,7 +43,7 @@ def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     trainee = BUILDERS[impl](args, shapes, device)
-    work, numbers = _timed_steps(trainee, _batches(args, shapes), args, case["warmup"], device)
+    work, numbers = _timed_steps(trainee, packed_batches(args), args, case["warmup"], device)
     flops, seconds = model_flops(shapes, args.lora.rank, work), numbers["seconds"]
     recomputed = recomputed_flops(shapes, args.lora.rank, work) if str(args.checkpoint).lower() == "true" else 0.0
     return (
@@ -87,8 +86,9 @@ def train_args(preset: Preset, case: dict[str, Any]) -> TrainArgs:
         return read_train_args(path)
 
 
-def _batches(args: TrainArgs, shapes: ModelArgs) -> TrainLoader:
-    tokenizer = load_instruct_tokenizer(Path("has no tokenizer"), min(shapes.vocab_size, 32768))
+def packed_batches(args: TrainArgs) -> TrainLoader:
+    """What every implementation is fed: mistral-common's v3 tokens, whatever the model's vocabulary."""
+    tokenizer = load_instruct_tokenizer(Path("has no tokenizer"), V3_VOCABULARY)
     return build_data_loader(tokenizer, args.data, args.batch_size, args.seq_len, args.seed, 0, 1, is_eval=False)
 
 

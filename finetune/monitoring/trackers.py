@@ -103,7 +103,7 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
     import wandb
 
     id_file = run_dir / "wandb_id"
-    if not id_file.exists():
+    if not id_file.exists() or not id_file.read_text(encoding="utf-8"):
         id_file.write_text(secrets.token_hex(8), encoding="utf-8")
     options: dict[str, Any] = {
         "id": id_file.read_text(encoding="utf-8"),

@@ -207,7 +207,7 @@ def _describe(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
         "predicted": int(pairs.predicted.sum()),
         "correct": int((pairs.gold & pairs.predicted).sum()),
         "intervals": {
-            mean: {name: _interval(values, scores[mean][name]) for name, values in of.items()}
+            mean: {name: interval(values, scores[mean][name]) for name, values in of.items()}
             for mean, of in score(pairs, weights).items()
         },
     }
@@ -217,11 +217,11 @@ def _describe_notes(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
     matches = exact_matches(pairs)
     described = _describe(pairs, weights)
     described["exact_match"] = float(matches.mean())
-    described["intervals"]["exact_match"] = _interval(weights @ matches / len(matches), described["exact_match"])
+    described["intervals"]["exact_match"] = interval(weights @ matches / len(matches), described["exact_match"])
     return described
 
 
-def _interval(values: np.ndarray, score: float) -> list[float]:
+def interval(values: np.ndarray, score: float) -> list[float]:
     """Where 95 % of the samples' values lie, moved to surround the score that they were drawn from.
 
     A sample lacks some of the notes and so some of the rare codes, which the mean over codes then leaves out: sampled

@@ -8,18 +8,14 @@ Gold rows are instruct rows, whose last message holds the codes. Prediction rows
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from finetune.data.exceptions import RowError
-from finetune.data.tokenize import parse_conversation
-from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalise_code
-from utils.rows.jsonl import Row, SkipRow, load_row, read_lines, require_file
-
-_T = TypeVar("_T")
+from utils.rows.jsonl import Row, SkipRow
+from utils.rows.named import last_answer, read_named_rows
 
 
 class Prediction(NamedTuple):
@@ -49,7 +45,7 @@ def read_gold(path: Path) -> dict[str, list[Diagnosis]]:
     Raises:
         UserError: a row whose answer holds no code, or a name that stands twice.
     """
-    return _read_rows(path, _gold_diagnoses)
+    return read_named_rows(path, _gold_diagnoses)
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
@@ -58,35 +54,11 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
     Raises:
         UserError: a row with neither answer nor codes, or a name that stands twice.
     """
-    return _read_rows(path, _prediction)
-
-
-def _read_rows(path: Path, convert: Callable[[Row], _T]) -> dict[str, _T]:
-    require_file(path)
-    rows: dict[str, _T] = {}
-    for number, line in read_lines(path):
-        try:
-            row = load_row(line)
-            name = str(number if row.get("id") is None else row["id"])
-            if name in rows:
-                raise SkipRow(f"the id {name!r} stands twice; each note needs its own")
-            rows[name] = convert(row)
-        except SkipRow as skip:
-            detail = f" ({skip.detail})" if skip.detail else ""
-            raise UserError(f"{path}, line {number}: {skip.reason}{detail}.") from None
-    if not rows:
-        raise UserError(f"{path} is empty.")
-    return rows
+    return read_named_rows(path, _prediction)
 
 
 def _gold_diagnoses(row: Row) -> list[Diagnosis]:
-    try:
-        messages = parse_conversation(row).messages
-    except RowError as error:
-        raise SkipRow("not an instruct row", str(error)) from error
-    last = messages[-1] if messages else None
-    answer = last.content if last and last.role == "assistant" else None
-    diagnoses = parse_answer(answer) if isinstance(answer, str) else []
+    diagnoses = parse_answer(last_answer(row))
     if not diagnoses:
         raise SkipRow("no code in the last message; expected the assistant's answer, such as `... : label (I10)`")
     return diagnoses
@@ -106,19 +78,3 @@ def _diagnosis(item: Any) -> Diagnosis:
     if not isinstance(code, str) or not normalise_code(code) or role not in (*ROLES, None):
         raise SkipRow('a code that is neither "I10" nor {"role": "DP", "code": "I10"}', json.dumps(item)[:80])
     return Diagnosis(role, normalise_code(code))
-
-
-def match_predictions(gold: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Prediction]:
-    """Predictions under the names of gold: those that count rows from 0 are renamed to count from 1.
-
-    Raises:
-        UserError: no name of gold is among them.
-    """
-    if "0" in predictions and "0" not in gold:
-        predictions = {str(int(name) + 1) if name.isdecimal() else name: found for name, found in predictions.items()}
-    if not gold.keys() & predictions.keys():
-        raise UserError(
-            f"No prediction is for a gold note: the first is for {next(iter(predictions))!r}, the first gold note is "
-            f"{next(iter(gold))!r}. Give both files the same ids."
-        )
-    return dict(predictions)

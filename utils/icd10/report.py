@@ -1,8 +1,10 @@
 """The evaluation as one HTML page that needs nothing else: no script, no font, no address."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
+
+from utils.html import COLOURS, page, svg, svg_text, table
 
 LEVEL_NAMES = {"exact": "exact code", "category": "category (3 characters)"}
 RULE_NAMES = {
@@ -26,15 +28,6 @@ COUNT_NAMES = {
 }
 
 _NAMED = 20  # notes without prediction that the summary names
-_COLOURS = ("#1f5fa8", "#e08e0b")  # tell apart in grey and by the colour-blind
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; } caption { text-align: left; color: #555; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; } svg { width: 100%; height: auto; }
-.small { color: #555; font-size: .85rem; overflow-wrap: anywhere; }
-"""
 
 
 class Bar(NamedTuple):
@@ -50,7 +43,6 @@ def html_page(result: Mapping[str, Any], title: str) -> str:
     counts = result["counts"]
     counted = "gold" if counts["training_notes"] is None else f"of {counts['training_notes']:,} training"
     parts = [
-        f"<h1>{escape(title)}</h1>",
         f"<p>{counts['notes']:,} notes, {result['exact']['gold']:,} codes in gold, {result['exact']['predicted']:,} "
         f"predicted, {result['exact']['correct']:,} of them right. Intervals hold 95 % of bootstrap samples of the "
         "notes.</p>",
@@ -62,10 +54,7 @@ def html_page(result: Mapping[str, Any], title: str) -> str:
         _errors_table(result["errors"]),
         _counts_table(counts),
     ]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
+    return page(title, parts)
 
 
 def score_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -138,13 +127,6 @@ def _counts_table(counts: Mapping[str, Any]) -> str:
     return f"<h2>What was compared</h2>\n{table(('', 'count'), rows)}\n{missing}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
 _LABEL, _PLOT, _VALUE = 190, 460, 60  # widths in px: names, bars, figures
 _BAR, _GAP, _TOP, _AXIS = 13, 12, 28, 20  # heights in px: a bar, between groups, legend, axis
 
@@ -159,25 +141,22 @@ def bar_chart(title: str, groups: Mapping[str, Sequence[Bar | None]], series: Se
     """
     bottom = _TOP + len(groups) * (len(series) * _BAR + _GAP)
     width, height = _LABEL + _PLOT + _VALUE, bottom + _AXIS
-    parts = [f"<title>{escape(title)}</title>"]
+    parts = []
     for number, name in enumerate(series):
         left = _LABEL + number * 140
-        parts.append(f'<rect x="{left}" y="4" width="12" height="12" fill="{_COLOURS[number]}"/>')
-        parts.append(_text(left + 18, 14, name))
+        parts.append(f'<rect x="{left}" y="4" width="12" height="12" fill="{COLOURS[number]}"/>')
+        parts.append(svg_text(left + 18, 14, name))
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x = _LABEL + tick * _PLOT
         parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 4}" x2="{x:.1f}" y2="{bottom}" stroke="#ddd"/>')
-        parts.append(_text(x, bottom + 14, f"{tick:g}", "middle"))
+        parts.append(svg_text(x, bottom + 14, f"{tick:g}", "middle"))
     top = _TOP
     for name, bars in groups.items():
-        parts.append(_text(_LABEL - 8, top + len(series) * _BAR / 2 + 4, name, "end"))
+        parts.append(svg_text(_LABEL - 8, top + len(series) * _BAR / 2 + 4, name, "end"))
         for number, bar in enumerate(bars):
-            parts += _draw_bar(bar, top + number * _BAR, _COLOURS[number]) if bar else []
+            parts += _draw_bar(bar, top + number * _BAR, COLOURS[number]) if bar else []
         top += len(series) * _BAR + _GAP
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg" '
-        'font-family="system-ui, sans-serif" font-size="12">' + "".join(parts) + "</svg>"
-    )
+    return svg(title, width, height, parts)
 
 
 def _draw_bar(bar: Bar, top: float, colour: str) -> list[str]:
@@ -187,9 +166,5 @@ def _draw_bar(bar: Bar, top: float, colour: str) -> list[str]:
         f'<rect x="{_LABEL}" y="{top + 1}" width="{value - _LABEL:.1f}" height="{_BAR - 2}" fill="{colour}"/>',
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6" '
         'stroke="#1c1c1c" fill="none"/>',
-        _text(_LABEL + _PLOT + 10, middle + 4, f"{bar.value:.3f}"),
+        svg_text(_LABEL + _PLOT + 10, middle + 4, f"{bar.value:.3f}"),
     ]
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#1c1c1c">{escape(text)}</text>'

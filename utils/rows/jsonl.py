@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +156,24 @@ def aside(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(contents: Mapping[Path, str]) -> None:
+    """Writes files, all of them or none."""
+    with file_errors(), ExitStack() as stack:
+        for path in contents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporaries = {path: stack.enter_context(aside(path)) for path in contents}
+        for path, text in contents.items():
+            temporaries[path].write_text(text, encoding="utf-8", newline="")
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+
+
+def require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raises UserError where an output would replace an input or another output."""
+    resolved = [path.resolve() for path in outputs]
+    taken = {path.resolve() for path in inputs}
+    for path, real in zip(outputs, resolved):
+        if real in taken or resolved.count(real) > 1:
+            raise UserError(f"{path} would be written and is another file of this command; give another name.")
