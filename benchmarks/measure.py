@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 MB = 1e6  # all sizes are told in these
 
-_PACKAGES = ("torch", "mistral-common", "sentencepiece", "safetensors", "numpy")
-_PEERS = ("transformers", "peft", "flash-attn", "xformers")  # told where they are installed
+# Their versions are told, where they are installed.
+_PACKAGES = ("torch", "mistral-common", "sentencepiece", "safetensors", "numpy", "xformers")
+_PEERS = ("transformers", "peft", "flash-attn")
 
 
 def peak_rss() -> int:
@@ -87,8 +88,9 @@ def measure(
 
 
 def _versions() -> dict[str, str]:
-    peers = [package for package in _PEERS if importlib.util.find_spec(package.replace("-", "_"))]
-    return {package: importlib.metadata.version(package) for package in (*_PACKAGES, *peers)}
+    packages = (*_PACKAGES, *_PEERS)
+    installed = [package for package in packages if importlib.util.find_spec(package.replace("-", "_"))]
+    return {package: importlib.metadata.version(package) for package in installed}
 
 
 def _spreads(runs: list[dict[str, Any]]) -> dict[str, Any]:

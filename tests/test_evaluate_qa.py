@@ -144,7 +144,7 @@ def test_a_run_answers_the_questions(jsonl, command, tmp_path):
     )
     train.run(args, World(0, 1, torch.device("cpu")))
     code, said = command("--gold", gold, "--run", tmp_path / "run")
-    (answers,) = (tmp_path / "run" / "predictions").iterdir()
+    (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
     assert code == 0 and "without a prediction" not in said
     assert said == command("--gold", gold, "--predictions", answers)[1]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,9 +67,29 @@ def test_an_interrupted_command_goes_on(run_dir: Path, notes: Path, tmp_path: Pa
     code_notes(run_dir, notes, whole, batch_size=2, max_tokens=4)
     text = whole.read_text(encoding="utf-8")
     cut.write_text(text[: len(text) // 2], encoding="utf-8")  # ends inside a row
+    (tmp_path / "cut.about.json").write_text((tmp_path / "whole.about.json").read_text())
     assert "of them before" in code_notes(run_dir, notes, cut, batch_size=2, max_tokens=4)
     by_id = [sorted(read(path), key=lambda row: row["id"]) for path in (whole, cut)]
     assert by_id[0] == by_id[1]
+
+
+@pytest.mark.parametrize("other", ["run", "notes", "max_tokens", "cim10"])
+def test_answers_of_different_origins_are_not_mixed(other: str, run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    run, out, settings = tmp_path / "run", tmp_path / "p.jsonl", {"max_tokens": 3}
+    shutil.copytree(run_dir, run)
+    notes = Path(shutil.copy(notes, tmp_path))
+    code_notes(run, notes, out, **settings)
+    before = out.read_bytes()
+    if other == "run":
+        weights = next(run.rglob("consolidated/*.safetensors"))
+        weights.write_bytes(weights.read_bytes())  # trained again
+    elif other == "notes":
+        notes.write_text(notes.read_text(encoding="utf-8").replace("Le ", "La "), encoding="utf-8")
+    else:
+        settings[{"cim10": "table"}.get(other, other)] = load_table(tmp_path) if other == "cim10" else 4
+    with pytest.raises(UserError, match=f"came from another {other}. Remove it"):
+        code_notes(run, notes, out, **settings)
+    assert out.read_bytes() == before
 
 
 def test_another_file_is_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
@@ -125,7 +146,7 @@ def test_evaluating_a_run_answers_first_and_once(
     assert "micro F1" in capsys.readouterr().out
     first = json.loads(scores.read_text(encoding="utf-8"))
     assert (first["counts"]["notes"], first["counts"]["missing_predictions"]) == (5, 0)
-    (answers,) = (run_dir / "predictions").iterdir()
+    (answers,) = (run_dir / "predictions").glob("*[0-9].jsonl")
     assert answers.name == "notes.checkpoint_000001.jsonl"
     assert len(read(answers)) == 5
     monkeypatch.setattr("utils.predict_icd10.Coder", None)  # the second time nothing is left to answer
@@ -138,6 +159,9 @@ def test_evaluating_a_run_answers_first_and_once(
     [
         ('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n', "the id 1 stands twice"),
         ('{"other": "a"}\n', "neither `text` nor `messages`"),
+        ('{"messages": ["a"]}\n', "row 1"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "row 1"),
+        ('{"messages": [{"role": "user"}]}\n', "row 1"),
         ("", "holds no notes"),
     ],
 )

@@ -11,7 +11,7 @@ from finetune.monitoring.plot import LOG_SCALE_FROM, SMOOTH_FROM, smoothed
 from utils.html import COLOURS, svg, svg_text
 
 _DASHES = ("", "7 3", "2 3")  # tell lines apart where colours are used up
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 10, 36  # margins in px
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 26, 10, 36  # margins in px
 _MOST_POINTS = 1500  # of a drawn line; what is denser than pixels only makes the page heavy
 
 Point = tuple[float, float | None]  # step and value; None where it was not finite
@@ -62,9 +62,11 @@ def line_chart(
     last = max(step for line in lines for step, _ in line.points)
     x = _linear_axis(0, max(1, last), _LEFT, width - _RIGHT, count=8, whole=True)
     y = _value_axis(values, height - _BOTTOM, _TOP, from_zero)
-    parts = [*_draw_axes(x, y, width)]
-    for line in lines:
-        parts += _draw_line(line, x, y, smooth and len(line.points) > SMOOTH_FROM)
+    parts = list(_draw_axes(x, y, width))
+    long = [smooth and len(line.points) > SMOOTH_FROM for line in lines]
+    parts += [_draw_faintly(line, x, y) for line, is_long in zip(lines, long) if is_long]
+    for line, is_long in zip(lines, long):
+        parts += _draw_line(_smoothed(line) if is_long else line, x, y)
     return svg(title, width, height, parts)
 
 
@@ -123,17 +125,10 @@ def _draw_axes(x: Axis, y: Axis, width: float) -> Iterator[str]:
     yield svg_text((_LEFT + width - _RIGHT) / 2, y.start + 32, "step", "middle")
 
 
-def _draw_line(line: Line, x: Axis, y: Axis, smooth: bool) -> Iterator[str]:
-    drawn = _path(_thinned(line.points), x, y)
+def _draw_line(line: Line, x: Axis, y: Axis) -> Iterator[str]:
     name = f"<title>{escape(line.name)}</title>"
-    if smooth:
-        steps, values = zip(*line.points)
-        means = smoothed(np.array([math.nan if value is None else value for value in values]))
-        mean = [(step, None if math.isnan(value) else float(value)) for step, value in zip(steps, means)]
-        yield f'<path d="{drawn}" {_stroke(line.number, 0.8)} opacity=".4"/>'
-        yield f'<path d="{_path(_thinned(mean), x, y)}" {_stroke(line.number, 2)}>{name}</path>'
-    else:
-        yield f'<path d="{drawn}" {_stroke(line.number, 1.2 if line.marked else 1.4)}>{name}</path>'
+    width = 1.2 if line.marked else 1.8
+    yield f'<path d="{_path(line.points, x, y)}" {_stroke(line.number, width)}>{name}</path>'
     colour = COLOURS[line.number % len(COLOURS)]
     for step, value in line.points:
         where = f"{escape(line.name)}, step {step:,.0f}"
@@ -145,6 +140,17 @@ def _draw_line(line: Line, x: Axis, y: Axis, smooth: bool) -> Iterator[str]:
             yield f'<circle {centre} r="3.2" fill="{colour}"><title>{where}: {number_text(value)}</title></circle>'
 
 
+def _draw_faintly(line: Line, x: Axis, y: Axis) -> str:
+    return f'<path d="{_path(line.points, x, y)}" {_stroke(line.number, 0.8)} opacity=".35"/>'
+
+
+def _smoothed(line: Line) -> Line:
+    """The line with moving averages for its finite values."""
+    steps, values = zip(*line.points)
+    means = smoothed(np.array([math.nan if value is None else value for value in values])).tolist()
+    return line._replace(points=[(step, None if math.isnan(mean) else mean) for step, mean in zip(steps, means)])
+
+
 def _stroke(number: int, width: float) -> str:
     dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
@@ -154,7 +160,7 @@ def _stroke(number: int, width: float) -> str:
 def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
     """SVG's words for a line; it is interrupted where a value is not finite."""
     pieces, pen = [], "M"
-    for step, value in points:
+    for step, value in _thinned(points):
         if value is None:
             pen = "M"
         else:

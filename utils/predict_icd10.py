@@ -3,11 +3,12 @@
 Notes are instruct rows (`messages`, what stands before the last answer is the prompt) or rows with `text`, in jsonl or
 csv; `id` or `visit_occurence_id` names them, else their number. Each line of P.jsonl is `{"id", "answer", "codes"}`
 with codes as `[{"role", "code", "label"}]`; P.csv has a line per code. A command that was interrupted goes on where it
-stopped when it is given again.
+stopped when it is given again; P.about.json says what the answers come from, and those of another model are refused.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,16 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from finetune.cli import run_cli
+from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder, parse_conversation
-from finetune.inference import find_checkpoint, load_trained, token_bytes
+from finetune.inference import find_checkpoint, is_model_folder, load_trained, token_bytes
 from model.errors import UserError
 from model.generate import generate
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import prompt_messages
-from utils.rows.jsonl import file_errors, read_journal, read_lines
+from utils.rows.jsonl import file_errors, read_journal, read_lines, save
 from utils.rows.tables import read_table
 
 ID_COLUMNS = ("id", "visit_occurence_id")
@@ -60,10 +62,17 @@ def read_notes(path: Path) -> list[Note]:
 def _prompt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if isinstance(row.get("text"), str) and row["text"].strip():
         return prompt_messages(row["text"])
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(row.get("messages"), list) or not row["messages"]:
         raise UserError(f"{where} has neither `text` nor `messages`: expected a note or a conversation about one.")
-    return messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    messages = row["messages"]
+    try:
+        parsed = parse_conversation(row).messages
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from error
+    question = messages[:-1] if parsed[-1].role == "assistant" else messages
+    if not question:
+        raise UserError(f"{where} holds an answer and no question.")
+    return question
 
 
 class Coder:
@@ -142,9 +151,12 @@ def code_notes(
     lines = out.with_suffix(".jsonl")
     if lines.resolve() == notes_file.resolve():
         raise UserError(f"The answers would go to {lines}, which holds the notes; give --out another name.")
+    about = {"run": _fingerprint(run_dir, step), "notes": _sha256(notes_file.read_bytes()), "max_tokens": max_tokens}
+    about["cim10"] = None if table is None else _sha256(repr(list(table)).encode())
     with file_errors():
         lines.parent.mkdir(parents=True, exist_ok=True)
         done = read_journal(lines)
+        _require_same(lines, about, bool(done))
         to_do = [note for note in notes if note.id not in done]
         if to_do:
             coder = Coder(run_dir, table, step)
@@ -156,6 +168,35 @@ def code_notes(
             save_csv(lines, out)
     before = f", {len(notes) - len(to_do)} of them before" if len(to_do) < len(notes) else ""
     return f"{len(notes)} notes coded{before}: {out}"
+
+
+def _require_same(lines: Path, about: dict[str, Any], begun: bool) -> None:
+    """Keeps beside `lines` what its answers come from; answers of different origins are not mixed.
+
+    Raises:
+        UserError: `lines` has begun with another origin.
+    """
+    path = lines.with_suffix(".about.json")
+    if begun:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if other := [key for key in about if before.get(key) != about[key]]:
+            raise UserError(
+                f"{lines} holds answers that came from another {' and another '.join(other)}. Remove it to have all "
+                "notes coded anew, or give --out another name."
+            )
+    save({path: json.dumps(about, indent=1)})
+
+
+def _fingerprint(run_dir: Path, step: int | None) -> str:
+    """Tells one checkpoint or model folder from another without reading its weights."""
+    folder = run_dir if is_model_folder(run_dir) else find_checkpoint(run_dir, step)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return _sha256(repr((str(folder.resolve()), facts)).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def answer_with_newest(run_dir: Path, rows: Path) -> Path:

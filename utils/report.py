@@ -7,7 +7,7 @@ at, too. The page needs no network. Kept answers may quote notes, and then so do
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ body { max-width: 74rem; }
 figure { margin: 0; break-inside: avoid; } figure.wide { grid-column: 1 / -1; } figcaption { font-weight: 600; }
 .legend span { margin-right: 1.5rem; white-space: nowrap; }
 svg.swatch { width: 30px; height: 8px; margin-right: .4rem; vertical-align: middle; }
-td, th { overflow-wrap: anywhere; } tr { break-inside: avoid; } thead th { vertical-align: bottom; }
+td, th { overflow-wrap: break-word; } tr { break-inside: avoid; } thead th { vertical-align: bottom; }
 .settings { columns: 22rem; font-size: .85rem; } .settings div { overflow-wrap: anywhere; break-inside: avoid; }
 .texts { table-layout: fixed; font-size: .85rem; }
 .texts td, .texts th { text-align: left; vertical-align: top; white-space: pre-wrap; }
@@ -79,7 +79,7 @@ class Run(NamedTuple):
         """Steps and values of what was logged under `key`."""
         return [(record["step"], record[key]) for record in self.metrics[tag] if key in record]
 
-    def best(self, tag: str, key: str, choose: Any) -> str:
+    def best(self, tag: str, key: str, choose: Callable[[list[tuple[float, int]]], tuple[float, int]]) -> str:
         """The lowest or highest value, by `min` or `max`, and its step."""
         finite = [(value, -step) for step, value in self.points(tag, key) if value is not None]
         if not finite:
@@ -194,7 +194,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
+    if sum(bool(run.settings) for run in runs) < 2:
         return ""
     rows = [(key, *(run.settings.get(key, NONE) for run in runs)) for key in differing_keys(runs)]
     found = table(("", *(run.name for run in runs)), rows, "texts") if rows else "<p>None.</p>"

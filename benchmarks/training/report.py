@@ -9,6 +9,7 @@ from benchmarks.measure import RESULTS, spread
 from .session import BUILDERS
 
 _COLUMNS = ("preset", "device", "dtype", "checkpoint", "seq_len", "vocab_size", "set", "threads", "attention")
+_RATIOS = ("speed_ratio", "memory_ratio")
 Result = dict[str, Any]
 
 
@@ -52,9 +53,6 @@ def print_results(records: Sequence[tuple[dict[str, Any], Result]]) -> None:
             cells += [spread(result[f"{impl}.{key}"], 0.01, 1) for key in ("mfu", "hfu")]
             ratios = [spread(result[key]) if key in result and impl == "ours" else "" for key in _RATIOS]
             print("| " + " | ".join([_machine(record), _setting(result), impl, *cells, *ratios]) + " |")
-
-
-_RATIOS = ("speed_ratio", "memory_ratio")
 
 
 def draw(records: Sequence[tuple[dict[str, Any], Result]]) -> None:

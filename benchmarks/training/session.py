@@ -36,7 +36,7 @@ def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
     import_bytes = peak_rss()
     torch.set_num_threads(case["threads"])
     preset, device = PRESETS[case["preset"]], torch.device(case["device"])
-    shapes = dataclasses.replace(preset.shapes, vocab_size=case["vocab_size"] or preset.shapes.vocab_size)
+    shapes = dataclasses.replace(preset.shapes, vocab_size=case["vocab_size"])
     args = train_args(preset, case)
     rate = matmul_rate(device, choose_dtype(args.param_dtype, device))
     if device.type == "cuda":
@@ -70,7 +70,7 @@ def train_args(preset: Preset, case: dict[str, Any]) -> TrainArgs:
         "data": {source: str(rows_file(preset.rows, _MEGABYTES)), "packing": preset.packing},
         "model_id_or_path": case["preset"],
         "run_dir": "none",
-        "seq_len": case["seq_len"] or preset.seq_len,
+        "seq_len": case["seq_len"],
         "batch_size": preset.batch_size,
         "num_microbatches": preset.num_microbatches,
         "max_steps": case["warmup"] + case["steps"],
