@@ -7,11 +7,12 @@ comma := ,
 
 NOTEBOOKS := generate_fictives_notes prepare_data_for_generative_finetuning mistral_finetune_7b
 
-.PHONY: help setup demo test notebooks check format clean
+.PHONY: help setup demo test notebooks kill-test fuzz check format clean
 help:
 	@echo "make demo    the whole story on the CPU: notes, a tiny base model, LoRA, answers, scores; some minutes"
 	@echo "make test    run the tests"
 	@echo "make notebooks  execute the tutorials; what they show is in runs/tutorials"
+	@echo "make kill-test  kill 200 trainings at random instants and compare what comes of them;  make fuzz  10,000 inputs a target"
 	@echo "make check   lint and format check;  make format  mend what can be mended"
 	@echo "make setup   only install into .venv;  make clean  remove what make demo wrote"
 
@@ -25,7 +26,7 @@ setup: .venv/installed
 # Two seeds of notes share no note. The tests make everything smaller.
 DEMO_NOTES := 3000
 DEMO_HELD_OUT := 150
-DEMO_BASE_STEPS := 1200
+DEMO_BASE_STEPS := 1500
 DEMO_CODES := example/demo_cim10.tsv
 DEMO_GENERATE := $(BIN)/python -m utils.generate_notes --length short --cim10 $(DEMO_CODES)
 # Matrices this small gain nothing from more threads. torchrun would set one.
@@ -61,6 +62,12 @@ notebooks: setup
 	mkdir -p runs/tutorials
 	env -u MISTRAL_API_KEY $(BIN)/jupyter-execute --output='../runs/tutorials/{notebook_name}' \
 		$(NOTEBOOKS:%=tutorials/%.ipynb)
+
+kill-test: setup
+	$(BIN)/python -m tests.kill_runs --kills 200
+
+fuzz: setup
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=long
 
 check: setup
 	$(BIN)/ruff check .

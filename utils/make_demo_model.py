@@ -1,6 +1,6 @@
 """Writes a tiny Mistral model folder for demonstrations and tests on a laptop.
 
-`python -m utils.make_demo_model --out DIR [--steps 1200] [--cim10 TABLE] [--dim 128] [--n_layers 2] [--seed 0]`
+`python -m utils.make_demo_model --out DIR [--steps 1500] [--cim10 TABLE] [--dim 128] [--n_layers 2] [--seed 0]`
 
 The model is trained for a minute or two to read fictional French notes and to name the diagnoses it finds in them
 (`utils.icd10.lessons`); it knows no CIM-10 code and no answer of the fine-tuning task. `--steps 0` leaves it random.
@@ -29,7 +29,7 @@ from utils.icd10.codes import Cim10Table
 from utils.icd10.lessons import Teacher
 
 HEAD_DIM = 32
-STEPS = 1200
+STEPS = 1500
 
 
 def demo_model_args(dim: int, n_layers: int) -> ModelArgs:

@@ -12,7 +12,7 @@ from typing import Any
 from utils.icd10.answers import Diagnosis
 from utils.icd10.catalogue import Catalogue, bare
 from utils.icd10.notes import FictionalNote, write_notes
-from utils.icd10.prompts import ANSWER, SYSTEM_PROMPT, USER_PROMPT
+from utils.icd10.prompts import ANSWER, NOTHING, SYSTEM_PROMPT, USER_PROMPT
 
 _SYSTEMS = (
     "Vous êtes un assistant médical.",
@@ -27,7 +27,7 @@ _SUMMARISE = (
 )
 _NAME = ("Que veulent dire ces termes : {} ?", "Donnez le nom complet : {}", "Termes du thésaurus pour : {}")
 _COPY = ("Répétez : {}", "{}, à recopier.")
-_WORDS = " ".join((SYSTEM_PROMPT, USER_PROMPT, ANSWER)).replace("{", " ").replace("}", " ").split()
+_WORDS = " ".join((SYSTEM_PROMPT, USER_PROMPT, ANSWER, NOTHING)).replace("{", " ").replace("}", " ").split()
 _LETTERS, _DIGITS = "ABCDEFGHIJKLMNRSZ", "0123456789"
 
 # Shares: of terms without a note at the start, and later on; of words to copy; of lessons behind a long instruction
