@@ -115,12 +115,15 @@ class Questionnaire:
         return [tokenizer.decode(answer).strip() for answer in answers], ended
 
     def save(self, answers: list[str], path: Path) -> None:
-        """Writes expected and given answers, a jsonl row each."""
-        path.parent.mkdir(exist_ok=True)
+        """Writes expected and given answers, a jsonl row each; a disk that refuses them does not end the run."""
         rows = (
             {"expected": expected, "answer": answer} for expected, answer in zip(self.expected, answers, strict=True)
         )
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s.", path, error.strerror)
 
 
 class Examiner:

@@ -389,18 +389,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder to fill, which becomes `path` at the end of the block, or vanishes on an exception.
 
     Raises:
-        UserError: `path` exists and is not an empty folder.
+        UserError: `path` exists and is not an empty folder, or the operating system refuses (disk full, no permission).
     """
     path = path.resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same id
-    aside.mkdir()
     try:
+        aside.mkdir(parents=True)
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing of it is left.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """jsonl files -> an endless, seeded, resumable stream of packed sequences.
 
 Only line offsets are held in memory. A row is read and tokenised when its turn comes, and the place in the stream is a
-handful of numbers, so going on after an interruption costs the same at the first step and at the millionth.
+handful of numbers: going on after an interruption reads no row again, and only replays the shuffles of past epochs.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from finetune.redaction import redacted
+from model.errors import UserError
 
 from .args import MLFlowArgs, WandbArgs
 from .trackers import (
@@ -169,8 +170,11 @@ class MetricsLogger:
         record = {name: _json_number(value) for name, value in metrics.items()}
         record.setdefault("step", step)
         line = json.dumps({**record, "at": datetime.now().isoformat(timespec="microseconds")}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"Metrics cannot be written to {self._file.name}: {error.strerror}.") from error
         scalars = {f"{self._tag}.{name}": value for name, value in metrics.items() if name != "step"}
         for tracker in self._trackers:
             tracker.log(scalars, step)
@@ -212,6 +216,8 @@ def read_metrics(run_dir: Path, tag: str) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
         while records and records[-1]["step"] >= record["step"]:
             records.pop()
