@@ -33,7 +33,7 @@ def train_demo(model: Path, ckpt_freq: int, folder: Path) -> dict[str, float]:
     settings = yaml.safe_load(Path("example/demo.yaml").read_text(encoding="utf-8"))
     settings |= {"data": {"instruct_data": str(icd_file(20)), "packing": "best_fit"}, "model_id_or_path": str(model)}
     settings |= {"run_dir": str(folder / "run"), "max_steps": STEPS, "ckpt_freq": ckpt_freq, "no_ckpt": not ckpt_freq}
-    settings |= {"no_eval": True, "num_ckpt_keep": 3, "seq_len": 1024}
+    settings |= {"no_eval": True, "num_ckpt_keep": 3, "log_freq": 1}
     settings.pop("eval_generation", None)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
