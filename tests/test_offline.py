@@ -1,7 +1,6 @@
 """From notes to scores without the network: nothing is connected to, sent to or looked up."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,28 +9,10 @@ import pytest
 import yaml
 
 from tests.checkpoints import make_tiny_checkpoint
+from tests.no_network import without_network
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Python imports sitecustomize at every start, of child processes too. Whoever swallows the error is still recorded.
-SITECUSTOMIZE = """
-import os, socket, sys
-
-HARMLESS = ("__new__", "gethostname")
-WITH_PEER = ("bind", "connect", "sendto", "sendmsg")
-
-def refuse(event, args):
-    module, _, name = event.partition(".")
-    if module != "socket" or name in HARMLESS or name in WITH_PEER and args[0].family == socket.AF_UNIX:
-        return
-    if name == "bind" and args[1][0] == "::1":  # urllib3 asks at its import whether there is IPv6
-        return
-    with open(os.environ["SOCKET_RECORD"], "a", encoding="utf-8") as file:
-        file.write(f"{event} {args}\\n")
-    raise PermissionError(f"no network here: {event} {args}")
-
-sys.addaudithook(refuse)
-"""
 # One process runs the commands one after the other, as `python -m` would: torch is imported once.
 DRIVER = """
 import json, runpy, sys
@@ -47,15 +28,13 @@ for module, *arguments in json.loads(sys.argv[1]):
 @pytest.fixture
 def python(tmp_path):
     """Runs Python where sockets are refused: the finished process, and what was tried."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
-    record = tmp_path / "sockets.txt"
+    environment, record = without_network(tmp_path, ROOT)
 
     def run(code, *arguments):
-        path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-        environment = {**os.environ, "PYTHONPATH": path, "SOCKET_RECORD": str(record), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True
+        )
         return done, record.read_text(encoding="utf-8") if record.exists() else ""
 
     return run

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import runpy
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune.args import read_train_args
+from tests.no_network import without_network
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "example").glob("*.yaml"))
@@ -55,17 +55,21 @@ def test_requirements_are_those_of_pyproject() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `make demo` in a folder of its own, with few notes and steps: it cannot code well after them."""
+    """Runs `make demo` in a folder of its own, with few notes and steps: it cannot code well after them.
+
+    Only connections within the machine are allowed; what else was tried stands in `sockets.txt`.
+    """
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(ROOT / "example", folder / "example")
     config = folder / "example/demo.yaml"
     text = re.sub(r"max_steps: \d+", "max_steps: 4", config.read_text(encoding="utf-8"))
     config.write_text(re.sub(r"(eval|ckpt)_freq: \d+", r"\1_freq: 2", text), encoding="utf-8")
     fewer = ["DEMO_NOTES=120", "DEMO_HELD_OUT=4", "DEMO_BASE_STEPS=8"]
+    environment, _ = without_network(folder, ROOT, loopback=True)
     result = subprocess.run(
         ["make", "-f", ROOT / "Makefile", "-o", "setup", "demo", f"BIN={Path(sys.executable).parent}", *fewer],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=600,
@@ -73,6 +77,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     (folder / "output.txt").write_text(result.stdout + result.stderr, encoding="utf-8")
     return folder
+
+
+def test_demo_asks_nobody_outside_this_machine(demo: Path) -> None:
+    assert not (demo / "sockets.txt").exists(), (demo / "sockets.txt").read_text(encoding="utf-8")
 
 
 def test_demo_leaves_a_complete_run_folder(demo: Path) -> None:

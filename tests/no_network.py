@@ -1,0 +1,45 @@
+"""Processes to which the network is refused, with a record of what they tried."""
+
+import os
+from pathlib import Path
+
+# Python imports sitecustomize at every start, of child processes too. Whoever swallows the error is still recorded.
+SITECUSTOMIZE = """
+import os, socket, sys
+
+HARMLESS = ("__new__", "gethostname")
+WITH_PEER = ("bind", "connect", "sendto", "sendmsg")
+THIS_MACHINE = (None, "", "localhost", "127.0.0.1", "0.0.0.0", "::1", "::", socket.gethostname())
+
+def refuse(event, args):
+    module, _, name = event.partition(".")
+    if module != "socket" or name in HARMLESS or name in WITH_PEER and args[0].family == socket.AF_UNIX:
+        return
+    if name == "bind" and args[1][0] == "::1":  # urllib3 asks at its import whether there is IPv6
+        return
+    if "LOOPBACK_ALLOWED" in os.environ:
+        peer = args[1][0] if name in WITH_PEER else args[0][0] if name == "getnameinfo" else args[0]
+        if peer in THIS_MACHINE:
+            return
+    with open(os.environ["SOCKET_RECORD"], "a", encoding="utf-8") as file:
+        file.write(f"{event} {args}\\n")
+    raise PermissionError(f"no network here: {event} {args}")
+
+sys.addaudithook(refuse)
+"""
+
+
+def without_network(folder: Path, root: Path, loopback: bool = False) -> tuple[dict[str, str], Path]:
+    """The environment of such processes, and the file that records what they try; none where they try nothing.
+
+    Args:
+        folder: for both files.
+        root: of the project, to import it from.
+        loopback: allow connections within this machine, which torchrun needs.
+    """
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+    record = folder / "sockets.txt"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder / "site"), str(root)])}
+    environment |= {"SOCKET_RECORD": str(record)} | ({"LOOPBACK_ALLOWED": "1"} if loopback else {})
+    return environment, record
