@@ -34,7 +34,7 @@ from .eval import BestSoFar
 from .guards import Guards
 from .manifest import damage
 from .mixed_precision import LossScaler
-from .utils import TrainState, saved_checkpoints
+from .utils import ARGS_ASIDE, TrainState, saved_checkpoints
 
 logger = logging.getLogger("resume")
 
@@ -171,7 +171,7 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
 
 def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
     # os.path.exists is not put off by names that no file can have.
-    inhabited = os.path.exists(run_dir) and not (run_dir.is_dir() and not any(run_dir.iterdir()))
+    inhabited = os.path.exists(run_dir) and not (run_dir.is_dir() and set(os.listdir(run_dir)) <= {ARGS_ASIDE})
     seed = None if resume in ("never", "auto") else Path(resume)
     if inhabited and resume == "never":
         raise UserError(

@@ -27,6 +27,7 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
 
 
+ARGS_ASIDE = "tmp.args.yaml"  # all that a run folder holds whose process died while making it
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 
 
@@ -53,7 +54,7 @@ def create_run_dir(run_dir: Path, args: TrainArgs) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        aside = run_dir / "tmp.args.yaml"
+        aside = run_dir / ARGS_ASIDE
         aside.write_text(yaml.safe_dump(args.to_dict()), encoding="utf-8")
         os.replace(aside, run_dir / "args.yaml")
     except OSError as error:

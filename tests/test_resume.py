@@ -114,6 +114,14 @@ def test_what_a_dying_process_left_half_done_is_finished(finished, folder):
     assert (checkpoints / "last").resolve().name == "checkpoint_000016"
 
 
+def test_a_process_that_died_while_making_the_run_folder_is_no_hindrance(finished, folder):
+    config = kill_test_config(folder, "hardly_begun")
+    (folder / "hardly_begun").mkdir()
+    (folder / "hardly_begun" / "tmp.args.yaml").write_text("run_d")
+    assert start(config)[0] == [0]
+    assert curve(folder / "hardly_begun") == curve(finished)
+
+
 def test_changed_data_are_refused(finished, folder, tmp_path):
     data = tmp_path / "data.jsonl"
     shutil.copyfile(INPUTS / "train_icd.jsonl", data)
