@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from finetune import preflight
-from finetune.args import EarlyStoppingArgs
+from finetune.args import EarlyStoppingArgs, load_train_args
 from finetune.eval import BestSoFar
 from finetune.manifest import MANIFEST_NAME, damage, seal
 from finetune.utils import saved_checkpoints
@@ -358,6 +358,15 @@ def test_a_gpu_too_full_for_the_weights_is_known_at_once(monkeypatch):
     preflight.check_memory(torch.device("cuda", 0), 2**29)
     with pytest.raises(UserError, match=r"cuda:0 \(V100\) has 1.0 of 32.0 GiB free; .* take 2.0 GiB"):
         preflight.check_memory(torch.device("cuda", 0), 2 * 2**30)
+
+
+def test_out_of_memory_says_what_to_cut(folder):
+    args = load_train_args(kill_test_config(folder, "memory", batch_size=4, checkpoint=False))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    assert preflight.out_of_memory_advice(error, args, rank=1) == (
+        "The GPU of process 1 is out of memory: CUDA out of memory. Tried to allocate 2 GiB. Use `checkpoint: true`, a "
+        "smaller `batch_size` (now 4), a smaller `seq_len` (now 512), a smaller `lora.rank` (now 4), more GPUs."
+    )
 
 
 def test_a_manifest_tells_damage(tmp_path):
