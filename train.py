@@ -216,5 +216,13 @@ def finish(state: TrainState, batches: TrainLoader, run_dir: Path, world: World)
         logger.info(summary(**facts, peak_bytes=memory_bytes(world.device)[0]))
 
 
+def command(config: str, *more: str, **flags: str) -> None:
+    """Trains as the YAML file CONFIG says."""
+    if more or flags:  # fire would train first and complain then
+        given = " ".join([*map(str, more), *(f"--{name}" for name in flags)])
+        raise UserError(f"`{given}` is not understood: every setting stands in the YAML file, the only argument.")
+    train(str(config))
+
+
 if __name__ == "__main__":
-    run_cli(lambda: fire.Fire(train))
+    run_cli(lambda: fire.Fire(command))

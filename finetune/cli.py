@@ -31,6 +31,9 @@ def run_cli(main: Callable[[], object]) -> None:
         if not one_of_several:
             raise
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        code = 130
     except Exception:
         report = redacted(traceback.format_exc())
         print(report, end="", file=sys.stderr)

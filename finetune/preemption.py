@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (Slurm, spot machines, torchrun itself) and SIGUSR1 (what Slurm warns with)."""
+"""Being asked to stop: SIGTERM (Slurm, spot machines, torchrun), SIGUSR1 (what Slurm warns with), Ctrl-C."""
 
 import signal
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be started again
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -22,7 +22,9 @@ class StopRequest:
         return self.signal.name if self.signal else "another process's signal"
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """The signal handler; a second Ctrl-C does not wait for the step and the checkpoint."""
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
 

@@ -180,8 +180,10 @@ def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
         )
     if inhabited and not (run_dir / "args.yaml").is_file():
         raise UserError(f"The run folder {run_dir} is not empty and holds no run (no args.yaml). Choose another.")
-    if inhabited and (newest := _newest_sound_checkpoint(run_dir)):
-        return newest
+    if inhabited:
+        if newest := _newest_sound_checkpoint(run_dir):
+            return newest
+        logger.warning("The run in %s had not saved a checkpoint yet; it starts again.", run_dir)
     return seed and _sound(seed)
 
 

@@ -221,7 +221,7 @@ def test_a_checkpoint_of_mistral_finetune_cannot_be_gone_on_from(finished, folde
 # --- Being asked to stop
 
 
-@pytest.mark.parametrize("ranks, number", [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_ends_a_run_behind_a_saved_step(ranks, number, folder):
     undisturbed = kill_test_config(folder, f"calm_{ranks}_{number}", ckpt_freq=0)
     assert start(undisturbed, ranks)[0] == [0] * ranks

@@ -106,6 +106,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 0 or options.seed < 0:
         raise UserError(f"--steps {options.steps} --seed {options.seed}: expected 0 or more.")
+    if options.dim < 1 or options.dim % (2 * HEAD_DIM):
+        raise UserError(f"--dim {options.dim}: expected a multiple of {2 * HEAD_DIM}.")
     catalogue = load_catalogue(Cim10Table.from_file(options.cim10) if options.cim10 else None)
     args = demo_model_args(options.dim, options.n_layers)
     make_demo_model(options.out, args, options.seed, options.steps, catalogue)
