@@ -71,6 +71,8 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
     Raises:
         UserError: no run, or no such checkpoint.
     """
+    if not run_dir.is_dir():
+        raise UserError(f"The run folder {run_dir} does not exist.")
     if not (run_dir / "args.yaml").is_file():
         raise UserError(f"{run_dir} is no run folder: it holds no args.yaml.")
     saved = saved_checkpoints(run_dir / "checkpoints")
