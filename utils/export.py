@@ -48,7 +48,7 @@ def export(
     _check_request(checkpoint, has_adapter, to, merged)
     if to == "peft":
         _write_peft(checkpoint, base, out)
-        print("PEFT loads it over the base in Hugging Face's layout: python -m utils.export MODEL --to hf --out BASE_HF")
+        print("PEFT loads it over the base in Hugging Face's layout: python -m utils.export MODEL --to hf --out BASE")
     else:
         if has_adapter:
             base = base or _recorded_base(checkpoint)
