@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from wandb import teardown
 
 import train
 from finetune.args import EarlyStoppingArgs, GenerationArgs, TrainArgs
@@ -63,6 +64,7 @@ def test_answers_are_scored_and_kept_and_appear_nowhere_else(tmp_path: Path, mod
     generation = GenerationArgs(file=str(rows), n_samples=3, max_tokens=4, batch_size=2, freq=2)
     wandb = WandbArgs(project="icd", offline=True)
     run_dir = run(tmp_path, model_folder, rows, max_steps=4, eval_generation=generation, wandb=wandb)
+    teardown()  # wandb's service, which processes that other tests start would find in their environment
     records = eval_records(run_dir)
     assert [record["step"] for record in records] == [0, 2, 4]
     assert all({"micro_f1", "exact_match", "ended"} <= record.keys() for record in records)

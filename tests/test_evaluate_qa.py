@@ -132,7 +132,7 @@ def test_inputs_are_not_overwritten(jsonl, command):
     assert code == 1 and "g.jsonl would be written" in message
 
 
-def test_a_run_answers_the_questions(jsonl, command, tmp_path):
+def test_a_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     gold = jsonl("g.jsonl", [question("Victor Hugo", "a"), question("1802", "b")])
     args = TrainArgs(
         data=DataArgs(instruct_data=str(gold), packing="best_fit"),
@@ -143,6 +143,7 @@ def test_a_run_answers_the_questions(jsonl, command, tmp_path):
         max_steps=1,
     )
     train.run(args, World(0, 1, torch.device("cpu")))
+    capsys.readouterr()  # what training said, where other tests have set up its log lines
     code, said = command("--gold", gold, "--run", tmp_path / "run")
     (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
     assert code == 0 and "without a prediction" not in said
