@@ -123,8 +123,10 @@ def init_world() -> Iterator[World]:
     try:
         yield World(rank, size, device, dist.new_group(backend="gloo"), failures)
     except Exception as error:
-        failures.announce(error)
-        raise
+        if failures.announce(error) or isinstance(error, UserError):
+            raise
+        # Its peer is gone, and has said why: what this one met in a collective is only the consequence.
+        raise SystemExit(1) from None
     dist.destroy_process_group()  # not after an exception: it would wait for ranks that may be gone
 
 
@@ -152,10 +154,13 @@ class FailureWatch:
         self._rank = rank
         threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
 
-    def announce(self, error: Exception) -> None:
-        """Leaves word that this process fails, unless another has."""
-        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
-            self._store.compare_set(_FAILED, "", f"rank {self._rank}: {type(error).__name__}")
+    def announce(self, error: Exception) -> bool:
+        """Leaves word that this process fails, and says whether it is the first."""
+        word = f"rank {self._rank}: {type(error).__name__}"
+        try:
+            return self._store.compare_set(_FAILED, "", word).decode().startswith(f"rank {self._rank}:")
+        except RuntimeError:  # the store went with the process that held it
+            return True
 
     def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):
