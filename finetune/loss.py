@@ -41,11 +41,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk, chunk_targets = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, working_weight).float()  # [n, V]
-            loss += F.cross_entropy(logits, chunk_targets, reduction="sum")
+            log_probabilities = torch.log_softmax(logits, dim=-1)
+            loss += F.nll_loss(log_probabilities, chunk_targets, reduction="sum")
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = softmax(logits) - one_hot(targets)
-            probabilities = torch.softmax(logits, dim=-1)
+            probabilities = log_probabilities.exp_()
             probabilities[torch.arange(len(chunk), device=chunk.device), chunk_targets] -= 1
             grad_logits = probabilities.to(hidden.dtype)
             if grad_hidden is not None:
