@@ -65,21 +65,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None
 
 
-def cross_entropy_head(targets: torch.Tensor, trained: torch.Tensor | None) -> Head:
-    """Makes the head that turns final hidden states [T, D] into the mean loss over the trained positions.
-
-    Args:
-        targets: [T] int64, the token to predict at each position.
-        trained: [N] int64, positions that carry loss; None: all of them.
-    """
-    return functools.partial(_cross_entropy, targets=targets, trained=trained)
+def cross_entropy_head(targets: torch.Tensor) -> Head:
+    """Makes the head that turns final hidden states [N, D] into the mean loss, given the tokens [N] to predict."""
+    return functools.partial(_cross_entropy, targets=targets)
 
 
-def _cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, trained: torch.Tensor | None
-) -> torch.Tensor:
-    if trained is not None:
-        hidden, targets = hidden[trained], targets[trained]
+def _cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
@@ -89,5 +80,6 @@ def batch_loss(model: Transformer, batch: Batch, device: torch.device) -> torch.
     trained = None
     if batch.y_mask is not None:
         trained = torch.from_numpy(np.flatnonzero(batch.y_mask)).to(device, non_blocking=True)
+        targets = targets[trained]
     inputs = torch.from_numpy(batch.x).to(device, non_blocking=True)
-    return model(inputs, batch.sizes, head=cross_entropy_head(targets, trained))
+    return model(inputs, batch.sizes, head=cross_entropy_head(targets), wanted=trained)

@@ -1,7 +1,7 @@
 """Linear layers that keep their checkpoint names, with and without a low-rank adapter."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import nn
 
 from .args import LoraArgs
 from .errors import UserError
+from .projections import Adapter, DenseWeight, FrozenWeight, Given, Source, project
 
 
 class Linear(nn.Linear):
@@ -21,7 +22,25 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return project_together((self,), x)[0]
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether `project` can stand for the layer as it is now."""
+        return not self.weight.requires_grad
+
+    def frozen_weight(self) -> FrozenWeight:
+        return DenseWeight(self.weight)
+
+    def adapter(self, dtype: torch.dtype) -> Adapter | None:
+        """The adapter, with factors in the dtype that computes."""
+        return None
+
+    def unfused(self, x: torch.Tensor) -> torch.Tensor:
+        """forward, by autograd's own means where the layer trains."""
+        if self.weight.requires_grad:
+            return F.linear(x, self.weight.to(x.dtype))
+        return project(Given(), [x], [self.frozen_weight()], [None])[0]
 
     def as_product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors u [T, K] and M [out, K] of forward(x) = u M^T, for who wants some rows or columns of it at a time."""
@@ -38,13 +57,35 @@ class LoRALinear(Linear):
         self.dropout = nn.Dropout(lora.dropout)
         self.scaling = lora.scaling
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+    @property
+    def is_fusible(self) -> bool:
+        return super().is_fusible and not (self.training and self.dropout.p)
+
+    def adapter(self, dtype: torch.dtype) -> Adapter:
+        return Adapter(self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype), self.scaling)
+
+    def unfused(self, x: torch.Tensor) -> torch.Tensor:
+        return super().unfused(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
 
     def as_product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Linear.as_product`, of [x, scaling * A(dropout(x))] and [W, B]: K = in + R."""
         low = self.lora_A(self.dropout(x)) * self.scaling  # [T, R]
         return torch.cat([x, low], dim=-1), torch.cat([self.weight, self.lora_B.weight.to(self.weight.dtype)], dim=-1)
+
+
+def project_together(
+    layers: Sequence[Linear], *tensors: torch.Tensor, source: Source | None = None, output_matters: bool = True
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of layers whose common input `source` makes of `tensors`; without a source it is the tensor itself.
+
+    See `model.projections.project`, which does the work wherever the layers allow it.
+    """
+    source = source or Given()
+    if all(layer.is_fusible for layer in layers):
+        weights = [layer.frozen_weight() for layer in layers]
+        return project(source, tensors, weights, [layer.adapter(tensors[0].dtype) for layer in layers], output_matters)
+    x = source.forward(*tensors)
+    return tuple(layer.unfused(x) for layer in layers)
 
 
 def add_lora(model: nn.Module, lora: LoraArgs) -> None:

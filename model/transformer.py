@@ -4,7 +4,9 @@ Module and parameter names are those of Mistral's own checkpoints. Shapes: T pac
 heads, K key/value heads, Dh head width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from .args import ModelArgs
 from .attention import ENGINES, Engine, PackedDocuments
 from .errors import UserError
-from .lora import Linear
+from .lora import Linear, project_together
 from .moe import MoeLayer
+from .projections import Source, SwiGLU
 from .rope import apply_rotary, rotary_phases
 
 # What to make of the final hidden states [T, D], given the output head's weight [V, D]. Where the head has an adapter,
 # both are wider (see LoRALinear.as_product); their product is the logits all the same.
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+# What a block computes again for the backward pass instead of keeping it.
+Recompute = Literal["nothing", "feed_forward", "block"]
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, then scaled (Zhang & Sennrich, 2019)."""
+    """x / rms(x) in fp32, cast back, then scaled (Zhang & Sennrich, 2019). A `Source` of the layers behind it."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -33,6 +39,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+    def gradients(self, grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
+        """That of x; the scale is frozen where this is asked for."""
+        x_fp32, grad_fp32 = x.float(), (grad * self.weight.to(grad.dtype)).float()
+        inverse = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        along = (grad_fp32 * x_fp32).mean(-1, keepdim=True) * inverse.square()
+        return (((grad_fp32 - x_fp32 * along) * inverse).to(x.dtype),)
 
 
 class Attention(nn.Module):
@@ -45,10 +58,18 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: torch.Tensor, phases: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv))
+    def forward(
+        self,
+        x: torch.Tensor,
+        norm: Source,
+        phases: torch.Tensor,
+        documents: PackedDocuments,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        projected = project_together((self.wq, self.wk, self.wv), x, source=norm)
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         q, k = apply_rotary(q, phases), apply_rotary(k, phases)  # [T, H, Dh], [T, K, Dh]
-        return self.wo(self.engine(q, k, v, documents).flatten(-2))
+        return self.wo(_rows(self.engine(q, k, v, documents).flatten(-2), wanted))
 
 
 class FeedForward(nn.Module):
@@ -60,8 +81,11 @@ class FeedForward(nn.Module):
         self.w2 = Linear(args.hidden_dim, args.dim)
         self.w3 = Linear(args.dim, args.hidden_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        self.output_matters = True
+
+    def forward(self, x: torch.Tensor, norm: Source | None = None) -> torch.Tensor:
+        gate, up = project_together((self.w1, self.w3), x, source=norm)
+        return project_together((self.w2,), gate, up, source=SwiGLU(), output_matters=self.output_matters)[0]
 
 
 def _feed_forward(args: ModelArgs) -> nn.Module:
@@ -78,16 +102,51 @@ class TransformerBlock(nn.Module):
         self.feed_forward = _feed_forward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-        self.recompute = False  # set from outside: keep only the block's input for the backward pass
+        self.recompute: Recompute = "nothing"  # set from outside
 
-    def forward(self, x: torch.Tensor, phases: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, phases, documents, use_reentrant=False)
-        return self._forward(x, phases, documents)
+    def forward(
+        self,
+        x: torch.Tensor,
+        phases: torch.Tensor,
+        documents: PackedDocuments,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, D] -> [T, D], or [N, D] where only N positions are `wanted` of the last block."""
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return self._recomputed(self._forward, x, phases, documents, wanted)
+        return self._forward(x, phases, documents, wanted)
 
-    def _forward(self, x: torch.Tensor, phases: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), phases, documents)
-        return h + self.feed_forward(self.ffn_norm(h))
+    def _forward(
+        self, x: torch.Tensor, phases: torch.Tensor, documents: PackedDocuments, wanted: torch.Tensor | None
+    ) -> torch.Tensor:
+        h = _rows(x, wanted) + self.attention(x, self.attention_norm, phases, documents, wanted)
+        if self.recompute == "feed_forward" and torch.is_grad_enabled():
+            return h + self._recomputed(self._feed_forward, h)
+        return h + self._feed_forward(h)
+
+    def _feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.feed_forward, MoeLayer):
+            return self.feed_forward(self.ffn_norm(h))
+        return self.feed_forward(h, self.ffn_norm)
+
+    def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        """Runs a function that ends in the feed-forward network, keeping its inputs alone."""
+        return checkpoint(
+            function, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), self._repeating())
+        )
+
+    @contextlib.contextmanager
+    def _repeating(self) -> Iterator[None]:
+        """Nothing that the backward pass needs depends on the last product, so the second time it is left out."""
+        self.feed_forward.output_matters = False
+        try:
+            yield
+        finally:
+            self.feed_forward.output_matters = True
+
+
+def _rows(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    return x if wanted is None else x.index_select(0, wanted)
 
 
 class Transformer(nn.Module):
@@ -110,7 +169,11 @@ class Transformer(nn.Module):
         self.output = Linear(args.dim, args.vocab_size)
 
     def forward(
-        self, input_ids: torch.Tensor, lengths: Sequence[int] | PackedDocuments, head: Head | None = None
+        self,
+        input_ids: torch.Tensor,
+        lengths: Sequence[int] | PackedDocuments,
+        head: Head | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs packed documents through the model.
 
@@ -119,9 +182,11 @@ class Transformer(nn.Module):
             lengths: document lengths, in order; their sum is T. Or the documents themselves, for other positions.
             head: what to make of the final hidden states and the head's weight, so that a loss need not build all
                 logits; it runs inside forward because a sharded head is whole only there.
+            wanted: [N] int64, the positions whose logits are asked for; None: all. Behind the last attention, nothing
+                is computed for the others.
 
         Returns:
-            fp32 logits [T, V], or what `head` returns.
+            fp32 logits [T or N, V], or what `head` returns.
         """
         documents = lengths
         if not isinstance(documents, PackedDocuments):
@@ -132,6 +197,6 @@ class Transformer(nn.Module):
         phases = rotary_phases(documents.positions, self.args.head_dim, self.args.rope_theta)
         h = self.tok_embeddings(input_ids).to(self.compute_dtype)
         for layer in self.layers:
-            h = layer(h, phases, documents)
+            h = layer(h, phases, documents, wanted if layer is self.layers[-1] else None)
         h = self.norm(h)
         return self.output(h).float() if head is None else head(*self.output.as_product(h))

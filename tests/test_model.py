@@ -195,7 +195,7 @@ def test_dropout_acts_on_the_adapter_and_only_while_training(base, adapter, toke
 @moe_or_dense
 def test_recomputation_changes_no_gradient_even_with_dropout(base, adapter, tokens):
     results = []
-    for recompute in (False, True):
+    for recompute in ("nothing", "feed_forward", "block"):
         model = load_model(base, adapter=adapter, lora=LoraArgs(rank=LORA.rank, dropout=0.3)).train()
         for block in model.layers:
             block.recompute = recompute
@@ -203,13 +203,14 @@ def test_recomputation_changes_no_gradient_even_with_dropout(base, adapter, toke
         loss = model(tokens, LENGTHS).square().mean()
         loss.backward()
         results.append([loss] + [p.grad for p in model.parameters() if p.requires_grad])
-    assert all(plain.equal(again) for plain, again in zip(*results, strict=True))
+    for again in results[1:]:
+        assert all(plain.equal(repeated) for plain, repeated in zip(results[0], again, strict=True))
 
 
 @moe_or_dense
 def test_recomputation_keeps_only_the_blocks_inputs(base, adapter, tokens):
     saved = []
-    for recompute in (False, True):
+    for recompute in ("nothing", "feed_forward", "block"):
         model = load_model(base, adapter=adapter)
         for block in model.layers:
             block.recompute = recompute
@@ -217,7 +218,24 @@ def test_recomputation_keeps_only_the_blocks_inputs(base, adapter, tokens):
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             model(tokens, LENGTHS, head=lambda hidden, weight: hidden.sum())
         saved.append(sum(sizes))
-    assert saved[1] < saved[0] / 5
+    nothing, feed_forward, block = saved
+    assert block < nothing / 5 and block < feed_forward < nothing
+
+
+@moe_or_dense
+@pytest.mark.parametrize("recompute", ["nothing", "feed_forward", "block"])
+def test_what_is_wanted_of_some_positions_is_what_all_would_give(base, adapter, tokens, recompute):
+    model = load_model(base, adapter=adapter)
+    wanted = torch.tensor([0, 3, 4, len(tokens) - 1])
+    results = []
+    for logits in (lambda: model(tokens, LENGTHS)[wanted], lambda: model(tokens, LENGTHS, wanted=wanted)):
+        for block in model.layers:
+            block.recompute = recompute
+        model.zero_grad()
+        found = logits()
+        found.square().mean().backward()
+        results.append([found, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*results)
 
 
 def test_positions_have_no_end():
@@ -311,10 +329,12 @@ if GOLDEN:
             "cols_0_32767_step_331": logits[:, :32767:331],
             "logits": logits,
         }
+        # In bf16 a token whose gate rates two experts alike may go to the other one.
+        may_differ = 1 / 500 if (name, dtype) == ("moe", "bfloat16") else 0
         for key, value in expected.items():
-            torch.testing.assert_close(
-                actual[key], torch.from_numpy(value), rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
-            )
+            error = (actual[key] - torch.from_numpy(value)).abs().flatten(1 if value.ndim > 1 else 0)
+            differs = (error.amax(1) if value.ndim > 1 else error) > tolerance
+            assert differs.float().mean() <= may_differ, f"{key}: {error.max()}"
 
     @pytest.mark.parametrize("name", ["dense", "moe"])
     def test_rotary_phases_equal_the_originals(tiny, name):
@@ -335,7 +355,8 @@ if GOLDEN:
         masked = torch.cat([torch.arange(*bounds) for bounds in recipe["mask_true_ranges"]])
         for case, trained in (("unmasked", None), ("masked", masked)):
             model.zero_grad()
-            loss = model(ids[:-1], recipe["seqlens"], head=cross_entropy_head(ids[1:], trained))
+            targets = ids[1:] if trained is None else ids[1:][trained]
+            loss = model(ids[:-1], recipe["seqlens"], head=cross_entropy_head(targets), wanted=trained)
             loss.backward()
             assert loss.item() == pytest.approx(recorded[f"loss.{kind}.{case}"]["loss"], rel=1e-6)
             for key, norm in recorded[f"loss.{kind}.{case}"]["grad_l2"].items():
