@@ -7,14 +7,15 @@ comma := ,
 
 NOTEBOOKS := generate_fictives_notes prepare_data_for_generative_finetuning mistral_finetune_7b
 
-.PHONY: help setup demo test notebooks kill-test fuzz check format clean
+.PHONY: help setup demo sample-data test notebooks kill-test fuzz check format clean
 help:
 	@echo "make demo    the whole story on the CPU: notes, a tiny base model, LoRA, answers, scores; some minutes"
+	@echo "make sample-data  write fictional notes and their codes to sample_data: train, eval and test"
 	@echo "make test    run the tests"
 	@echo "make notebooks  execute the tutorials; what they show is in runs/tutorials"
 	@echo "make kill-test  kill 200 trainings at random instants and compare what comes of them;  make fuzz  10,000 inputs a target"
 	@echo "make check   lint and format check;  make format  mend what can be mended"
-	@echo "make setup   only install into .venv;  make clean  remove what make demo wrote"
+	@echo "make setup   only install into .venv;  make clean  remove what make demo and make sample-data wrote"
 
 setup: .venv/installed
 .venv/installed: pyproject.toml
@@ -54,6 +55,10 @@ $(BIN)/python -m utils.evaluate_icd10 --gold demo/$(3)/notes_instruct.jsonl --pr
 	--json demo/$(1).json --html demo/$(1).html --cim10 $(DEMO_CODES) --train demo/data/train_instruct.jsonl
 endef
 
+SAMPLE_NOTES := 1000
+sample-data: setup
+	$(BIN)/python -m utils.generate_notes --out sample_data --n $(SAMPLE_NOTES) --split 0.8,0.1,0.1 --overwrite
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -78,4 +83,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo
+	rm -rf demo sample_data

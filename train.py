@@ -21,6 +21,7 @@ from finetune.data.data_loader import Batch, TrainLoader, build_data_loader
 from finetune.data.packing import PackingCounts
 from finetune.data.tokenize import load_instruct_tokenizer
 from finetune.distributed import World, init_world
+from finetune.epochs import count_steps
 from finetune.eval import BestSoFar, Examiner
 from finetune.guards import Guards
 from finetune.hardware import choose_hardware, memory_bytes
@@ -70,7 +71,7 @@ def train_step(
     loss = torch.zeros((), device=device)
     for batch in batches:
         microbatch_loss = batch_loss(model, batch, device)
-        divisor = tokens_per_rank / batch.trained_tokens if tokens_per_rank else len(batches)
+        divisor = tokens_per_rank / batch.loss_weight if tokens_per_rank else len(batches)
         (microbatch_loss * (scaler.scale / divisor)).backward()
         loss += microbatch_loss.detach() / divisor
 
@@ -92,8 +93,8 @@ def train_step(
 
 
 def count_tokens_per_rank(batches: list[Batch], world: World) -> float:
-    """The mean over ranks of the tokens that a step trains on."""
-    own = sum(batch.trained_tokens for batch in batches)
+    """The mean over ranks of the tokens that a step trains on, each counting as its message's weight says."""
+    own = sum(batch.loss_weight for batch in batches)
     return world.mean(torch.tensor(own, dtype=torch.float64)).item()
 
 
@@ -125,11 +126,15 @@ def run(args: TrainArgs, world: World) -> None:
     )
     if saved and (own := saved.of_rank(world)):
         world.together(lambda: batches.load_state_dict(own["data"]))
+    if args.epochs is not None:
+        args = dataclasses.replace(args, max_steps=saved.max_steps if saved else count_steps(args, batches, world))
     world.together(batches.wait_for_first)
     examiner = Examiner(args, tokenizer, answer_scores, world)
     world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
     world.together(lambda: check_shared(run_dir))
     logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
+    for remark in args.remarks() if world.is_master else ():
+        logger.warning(remark)
 
     model = build_model(base, args, hardware, world)
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
@@ -147,33 +152,51 @@ def run(args: TrainArgs, world: World) -> None:
         sinks = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
         train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks, void_from=saved and saved.step + 1))
         eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
-        bar = stack.enter_context(progress_bar(state, world))
-        stop = stack.enter_context(stop_requests())
         stack.push(world.announce)
+        training_loop(run_state, args, examiner, checkpointer, train_log, eval_log, world)
+    finish(state, batches, run_dir, world)
 
+
+def training_loop(
+    run: RunState,
+    args: TrainArgs,
+    examiner: Examiner,
+    checkpointer: Checkpointer,
+    train_log: MetricsLogger,
+    eval_log: MetricsLogger,
+    world: World,
+) -> None:
+    """Trains from where `run` stands to the last step, or until evaluations find nothing better any more.
+
+    Raises:
+        UserError: a guard or the disk ends the run, on every rank.
+        SystemExit: a signal does, behind a saved step.
+    """
+    model, state, best_so_far = run.model, run.progress, run.best_so_far
+    with progress_bar(state, world) as bar, stop_requests() as stop:
         if state.step == 0 and (metrics := examiner.examine(model, state)):
             eval_log.log(metrics, 0)
 
         while state.step < args.max_steps and not best_so_far.patience_is_over:
             with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
-                step_batches = list(itertools.islice(batches, args.num_microbatches))
-                tokens = count_tokens_per_rank(step_batches, world) if args.loss_normalization == "tokens" else None
+                batches = list(itertools.islice(run.batches, args.num_microbatches))
+                tokens = count_tokens_per_rank(batches, world) if args.loss_normalization == "tokens" else None
                 result = train_step(
-                    model, step_batches, optimizer, schedule, scaler, args.max_norm, world.device, tokens
+                    model, batches, run.optimizer, run.schedule, run.scaler, args.max_norm, world.device, tokens
                 )
-            state.note(step_batches, result.skipped)
+            state.note(batches, result.skipped)
             bar.update()
 
             log_due = state.step % args.log_freq == 0
-            complaint = guards.watch_step(state, step_batches, result.skipped)
+            complaint = run.guards.watch_step(state, batches, result.skipped)
             if log_due or examiner.loss_due(state):
                 state.note_loss(world.mean(result.loss).item())
-                complaint = complaint or guards.watch_loss(state, step_batches)
+                complaint = complaint or run.guards.watch_loss(state, batches)
             if complaint:
                 checkpointer.finish()
                 world.fail_together(complaint)
             if log_due:
-                log_step(state, result, scaler, train_log, world)
+                log_step(state, result, run.scaler, train_log, world)
 
             if metrics := examiner.examine(model, state):
                 eval_log.log(metrics, state.step)
@@ -181,13 +204,12 @@ def run(args: TrainArgs, world: World) -> None:
             stopping = world.any(bool(stop) or checkpointer.has_failed)
             save_due = improved or stopping or best_so_far.patience_is_over or state.due(args.ckpt_freq)
             if save_due and not args.no_ckpt:
-                state.checkpoint = checkpointer.save(state.step, run_state, best=improved)
+                state.checkpoint = checkpointer.save(state.step, run, best=improved)
             if stopping and state.step < args.max_steps:
                 checkpointer.finish()
                 logger.warning("Stopped by %s behind step %d. Checkpoint: %s", stop, state.step, state.checkpoint)
                 raise SystemExit(EXIT_INTERRUPTED)
         checkpointer.finish()
-    finish(state, batches, run_dir, world)
 
 
 def progress_bar(state: TrainState, world: World) -> tqdm:

@@ -1,5 +1,6 @@
 """The training YAML: every key, its default, and what is refused."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -11,21 +12,25 @@ from typing import Any
 
 from simple_parsing.helpers import Serializable
 
-from model.args import ATTENTION_ENGINES, PARAM_DTYPES, LoraArgs
+from model.args import ATTENTION_ENGINES, BASE_DTYPES, PARAM_DTYPES, LoraArgs
 from model.errors import UserError, quoted
 
 from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
 from .yaml_file import read_yaml
 
+OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("onecycle", "cosine", "linear", "constant")
 LOSS_NORMALIZATIONS = ("microbatch", "tokens")
+CHECKPOINT_MODES = ("selective", "auto")  # beside true and false
+SHARDINGS = ("full", "hybrid")
 
 
 @dataclasses.dataclass
 class OptimArgs(Serializable):
     """AdamW, whose rate goes lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
 
+    name: str = "adamw"  # or adamw8bit: bitsandbytes' AdamW, whose moments take 2 bytes a parameter in place of 8
     schedule: str = "onecycle"  # PyTorch's OneCycleLR, which moves beta1 too; or, behind a straight warm-up and with a
     # beta1 of 0.9 throughout, the way down from lr: cosine, linear, or constant (none)
     lr: float = 1e-4  # highest learning rate; 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
@@ -37,6 +42,8 @@ class OptimArgs(Serializable):
     def problems(self) -> list[str]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
+        if self.name not in OPTIMIZERS:
+            found.append(f"`optim.name` is {quoted(self.name)}; expected {', '.join(OPTIMIZERS)}.")
         if self.schedule not in SCHEDULES:
             found.append(f"`optim.schedule` is {quoted(self.schedule)}; expected {', '.join(SCHEDULES)}.")
         if not 0 <= self.pct_start <= 1:
@@ -134,6 +141,7 @@ class TrainArgs(Serializable):
     seq_len: int = 2048  # tokens per packed sequence
     batch_size: int = 1  # sequences per process and micro-batch
     max_norm: float = 1.0  # the gradient's norm is clipped to this
+    epochs: float | None = None  # in place of max_steps: so often as many sequences as it takes to pack every row once
     max_steps: int = 100  # tokens seen: max_steps * num_microbatches * batch_size * seq_len * processes
     log_freq: int = 1  # steps between log lines
 
@@ -149,9 +157,19 @@ class TrainArgs(Serializable):
     early_stopping: EarlyStoppingArgs = dataclasses.field(default_factory=EarlyStoppingArgs)
     keep_best: bool = False  # save the best model at each evaluation that finds one; checkpoints/best points at it
 
-    checkpoint: bool = True  # recompute each block's activations in the backward pass: less memory, about 1/4 slower
+    # What the backward pass computes anew instead of keeping it. true: all of each block, for the least memory;
+    # selective: the feed-forward networks' first products; false: nothing; auto: the fastest of these that fits
+    checkpoint: bool | str = True
     param_dtype: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 from Ampere on, fp16 before, fp32 on CPU
+    base_dtype: str = (
+        "same"  # how the blocks' frozen weights are stored: same (as param_dtype), nf4 (4 bits, as QLoRA),
+    )
+    # nf4-dq (its scales quantised, too) or fp8 (8 bits; also multiplied in fp8 where the card can, from Hopper on)
     attention: str = "auto"  # auto, xformers, varlen or sdpa; auto takes the first that runs on the card
+    compile: bool = False  # torch.compile what lies between matrix products: pays in long runs, starts a minute later
+    sharding: str = "full"  # full: the processes of all machines hold one model together; hybrid: those of each machine
+    # do, so that weights do not cross the network, only the adapter's gradients. On one machine there is no difference
+    cpu_offload: bool = False  # weights and optimizer in host memory: smaller GPUs, slower steps; nothing on a CPU
 
     world_size: int | None = None  # set by the launcher and recorded in args.yaml; read from there, never from here
 
@@ -171,6 +189,8 @@ class TrainArgs(Serializable):
                 found.append(f"`{key}` is {getattr(self, key)}; it must be 0 (only after the last step) or more.")
         if self.num_ckpt_keep is not None and self.num_ckpt_keep < 1:
             found.append(f"`num_ckpt_keep` is {self.num_ckpt_keep}; it must be at least 1, or null to keep all.")
+        if self.epochs is not None and not self.epochs > 0:
+            found.append(f"`epochs` is {self.epochs}; it must be positive.")
         if not self.max_norm > 0:
             found.append(f"`max_norm` is {self.max_norm}; it must be positive.")
         if not 0 <= self.seed < 2**32:
@@ -180,8 +200,23 @@ class TrainArgs(Serializable):
             found.append(f"`loss_normalization` is {quoted(self.loss_normalization)}; expected {expected}.")
         if self.param_dtype != "auto" and self.param_dtype not in PARAM_DTYPES:
             found.append(f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(PARAM_DTYPES)}.")
+        if self.base_dtype not in BASE_DTYPES:
+            found.append(f"`base_dtype` is {quoted(self.base_dtype)}; expected {', '.join(BASE_DTYPES)}.")
+        elif self.base_dtype != "same" and not self.lora.enable:
+            found.append(f"`base_dtype: {self.base_dtype}` is for frozen weights, but `lora.enable` is false.")
+        elif self.base_dtype != "same" and not self.save_adapters:
+            found.append(
+                f"`base_dtype: {self.base_dtype}` rounds the base, so `save_adapters: false` would save a worse model: "
+                "save the adapter and merge it into the base with `python -m utils.merge_lora`."
+            )
         if self.attention != "auto" and self.attention not in ATTENTION_ENGINES:
             found.append(f"`attention` is {self.attention!r}; expected auto, {', '.join(ATTENTION_ENGINES)}.")
+        if isinstance(self.checkpoint, str) and self.checkpoint not in CHECKPOINT_MODES:
+            found.append(f"`checkpoint` is {quoted(self.checkpoint)}; expected true, false, selective or auto.")
+        if self.sharding not in SHARDINGS:
+            found.append(f"`sharding` is {quoted(self.sharding)}; expected {', '.join(SHARDINGS)}.")
+        if self.cpu_offload and self.optim.name == "adamw8bit":
+            found.append("`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU.")
         if self.save_adapters and not self.lora.enable and not self.no_ckpt:
             found.append(
                 "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
@@ -200,6 +235,15 @@ class TrainArgs(Serializable):
         for block in (*blocks, self.eval_generation, self.early_stopping, self.guards):
             found += block.problems()
         return found
+
+    def remarks(self) -> list[str]:
+        """Says what is given in vain, one sentence each."""
+        if self.no_eval and self.data.eval_instruct_data.strip():
+            return [
+                "`data.eval_instruct_data` is not used, since `no_eval` is true (the default): "
+                "set `no_eval: false` to evaluate on it."
+            ]
+        return []
 
     def _evaluation_problems(self) -> list[str]:
         found = []
@@ -230,14 +274,22 @@ def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[str]] 
         UserError: the file cannot be read, or every unknown, missing or mistyped key in one message.
     """
     problems: list[str] = []
-    args = _build(TrainArgs, _nested(read_yaml(path), problems), "", problems)
-    if args is not None:
-        problems += find_problems(args)
+    raw = _nested(read_yaml(path), problems)
+    if raw.get("epochs") is not None and "max_steps" in raw:
+        problems.append("`epochs` and `max_steps` both say how long the run is; give one of them.")
+    args = _build(TrainArgs, raw, "", problems)
+    # What stands in for a key that is missing or faulty may be wrong, too: that key has been named already.
+    named = {problem.split("`")[1] for problem in problems if problem.startswith("`")}
+    problems += [problem for problem in find_problems(args) if not _is_about(problem, named)]
     if problems:
         more = [f"... and {len(problems) - _MAX_NAMED:,} more"] if len(problems) > _MAX_NAMED else []
         listed = "\n".join(f"  - {problem}" for problem in [*problems[:_MAX_NAMED], *more])
         raise UserError(f"{path} cannot be used:\n{listed}")
     return args
+
+
+def _is_about(problem: str, keys: set[str]) -> bool:
+    return any(problem.startswith((f"`{key}`", f"`{key}.")) for key in keys)
 
 
 def _nested(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -267,30 +319,29 @@ def _leaves(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[t
 def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     """Builds a dataclass from YAML values, converting texts and numbers where nothing is lost.
 
-    Adds one sentence per fault to `problems`. A default stands in for a faulty value, so that the others are checked
-    too; returns None where there is none.
+    Adds one sentence per fault to `problems`. A default, or an empty value where there is none, stands in for a faulty
+    value or a missing one, so that the others are checked too. A block without keys has its defaults.
     """
-    if not isinstance(raw, dict):
+    if not isinstance(raw, dict | None):
         name = prefix.rstrip(".")
         problems.append(f"`{name}` is {_shown(name, raw)}; expected a block of keys.")
-        return None
+    raw = raw if isinstance(raw, dict) else {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
             problems.append(_unknown(prefix, key, list(fields)))
-    values, complete = {}, True
+    values = {}
     for name, field in fields.items():
         if name in raw:
             value = _convert(hints[name], raw[name], prefix + name, problems)
             if value is not None or _is_optional(hints[name]):
                 values[name] = value
-            elif _is_required(field):
-                complete = False
         elif _is_required(field):
             problems.append(f"`{prefix}{name}` is missing; it must be given.")
-            complete = False
-    return cls(**values) if complete else None
+        if name not in values and _is_required(field):
+            values[name] = hints[name]()
+    return cls(**values)
 
 
 def _unknown(prefix: str, key: str, known: list[str]) -> str:
@@ -316,15 +367,15 @@ def _is_optional(hint: Any) -> bool:
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{name}.", problems)
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    try:
-        return _CONVERTERS[hint](value)
-    except (TypeError, ValueError, OverflowError):
-        problems.append(f"`{name}` is {_shown(name, value)}; expected {_EXPECTED[hint]}.")
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in hints:
         return None
+    expected = [option for option in hints if option is not type(None)]
+    for option in expected:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return _CONVERTERS[option](value)
+    problems.append(f"`{name}` is {_shown(name, value)}; expected {' or '.join(_EXPECTED[kind] for kind in expected)}.")
+    return None
 
 
 def _to_bool(value: Any) -> bool:

@@ -37,12 +37,11 @@ from .args import TrainArgs
 from .distributed import World
 from .manifest import damage, seal, sync_folder
 from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
-from .utils import checkpoint_name, saved_checkpoints, step_of
+from .utils import BEST_NAME, WEIGHTS_NAME, checkpoint_name, saved_checkpoints, step_of
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
 
-BEST_NAME = "best"  # a link to the checkpoint that did best, with `keep_best`
 LAST_NAME = "last"  # a link to the newest one
 _IN_MAIN_THREAD = StagingOptions(False, False, False, False)  # copies to host memory are made before a save returns
 
@@ -84,8 +83,20 @@ class Checkpointer:
 
         What lies ahead is damaged, or was saved by a run that went on from here before: kept, under another name, it
         is neither continued nor in the way.
+
+        Raises:
+            UserError: the disk refuses it, on every rank.
         """
-        if not self._world.is_master or not self.folder.is_dir():
+        self._world.together(lambda: self._settle(step) if self._world.is_master else None)
+
+    def _settle(self, step: int) -> None:
+        try:
+            self._finish_half_done(step)
+        except OSError as error:
+            raise UserError(f"The checkpoints in {self.folder} cannot be put in order: {error}.") from error
+
+    def _finish_half_done(self, step: int) -> None:
+        if not self.folder.is_dir():
             return
         for left in self.folder.glob("tmp.*"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
@@ -118,7 +129,7 @@ class Checkpointer:
         self.finish()
         self._saving = final = self.folder / checkpoint_name(step)
         aside = final.with_name(f"tmp.{final.name}")
-        self._on_master(lambda: _start_folder(aside, ["consolidated"] + [STATE_NAME] * (state is not None)))
+        self._on_master(lambda: _start_folder(aside, [WEIGHTS_NAME] + [STATE_NAME] * (state is not None)))
         export = self._gathered()
         if self._args.save_adapters:
             export = iter([(name, tensor.to("cpu", copy=True)) for name, tensor in export if self._world.is_master])
@@ -129,7 +140,7 @@ class Checkpointer:
             self._pending = self._background.submit(self._complete, aside, final, export, written, best)
         else:
             self._pending = written
-        return final / "consolidated"
+        return final / WEIGHTS_NAME
 
     def finish(self) -> None:
         """Waits for the save that is under way; every rank must call it.
@@ -193,7 +204,7 @@ class Checkpointer:
         if fault := damage(final, hashes=False):
             raise UserError(f"it is not whole on the disk ({fault})")
         self._link_and_prune(final, best)
-        logger.info("Saved %s", final / "consolidated")
+        logger.info("Saved %s", final / WEIGHTS_NAME)
 
     def _write_merged(self, aside: Path, export: _Export) -> None:
         try:
@@ -204,7 +215,7 @@ class Checkpointer:
                 pass  # gathering takes all ranks: those that write nothing, and rank 0 for the rest after a failure
 
     def _write_export(self, aside: Path, tensors: _Export) -> None:
-        folder = aside / "consolidated"
+        folder = aside / WEIGHTS_NAME
         plan = {name: (tuple(parameter.shape), self._dtype) for name, parameter in self._saved_parameters()}
         with SafetensorsWriter(folder / (ADAPTER_NAME if self._args.save_adapters else SAFETENSORS_NAME), plan) as file:
             for name, tensor in tensors:
@@ -240,9 +251,9 @@ class Checkpointer:
         if best:
             _link(self.folder / BEST_NAME, newest)
         if self._args.num_ckpt_keep is not None:
-            best = (self.folder / BEST_NAME).resolve()
+            kept = (self.folder / BEST_NAME).resolve()
             for path in saved_checkpoints(self.folder)[: -self._args.num_ckpt_keep]:
-                if path.resolve() != best:
+                if path.resolve() != kept:
                     _remove(path)
 
 

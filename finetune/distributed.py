@@ -5,6 +5,7 @@ import dataclasses
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from model.errors import UserError
 from .hardware import choose_device
 
 T = TypeVar("T")
-_WATCH_S = 1.0
+_WATCH_S, _MEET_S = 1.0, 0.05  # between two looks at the store
 _FAILED = "failed"  # key under which a process that fails leaves word
 
 
@@ -29,6 +30,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1  # processes on this machine
     background_group: dist.ProcessGroup | None = None  # for collectives beside those of the training thread
     failures: "FailureWatch | None" = None
 
@@ -36,9 +38,14 @@ class World:
     def is_master(self) -> bool:
         return self.rank == 0
 
-    def mesh(self) -> DeviceMesh:
-        """All processes in one row."""
-        return init_device_mesh(self.device.type, (self.size,))
+    def mesh(self, shards: int) -> DeviceMesh:
+        """All processes; `shards` neighbours hold one copy of the model together."""
+        if not dist.is_initialized():  # one process, which is alone with its shard
+            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+        if shards == self.size:
+            return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
+        shape = (self.size // shards, shards)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a scalar over all ranks."""
@@ -115,13 +122,19 @@ def init_world() -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        yield World(rank, size, device)
+        try:
+            yield World(rank, size, device)
+        finally:
+            if dist.is_initialized():  # see World.mesh
+                dist.destroy_process_group()
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_connect(size, may_host=rank == 0), rank=rank, world_size=size)
-    failures = FailureWatch(_connect(size), rank)
+    store = _connect(size, may_host=rank == 0)
+    attempt = _meet(store, rank, size)
+    dist.init_process_group(_backend(device), store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
+    failures = FailureWatch(dist.PrefixStore(attempt, _connect(size)), rank)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     try:
-        yield World(rank, size, device, dist.new_group(backend="gloo"), failures)
+        yield World(rank, size, device, local_size, dist.new_group(backend="gloo"), failures)
     except Exception as error:
         if failures.announce(error) or isinstance(error, UserError):
             raise
@@ -130,16 +143,41 @@ def init_world() -> Iterator[World]:
     dist.destroy_process_group()  # not after an exception: it would wait for ranks that may be gone
 
 
-def _connect(size: int, may_host: bool = False) -> dist.Store:
-    """A connection to the key-value store where processes find each other.
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
-    torchrun's own store outlives a restart, with the addresses of processes that are gone in it (torch 2.13): each
-    attempt has its own keys. Without torchrun's, rank 0 hosts one.
-    """
+
+def _connect(size: int, may_host: bool = False) -> dist.Store:
+    """A connection to the key-value store where processes find each other: torchrun's, or else one of rank 0."""
     hosts = may_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, size, is_master=hosts, wait_for_workers=False, multi_tenant=True)
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.TCPStore(host, port, size, is_master=hosts, wait_for_workers=False, multi_tenant=True)
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """Waits for all processes, and returns a name for this attempt: torchrun's store outlives a restart.
+
+    Keys of processes that are gone are still in it, and torchrun's count of restarts is each node's own, so that it
+    differs once a node was away (PyTorch's issue 135712). So each process asks under a name of its own, and rank 0
+    answers all it finds, the dead ones' too, until the living have the answer.
+
+    Raises:
+        UserError: on rank 0, when some have not come in time.
+    """
+    own_name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"question_{rank}", own_name)
+        attempt = store.get(f"answer_{own_name}").decode()
+        store.add(f"{attempt}_arrived", 1)
+        return attempt
+    end = time.monotonic() + store.timeout.total_seconds()
+    while (arrived := store.add(f"{own_name}_arrived", 0)) < size - 1:
+        if time.monotonic() > end:
+            raise UserError(f"Only {arrived + 1} of {size} processes have come. Is torchrun running on every node?")
+        for question in filter(lambda key: store.check([key]), (f"question_{other}" for other in range(1, size))):
+            store.set(f"answer_{store.get(question).decode()}", own_name)
+        time.sleep(_MEET_S)
+    return own_name
 
 
 class FailureWatch:

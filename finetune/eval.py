@@ -36,7 +36,7 @@ _PLACEHOLDER = Batch(x=np.zeros(1, dtype=np.int64), y=np.zeros(1, dtype=np.int64
 def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_tokens: bool = False) -> float | None:
     """Mean over all ranks' batches of the batch's loss, in nats per token; None where no rank has a batch.
 
-    With `by_tokens` a batch counts as often as it has trained tokens: the mean over all of them.
+    With `by_tokens` a batch counts as much as its trained tokens do: the mean over all of them.
 
     A sharded model needs all ranks in every forward, so a rank whose rows are used up runs along on a token of its
     own, which does not count.
@@ -50,7 +50,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_toke
             break
         loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
         if batch is not None:
-            weight = batch.trained_tokens if by_tokens else 1
+            weight = batch.loss_weight if by_tokens else 1
             total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
     reshard(model)
     model.train()
@@ -103,8 +103,9 @@ class Questionnaire:
         for start in range(0, -(-len(self._prompts) // world.size), args.batch_size):
             batch = own[start : start + args.batch_size]
             # A rank without questions runs along: a sharded model needs all ranks in every forward.
+            prompts = batch or [[tokenizer.bos_id]]
             outputs = generate(
-                model, batch or [[tokenizer.bos_id]], args.max_tokens, tokenizer.eos_id, any_active=world.any
+                model, prompts, args.max_tokens, tokenizer.eos_id, any_active=world.any, device=world.device
             )
             written += outputs[: len(batch)]
         reshard(model)

@@ -9,6 +9,7 @@ import torch
 from model.args import ModelArgs
 from model.attention import choose_engine
 from model.errors import UserError
+from model.projections import SwiGLU
 
 from .mixed_precision import DTYPES, choose_dtype
 
@@ -53,6 +54,22 @@ def choose_hardware(device: torch.device, param_dtype: str, attention: str, mode
     """
     dtype = choose_dtype(param_dtype, device)
     return Hardware(device, dtype, choose_engine(attention, device, dtype, model_args.head_dim))
+
+
+def check_compile(device: torch.device) -> None:
+    """Tries what `compile: true` needs.
+
+    Raises:
+        UserError: torch.compile does not work here.
+    """
+    x = torch.ones(4, 4, device=device)
+    try:
+        SwiGLU(compiled=True).forward(x, x)
+    except Exception as error:  # of a compiler, of Triton, of a missing header: there is no end of kinds
+        raise UserError(
+            f"`compile: true` does not work here: {str(error).strip().splitlines()[0]}. It needs a C++ compiler, and "
+            "on a GPU Triton. Set `compile: false`."
+        ) from error
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """A trained model, ready to answer."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -16,72 +17,58 @@ from .data.args import DataArgs
 from .data.tokenize import load_instruct_tokenizer
 from .distributed import World
 from .hardware import choose_device, choose_hardware
-from .utils import saved_checkpoints, step_of
+from .utils import BEST_NAME, find_weights, run_of
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 
-def load_trained(folder: Path, step: int | None = None) -> tuple[Transformer, InstructTokenizerBase]:
+def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transformer, InstructTokenizerBase]:
     """Loads the model that a run trained, its adapter merged, on the GPU where there is one.
 
     Args:
-        folder: of the run; or of a model, which is loaded as it stands.
-        step: which checkpoint of the run; None: the newest.
+        folder: of the run, or of one of its checkpoints; or of a model, which is loaded as it stands.
+        step: which checkpoint of the run: its number, or "best"; None: the newest.
 
     Raises:
         UserError: no run, no such checkpoint, or the base model has moved.
     """
-    args = _model_args(folder) if is_model_folder(folder) else _run_args(folder, step)
+    args = _args_of(find_weights(folder, step))
     base = open_base_model(args)
     device = choose_device(0)
     # The dtype of the run; the engine is chosen anew, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
-    model = build_model(base, dataclasses.replace(args, checkpoint=False), hardware, World(0, 1, device))
+    args = dataclasses.replace(args, checkpoint=False, cpu_offload=False)
+    model = build_model(base, args, hardware, World(0, 1, device))
     merge_lora(model)
     model.requires_grad_(False).to(hardware.dtype)
     return model.eval(), load_instruct_tokenizer(base.folder, base.args.vocab_size)
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether a folder holds a model and is no run."""
-    return not (folder / "args.yaml").is_file() and (folder / "params.json").is_file()
-
-
-def _model_args(folder: Path) -> TrainArgs:
-    return TrainArgs(DataArgs(), str(folder), run_dir="", lora=LoraArgs(enable=False))
-
-
-def _run_args(run_dir: Path, step: int | None) -> TrainArgs:
-    checkpoint = find_checkpoint(run_dir, step) / "consolidated"
+def _args_of(weights: Path) -> TrainArgs:
+    """Settings that build a model again: those of the run its weights come from, or a model's own."""
+    run_dir = run_of(weights.parent)
+    has_adapter = (weights / ADAPTER_NAME).is_file()
+    if run_dir is None and has_adapter:
+        raise UserError(f"The adapter in {weights} lies in no run folder; merge it first (python -m utils.merge_lora).")
+    if run_dir is None:
+        return TrainArgs(DataArgs(), str(weights), run_dir="", lora=LoraArgs(enable=False))
     args = read_train_args(run_dir / "args.yaml")
-    if (checkpoint / ADAPTER_NAME).is_file():
-        args.lora.from_adapter = str(checkpoint / ADAPTER_NAME)
+    if has_adapter:
+        args.lora.from_adapter = str(weights)
     else:
-        args.model_id_or_path = str(checkpoint)
+        args.model_id_or_path = str(weights)
         args.lora.enable = False
     return args
 
 
-def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
-    """A checkpoint's folder.
-
-    Args:
-        run_dir: folder of the run.
-        step: which one; None: the newest.
+def step_option(text: str) -> int | str:
+    """Reads `--step`: a number, or best.
 
     Raises:
-        UserError: no run, or no such checkpoint.
+        argparse.ArgumentTypeError: it is neither.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"The run folder {run_dir} does not exist.")
-    if not (run_dir / "args.yaml").is_file():
-        raise UserError(f"{run_dir} is no run folder: it holds no args.yaml.")
-    saved = saved_checkpoints(run_dir / "checkpoints")
-    if step is not None:
-        saved = [path for path in saved if step_of(path) == step]
-    if not saved:
-        which = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise UserError(f"{run_dir} holds no {which}; train it first, or name another folder.")
-    return saved[-1]
+    if text != BEST_NAME and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor `{BEST_NAME}`")
+    return text if text == BEST_NAME else int(text)
 
 
 def token_bytes(tokenizer: InstructTokenizerBase) -> list[bytes | None]:

@@ -1,7 +1,10 @@
 """What can be known to fail before anything is loaded."""
 
+import math
 import shutil
 import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +13,13 @@ from model.errors import UserError
 
 from .args import TrainArgs
 from .distributed import World
-from .hardware import Hardware
+from .hardware import Hardware, check_compile
+from .optim import check_optimizer
 from .utils import saved_checkpoints
-from .wrapped_model import BaseModel, empty_model
+from .wrapped_model import BaseModel, shard_count
 
 _GIB = 1024**3
-_TRAINED_BYTES = 3 * 4  # per trained parameter, in fp32: itself and Adam's two moments
+_MOMENTS_BYTES = {"adamw": 2 * 4, "adamw8bit": 2}  # per trained parameter
 
 
 def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_dir: Path, world: World) -> None:
@@ -24,13 +28,25 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     Raises:
         UserError: on every rank, with what is missing.
     """
+    world.together(lambda: check_optimizer(args.optim, world.size))
     world.sum(torch.ones((), device=world.device))  # where ranks cannot reach each other, it shows here
-    parameters = [(p.numel(), p.requires_grad) for p in empty_model(base, args, hardware).parameters()]
-    trained = sum(count for count, trains in parameters if trains)
-    frozen = sum(count for count, trains in parameters if not trains)
+    if args.compile:
+        world.together(lambda: check_compile(hardware.device))
+    if args.base_dtype != "same" and world.size > 1 and not _shards_bytes():
+        world.fail_together(
+            f"`base_dtype: {args.base_dtype}` on several processes needs PyTorch 2.12 or later, this is "
+            f"{torch.__version__}; use one process or `base_dtype: same`."
+        )
+    if args.sharding == "hybrid":
+        world.fail_together(uneven_machines(world.gather(world.local_size)))
+    trained, frozen = base.trained, base.frozen
     exported = trained if args.save_adapters else trained + frozen
-    checkpoint_bytes = exported * hardware.dtype.itemsize + trained * _TRAINED_BYTES
-    weights_bytes = (frozen * hardware.dtype.itemsize + trained * (_TRAINED_BYTES + 4)) / world.size
+    state_bytes = trained * (4 + _MOMENTS_BYTES[args.optim.name])  # trained parameters and their gradients are fp32
+    checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
+    held_bytes = frozen * hardware.dtype.itemsize + state_bytes + 4 * trained  # 4: the gradients
+    weights_bytes = held_bytes / shard_count(args, world)
+    if args.cpu_offload:
+        weights_bytes = largest_at_once(base.weights.shapes) * hardware.dtype.itemsize
     world.together(lambda: check_memory(hardware.device, weights_bytes))
     if not args.no_ckpt:
         world.together(
@@ -38,13 +54,41 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
         )
 
 
+def _shards_bytes() -> bool:
+    """Whether FSDP2 takes parameters that are no floating-point numbers."""
+    major, minor, *_ = torch.__version__.split(".")
+    return (int(major), int(minor)) >= (2, 12)
+
+
 def _planned(args: TrainArgs, run_dir: Path) -> int:
     """Checkpoints there will be at once beside those there are: the kept ones, and the one being written."""
+    if args.epochs is not None:
+        return 1  # at least: they are counted later
     saved = -(-args.max_steps // args.ckpt_freq) if args.ckpt_freq else 1
     if args.keep_best:
         saved += -(-args.max_steps // args.eval_freq) if args.eval_freq else 1
     most = saved if args.num_ckpt_keep is None else min(saved, args.num_ckpt_keep + 1 + args.keep_best)
     return max(1, most - len(saved_checkpoints(run_dir / "checkpoints")))
+
+
+def largest_at_once(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Parameters that a GPU holds at a time with `cpu_offload`: those of one block, and all outside blocks."""
+    sizes: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        block = name.split(".")[1] if name.startswith("layers.") else "outside"
+        sizes[block] += math.prod(shape)
+    return sizes.pop("outside") + max(sizes.values())
+
+
+def uneven_machines(local_sizes: Sequence[int]) -> str | None:
+    """What is wrong with `sharding: hybrid` here, given how many processes the machine of each process has."""
+    fewest, most = min(local_sizes), max(local_sizes)
+    if fewest == most:
+        return None
+    return (
+        f"`sharding: hybrid` needs equally many processes on all machines; there are {fewest} on one and {most} on "
+        "another. Start torchrun with the same --nproc-per-node everywhere, or set `sharding: full`."
+    )
 
 
 def check_shared(run_dir: Path) -> None:
@@ -77,7 +121,7 @@ def check_memory(device: torch.device, needed: float) -> None:
         raise UserError(
             f"{device} ({torch.cuda.get_device_name(device)}) has {free / _GIB:.1f} of {total / _GIB:.1f} GiB free; "
             f"weights, gradients and optimizer alone take {needed / _GIB:.1f} GiB. Does another process use it "
-            "(`nvidia-smi`)? Else use more GPUs, a smaller `lora.rank` or a smaller model."
+            "(`nvidia-smi`)? Else use more GPUs, `cpu_offload: true`, a smaller `lora.rank` or a smaller model."
         )
 
 

@@ -34,7 +34,8 @@ from .eval import BestSoFar
 from .guards import Guards
 from .manifest import damage
 from .mixed_precision import LossScaler
-from .utils import ARGS_ASIDE, TrainState, saved_checkpoints
+from .utils import ARGS_ASIDE, WEIGHTS_NAME, TrainState, find_checkpoint, saved_checkpoints
+from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("resume")
 
@@ -43,7 +44,7 @@ RUN_NAME = "run.json"
 
 # Settings that may change when a run is continued: they alter neither its data nor its model.
 _FREE = {
-    *("run_dir", "resume", "world_size", "checkpoint", "attention", "guards"),
+    *("run_dir", "resume", "world_size", "checkpoint", "compile", "attention", "sharding", "cpu_offload", "guards"),
     *("log_freq", "wandb", "mlflow", "ckpt_freq", "save_adapters", "no_ckpt", "num_ckpt_keep", "keep_best"),
     *("eval_freq", "no_eval", "data.eval_instruct_data", "eval_generation", "early_stopping"),
 }
@@ -99,7 +100,7 @@ class RunState:
         world.together(lambda: _load(tensors, saved.folder, world))
         run = saved.run
         self.progress.load_state_dict(run["progress"])
-        self.progress.checkpoint = saved.folder.parent / "consolidated"
+        self.progress.checkpoint = saved.folder.parent / WEIGHTS_NAME
         if not world.is_master:
             self.progress.trained_tokens = 0  # the sum of all ranks goes on at one of them
         if saved.measures_as(args):
@@ -124,6 +125,10 @@ class SavedState:
     @property
     def step(self) -> int:
         return self.run["progress"]["step"]
+
+    @property
+    def max_steps(self) -> int:
+        return self.run["args"]["max_steps"]
 
     def measures_as(self, args: TrainArgs) -> bool:
         """Whether evaluations before and after can be compared, and the best checkpoint is in the same run folder."""
@@ -184,7 +189,7 @@ def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
         if newest := _newest_sound_checkpoint(run_dir):
             return newest
         logger.warning("The run in %s had not saved a checkpoint yet; it starts again.", run_dir)
-    return seed and _sound(seed)
+    return seed and _sound(find_checkpoint(seed))
 
 
 def _sound(chosen: Path) -> Path:
@@ -211,14 +216,25 @@ def _newest_sound_checkpoint(run_dir: Path) -> Path | None:
 def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
     folder = checkpoint / STATE_NAME
     run = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-    defaults = TrainArgs(DataArgs(), "", "").to_dict()
-    if changes := _changes(_completed(run["args"], defaults), args.to_dict()):
+    before, now = _completed(run["args"], TrainArgs(DataArgs(), "", "").to_dict()), args.to_dict()
+    # Epochs are not counted again; and max_steps may take their place where it says the same.
+    key = "epochs" if args.epochs is None else "max_steps"
+    now[key] = before[key]
+    if changes := _changes(before, now):
+        longer = any((now[key] or 0) > (before[key] or 0) for key in ("epochs", "max_steps"))
         raise UserError(
             f"The run in {checkpoint} cannot go on with other settings for its data or model:\n"
             + "\n".join(f"  - {change}" for change in changes)
             + "\nSet them back, or start a new run with another `run_dir`."
+            + (f" To train for more steps, start one from these weights: {_as_start(checkpoint)}." if longer else "")
         )
     return SavedState(folder, run)
+
+
+def _as_start(checkpoint: Path) -> str:
+    weights = checkpoint / WEIGHTS_NAME
+    key = "lora.from_adapter" if (weights / ADAPTER_NAME).is_file() else "model_id_or_path"
+    return f"`{key}: {weights}`"
 
 
 def _completed(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

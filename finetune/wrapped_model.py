@@ -5,26 +5,31 @@ copy of the model.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model.args import LoraArgs, ModelArgs, load_model_args, read_params
 from model.errors import UserError
 from model.hf_format import open_model_weights
-from model.lora import add_lora, initial_lora_tensors
-from model.transformer import Transformer
+from model.lora import add_lora, initial_lora_tensors, quantizable_linears, quantize_linears
+from model.transformer import Recompute, Transformer
 from model.weights import WeightsReader, open_safetensors
 
 from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware
+from .utils import find_weights
 
+logger = logging.getLogger("wrapped_model")
+
+_RECOMPUTE: dict[bool | str, Recompute] = {True: "block", "selective": "feed_forward", False: "nothing"}
 ADAPTER_NAME = "lora.safetensors"
 _MAX_FAULTS_NAMED = 12
 
@@ -37,6 +42,8 @@ class BaseModel:
     args: ModelArgs
     weights: WeightsReader
     adapter: WeightsReader | None  # where `lora.from_adapter` names one
+    trained: int = 0  # parameters, for the check of memory and disk
+    frozen: int = 0
 
 
 def open_base_model(args: TrainArgs) -> BaseModel:
@@ -69,8 +76,13 @@ def open_base_model(args: TrainArgs) -> BaseModel:
         add_lora(model, args.lora)
     if args.lora.enable and args.lora.from_adapter:
         expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        adapter = _open_adapter(Path(args.lora.from_adapter), args.lora, expected)
-    return BaseModel(folder, model_args, weights, adapter)
+        path = Path(args.lora.from_adapter)
+        adapter = _open_adapter(find_weights(path) if path.is_dir() else path, args.lora, expected)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if args.base_dtype != "same":
+        quantize_linears(model, args.base_dtype)  # for its complaints
+    return BaseModel(folder, model_args, weights, adapter, trained, frozen)
 
 
 def _open_adapter(path: Path, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
@@ -105,61 +117,83 @@ def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]]
 def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> Transformer:
     """Builds, shards and loads the model.
 
-    Parameters that train are fp32, the others `hardware.dtype`; with several ranks each holds its rows of all of them.
+    Parameters that train are fp32, the others `hardware.dtype`; with several ranks each holds its rows of all of them,
+    with `cpu_offload` in host memory.
     """
-    model = empty_model(base, args, hardware)
-    for block in model.layers:
-        block.recompute = args.checkpoint
-    if world.size > 1:
-        _shard(model, hardware, world)
-    _load(model, base, args, hardware, world)
-    return model.train()
-
-
-def empty_model(base: BaseModel, args: TrainArgs, hardware: Hardware) -> Transformer:
-    """The model to train, with its adapters and without memory (on the meta device)."""
     with torch.device("meta"):
         model = Transformer(base.args, hardware.attention, hardware.dtype)
         if args.lora.enable:
             add_lora(model, args.lora)
-    return model
+        if args.base_dtype != "same":
+            quantize_linears(model, args.base_dtype)
+    for block in model.layers:
+        block.recompute = _RECOMPUTE[args.checkpoint]
+    if args.compile:
+        model.compile_elementwise()
+    if world.size > 1 or args.cpu_offload:
+        _shard(model, args, hardware, world)
+    _load(model, base, args, hardware, world)
+    return model.train()
 
 
-def _shard(model: Transformer, hardware: Hardware, world: World) -> None:
+def shard_count(args: TrainArgs, world: World) -> int:
+    """How many processes hold one copy of the model together."""
+    return world.local_size if args.sharding == "hybrid" else world.size
+
+
+def _shard(model: Transformer, args: TrainArgs, hardware: Hardware, world: World) -> None:
+    mesh = world.mesh(shard_count(args, world))
     # Inputs are left alone: the model casts its own, and the rotary phases are complex.
     policy = MixedPrecisionPolicy(param_dtype=hardware.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = world.mesh()
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    offload = _offload_policy(args, hardware)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+
+
+def _offload_policy(args: TrainArgs, hardware: Hardware) -> OffloadPolicy:
+    if not args.cpu_offload:
+        return OffloadPolicy()
+    has_gpu = hardware.device.type == "cuda"
+    if not has_gpu:
+        logger.info("`cpu_offload: true` does nothing here: the model is in host memory anyway.")
+    return CPUOffloadPolicy(pin_memory=has_gpu)
 
 
 def _load(model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> None:
     loaded = {}
     parameters = dict(model.named_parameters())
-    tensors = _tensors(model, base, args, hardware, world)
+    device = torch.device("cpu") if args.cpu_offload else hardware.device
+    tensors = _tensors(model, base, args, hardware)
     for name, tensor in tqdm(
         tensors, desc="Loading weights", total=len(parameters), disable=None if world.is_master else True
     ):
         parameter = parameters[name]
-        dtype = torch.float32 if parameter.requires_grad else hardware.dtype
-        local = tensor.to(hardware.device, dtype)
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if parameter.requires_grad else hardware.dtype)
+        local = tensor.to(device)
         loaded[name] = nn.Parameter(_sharded_like(parameter, local), requires_grad=parameter.requires_grad)
     model.load_state_dict(loaded, strict=True, assign=True)
 
 
 def _tensors(
-    model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardware, world: World
+    model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardware
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every parameter's name and this rank's rows of it."""
-    for name, shape in base.weights.shapes.items():
-        yield name, base.weights.read(name, own_rows(shape[0], world))
+    rows = {name: _local_rows(parameter) for name, parameter in model.named_parameters()}
+    quantized = dict(quantizable_linears(model)) if args.base_dtype != "same" else {}
+    for name in base.weights.shapes:
+        tensor, layer_name = base.weights.read(name, rows[name]), name.removesuffix(".weight")
+        if layer := quantized.get(layer_name):
+            for part, stored in layer.format.quantize(tensor.to(hardware.device)).items():
+                yield f"{layer_name}.{part}", stored
+        else:
+            yield name, tensor
     if base.adapter is not None:
-        for name, shape in base.adapter.shapes.items():
-            yield name, base.adapter.read(name, own_rows(shape[0], world))
+        for name in base.adapter.shapes:
+            yield name, base.adapter.read(name, rows[name])
     elif args.lora.enable:
         for name, tensor in initial_lora_tensors(model, args.seed, hardware.dtype):
-            yield name, tensor[own_rows(len(tensor), world)].clone()
+            yield name, tensor[rows[name]].clone()
 
 
 def reshard(model: Transformer) -> None:
@@ -168,23 +202,27 @@ def reshard(model: Transformer) -> None:
         model.reshard()
 
 
-def own_rows(rows: int, world: World) -> slice:
-    """The rows of a sharded parameter that this rank holds: equal chunks, the last ones shorter or empty."""
-    chunk = -(-rows // world.size)
-    return slice(min(chunk * world.rank, rows), min(chunk * (world.rank + 1), rows))
+def _local_rows(parameter: nn.Parameter) -> slice:
+    """The rows of a parameter that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, len(parameter))
+    shards = parameter.device_mesh["shard"]
+    return own_rows(len(parameter), shards.get_local_rank(), shards.size())
+
+
+def own_rows(rows: int, shard: int, shards: int) -> slice:
+    """The rows that a shard of a parameter holds: equal chunks, the last ones shorter or empty."""
+    chunk = -(-rows // shards)
+    return slice(min(chunk * shard, rows), min(chunk * (shard + 1), rows))
 
 
 def _sharded_like(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    # DTensor.from_local would move an offloaded shard to the GPU.
+    sharded = torch.empty_like(parameter, dtype=local.dtype, device=local.device, requires_grad=False)
+    sharded.to_local().copy_(local)
+    return sharded
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

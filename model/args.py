@@ -16,9 +16,11 @@ OPTIONAL = ("moe", "sliding_window")
 # Keys of params.json that change what a model computes, of models newer or older than those this code knows.
 UNSUPPORTED = ("_sliding_window", "yarn", "llama_4_scaling", "q_lora_rank", "vision_encoder")
 
-# Names a YAML may give; what they stand for is in model.attention and finetune.mixed_precision, which load torch.
+# Names a YAML may give; what they stand for is in model.attention, model.frozen_weights and
+# finetune.mixed_precision, which load torch.
 ATTENTION_ENGINES = ("xformers", "varlen", "sdpa")
 PARAM_DTYPES = ("bf16", "fp16", "fp32")
+BASE_DTYPES = ("same", "nf4", "nf4-dq", "fp8")
 
 # Linear layers that can have an adapter, by the last part of their names: of each block, and of the whole model.
 BLOCK_LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")

@@ -34,8 +34,10 @@ class _Cache:
     The prompts' common beginning is computed once, then what follows it, then one token of each sequence at a time.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        self.device = model.tok_embeddings.weight.device
+    def __init__(
+        self, model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int, device: torch.device
+    ) -> None:
+        self.device = device
         self.lengths = [len(prompt) for prompt in prompts]  # of each sequence, its new tokens included
         shape = (len(prompts), model.args.n_kv_heads, max(self.lengths) + max_tokens, model.args.head_dim)
         self.keys = [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in model.layers]
@@ -121,6 +123,7 @@ def generate(
     generator: torch.Generator | None = None,
     constraints: Sequence[Constraint] | None = None,
     any_active: Callable[[bool], bool] = bool,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until `eos_id` or `max_tokens` tokens.
 
@@ -131,13 +134,14 @@ def generate(
         constraints: one per prompt, or None.
         any_active: whether to take a step, given whether any sequence here needs it; ranks that share a sharded model
             must run the same number of steps, and agree through this.
+        device: computes; None: the one that holds the weights.
 
     Returns:
         The new tokens of each prompt, `eos_id` included where it came.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # prompt of each cache row; finished ones are dropped half a batch at a time
-    cache = _Cache(model, prompts, max_tokens)
+    cache = _Cache(model, prompts, max_tokens, device or model.tok_embeddings.weight.device)
 
     def choose(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         candidates = [constraints[row].allowed() for row in active] if constraints else None

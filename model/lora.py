@@ -1,5 +1,6 @@
 """Linear layers that keep their checkpoint names, with and without a low-rank adapter."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -7,16 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .args import LoraArgs
+from .args import BLOCK_LINEARS, LoraArgs
 from .errors import UserError
-from .projections import Adapter, DenseWeight, FrozenWeight, Given, Source, project
+from .frozen_weights import FORMATS, DenseWeight, FrozenWeight
+from .projections import Adapter, Given, Source, project
 
 
 class Linear(nn.Linear):
     """A bias-free linear layer that computes in its input's dtype.
 
-    Parameters that train are kept in fp32 and are their own master copy; the cast gives the working copy.
+    Parameters that train are kept in fp32 and are their own master copy; the cast gives the working copy. A frozen
+    weight may be stored in another format, see `quantize_linears`.
     """
+
+    format: type[FrozenWeight] = DenseWeight
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -30,7 +35,7 @@ class Linear(nn.Linear):
         return not self.weight.requires_grad
 
     def frozen_weight(self) -> FrozenWeight:
-        return DenseWeight(self.weight)
+        return self.format(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self.format)})
 
     def adapter(self, dtype: torch.dtype) -> Adapter | None:
         """The adapter, with factors in the dtype that computes."""
@@ -106,6 +111,26 @@ def add_lora(model: nn.Module, lora: LoraArgs) -> None:
             wrapped = LoRALinear(module.in_features, module.out_features, lora)
         wrapped.weight = module.weight
         setattr(model.get_submodule(parent_name), attribute, wrapped)
+
+
+def quantize_linears(model: nn.Module, base_dtype: str) -> None:
+    """Gives the frozen linear layers of the blocks the parameters of a format, empty. For the meta device.
+
+    Raises:
+        UserError: the format cannot store one of the weights.
+    """
+    for name, layer in quantizable_linears(model):
+        layer.format = FORMATS[base_dtype]
+        for part, (shape, dtype) in layer.format.shapes_of(layer.out_features, layer.in_features, name).items():
+            empty = torch.empty(shape, dtype=dtype, device=layer.weight.device)
+            layer.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+
+
+def quantizable_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """Yields (checkpoint name, layer): all but the head and the gates, which are small and tell much apart."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in BLOCK_LINEARS and not module.weight.requires_grad:
+            yield name, module
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -8,39 +8,17 @@ Shapes: T tokens, I input width, O_i output width of a layer, R_i rank of its ad
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .frozen_weights import FrozenWeight
 
-class FrozenWeight(Protocol):
-    """A matrix W [O, I] that does not train, however it is stored."""
-
-    out_features: int
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T: [T, I] -> [T, O]."""
-
-    def input_gradient(self, grad: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-        """grad W, added to `total` in place where that is given: [T, O] -> [T, I]."""
-
-
-class DenseWeight:
-    """A `FrozenWeight` as it is."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight  # [O, I]
-        self.out_features = len(weight)
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def input_gradient(self, grad: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-        weight = self.weight.to(grad.dtype)
-        return grad @ weight if total is None else total.addmm_(grad, weight)
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +48,36 @@ class Given:
         return (grad,)
 
 
+@dataclasses.dataclass(frozen=True)
 class SwiGLU:
     """x = silu(gate) * up (Shazeer, 2020)."""
 
+    compiled: bool = False
+
     def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return F.silu(gate) * up
+        return elementwise(_swiglu, self.compiled)(gate, up)
 
     def gradients(self, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grad_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
+        return elementwise(_swiglu_gradients, self.compiled)(grad, gate, up)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def _swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_up = F.silu(gate).mul_(grad)
+    return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
+
+
+def elementwise(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
+    """A function of no matrix products, or the one kernel that torch.compile makes of it for any number of tokens."""
+    return _compiled(function) if compiled else function
+
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(function, dynamic=True)
 
 
 def project(

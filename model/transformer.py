@@ -18,7 +18,7 @@ from .attention import ENGINES, Engine, PackedDocuments
 from .errors import UserError
 from .lora import Linear, project_together
 from .moe import MoeLayer
-from .projections import Source, SwiGLU
+from .projections import Source, SwiGLU, elementwise
 from .rope import apply_rotary, rotary_phases
 
 # What to make of the final hidden states [T, D], given the output head's weight [V, D]. Where the head has an adapter,
@@ -36,16 +36,25 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.compiled = False  # set from outside
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return elementwise(_rms_norm, self.compiled)(x, self.weight, self.eps)
 
     def gradients(self, grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
         """That of x; the scale is frozen where this is asked for."""
-        x_fp32, grad_fp32 = x.float(), (grad * self.weight.to(grad.dtype)).float()
-        inverse = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        along = (grad_fp32 * x_fp32).mean(-1, keepdim=True) * inverse.square()
-        return (((grad_fp32 - x_fp32 * along) * inverse).to(x.dtype),)
+        return (elementwise(_rms_norm_gradient, self.compiled)(grad, x, self.weight, self.eps),)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
+
+
+def _rms_norm_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x_fp32, grad_fp32 = x.float(), (grad * weight.to(grad.dtype)).float()
+    inverse = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    along = (grad_fp32 * x_fp32).mean(-1, keepdim=True) * inverse.square()
+    return ((grad_fp32 - x_fp32 * along) * inverse).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -81,11 +90,12 @@ class FeedForward(nn.Module):
         self.w2 = Linear(args.hidden_dim, args.dim)
         self.w3 = Linear(args.dim, args.hidden_dim)
 
+        self.swiglu = SwiGLU()
         self.output_matters = True
 
     def forward(self, x: torch.Tensor, norm: Source | None = None) -> torch.Tensor:
         gate, up = project_together((self.w1, self.w3), x, source=norm)
-        return project_together((self.w2,), gate, up, source=SwiGLU(), output_matters=self.output_matters)[0]
+        return project_together((self.w2,), gate, up, source=self.swiglu, output_matters=self.output_matters)[0]
 
 
 def _feed_forward(args: ModelArgs) -> nn.Module:
@@ -167,6 +177,17 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, engine) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
+
+    def compile_elementwise(self) -> None:
+        """Has torch.compile make kernels of the norms and activations, and leaves matrix products to the libraries.
+
+        Whole blocks would be compiled anew for other numbers of documents, and hardly be faster.
+        """
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.compiled = True
+            elif isinstance(module, FeedForward):
+                module.swiglu = SwiGLU(compiled=True)
 
     def forward(
         self,

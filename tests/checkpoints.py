@@ -14,6 +14,7 @@ from model.args import BLOCK_LINEARS
 DENSE_SHA256 = "8d0ba7df8ed86971d9455fcd5c37c2c791d1276dd56624ddcfab990c762b898a"
 MOE_SHA256 = "84bb425c68a33695f90a6a051b1d268c9cf6f4a3ed8a086eb3c609c6926d5a5d"
 TEKKEN_SHA256 = "0cf52ff87105b0cdb16cecf5cc39427834897e84a4afbfe9b26561ba0558ad03"
+SMALL = {"dim": 16, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rope_theta": 1e4}
 TEKKEN_SHAPES = {"dim": 32, "n_layers": 1, "hidden_dim": 64, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 131072}
 
 

@@ -1,5 +1,55 @@
-"""Profiles of hypothesis: `python -m pytest tests/test_fuzz.py --hypothesis-profile=long` is the thorough one."""
+"""What test files share. `python -m pytest tests/test_fuzz.py --hypothesis-profile=long` is the thorough one."""
 
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
+from finetune.cli import run_cli
+
 settings.register_profile("long", max_examples=10_000)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from more, and sums come out the same everywhere."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[[str, Iterable[Any]], Path]:
+    """Writes rows to a file of this name in the test's folder."""
+
+    def write(name: str, rows: Iterable[Any]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a command line in this process: its exit code and what it said."""
+
+    def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__.rpartition(".")[2], *map(str, arguments)])
+        code = 0
+        try:
+            run_cli(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run

@@ -26,10 +26,9 @@ from finetune.cli import run_cli
 from finetune.manifest import damage
 from finetune.monitoring.metrics_logger import read_metrics
 from finetune.utils import saved_checkpoints
-from tests.checkpoints import make_tiny_checkpoint
+from tests.checkpoints import SMALL, make_tiny_checkpoint
 from tests.run_trajectories import INPUTS, write_config
 
-SMALL = {"dim": 16, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rope_theta": 1e4}
 COMPARED = {"train": ("step", "loss", "lr", "grad_norm"), "eval": ("step", "eval_loss", "train_loss")}
 
 

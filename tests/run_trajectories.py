@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m tests.run_trajectories CONFIG.yaml CONFIG.yaml ..
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,14 +29,17 @@ RUNS = load_json_gz(fixture("expected/train/trajectories.json.gz"))
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def golden_config(name: str, models: dict[str, Path], folder: Path) -> Path:
-    """Writes one of golden's runs as a YAML that trains into `folder/NAME`; `models` by the names of golden's."""
+def golden_config(name: str, models: dict[str, Path], folder: Path, **more: Any) -> Path:
+    """Writes one of golden's runs as a YAML that trains into `folder/NAME`; `models` by the names of golden's.
+
+    `more` are settings the original did not have.
+    """
     settings = copy.deepcopy(RUNS[name]["settings"])
     for key in ("data", "instruct_data", "eval_instruct_data"):
         if sources := settings["data"][key]:
             settings["data"][key] = ",".join(f"{INPUTS}/{source}" for source in sources.split(","))
     settings["model_id_or_path"] = str(models[Path(settings["model_id_or_path"]).name])
-    return write_config(folder, name, settings | {"param_dtype": DTYPES[RUNS[name]["param_dtype"]]})
+    return write_config(folder, name, settings | {"param_dtype": DTYPES[RUNS[name]["param_dtype"]]} | more)
 
 
 def write_config(folder: Path, name: str, settings: dict[str, Any]) -> Path:
@@ -43,6 +47,21 @@ def write_config(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(folder / name)} | settings), encoding="utf-8")
     return path
+
+
+def short_run(folder: Path, model: Path, rows: Sequence[str]) -> dict[str, Any]:
+    """Settings of two steps in `folder`, where `model` and `train.jsonl`, with these lines, are put."""
+    shutil.copytree(model, folder / "model")
+    (folder / "train.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return {
+        "data": {"instruct_data": "train.jsonl", "eval_instruct_data": "train.jsonl"},
+        "model_id_or_path": "model",
+        "run_dir": "run",
+        "lora": {"rank": 2},
+        "seq_len": 64,
+        "max_steps": 2,
+        "optim": {"pct_start": 0.25},
+    }
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

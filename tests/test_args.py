@@ -59,7 +59,7 @@ def test_defaults_are_the_originals():
         True,
         True,
     )
-    assert dataclasses.astuple(args.optim) == ("onecycle", 1e-4, 0.1, 0.05, 25, 1e4)
+    assert dataclasses.astuple(args.optim) == ("adamw", "onecycle", 1e-4, 0.1, 0.05, 25, 1e4)
     assert (args.seed, args.num_microbatches, args.seq_len, args.batch_size) == (0, 1, 2048, 1)
     assert (args.max_norm, args.max_steps, args.log_freq, args.checkpoint) == (1.0, 100, 1, True)
     assert (args.ckpt_freq, args.save_adapters, args.no_ckpt, args.num_ckpt_keep) == (0, True, False, 3)
@@ -102,6 +102,13 @@ def test_alpha_is_another_way_to_give_the_scaling(lora: dict[str, Any], scaling:
     args = load(BASE | {"lora": lora})
     assert (args.lora.scaling, args.lora.alpha) == (scaling, None)
     assert load(BASE | {"lora": args.to_dict()["lora"]}) == args
+
+
+def test_a_block_whose_keys_are_all_commented_out_has_its_defaults():
+    text = yaml.safe_dump(BASE) + "".join(f"{block}:\n  # key: 1\n" for block in ("optim", "lora", "wandb", "guards"))
+    assert load(text) == load(BASE)
+    [problem] = problems(data=None)
+    assert problem.startswith("`data.instruct_data` and `data.data` are both empty")
 
 
 def test_an_empty_text_means_unset_for_trackers():
@@ -202,6 +209,14 @@ def test_what_must_be_given_is_named():
     assert [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]] == MISSING
 
 
+def test_a_missing_key_does_not_hide_what_is_wrong_with_others():
+    with pytest.raises(UserError) as caught:
+        load({"data": {"instruct_data": "train.jsonl"}, "seq_len": 0, "lora": {"rank": 0}, "optim": {"lr": "fast"}})
+    for sentence in ("`seq_len` is 0", "`lora.rank` is 0", "`optim.lr` is 'fast'", *MISSING[1:]):
+        assert str(caught.value).count(sentence) == 1
+    assert len(str(caught.value).splitlines()) == 6  # nothing is said of what stands in for a missing key
+
+
 WRONG_TYPES = [
     ({"seq_len": "long"}, "`seq_len` is 'long'; expected a whole number."),
     ({"seq_len": 0.5}, "`seq_len` is 0.5; expected a whole number."),
@@ -219,7 +234,6 @@ WRONG_TYPES = [
     ({"run_dir": ["x"]}, "`run_dir` is ['x']; expected a text."),
     ({"run_dir": None}, "`run_dir` is None; expected a text."),
     ({"wandb": {"project": True}}, "`wandb.project` is True; expected a text."),
-    ({"lora": None}, "`lora` is None; expected a block of keys."),
     ({"data": "train.jsonl"}, "`data` is 'train.jsonl'; expected a block of keys."),
     ({"data": BASE["data"] | {"instruct": [1]}}, "`data.instruct` is [1]; expected a block of keys."),
     ({"data": BASE["data"] | {"keep_sections": "x"}}, "`data.keep_sections` is 'x'; expected a list of texts."),

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import train
 from model.errors import UserError
-from tests.checkpoints import make_tiny_adapter, make_tiny_checkpoint
+from tests.checkpoints import SMALL, make_tiny_adapter, make_tiny_checkpoint
 from tests.golden import GOLDEN
-from tests.run_trajectories import INPUTS, ROOT, own_errors, torchrun
+from tests.run_trajectories import INPUTS, ROOT, own_errors, short_run, torchrun
 
-SHAPES = {"dim": 16, "n_layers": 1, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
+SHAPES = SMALL | {"n_layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,9 @@ def model(tmp_path_factory) -> Path:
 def settings(model, tmp_path, monkeypatch) -> dict:
     """Of a run that works, in a folder of its own: `model`, `one.jsonl` (one row), `train.jsonl`, `run`."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model, "model")
-    rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    Path("train.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
-    Path("one.jsonl").write_text(rows[0], encoding="utf-8")
-    return {
-        "data": {"instruct_data": "train.jsonl", "eval_instruct_data": "train.jsonl"},
-        "model_id_or_path": "model",
-        "run_dir": "run",
-        "lora": {"rank": 2},
-        "seq_len": 64,
-        "max_steps": 2,
-        "optim": {"pct_start": 0.25},
-    }
+    rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("one.jsonl").write_text(rows[0] + "\n", encoding="utf-8")
+    return short_run(tmp_path, model, rows[:6])
 
 
 def merged(settings: dict, changes: dict) -> dict:
@@ -89,7 +79,6 @@ BAD_SETTINGS = {
     "yaml_missing_run_dir": ({"run_dir": "-"}, "`run_dir` is missing"),
     "yaml_missing_data": ({"data": "-"}, "`data` is missing"),
     "yaml_missing_model": ({"model_id_or_path": "-"}, "`model_id_or_path` is missing"),
-    "yaml_lora_null": ({"lora": None}, "`lora` is None"),
     "yaml_lora_rank_0": ({"lora": {"rank": 0}}, "`lora.rank` is 0; it must be at least 1"),
     "yaml_shuffle_false_chunk_default": (
         {"data": {"instruct": {"shuffle": False}}},
@@ -326,6 +315,7 @@ GOOD = {
     "params_extra_key_ok": (lambda: edit_params(extra=1), {}),
     "weights_float32_file_ok": (float32_weights, {}),
     "yaml_div_factor_in_upstream": (None, {"optim": {"div_factor": 10.0}}),
+    "yaml_lora_null": (None, {"lora": None}),  # as where all keys of the block are commented out
     "yaml_lr_as_text": (None, {"optim": {"lr": "1e-3"}}),
     "yaml_wandb_project_empty": (None, {"wandb": {"project": ""}}),
     "yaml_world_size_given": (None, {"world_size": 1}),

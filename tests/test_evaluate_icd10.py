@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from finetune.cli import run_cli
 from utils import evaluate_icd10, prepare_icd10_data
 from utils.generate_notes import save_notes, table_of
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
@@ -28,32 +27,15 @@ ANSWERS = [{"id": note.id, "answer": build_answer(note.diagnoses)} for note in N
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys, tmp_path):
+def evaluate(run_command, tmp_path):
     """The command in this process: its exit code, what it said, and the scores."""
 
     def run(gold, predictions, *options, out=tmp_path / "out.json"):
         arguments = ["--gold", gold, "--predictions", predictions, "--json", out, *options]
-        monkeypatch.setattr(sys, "argv", ["evaluate_icd10", *map(str, arguments)])
-        try:
-            run_cli(evaluate_icd10.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        result = json.loads(out.read_text(encoding="utf-8")) if code == 0 else None
-        return code, captured.out + captured.err, result
+        code, said = run_command(evaluate_icd10, *arguments)
+        return code, said, json.loads(out.read_text(encoding="utf-8")) if code == 0 else None
 
     return run
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    def write(name, rows):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return path
-
-    return write
 
 
 @pytest.fixture

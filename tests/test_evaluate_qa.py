@@ -1,5 +1,6 @@
 """Word recall and contains-the-answer: by hand, by their invariances, and as a command."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import torch
 
 import train
 from finetune.args import TrainArgs
-from finetune.cli import run_cli
 from finetune.data.args import DataArgs
 from finetune.distributed import World
 from model.args import LoraArgs
@@ -25,28 +25,8 @@ def question(answer, name=None):
 
 
 @pytest.fixture
-def jsonl(tmp_path):
-    def write(name, rows):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate_qa", *map(str, arguments)])
-        try:
-            run_cli(evaluate_qa.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return run
+def command(run_command):
+    return functools.partial(run_command, evaluate_qa)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +127,7 @@ def test_a_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     code, said = command("--gold", gold, "--run", tmp_path / "run")
     (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
     assert code == 0 and "without a prediction" not in said
-    assert said == command("--gold", gold, "--predictions", answers)[1]
+    assert said.startswith(command("--gold", gold, "--predictions", answers)[1]) and "Coding 2 of 2 notes" in said
 
 
 def test_scores_alone_need_no_torch():

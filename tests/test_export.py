@@ -169,7 +169,15 @@ def test_base_in_hugging_faces_layout(trained, tmp_path):
 def test_which_checkpoint_of_a_run(tmp_path):
     base = make_base(tmp_path / "base")
     run = make_run(tmp_path / "run", base, steps=(1, 2))
-    for source, step, expected in ((run, None, 2), (run, 1, 1), (checkpoint_of(run, 1).parent, None, 1)):
+    (run / "checkpoints" / "best").symlink_to("checkpoint_000001")
+    first = checkpoint_of(run, 1)
+    for source, step, expected in (
+        (run, None, 2),
+        (run, 1, 1),
+        (run, "best", 1),
+        (first.parent, None, 1),
+        (first, None, 1),
+    ):
         out = tmp_path / f"{source.name}_{step}"
         export(source, "peft", out, step=step)
         written = load_file(out / "adapter_model.safetensors")
@@ -281,7 +289,7 @@ def test_adapters_of_several_ranks_are_no_peft_adapter(tmp_path):
 
 def test_a_failure_on_the_way_leaves_nothing(trained, tmp_path, monkeypatch):
     _, run, _ = trained
-    monkeypatch.setattr("utils.merge_lora.merged_weight", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.model_folder.merged_weight", lambda *_: 1 / 0)
     for to in ("hf", "mistral"):
         with pytest.raises(ZeroDivisionError):
             export(run, to, tmp_path / "out", merged=True)

@@ -103,7 +103,7 @@ def test_rows_of_ranks_are_rows_of_the_whole(hf_model, ranks):
     for name, shape in weights.shapes.items():
         whole = weights.read(name)
         assert tuple(whole.shape) == shape and whole.is_contiguous()
-        rows = [weights.read(name, own_rows(shape[0], World(rank, ranks, CPU))) for rank in range(ranks)]
+        rows = [weights.read(name, own_rows(shape[0], rank, ranks)) for rank in range(ranks)]
         assert torch.cat(rows).equal(whole), name
 
 

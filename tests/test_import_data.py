@@ -18,7 +18,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.cli import run_cli
 from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from utils import import_data
@@ -62,26 +61,14 @@ def contents(row):
     return [(message["role"], message["content"]) for message in row["messages"]]
 
 
-def run(monkeypatch, capsys, *arguments):
-    """The command in this process: its exit code and what it said."""
-    monkeypatch.setattr(sys, "argv", ["import_data", *map(str, arguments)])
-    try:
-        run_cli(import_data.main)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
 # What the tutorials' users bring
 
 
-def test_dolly(tmp_path, monkeypatch, capsys):
+def test_dolly(tmp_path, run_command):
     source = jsonl(tmp_path / "dolly.jsonl", DOLLY)
     user = r"{instruction}{context:\n\nHere is some context: }"
     arguments = ["--user", user, "--assistant", "{response}", "--system", r"Be brief.\nBe kind.", "--split", "1"]
-    code, said = run(monkeypatch, capsys, source, "--out", tmp_path / "dolly", *arguments)
+    code, said = run_command(import_data, source, "--out", tmp_path / "dolly", *arguments)
     assert code == 0
     rows = lines_of(tmp_path / "dolly_train.jsonl")
     assert [contents(row) for row in rows] == [
@@ -194,9 +181,9 @@ def test_broken_templates_are_named(written):
         (["--text", "{q}", "--encoding", "latin-0"], "Unknown encoding 'latin-0'"),
     ],
 )
-def test_mistaken_arguments(arguments, said, tmp_path, monkeypatch, capsys):
+def test_mistaken_arguments(arguments, said, tmp_path, run_command):
     source = jsonl(tmp_path / "source.jsonl", [{"q": "a"}] * 9)
-    code, output = run(monkeypatch, capsys, source, "--out", tmp_path / "out", *arguments)
+    code, output = run_command(import_data, source, "--out", tmp_path / "out", *arguments)
     assert code == 1 and output.startswith("error: ") and said in output
     assert list(tmp_path.iterdir()) == [source]
 
@@ -356,12 +343,12 @@ def test_every_row_is_as_likely_to_be_evaluated():
     assert len(hits) == 20 and max(hits.values()) < 3 * min(hits.values())
 
 
-def test_one_patient_never_stands_on_two_sides(tmp_path, monkeypatch, capsys):
+def test_one_patient_never_stands_on_two_sides(tmp_path, run_command):
     rows = [{"note": f"note {number}", "patient": {"id": number % 23}} for number in range(230)]
     rows += [{"note": "late", "patient": {"id": " 3 "}}]
     source = jsonl(tmp_path / "source.jsonl", rows)
     arguments = ["--text", "{patient.id}: {note}", "--group", "patient.id", "--split", "0.8,0.1,0.1"]
-    code, said = run(monkeypatch, capsys, source, "--out", tmp_path, *arguments)
+    code, said = run_command(import_data, source, "--out", tmp_path, *arguments)
     assert code == 0
     patients = [
         {row["text"].split(":")[0].strip() for row in lines_of(tmp_path / f"{name}.jsonl")}

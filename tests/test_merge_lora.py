@@ -83,6 +83,17 @@ def test_files_and_folders_give_the_same(tmp_path, base, adapter):
         assert (tmp_path / other).read_bytes() == first
 
 
+def test_a_run_and_its_checkpoints_give_the_same(tmp_path, base):
+    run = tmp_path / "run"
+    weights = run / "checkpoints" / "checkpoint_000002" / "consolidated"
+    adapter = make_tiny_adapter(base, weights / "lora.safetensors")
+    (run / "args.yaml").touch()
+    write_lora_params(adapter, {"scaling": 0.5})
+    for number, source in enumerate((run, weights.parent, weights, adapter)):
+        merge_lora(base, source, tmp_path / f"{number}.safetensors")
+        assert_merged(base, adapter, tmp_path / f"{number}.safetensors", 0.5)
+
+
 def test_folder_is_a_complete_model(tmp_path, base, adapter):
     params = json.loads((base / "params.json").read_text(encoding="utf-8"))
     (base / "params.json").write_text(json.dumps(params | {"lora": {"rank": 4}}), encoding="utf-8")
@@ -204,7 +215,7 @@ def test_nothing_is_overwritten(tmp_path, base, adapter):
 
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, base, adapter, monkeypatch):
-    monkeypatch.setattr("utils.merge_lora.merged_weight", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.model_folder.merged_weight", lambda *_: 1 / 0)
     for destination in (tmp_path / "merged", tmp_path / "merged.safetensors"):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ZeroDivisionError):

@@ -22,10 +22,12 @@ from model.errors import UserError
 from model.generate import generate
 from model.lora import merge_lora
 from model.transformer import Transformer
-from tests.checkpoints import make_tiny_checkpoint
-from tests.kill_runs import COMPARED, SMALL, ForkedRun, curve, kill_test_config
+from tests.checkpoints import SMALL, make_tiny_checkpoint
+from tests.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
 from tests.run_trajectories import INPUTS, read_jsonl, torchrun
 from tests.test_training import build, loaders, logits_of, run_here, small_config, trained, weights_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TARGETS = ["wq", "w2", "gate", "output"]
 EVERY_TOKEN = {
@@ -41,14 +43,6 @@ EVERY_TOKEN = {
         "eval_instruct_data": str(INPUTS / "eval_instruct.jsonl"),
     },
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

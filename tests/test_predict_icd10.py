@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from finetune.distributed import World
 from model.args import LoraArgs
 from model.errors import UserError
 from tests.checkpoints import make_tiny_checkpoint
-from utils import evaluate_icd10
+from utils import evaluate_icd10, predict_icd10
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.catalogue import load_catalogue
 from utils.icd10.codes import Cim10Table
@@ -179,5 +180,34 @@ def test_ids_may_be_zero_and_lines_name_the_others(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, notes: Path) -> None:
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="neither a run folder"):
         code_notes(tmp_path, notes, tmp_path / "p.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_or_its_weights_may_be_named(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "checkpoint_000001"
+    code_notes(run_dir, notes, tmp_path / "p.jsonl", max_tokens=3)
+    for folder in (checkpoint, checkpoint / "consolidated"):  # the same answers: those of another model are refused
+        assert "5 of them before" in code_notes(folder, notes, tmp_path / "p.jsonl", max_tokens=3)
+        code_notes(folder, notes, tmp_path / f"{folder.name}.jsonl", max_tokens=3)
+        assert read(tmp_path / f"{folder.name}.jsonl") == read(tmp_path / "p.jsonl")
+
+
+def test_an_adapter_without_its_run_is_refused(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(run_dir / "checkpoints" / "checkpoint_000001" / "consolidated", tmp_path / "moved")
+    if (weights / "lora.safetensors").is_file():
+        with pytest.raises(UserError, match="lies in no run folder; merge it first"):
+            Coder(weights)
+    else:
+        assert Coder(weights).answers(read_notes(notes)[:1], max_tokens=1)
+
+
+def test_the_command_says_what_it_does_where_nobody_watches(
+    run_dir: Path, notes: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
+) -> None:
+    out = tmp_path / "p.jsonl"
+    code, said = run_command(predict_icd10, "--run", run_dir, "--notes", notes, "--out", out, "--max_tokens", 2)
+    assert code == 0
+    assert f"Coding 5 of 5 notes with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in said.splitlines()
+    assert f"5 notes coded: {out}" in said.splitlines() and "%|" not in said

@@ -3,13 +3,11 @@
 import csv
 import json
 import random
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
-from finetune.cli import run_cli
 from finetune.data.tokenize import parse_conversation, pretrain_text
 from utils import prepare_icd10_data
 from utils.generate_notes import CODE_COLUMNS, TEXT_COLUMNS, save_notes, table_of
@@ -38,19 +36,12 @@ def warehouse(tmp_path_factory):
 
 
 @pytest.fixture
-def prepare(monkeypatch, capsys):
+def prepare(run_command):
     """The command in this process: its exit code and what it said."""
 
     def run(out, text, codes, table, *options):
         arguments = ["--text", text, "--codes", codes, "--cim10", table, "--out", out, *options]
-        monkeypatch.setattr(sys, "argv", ["prepare_icd10_data", *map(str, arguments)])
-        try:
-            run_cli(prepare_icd10_data.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
+        return run_command(prepare_icd10_data, *arguments)
 
     return run
 

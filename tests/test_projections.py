@@ -114,3 +114,21 @@ def test_half_precision_stays_close(dtype, tolerance):
     sum(y.sum() for y in outputs).backward()
     assert layers[0].lora_A.weight.grad.dtype == torch.float32
     assert (rough.grad.double() - x.grad).norm() / x.grad.norm() < tolerance
+
+
+def test_compiled_kernels_compute_the_same_for_any_number_of_tokens():
+    torch.manual_seed(0)
+    norm = RMSNorm(WIDTH, 1e-3).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    compiled_norm = RMSNorm(WIDTH, 1e-3).requires_grad_(False)
+    compiled_norm.weight, compiled_norm.compiled = norm.weight, True
+    for rows in (5, 9):
+        grad, gate, up = (torch.randn(rows, WIDTH) for _ in range(3))
+        for plain, compiled, tensors in (
+            (SwiGLU(), SwiGLU(compiled=True), (gate, up)),
+            (norm, compiled_norm, (gate,)),
+        ):
+            torch.testing.assert_close(compiled.forward(*tensors), plain.forward(*tensors))
+            torch.testing.assert_close(
+                compiled.gradients(grad.clone(), *tensors), plain.gradients(grad.clone(), *tensors)
+            )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shutil
@@ -103,6 +104,17 @@ def test_demo_scores_base_and_tuned_model_on_seen_and_unseen_wordings(demo: Path
     table = output[output.index("micro-F1") :]
     assert re.search(r"^base model +0\.\d{3}", table, re.MULTILINE)
     assert re.search(r"^fine-tuned, unseen wordings +0\.\d{3}", table, re.MULTILINE)
+
+
+def test_sample_data_are_notes_and_codes_in_three_splits(tmp_path: Path) -> None:
+    command = ["make", "-f", ROOT / "Makefile", "-o", "setup", "sample-data", f"BIN={Path(sys.executable).parent}"]
+    for notes in ("20", "30"):  # a second call replaces what the first wrote
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([*command, f"SAMPLE_NOTES={notes}"], cwd=tmp_path, env=environment, check=True)
+    sizes = {path.name: path.read_text(encoding="utf-8").count("\n") for path in (tmp_path / "sample_data").iterdir()}
+    splits = {name: sizes[f"{name}_instruct.jsonl"] for name in ("train", "eval", "test")}
+    assert splits == {"train": 24, "eval": 3, "test": 3}
+    assert sizes.keys() >= {"text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"}
 
 
 def test_demo_notes_are_held_out(demo: Path) -> None:

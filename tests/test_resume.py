@@ -26,13 +26,7 @@ from model.errors import UserError
 from tests.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials
 from tests.run_trajectories import INPUTS, ROOT, read_jsonl
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +83,8 @@ def test_what_alters_data_or_model_is_refused_by_name(finished, folder):
     assert codes == [1] and "Traceback" not in log
     named = set(re.findall(r"^  - `(.*?)` is", log, re.MULTILINE))
     assert named == {"seq_len", "lora.rank", "max_steps"} and "`seq_len` is 256, it was 512" in log
+    weights = folder / "altered" / "checkpoints" / "checkpoint_000014" / "consolidated"
+    assert f"To train for more steps, start one from these weights: `lora.from_adapter: {weights}`." in log
     assert steps(folder / "altered") == [14]
 
 
@@ -164,12 +160,26 @@ def test_nothing_sound_to_go_on_from_is_an_error(finished, folder):
     assert codes == [1] and "None of the checkpoints" in log and "Traceback" not in log
 
 
-def test_a_named_checkpoint_starts_another_run_folder(finished, folder):
-    checkpoint = finished / "checkpoints" / "checkpoint_000014"
-    codes, log = start(kill_test_config(folder, "branch", resume=str(checkpoint)))
+@pytest.mark.parametrize("inside", ["checkpoint_000014", "checkpoint_000014/consolidated"])
+def test_a_named_checkpoint_starts_another_run_folder(inside, finished, folder):
+    name = f"branch_{Path(inside).name}"
+    codes, log = start(kill_test_config(folder, name, resume=str(finished / "checkpoints" / inside)))
     assert codes == [0], log
-    run, branch = curve(finished), curve(folder / "branch")
+    run, branch = curve(finished), curve(folder / name)
     assert all(branch[tag] == [row for row in run[tag] if row[0] > 14] for tag in COMPARED)
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(finished, folder):
+    codes, log = start(kill_test_config(folder, "from_run", resume=str(finished)))
+    assert codes == [0] and f"Goes on from {finished / 'checkpoints' / 'checkpoint_000016'}, behind step 16" in log, log
+
+
+def test_a_trained_adapter_starts_a_longer_run(finished, folder):
+    lora = {"rank": 4, "dropout": 0.1, "from_adapter": str(finished)}
+    codes, log = start(kill_test_config(folder, "longer", lora=lora, max_steps=20))
+    assert codes == [0] and len(curve(folder / "longer")["train"]) == 20, log
+    first, longer = (curve(run_dir)["eval"][0] for run_dir in (finished, folder / "longer"))
+    assert first[0] == longer[0] and longer[1] < first[1]
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
@@ -326,22 +336,36 @@ def test_a_loss_that_jumps_is_reported_or_stops_the_run(stop, folder):
 # --- The disk
 
 
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=1400k tmpfs "$1" && shift || exit 99
+"$@"
+code=$?
+cp -a "$RUN_DIR" "$KEPT"
+exit $code
+"""
+
+
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
-    disk = tmp_path / "disk"
+    """In a namespace of its own, where anybody may mount; the disk is gone with it."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
-    try:
-        settings = {"run_dir": str(disk / "run"), "num_ckpt_keep": None, "no_eval": True, "lora": {"rank": 16}}
-        config = kill_test_config(folder, "full", **settings)
-        codes, log = start(config)
-        assert codes == [1] and "could not be saved: " in log and "No space left on device" in log, log
-        assert "Traceback" not in log
-        left = saved_checkpoints(disk / "run" / "checkpoints")
-        assert left and all(damage(checkpoint) is None for checkpoint in left)
-        assert load_file(left[-1] / "consolidated" / "lora.safetensors")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    settings = {"run_dir": str(disk / "run"), "num_ckpt_keep": None, "no_eval": True, "lora": {"rank": 16}}
+    config = kill_test_config(folder, "full", **settings)
+    done = subprocess.run(
+        [*("unshare", "-Urm", "sh", "-c", ON_A_SMALL_DISK, "sh", disk), sys.executable, "-m", "train", config],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_DIR": str(disk / "run"), "KEPT": str(kept)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    if done.returncode == 99 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "could not be saved: " in done.stderr and "No space left on device" in done.stderr
+    left = saved_checkpoints(kept / "checkpoints")
+    assert left and all(damage(checkpoint) is None for checkpoint in left)
+    assert load_file(left[-1] / "consolidated" / "lora.safetensors")
 
 
 def test_a_disk_too_small_for_the_plan_is_known_at_once(folder, monkeypatch):

@@ -4,7 +4,6 @@ import base64
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,9 @@ from finetune.args import load_train_args
 from finetune.monitoring.trackers import describe
 from finetune.monitoring.utils import LineFormatter
 from model.errors import UserError
-from tests.checkpoints import make_tiny_checkpoint
+from tests.checkpoints import SMALL, make_tiny_checkpoint
+from tests.run_trajectories import ROOT, short_run
 
-ROOT = Path(__file__).parent.parent
 YAML_KEY = "y4mlk3y" * 6
 ENVIRONMENT = {
     "WANDB_API_KEY": "w4ndbk3y" * 5,
@@ -34,26 +33,13 @@ ROW = {"messages": [{"role": "user", "content": "Motif ?"}, {"role": "assistant"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shapes = {"dim": 16, "n_layers": 1, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"), **shapes)
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"), **SMALL)
 
 
 @pytest.fixture
 def settings(tmp_path: Path, model: Path) -> dict:
-    shutil.copytree(model, tmp_path / "model")
-    rows = "".join(json.dumps(ROW) + "\n" for _ in range(4))
-    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    return {
-        "data": {"instruct_data": "rows.jsonl", "eval_instruct_data": "rows.jsonl"},
-        "model_id_or_path": "model",
-        "run_dir": "run",
-        "lora": {"rank": 2},
-        "seq_len": 32,
-        "max_steps": 2,
-        "optim": {"pct_start": 0.25},
-        "no_eval": False,
-        "wandb": {"project": "icd", "offline": True, "key": YAML_KEY},
-    }
+    trackers = {"wandb": {"project": "icd", "offline": True, "key": YAML_KEY}}
+    return short_run(tmp_path, model, [json.dumps(ROW)] * 4) | {"no_eval": False} | trackers
 
 
 def run_train(folder: Path, text: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +104,7 @@ train.train_step = train_step
 
 
 GOOD = f"""
-data: {{instruct_data: rows.jsonl}}
+data: {{instruct_data: train.jsonl}}
 model_id_or_path: model
 run_dir: run
 wandb:
@@ -149,7 +135,7 @@ MISTAKES = {
     "a control character": GOOD.replace(YAML_KEY, f"{YAML_KEY}\x07"),
     "Latin-1": GOOD.replace(YAML_KEY, f"{YAML_KEY}\udce9"),
     "a bad setting beside it": GOOD + "seq_len: none\n",
-    "a bad path": GOOD.replace("rows.jsonl", f"{ENVIRONMENT['HF_TOKEN']}.jsonl"),
+    "a bad path": GOOD.replace("train.jsonl", f"{ENVIRONMENT['HF_TOKEN']}.jsonl"),
 }
 
 
@@ -170,7 +156,7 @@ def test_a_mistake_near_the_key_does_not_show_it(
 
 
 def test_a_command_does_not_show_a_secret_of_the_environment(tmp_path: Path, settings: dict):
-    settings["data"]["instruct_data"] = f"https://user:{ENVIRONMENT['HF_TOKEN']}@huggingface.co/rows.jsonl"
+    settings["data"]["instruct_data"] = f"https://user:{ENVIRONMENT['HF_TOKEN']}@huggingface.co/train.jsonl"
     done = run_train(tmp_path, yaml.safe_dump(settings))
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "***" in done.stderr
     assert_nothing_told(done, tmp_path)

@@ -31,9 +31,11 @@ from finetune.wrapped_model import build_model, open_base_model, trainable_param
 from model.errors import UserError
 from model.lora import lora_layers
 from model.transformer import Transformer
-from tests.checkpoints import TEKKEN_SHAPES, make_tiny_checkpoint
+from tests.checkpoints import SMALL, TEKKEN_SHAPES, make_tiny_checkpoint
 from tests.golden import GOLDEN, fixture
 from tests.run_trajectories import INPUTS, ROOT, RUNS, golden_config, own_errors, read_jsonl, torchrun, write_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of golden's 32 combinations of model, what trains, dtype, micro-batches and ranks: every pair of two settings.
 ONE_RANK = ["dense_lora_float32_mb1_w1", "dense_lora_bfloat16_mb1_w1", "moe_full_bfloat16_mb1_w1"]
@@ -67,25 +69,16 @@ TOKENS = list(itertools.chain.from_iterable(PROMPTS))
 LENGTHS = [len(prompt) for prompt in PROMPTS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """golden's checkpoints, and smaller ones in fp32."""
     folder = tmp_path_factory.mktemp("models")
-    small = {"dim": 16, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rope_theta": 1e4}
     return {
         "tiny_dense": make_tiny_checkpoint(folder / "tiny_dense"),
         "tiny_moe": make_tiny_checkpoint(folder / "tiny_moe", moe=True),
         "tiny_tekken": make_tiny_checkpoint(folder / "tiny_tekken", seed=3, **TEKKEN_SHAPES),
-        "dense": make_tiny_checkpoint(folder / "dense", dtype=torch.float32, **small),
-        "moe": make_tiny_checkpoint(folder / "moe", moe=True, dtype=torch.float32, **small),
+        "dense": make_tiny_checkpoint(folder / "dense", dtype=torch.float32, **SMALL),
+        "moe": make_tiny_checkpoint(folder / "moe", moe=True, dtype=torch.float32, **SMALL),
     }
 
 
@@ -198,6 +191,12 @@ def assert_same_tensors(run, saved, tensors) -> None:
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_one_process_follows_the_original(name, models, tmp_path):
     assert_follows_the_original(name, run_here(golden_config(name, models, tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["dense_lora_float32_mb1_w1", "moe_lora_float32_mb1_w1"])
+def test_no_optimisation_leads_away_from_the_original(name, models, tmp_path):
+    config = golden_config(name, models, tmp_path, checkpoint="selective", compile=True)
+    assert_follows_the_original(name, run_here(config))
 
 
 # --- Ranks and micro-batches
@@ -471,6 +470,18 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_checkpoints_that_cannot_be_put_in_order_are_a_message(models, tmp_path, monkeypatch):
+    config, model = trained(tmp_path, models["dense"])
+    run_dir = save(config, model, 1, 2)
+    args = load_train_args(config)
+    tokenizer = load_instruct_tokenizer(Path(args.model_id_or_path), model.args.vocab_size)
+    checkpointer = Checkpointer(model, tokenizer, args, run_dir, model.compute_dtype, CPU)
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(UserError, match=r"checkpoints cannot be put in order: .*No space left on device"):
+        checkpointer.settle(1)  # the second lies ahead
+    assert saved_checkpoints(run_dir / "checkpoints") == [weights_folder(run_dir, step).parent for step in (1, 2)]
+
+
 def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
@@ -531,6 +542,25 @@ def test_a_refused_save_ends_every_rank_with_one_message(models, tmp_path):
     assert done.returncode != 0 and "Traceback" not in errors
     assert errors.count("could not be saved") == 1 and "checkpoint_000003" in errors and "File too large" in errors
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+# --- Before anything is loaded
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 4, "targets": ["wq", "gate"]}, {"enable": False}])
+def test_parameters_are_counted_as_they_will_be(lora, models, tmp_path):
+    config = small_config(tmp_path, models["moe"], lora=lora, save_adapters=lora.get("enable", True))
+    base, model = open_base_model(load_train_args(config)), build(config)
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad is trains) for trains in (True, False)]
+    assert [base.trained, base.frozen] == counts and base.trained > 0
+
+
+@pytest.mark.parametrize("no_eval", [True, False])
+def test_evaluation_data_given_in_vain_are_remarked_upon(no_eval, models, tmp_path, caplog):
+    data = {"instruct_data": str(INPUTS / "train_icd.jsonl"), "eval_instruct_data": str(INPUTS / "eval_instruct.jsonl")}
+    run_here(small_config(tmp_path, models["dense"], data=data, no_eval=no_eval, max_steps=1))
+    remarks = [record for record in caplog.records if "`data.eval_instruct_data` is not used" in record.message]
+    assert len(remarks) == no_eval and all("set `no_eval: false`" in record.message for record in remarks)
 
 
 # --- Another implementation reads what we save

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cli import run_cli
-from finetune.inference import find_checkpoint
+from finetune.inference import step_option
+from finetune.utils import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import load_model_args, read_params
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME, config_from_params, generation_config
 from model.hf_format import hf_name, open_model_weights, to_hf, write_hf_weights
-from model.weights import SAFETENSORS_NAME, SafetensorsWriter, TensorSource, new_folder, open_safetensors
-from utils.merge_lora import copy_tokenizer, open_merged, recorded_scaling, write_model_folder
+from model.weights import SafetensorsWriter, TensorSource, new_folder, open_safetensors
+from utils.model_folder import copy_tokenizer, open_merged, recorded_scaling, write_model_folder
 
 FORMATS = ("peft", "hf", "mistral")
 _PEFT_PREFIX = "base_model.model."
@@ -28,22 +29,22 @@ _TOKENIZER_CONFIG = {"tokenizer_class": "MistralCommonBackend", "bos_token": "<s
 
 
 def export(
-    source: Path, to: str, out: Path, merged: bool = False, base: Path | None = None, step: int | None = None
+    source: Path, to: str, out: Path, merged: bool = False, base: Path | None = None, step: int | str | None = None
 ) -> None:
     """Writes the folder `out`, whole or not at all, in the checkpoint's dtype.
 
     Args:
-        source: run folder, or a checkpoint's.
+        source: folder of a run, of a checkpoint or of a model.
         to: one of FORMATS.
         out: a new folder.
         merged: the adapter is merged into its base; a checkpoint of all weights needs no merging.
         base: folder of the base model; None: the one the checkpoint names.
-        step: which checkpoint of a run; None: the newest.
+        step: which checkpoint of a run: its number, or "best"; None: the newest.
 
     Raises:
         UserError: there is no such checkpoint or base, it cannot be written that way, or `out` exists.
     """
-    checkpoint = _checkpoint_folder(source, step)
+    checkpoint = find_weights(source, step)
     has_adapter = (checkpoint / ADAPTER_NAME).is_file()
     _check_request(checkpoint, has_adapter, to, merged)
     if to == "peft":
@@ -60,23 +61,6 @@ def export(
         write = _write_hf if to == "hf" else write_model_folder
         write(out, weights, params, tokenizers)
     print(f"Exported {checkpoint} to {out}.")
-
-
-def _checkpoint_folder(source: Path, step: int | None) -> Path:
-    """The folder with the weights of a run's checkpoint, or of the checkpoint itself."""
-    if not source.is_dir():
-        raise UserError(f"{source} does not exist (or is no folder): name a run folder or a checkpoint's.")
-    if (source / "args.yaml").is_file():
-        return find_checkpoint(source, step) / "consolidated"
-    if step is not None:
-        raise UserError(f"--step chooses among the checkpoints of a run, but {source} is no run folder (no args.yaml).")
-    for folder in (source / "consolidated", source):
-        if (folder / ADAPTER_NAME).is_file() or (folder / SAFETENSORS_NAME).is_file():
-            return folder
-    raise UserError(
-        f"{source} is neither a run folder (with args.yaml) nor a checkpoint (with {ADAPTER_NAME} or "
-        f"{SAFETENSORS_NAME})."
-    )
 
 
 def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool) -> None:
@@ -185,7 +169,7 @@ def main() -> None:
     parser.add_argument("--merged", action="store_true", help="merge the adapter into its base")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--base", type=Path, help="base model's folder; default: the one the checkpoint names")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run; default: the newest")
+    parser.add_argument("--step", type=step_option, help="of a run: a step's number, or best; default: the newest")
     args = parser.parse_args()
     export(args.source, args.to, args.out, args.merged, args.base, args.step)
 

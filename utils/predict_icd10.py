@@ -10,6 +10,7 @@ import argparse
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from finetune.cli import run_cli
 from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder, parse_conversation
-from finetune.inference import find_checkpoint, is_model_folder, load_trained, token_bytes
+from finetune.inference import load_trained, step_option, token_bytes
+from finetune.utils import find_checkpoint, run_of
 from model.errors import UserError
 from model.generate import generate
 from utils.icd10.answers import parse_answer
@@ -79,13 +81,13 @@ class Coder:
     """A trained model that codes notes.
 
     Args:
-        run_dir: folder of the training run, or of a model.
+        folder: of the training run, of one of its checkpoints, or of a model.
         table: codes that may be given; None: whatever the model writes.
-        step: which checkpoint; None: the newest.
+        step: which checkpoint of a run: its number, or "best"; None: the newest.
     """
 
-    def __init__(self, run_dir: Path, table: Cim10Table | None = None, step: int | None = None) -> None:
-        self._model, tokenizer = load_trained(run_dir, step)
+    def __init__(self, folder: Path, table: Cim10Table | None = None, step: int | str | None = None) -> None:
+        self._model, tokenizer = load_trained(folder, step)
         self._encoder = SampleEncoder(tokenizer)
         self._tokenizer = tokenizer.tokenizer
         self._grammar = None
@@ -132,11 +134,11 @@ def save_csv(jsonl: Path, path: Path) -> None:
 
 
 def code_notes(
-    run_dir: Path,
+    folder: Path,
     notes_file: Path,
     out: Path,
     table: Cim10Table | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     batch_size: int = 16,
     max_tokens: int = 512,
 ) -> str:
@@ -151,7 +153,8 @@ def code_notes(
     lines = out.with_suffix(".jsonl")
     if lines.resolve() == notes_file.resolve():
         raise UserError(f"The answers would go to {lines}, which holds the notes; give --out another name.")
-    about = {"run": _fingerprint(run_dir, step), "notes": _sha256(notes_file.read_bytes()), "max_tokens": max_tokens}
+    checkpoint = find_checkpoint(folder, step)
+    about = {"run": _fingerprint(checkpoint), "notes": _sha256(notes_file.read_bytes()), "max_tokens": max_tokens}
     about["cim10"] = None if table is None else _sha256(repr(list(table)).encode())
     with file_errors():
         lines.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,8 @@ def code_notes(
         _require_same(lines, about, bool(done))
         to_do = [note for note in notes if note.id not in done]
         if to_do:
-            coder = Coder(run_dir, table, step)
+            print(f"Coding {len(to_do)} of {len(notes)} notes with {checkpoint} ...", file=sys.stderr, flush=True)
+            coder = Coder(checkpoint, table)
             with lines.open("a", encoding="utf-8") as file:
                 for prediction in predictions(coder, to_do, batch_size, max_tokens):
                     file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
@@ -187,9 +191,8 @@ def _require_same(lines: Path, about: dict[str, Any], begun: bool) -> None:
     save({path: json.dumps(about, indent=1)})
 
 
-def _fingerprint(run_dir: Path, step: int | None) -> str:
+def _fingerprint(folder: Path) -> str:
     """Tells one checkpoint or model folder from another without reading its weights."""
-    folder = run_dir if is_model_folder(run_dir) else find_checkpoint(run_dir, step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return _sha256(repr((str(folder.resolve()), facts)).encode())
@@ -199,25 +202,31 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def answer_with_newest(run_dir: Path, rows: Path) -> Path:
-    """Answers the rows of a file with a run's newest checkpoint; asked again, it finds its answers in the run folder.
+def answer_with_newest(folder: Path, rows: Path) -> Path:
+    """Answers the rows of a file with a run's newest checkpoint, or the one named; finds its answers when asked again.
 
     Returns:
-        The file of the answers.
+        The file of the answers, in the run folder.
+
+    Raises:
+        UserError: no checkpoint of a run, or rows that cannot be answered.
     """
-    checkpoint = find_checkpoint(run_dir)
-    answers = run_dir / "predictions" / f"{rows.stem}.{checkpoint.name}.jsonl"
-    code_notes(run_dir, rows, answers)
+    checkpoint = find_checkpoint(folder)
+    run_dir = run_of(checkpoint)
+    if run_dir is None:
+        raise UserError(f"{folder} is no run folder (no args.yaml), nor a checkpoint in one.")
+    answers = run_dir / "predictions" / f"{rows.stem}.{checkpoint.resolve().name}.jsonl"
+    print(code_notes(checkpoint, rows, answers), file=sys.stderr)
     return answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="a training run, or a model folder")
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run, a checkpoint or a model")
     parser.add_argument("--notes", type=Path, required=True, help="jsonl or csv")
     parser.add_argument("--out", type=Path, required=True, help="jsonl, or csv (which keeps the jsonl beside it)")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="answers may name only codes of this CIM-10 table")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=step_option, help="of a run: a step's number, or best (default: the newest)")
     parser.add_argument("--batch_size", type=int, default=16, help="notes at a time (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     options = parser.parse_args()

@@ -55,6 +55,8 @@ def load_args(path: Path) -> TrainArgs:
 def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None]:
     """The model's tokenizer and its number of active parameters, if that can be known.
 
+    Without the model's folder, mistral-common's v3 tokenizer stands in for its own.
+
     Raises:
         UserError: what is in the model's folder cannot be used.
     """
@@ -62,11 +64,19 @@ def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None
     if folder.is_dir():
         model_args = load_model_args(folder)
         return load_instruct_tokenizer(folder, model_args.vocab_size), active_parameters(model_args)
-    print(
-        f"Note: the model folder {folder} does not exist. Tokens are counted with mistral-common's v3 tokenizer; "
-        "they will differ if the model has another one."
-    )
     return load_instruct_tokenizer(folder, V3_VOCABULARY), published_parameters(args.model_id_or_path)
+
+
+def report_settings(args: TrainArgs) -> None:
+    """Prints what the YAML says that is no fault of the data, though hardly meant."""
+    remarks = args.remarks()
+    if not Path(args.model_id_or_path).is_dir():
+        remarks.append(
+            f"`model_id_or_path`: the folder {args.model_id_or_path} does not exist, and training will refuse it. "
+            "Tokens were counted with mistral-common's v3 tokenizer; they differ if the model has another one."
+        )
+    for remark in remarks:
+        print(f"\nWarning: {remark}")
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
@@ -132,12 +142,13 @@ def report_statistics(
     """Prints what is in the data and how long the run will be."""
     training = [dataset for dataset in validation.datasets if not dataset.is_eval]
     evaluation = [dataset.statistics for dataset in validation.datasets if dataset.is_eval]
+    statistics = DataStatistics.of([dataset.statistics for dataset in training])
+    plan = plan.counted(statistics)
     expected = plan.expected(
         tokens={dataset.name: dataset.statistics.tokens for dataset in training},
         weights={dataset.name: dataset.source.weight for dataset in training},
         eta=eta(plan.train_tokens, speeds[0]),
     )
-    statistics = DataStatistics.of([dataset.statistics for dataset in training])
     blocks = [
         "No errors! Data is correctly formatted!",
         describe_expected(expected),
@@ -158,10 +169,17 @@ def report_statistics(
 
 def validate(options: argparse.Namespace) -> bool:
     """Runs the command; says whether the data is free of errors."""
+    args = load_args(options.train_yaml)
+    is_good = validate_rows(args, options)
+    report_settings(args)
+    return is_good
+
+
+def validate_rows(args: TrainArgs, options: argparse.Namespace) -> bool:
+    """Checks all rows and reports on them; says whether they are free of errors."""
     for path in filter(None, (options.error_report_txt, options.train_stats_json, options.plot)):
         if not path.parent.is_dir():
             raise UserError(f"{path} cannot be written: the folder {path.parent} does not exist.")
-    args = load_args(options.train_yaml)
     tokenizer, parameters = load_tokenizer(args)
     cache_words(tokenizer)
     with Findings() as errors, Findings() as warnings, file_errors():

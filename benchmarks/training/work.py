@@ -42,10 +42,11 @@ def _complete(batch: Batch) -> Iterator[bool]:
 
 
 def model_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
-    """Floating-point operations that the loss and the adapters' gradients need, whoever computes them.
+    """Floating-point operations of a step, counted alike for whoever computes it.
 
     Two per weight and position forward; as many for the input's gradient; of an adapter, as many again for its own.
     Attention's backward pass has twice the products of its forward pass; the head only counts where there is a loss.
+    What this project does not compute of the last block, on positions without a loss, is counted as the others'.
     """
     base, adapters = _block_weights(shapes, rank)
     blocks = shapes.n_layers * work.positions * (4 * base + 6 * adapters)
@@ -54,17 +55,22 @@ def model_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
 
 
 def recomputed_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
-    """What recomputing every block adds to `model_flops`: their forward pass."""
+    """What recomputing every block adds to `model_flops`: their forward pass.
+
+    This project leaves out the last product of each, which is not deducted: its HFU is an upper bound.
+    """
     base, adapters = _block_weights(shapes, rank)
     return shapes.n_layers * work.positions * 2 * (base + adapters) + _attention_flops(shapes, work)
 
 
 def _block_weights(shapes: ModelArgs, rank: int) -> tuple[int, int]:
-    """Weights of a dense block's linear layers, and of their adapters."""
+    """Weights of a block's linear layers, and of their adapters, that a token goes through."""
     queries, keys = shapes.n_heads * shapes.head_dim, shapes.n_kv_heads * shapes.head_dim
     dim, hidden = shapes.dim, shapes.hidden_dim
-    sides = [(dim, queries), (dim, keys), (dim, keys), (queries, dim), (dim, hidden), (dim, hidden), (hidden, dim)]
-    return sum(a * b for a, b in sides), rank * sum(a + b for a, b in sides)
+    experts, gate = (shapes.moe.num_experts_per_tok, dim * shapes.moe.num_experts) if shapes.moe else (1, 0)
+    sides = [(dim, queries), (dim, keys), (dim, keys), (queries, dim)]
+    sides += [(dim, hidden), (dim, hidden), (hidden, dim)] * experts
+    return gate + sum(a * b for a, b in sides), rank * sum(a + b for a, b in sides)
 
 
 def _attention_flops(shapes: ModelArgs, work: Work) -> float:

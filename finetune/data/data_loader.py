@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+from tqdm import tqdm
 
 from model.errors import UserError
 
@@ -27,13 +28,19 @@ class Batch:
     x: np.ndarray  # [T] int64, tokens to read
     y: np.ndarray  # [T] int64, tokens to predict
     sizes: list[int]  # document lengths over all sequences; their sum is T
-    y_mask: np.ndarray | None = None  # [T] bool, true where trained; None where every position is
+    y_mask: np.ndarray | None = None  # [T] bool, true where trained; None where every position is. Where a message has
+    # a weight between 0 and 1: [T] float, how much each position counts
     rows: list[str] = dataclasses.field(default_factory=list)  # FILE:LINE of each document, padding left out
 
     @property
     def trained_tokens(self) -> int:
         """Positions that carry loss."""
-        return len(self.x) if self.y_mask is None else int(self.y_mask.sum())
+        return len(self.x) if self.y_mask is None else np.count_nonzero(self.y_mask)
+
+    @property
+    def loss_weight(self) -> float:
+        """What the trained positions count together: as many as they are, unless messages have weights."""
+        return len(self.x) if self.y_mask is None else self.y_mask.sum().item()
 
     @classmethod
     def collate(cls, sequences: list[Sequence]) -> "Batch":
@@ -42,7 +49,7 @@ class Batch:
             x=np.concatenate([sequence.x for sequence in sequences]),
             y=np.concatenate([sequence.y for sequence in sequences]),
             sizes=[size for sequence in sequences for size in sequence.sizes],
-            y_mask=None if mask.all() else mask,
+            y_mask=None if mask.dtype == bool and mask.all() else mask,
             rows=[row for sequence in sequences for row in sequence.origins],
         )
 
@@ -135,6 +142,17 @@ class TrainLoader:
     def counts(self) -> PackingCounts:
         """What was read and packed for the batches handed out, from the first one on."""
         return sum((PackingCounts(**source["counts"]) for source in self._state["sources"]), PackingCounts())
+
+    def count_epoch(self, show_progress: bool) -> int:
+        """Positions that it takes to pack every sample of this rank once. Call it before the first batch.
+
+        Raises:
+            BadRowError: a row that cannot be trained on.
+        """
+        assert self._worker is None, "the loader has already started"
+        hidden = None if show_progress else True
+        with tqdm(desc="Counting an epoch", total=len(self._stream), unit=" samples", disable=hidden) as progress:
+            return self._stream.count_epoch(progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists; nothing of the texts."""

@@ -4,15 +4,17 @@ Only line offsets are held in memory. A row is read and tokenised when its turn 
 handful of numbers: going on after an interruption reads no row again, and only replays the shuffles of past epochs.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
+from tqdm import tqdm
 
 from model.errors import UserError
 
@@ -220,11 +222,22 @@ class SourceStream:
         self._files = [JsonlFile(path, sample_type, chunk, rank, world_size) for path in source.files()]
         for file in self._files:
             file.require_row_sizes()
-        if repeat and not any(map(len, self._files)):
+        if repeat and not len(self):
             raise UserError(_too_few_rows(source.path, sum(file.total_rows for file in self._files), rank, world_size))
         self._shuffle_key = None if shuffle_seed is None else np.array((shuffle_seed, rank))
         self._warned = False
         self.rewind()
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return sum(map(len, self._files))
+
+    def once(self) -> Self:
+        """The samples of the first epoch, in its order; the place in this stream stays what it is."""
+        stream = copy.copy(self)
+        stream._repeat, stream._warned = False, True
+        stream.rewind()
+        return stream
 
     def layouts(self) -> list[int]:
         """A number per file that tells whether it is still the same."""
@@ -274,7 +287,7 @@ class SourceStream:
                     counted = False
                     idle = 0 if any(sample.masks[1:]) else idle + 1
                     yield Cursor(epoch, index, place, entry), sample
-            if self._repeat and idle >= sum(map(len, self._files)):
+            if self._repeat and idle >= len(self):
                 raise UserError(
                     f"Not one of the rows of {self.source.path} that this process reads has a token to train on: "
                     "is every assistant message's `weight` 0, or every sample longer than `seq_len`?"
@@ -333,6 +346,30 @@ class MixedStream:
         iterators = [iter(stream) for stream in self._streams]
         while True:
             yield next(iterators[self._random.choice(len(iterators), p=self._weights)])
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return sum(map(len, self._streams))
+
+    def count_epoch(self, progress: tqdm) -> int:
+        """Positions that it takes to pack every sample once; the place in the stream stays what it is.
+
+        Of each source's last sequence, which its next epoch goes on filling, only those taken so far are counted.
+
+        Args:
+            progress: told of the samples read.
+
+        Raises:
+            BadRowError: a row that cannot be trained on.
+        """
+        positions = 0
+        for stream in self._streams:
+            once, padding, before = stream.once(), 0, progress.n
+            for sequence in once:
+                positions, padding = positions + len(sequence.x), sequence.padding
+                progress.update(before + once.state["counts"]["samples"] - progress.n)
+            positions -= padding
+        return positions
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream goes on: plain numbers and lists."""

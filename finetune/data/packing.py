@@ -27,7 +27,7 @@ class Sequence:
 
     x: np.ndarray  # [L] int64
     y: np.ndarray  # [L] int64, the next token of each
-    mask: np.ndarray  # [L] bool, true where the prediction is trained
+    mask: np.ndarray  # [L] bool, true where the prediction is trained; or float, how much it counts
     sizes: list[int]  # document lengths in order; their sum is L
     padding: int = 0  # positions at the end that hold no sample, as a document of their own
     origins: list[Any] = dataclasses.field(default_factory=list)  # cursor of the sample behind each document
@@ -78,7 +78,7 @@ class SequenceBuffer:
         self.seq_len = seq_len
         self._x: list[int] = []
         self._y: list[int] = []
-        self._mask: list[bool] = []
+        self._mask: list[bool | float] = []
         self._sizes: list[int] = []
         self._origins: list[Any] = []
 
@@ -89,7 +89,7 @@ class SequenceBuffer:
     def __len__(self) -> int:
         return len(self._x)
 
-    def add(self, x: list[int], y: list[int], mask: list[bool], origin: Any = None) -> None:
+    def add(self, x: list[int], y: list[int], mask: list[bool | float], origin: Any = None) -> None:
         """Appends a document of at most `room` tokens, which is or is part of the sample that `origin` points at."""
         self._x += x
         self._y += y
@@ -104,7 +104,7 @@ class SequenceBuffer:
         sequence = Sequence(
             np.array(self._x, dtype=np.int64),
             np.array(self._y, dtype=np.int64),
-            np.array(self._mask, dtype=bool),
+            np.array(self._mask),
             self._sizes,
             padding,
             self._origins,

@@ -63,7 +63,7 @@ class SampleType(enum.StrEnum):
 @dataclasses.dataclass
 class TokenSample:
     tokens: list[int]
-    masks: list[bool]  # as long as tokens; true where the token is to be learnt
+    masks: list[bool | float]  # as long as tokens; true where the token is to be learnt, or how much it counts
     removed: int = 0  # tokens taken out so that the rest fits a sequence: all of them where there is no rest
 
 
@@ -367,12 +367,25 @@ def chunk_ends(conversation: Conversation) -> list[int]:
     return [
         index + 1
         for index in range(last - 1, -1, -1)
-        if isinstance(conversation.messages[index], AssistantMessage) and _trains(conversation.messages[index])
+        if isinstance(conversation.messages[index], AssistantMessage) and _weight(conversation.messages[index])
     ]
 
 
-def _trains(message: Any) -> bool:
-    return message.weight is None or message.weight == 1
+def _weight(message: Any) -> bool | float:
+    """A number only where it is neither 0 nor 1, so that masks stay masks wherever they can."""
+    if message.weight is None:
+        return True
+    return message.weight if 0 < message.weight < 1 else message.weight == 1
+
+
+def _unweighted(message: FinetuningMessage) -> FinetuningMessage:
+    """A message as mistral-common validates it, which knows no weights but 0 and 1."""
+    weight = getattr(message, "weight", None)
+    if weight is None:
+        return message
+    if not 0 <= weight <= 1:
+        raise ConversationFormatError(f"The `weight` of an assistant message is {weight:g}; expected 0 to 1.")
+    return message.model_copy(update={"weight": None})
 
 
 class SampleEncoder:
@@ -423,7 +436,7 @@ class SampleEncoder:
 
     def _validated_request(self, conversation: Conversation) -> InstructRequest:
         messages = conversation.messages
-        self._validator.validate_messages(messages)
+        self._validator.validate_messages([_unweighted(message) for message in messages])
         for tool in conversation.tools or []:
             self._validator._validate_function(tool.function)
         _check_tool_use(messages)
@@ -460,10 +473,10 @@ class SampleEncoder:
         tokenizer.validate_messages(request.messages)
         first_user, last_user = tokenizer.find_first_last_user(request)
         tokens = list(tokenizer.start())
-        masks = [False] * len(tokens)
+        masks: list[bool | float] = [False] * len(tokens)
         for index, message in enumerate(request.messages):
             is_last = index == len(request.messages) - 1
-            trains = False
+            weight: bool | float = False
             if isinstance(message, UserMessage):
                 piece, _, _ = tokenizer.encode_user_message(
                     message,
@@ -478,11 +491,11 @@ class SampleEncoder:
                 piece, _, _ = tokenizer.encode_tool_message(message, index < last_user)
             elif isinstance(message, AssistantMessage):
                 piece = tokenizer.encode_assistant_message(message, index < last_user)
-                trains = _trains(message) and (is_last or not only_last)
+                weight = (is_last or not only_last) and _weight(message)
             else:
                 piece, _ = tokenizer.encode_system_message(message)
             tokens += piece
-            masks += [trains] * len(piece)
+            masks += [weight] * len(piece)
         return TokenSample(tokens, masks)
 
 

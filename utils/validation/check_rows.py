@@ -126,7 +126,7 @@ class ObservingEncoder(SampleEncoder):
                 fitted = max(len(fit().tokens) - 1, 0)
             else:  # concat cuts it; what best_fit would do need not be known to the token
                 fitted = 0 if self._drops else self._seq_len
-        trained = tuple(match.span() for match in _TRAINED.finditer(bytes(sample.masks[1:])))
+        trained = tuple(match.span() for match in _TRAINED.finditer(bytes(map(bool, sample.masks[1:]))))
         return PackedSample(positions, trained, fitted)
 
 

@@ -121,8 +121,12 @@ def describe_packing(statistics: DataStatistics, packing: str, seq_len: int) -> 
         for name, figures in statistics.packings.items()
     ]
     text = _table(title(f"Packing into sequences of {seq_len:,} tokens"), *zip(("", *labels), *columns, strict=True))
-    if packing == "concat" and statistics.packings[packing].severed:
-        text += "\n`data.packing: best_fit` severs no answer from its prompt."
+    configured = statistics.packings[packing]
+    if packing == "concat" and configured.severed:
+        text += (
+            f"\nWarning: `data.packing: concat` (the default) cuts {configured.severed:,} of {configured.samples:,} "
+            "samples, so that an answer is trained without (part of) its prompt; `data.packing: best_fit` severs none."
+        )
     return text
 
 
@@ -140,11 +144,13 @@ def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed])
         for name, max_steps in choices.items()
     ]
     known = all(speed.tokens_per_second for speed in speeds)
+    counted = "The run itself counts its epochs' steps as its processes shuffle and pack: perhaps a few more or less."
     return "\n".join(
         [
             _table(title("Run"), ("", "max_steps", "epochs as packed", *(speed.where for speed in speeds)), *rows),
             f"A step takes {plan.tokens_per_step:,} tokens: seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
             f"num_microbatches {args.num_microbatches} x {plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}.",
+            *([] if args.epochs is None else [counted]),
             f"Times allow {OVERHEAD_SECONDS // 60} minutes for starting, loading and saving."
             + ("" if known else " No speed has been published for this model on this GPU: give your own with --wps."),
         ]

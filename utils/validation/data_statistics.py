@@ -96,6 +96,13 @@ class RunPlan:
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.args.seq_len
 
+    def counted(self, statistics: DataStatistics) -> Self:
+        """The same with the steps that `epochs`, if they are given, come to."""
+        if self.args.epochs is None:
+            return self
+        max_steps = self.steps_of(self.args.epochs, statistics)
+        return dataclasses.replace(self, args=dataclasses.replace(self.args, max_steps=max_steps))
+
     @property
     def train_tokens(self) -> int:
         return self.args.max_steps * self.tokens_per_step

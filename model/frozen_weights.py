@@ -1,0 +1,326 @@
+"""How the frozen weight of a linear layer is stored: as it is, in 4 bits (NF4) or in 8 (FP8); and its two products.
+
+A format replaces the parameter `weight` [out, in] by a few uint8 tensors with `out` as their first dimension. Rows are
+independent of each other, so that a rank quantises only its own. Scales too are stored as bytes, for FSDP2's mixed
+precision would round them to the dtype it computes in. At each use the layer lays a view over its tensors:
+
+    weight = FORMATS["nf4"](**{name: getattr(layer, name) for name in FORMATS["nf4"].shapes_of(out, in)})
+    y = weight.product(x)
+
+Nothing that a product makes outlives it: the backward pass dequantises anew.
+
+| name   | bits per weight, in = 4096 | |
+|--------|------|---|
+| nf4    | 4.50 | 32 / 64 for the scales |
+| nf4-dq | 4.14 | 8 / 64 + 64 / in for the scales |
+| fp8    | 8.01 | 32 / in for the scales |
+
+Shapes: T tokens; out, in: the layer's features.
+"""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UserError
+
+# The 16 levels of NF4: the quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al., 2023, appendix E).
+_NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_NF4_BLOCK = 64  # weights that share a scale
+_NF4_AT_A_TIME = 1 << 20  # weights quantised in one go: bounds what stands beside the result
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+_FP8_MULTIPLE = 16  # of both dimensions: what the tensor cores' products ask for
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+
+Shapes = dict[str, tuple[tuple[int, int], torch.dtype]]  # tensor name -> shape, dtype
+
+
+class FrozenWeight(ABC):
+    """A matrix W [out, in] that does not train, and its products. Cheap to make: a view of a layer's tensors."""
+
+    weight: Tensor  # [out, ...]
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in `dtype`."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """X W^T: x [T, in] -> [T, out], in x's dtype. Knows no gradient: `input_gradient` is its backward pass."""
+        return F.linear(x, self.dense(x.dtype))
+
+    def input_gradient(self, g: Tensor, total: Tensor | None = None) -> Tensor:
+        """G W, added in place to `total` where that is given: g [T, out] -> [T, in], in g's dtype."""
+        weight = self.dense(g.dtype)
+        return g @ weight if total is None else total.addmm_(g, weight)
+
+
+@dataclass(frozen=True)
+class DenseWeight(FrozenWeight):
+    """`weight` [out, in], any floating dtype."""
+
+    weight: Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class QuantizedWeight(FrozenWeight):
+    """A format: a dataclass whose fields are the tensors that stand in the place of the parameter `weight`."""
+
+    @staticmethod
+    @abstractmethod
+    def shapes_of(out_features: int, in_features: int, layer: str = "A layer") -> Shapes:
+        """Names, shapes and dtypes of the tensors that store a weight.
+
+        Args:
+            layer: the layer's name, for the message.
+
+        Raises:
+            UserError: the format cannot store a matrix of this shape.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def quantize(rows: Tensor) -> dict[str, Tensor]:
+        """The same rows of every tensor of `shapes_of`: rows [n, in] of the weight, n >= 0, in any floating dtype."""
+
+
+@dataclass(frozen=True)
+class NF4Weight(QuantizedWeight):
+    """QLoRA's 4-bit NormalFloat: 64 neighbours of a row share a scale, their largest magnitude.
+
+    Codes and scales are bit for bit those of bitsandbytes (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314).
+
+    Attributes:
+        weight: [out, in / 2] uint8, two codes in a byte, the first one in the high half.
+        weight_scales: [out, in / 64 * 4] uint8, the bytes of fp32.
+    """
+
+    weight: Tensor
+    weight_scales: Tensor
+
+    @staticmethod
+    def shapes_of(out_features: int, in_features: int, layer: str = "A layer") -> Shapes:
+        _check_multiple("nf4", layer, (out_features, in_features), (1, _NF4_BLOCK))
+        return {
+            "weight": ((out_features, in_features // 2), torch.uint8),
+            "weight_scales": ((out_features, in_features // _NF4_BLOCK * 4), torch.uint8),
+        }
+
+    @staticmethod
+    def quantize(rows: Tensor) -> dict[str, Tensor]:
+        codes, scales = _quantize_nf4(rows)
+        return {"weight": codes, "weight_scales": scales.view(torch.uint8)}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return _dequantize_nf4(self.weight, self.weight_scales.view(torch.float32), dtype)
+
+
+@dataclass(frozen=True)
+class DoubleQuantizedNF4Weight(QuantizedWeight):
+    """NF4 whose scales are quantised in their turn: 8 bits between the smallest and the largest scale of the row.
+
+    QLoRA quantises blocks of 256 scales about the mean of the whole matrix (0.127 bits per weight instead of 0.141 with
+    in = 4096, 0.129 with 14336). Here a row stands alone, and its offset saves the range that the mean saves there.
+
+    Attributes:
+        weight: as in `NF4Weight`.
+        weight_scales: [out, in / 64] uint8.
+        weight_scale_ranges: [out, 8] uint8, the bytes of two numbers in fp32: the smallest scale, and one step.
+    """
+
+    weight: Tensor
+    weight_scales: Tensor
+    weight_scale_ranges: Tensor
+
+    @staticmethod
+    def shapes_of(out_features: int, in_features: int, layer: str = "A layer") -> Shapes:
+        _check_multiple("nf4-dq", layer, (out_features, in_features), (1, _NF4_BLOCK))
+        return {
+            "weight": ((out_features, in_features // 2), torch.uint8),
+            "weight_scales": ((out_features, in_features // _NF4_BLOCK), torch.uint8),
+            "weight_scale_ranges": ((out_features, 8), torch.uint8),
+        }
+
+    @staticmethod
+    def quantize(rows: Tensor) -> dict[str, Tensor]:
+        codes, scales = _quantize_nf4(rows)
+        low, high = scales.aminmax(dim=-1, keepdim=True)  # [n, 1]
+        step = ((high - low) / 255).clamp_min(_SMALLEST_NORMAL)
+        return {
+            "weight": codes,
+            "weight_scales": ((scales - low) / step).round().clamp_max(255).to(torch.uint8),
+            "weight_scale_ranges": torch.cat([low, step], dim=-1).view(torch.uint8),
+        }
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        low, step = self.weight_scale_ranges.view(torch.float32).split(1, dim=-1)
+        return _dequantize_nf4(self.weight, self.weight_scales * step + low, dtype)
+
+
+@dataclass(frozen=True)
+class FP8Weight(QuantizedWeight):
+    """W = diag(s) Wq with Wq in e4m3 and one scale per output channel; both products in FP8 where the GPU can.
+
+    The other factor is rounded row by row at each use. One Wq serves both products: in the input's gradient G W =
+    (G diag(s)) Wq, the scales fold into G before it is rounded. G too is rounded to e4m3 and not to e5m2: its rows have
+    scales of their own, so that the range of e4m3 (2^18 from its largest to its smallest number) is enough and the bit
+    is better spent on precision.
+
+    All scales are powers of two. That costs a floating format next to no precision, and dividing by a scale,
+    multiplying by it and folding it into G are exact in bf16.
+
+    Where there are no such products (CPUs, GPUs before Hopper) the same numbers are rounded in the same way and
+    multiplied in the input's dtype.
+
+    Attributes:
+        weight: [out, in] uint8, the bytes of e4m3.
+        weight_scales: [out, 4] uint8, the bytes of fp32.
+    """
+
+    weight: Tensor
+    weight_scales: Tensor
+
+    @staticmethod
+    def shapes_of(out_features: int, in_features: int, layer: str = "A layer") -> Shapes:
+        _check_multiple("fp8", layer, (out_features, in_features), (_FP8_MULTIPLE, _FP8_MULTIPLE))
+        return {
+            "weight": ((out_features, in_features), torch.uint8),
+            "weight_scales": ((out_features, 4), torch.uint8),
+        }
+
+    @staticmethod
+    def quantize(rows: Tensor) -> dict[str, Tensor]:
+        codes, scales = _quantize_fp8(rows)
+        return {"weight": codes.view(torch.uint8), "weight_scales": scales.view(torch.uint8)}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return _dequantize_fp8(self.weight.view(_FP8), self._scales(), dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        codes, scales = _quantize_fp8(x)
+        if not _has_fp8_products(x.device):
+            return F.linear(_dequantize_fp8(codes, scales, x.dtype), self.dense(x.dtype))
+        return _fp8_product(codes, scales, self.weight.view(_FP8).t(), self._scales().t()).to(x.dtype)
+
+    def input_gradient(self, g: Tensor, total: Tensor | None = None) -> Tensor:
+        product = self._input_gradient(g)
+        return product if total is None else total.add_(product)
+
+    def _input_gradient(self, g: Tensor) -> Tensor:
+        wide = _with_wide_exponents(g.dtype)
+        weight_scales = self._scales().t().to(wide)  # [1, out]
+        codes, scales = _quantize_fp8(g.to(wide) * weight_scales)
+        if not _has_fp8_products(g.device):
+            rounded = _dequantize_fp8(codes, scales, wide) / weight_scales
+            return rounded.to(g.dtype) @ self.dense(g.dtype)
+        # The second factor of an FP8 product has to lie column by column, which for this one takes a copy.
+        columns = self.weight.t().contiguous().t().view(_FP8)
+        return _fp8_product(codes, scales, columns, scales.new_ones(1, columns.shape[1])).to(g.dtype)
+
+    def _scales(self) -> Tensor:
+        """fp32 [out, 1]."""
+        return self.weight_scales.view(torch.float32)
+
+
+FORMATS: dict[str, type[QuantizedWeight]] = {
+    "nf4": NF4Weight,
+    "nf4-dq": DoubleQuantizedNF4Weight,
+    "fp8": FP8Weight,
+}
+
+
+def _check_multiple(name: str, layer: str, shape: tuple[int, int], multiples: tuple[int, int]) -> None:
+    if any(size % multiple for size, multiple in zip(shape, multiples)):
+        out_multiple, in_multiple = multiples
+        needed = f"an input width that is a multiple of {in_multiple}"
+        needed += f" and an output width that is one of {out_multiple}" if out_multiple > 1 else ""
+        raise UserError(
+            f"{layer} has a weight of {list(shape)} (output, input width), which `base_dtype: {name}` cannot store: it "
+            f"needs {needed}. Use another `base_dtype`; `same` fits every model."
+        )
+
+
+def _quantize_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [n, in] -> codes uint8 [n, in / 2], scales fp32 [n, in / 64]."""
+    levels = torch.tensor(_NF4_LEVELS, device=rows.device)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    parts = [_nearest_levels(part, boundaries) for part in rows.split(max(1, _NF4_AT_A_TIME // rows.shape[1]))]
+    codes, scales = zip(*parts)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _nearest_levels(rows: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = rows.float().unflatten(-1, (-1, _NF4_BLOCK))  # [n, in / 64, 64]
+    scales = blocks.abs().amax(dim=-1)
+    scaled = blocks / scales.clamp_min(_SMALLEST_NORMAL)[..., None]
+    levels = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8).flatten(1)  # [n, in]
+    return levels[:, ::2] << 4 | levels[:, 1::2], scales
+
+
+def _dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes uint8 [out, in / 2], scales fp32 [out, in / 64] -> [out, in]."""
+    if _HAS_BITSANDBYTES and codes.is_cuda:
+        return _dequantize_nf4_by_bitsandbytes(codes, scales, dtype)
+    levels = torch.tensor(_NF4_LEVELS, device=codes.device)
+    pairs = torch.cartesian_prod(levels, levels)  # [256, 2]: what each byte stands for
+    blocks = F.embedding(codes.int(), pairs).view(*scales.shape, _NF4_BLOCK)
+    return blocks.mul_(scales[..., None]).flatten(1).to(dtype)
+
+
+def _dequantize_nf4_by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers in one kernel."""
+    import bitsandbytes  # noqa: F401  registers the operator
+
+    shape = (codes.shape[0], codes.shape[1] * 2)
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, _NF4_BLOCK, "nf4", shape, dtype)
+
+
+def _quantize_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [n, K] -> codes e4m3 [n, K], scales fp32 [n, 1], powers of two. A row that is not finite becomes NaN."""
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    scales = _next_power_of_two((largest / _FP8_MAX).clamp_min(_SMALLEST_NORMAL))
+    wide = _with_wide_exponents(rows.dtype)
+    return (rows.to(wide) / scales.to(wide)).to(_FP8).contiguous(), scales
+
+
+def _dequantize_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = _with_wide_exponents(dtype)
+    return (codes.to(wide) * scales.to(wide)).to(dtype)
+
+
+def _with_wide_exponents(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to scale in: fp16 lacks the exponents for scales, bf16 has those of fp32."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def _next_power_of_two(x: Tensor) -> Tensor:
+    """The smallest powers of two not below x, normal positive fp32: a mantissa over zero carries into the exponent."""
+    return (x.view(torch.int32) + 0x007FFFFF & 0x7F800000).view(torch.float32)
+
+
+def _has_fp8_products(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _fp8_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
+    """a [T, K] by rows, a_scales [T, 1], b [K, N] by columns, b_scales [1, N] -> bf16 [T, N], for any T.
+
+    Fast accumulation: without it the row-wise kernels lose most of their speed, and rounding to e4m3 costs far more.
+    """
+    return torch._scaled_mm(a, b, scale_a=a_scales, scale_b=b_scales, out_dtype=torch.bfloat16, use_fast_accum=True)
