@@ -22,7 +22,7 @@ from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 
 def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transformer, InstructTokenizerBase]:
-    """Loads the model that a run trained, its adapter merged, on the GPU where there is one.
+    """Loads the model that a run trained, on the GPU where there is one: merged, or on a quantized base as it trained.
 
     Args:
         folder: of the run, or of one of its checkpoints; or of a model, which is loaded as it stands.
@@ -36,9 +36,10 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
     device = choose_device(0)
     # The dtype of the run; the engine is chosen anew, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
-    args = dataclasses.replace(args, checkpoint=False, cpu_offload=False)
+    args = dataclasses.replace(args, checkpoint=False, compile=False, cpu_offload=False)
     model = build_model(base, args, hardware, World(0, 1, device))
-    merge_lora(model)
+    if args.base_dtype == "same":
+        merge_lora(model)
     model.requires_grad_(False).to(hardware.dtype)
     return model.eval(), load_instruct_tokenizer(base.folder, base.args.vocab_size)
 

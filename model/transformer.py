@@ -147,7 +147,7 @@ class TransformerBlock(nn.Module):
 
     @contextlib.contextmanager
     def _repeating(self) -> Iterator[None]:
-        """Nothing that the backward pass needs depends on the last product, so the second time it is left out."""
+        """The second time, the last product of a dense network is left out: no gradient needs it."""
         self.feed_forward.output_matters = False
         try:
             yield

@@ -24,6 +24,21 @@ def transformers_logits(folder: Path, tokens: Sequence[int], adapter: Path | Non
         return model.eval()(torch.tensor([tokens])).logits[0]
 
 
+def transformers_answers(
+    folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int
+) -> list[list[int]]:
+    """transformers' greedy generation in fp32: the new tokens of each prompt, end of sequence included."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    settings = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
+    return answers
+
+
 def mistral_inference_logits(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
     """mistral-inference in fp32; its attention kernels need CUDA, so PyTorch's take their place: [T] -> [T, V]."""
     import mistral_inference.transformer

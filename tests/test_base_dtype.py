@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import train
 from finetune.args import read_train_args
 from finetune.checkpointing import ADAPTER_NAME
+from finetune.inference import load_trained
 from model.args import BLOCK_LINEARS
 from model.errors import UserError
 from model.frozen_weights import FORMATS
@@ -67,6 +68,8 @@ def test_an_nf4_base_trains_as_the_weights_it_stands_for(base_dtype, checkpoint,
     train.train(str(config(tmp_path, "nf4", models["same"], base_dtype, checkpoint=checkpoint)))
     train.train(str(config(tmp_path, "dense", models[base_dtype], "same")))
     torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
+    answers = [load_trained(tmp_path / name)[0](torch.arange(1, 40), [20, 19]) for name in ("nf4", "dense")]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
 def test_an_fp8_base_trains_nearly_as_the_whole_one(models, tmp_path):

@@ -48,6 +48,8 @@ def build_peft(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
     recompute = str(args.checkpoint).lower()
     if recompute not in ("true", "false"):
         raise UserError(f"--checkpoint is {recompute}; transformers knows true and false.")
+    if shapes.moe:
+        raise UserError("--impl peft has no mixture of experts; measure --impl ours beside the preset cpu-60m.")
     dtype = choose_dtype(args.param_dtype, device)
     if dtype == torch.float16:
         raise UserError("--impl peft is measured in bf16 or fp32: in fp16 it would train without a loss scale.")
