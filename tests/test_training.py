@@ -430,7 +430,7 @@ def test_a_saved_adapter_starts_a_run_with_the_same_logits(name, param_dtype, mo
         assert {p.dtype for p in trainable_parameters(again)} == {torch.float32}
 
 
-@pytest.mark.parametrize("param_dtype, tolerance", [("fp32", 1e-5), ("bf16", 0.1), ("fp16", 0.02)])
+@pytest.mark.parametrize("param_dtype, tolerance", [("fp32", 1e-5), ("bf16", 0.15), ("fp16", 0.02)])
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_merged_weights_are_a_model_with_the_same_logits(name, param_dtype, tolerance, models, tmp_path):
     config, model = trained(tmp_path, models[name], param_dtype=param_dtype, save_adapters=False)
