@@ -33,7 +33,7 @@ from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.optim import Schedule, build_optimizer
 from finetune.preemption import EXIT_INTERRUPTED, stop_requests
-from finetune.preflight import check_preflight, check_shared, out_of_memory_advice
+from finetune.preflight import check_preflight, check_shared, out_of_memory_advice, resolve_checkpoint
 from finetune.resume import RunState, find_saved_state
 from finetune.utils import TrainState, create_run_dir, set_seed
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
@@ -117,6 +117,7 @@ def run(args: TrainArgs, world: World) -> None:
     hardware = world.together(lambda: choose_hardware(world.device, args.param_dtype, args.attention, base.args))
     tokenizer = world.together(lambda: load_instruct_tokenizer(base.folder, base.args.vocab_size))
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
+    args = resolve_checkpoint(base, args, hardware, world)
     check_preflight(base, args, hardware, run_dir, world)
     saved = find_saved_state(args, run_dir, world)
     batches = world.together(

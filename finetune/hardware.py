@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -82,3 +83,19 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
             return peak, int(file.read().split()[1]) * resource.getpagesize()
     except OSError:  # no Linux
         return peak, peak
+
+
+def free_bytes(device: torch.device, processes: int) -> float | None:
+    """Memory that this process may take: of its GPU, or its part of the machine's; None where that cannot be known.
+
+    Args:
+        processes: on this machine.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return None
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else int(available) * 1024 / processes

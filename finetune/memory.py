@@ -1,12 +1,12 @@
 """What a training takes of a process's memory, by arithmetic: nothing is built, nothing is read.
 
-The parts are those that live at the moment when most is alive: behind the forward pass, with the loss's chunk of logits,
-or in the backward pass of one of the last two blocks, with whatever that block computes anew. What autograd keeps
-follows model/projections.py, where a layer keeps no input that can be computed from something kept. Where it does not
-apply (`lora.enable: false`, adapters with dropout), layers keep their inputs and the count is rough.
+The parts are those that live at the moment when most is alive: behind the forward pass, with the loss's chunk of
+logits, or in the backward pass of one of the last two blocks, with whatever that block computes anew. What autograd
+keeps follows model/projections.py, where a layer keeps no input that can be computed from something kept. Where it does
+not apply (`lora.enable: false`, adapters with dropout), layers keep their inputs and the count is rough.
 
-Letters: T positions of a micro-batch, N of them trained, D model width, H and K query and key heads of width Dh, F inner
-width of the feed-forward network, V vocabulary, e bytes of a number in the dtype that computes.
+T are the positions of a micro-batch, N those of them that are trained, e the bytes of a number in the dtype that
+computes.
 """
 
 import dataclasses
@@ -16,21 +16,25 @@ from functools import cached_property
 
 import torch
 
-from model.args import BLOCK_LINEARS, LoraArgs, ModelArgs
-from model.frozen_weights import FORMATS
-from model.lora import add_lora
+from model.args import LoraArgs, ModelArgs
+from model.lora import add_lora, quantize_linears
 from model.transformer import Transformer
 
+from .args import TrainArgs
 from .loss import _LOGITS_PER_CHUNK, _LOGITS_PER_CHUNK_ON_CPU
 
 CHECKPOINTS: tuple[bool | str, ...] = (False, "selective", True)  # from the fastest to the smallest
+RESERVE = 0.1  # of the free memory, which is not planned with: what the arithmetic misses, and the allocator's gaps
 SAME = "same"  # the base's dtype is the one that computes
 MOMENTS_BYTES = {"adamw": 2 * 4, "adamw8bit": 2}  # of the optimizer, per trained parameter
 _FP32 = 4
 _ROUTING = 40  # bytes of a token's slot: sorted and unsorted indices, its expert's weight
-# Of a block's parameters with FSDP2: its own, whole, and the next one's, gathered and then copied apart.
-_UNSHARDED_BLOCKS = 3
+# With FSDP2, in a backward pass: the block at work and the next one, whose parameters are being gathered.
+_UNSHARDED_BLOCKS = 2
 _KERNELS_ON_GPU = 64 << 20  # workspaces of cuBLAS and of attention
+# On a CPU: libraries at work and rows, and the gaps that glibc's malloc leaves between tensors, as a share of those
+# that come and go. Fitted to the process's high-water mark (benchmarks/plan.py); no tensor of ours.
+_LIBRARIES_ON_CPU, _GAPS_ON_CPU = 100e6, 0.38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Memory:
     unsharded: float  # blocks and embeddings that are whole for a time, where weights are sharded or in host memory
     activations: float  # kept for the backward pass
     transient: float  # the most that lives beside them: a block's backward pass, or the loss's chunk
-    loss: float  # the latter, which is a part of `transient` or less than it
+    overhead: float  # of libraries and the allocator
+    loss: float  # what the loss takes: `transient` or less
 
     @property
     def total(self) -> float:
@@ -64,11 +69,39 @@ class Training:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"  # or cpu
     attention: str = "varlen"
-    base_dtype: str = SAME  # or one of model.frozen_weights.FORMATS: how the blocks' linear layers are stored
+    base_dtype: str = SAME  # one of model.args.BASE_DTYPES: how the blocks' linear layers are stored
     optimizer: str = "adamw"
     shards: int = 1  # processes that hold one copy of the model together
     cpu_offload: bool = False
     trained_share: float = 1.0  # of the positions; what the data will have is not known before they are read
+
+    @classmethod
+    def of(
+        cls,
+        args: TrainArgs,
+        model: ModelArgs,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        shards: int,
+        trained_share: float = 1.0,
+    ) -> "Training":
+        """What a training YAML asks for, where `args.checkpoint` is not auto."""
+        return cls(
+            model=model,
+            lora=args.lora,
+            seq_len=args.seq_len,
+            batch_size=args.batch_size,
+            checkpoint=args.checkpoint,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            base_dtype=args.base_dtype,
+            optimizer=args.optim.name,
+            shards=shards,
+            cpu_offload=args.cpu_offload,
+            trained_share=trained_share,
+        )
 
     @property
     def is_rough(self) -> bool:
@@ -80,7 +113,7 @@ class Training:
         block, root = self._parameters
         held = [*block * self.model.n_layers, *root]
         trained, frozen = (
-            sum(parameter.held(self.shards) for parameter in held if parameter.trains is trains)
+            sum(parameter.held(self.shards) for parameter in held if parameter.trains == trains)
             for trains in (True, False)
         )
         gradients, moments = trained, trained / _FP32 * MOMENTS_BYTES[self.optimizer]
@@ -95,13 +128,14 @@ class Training:
             moments=moments,
             unsharded=gathered if self._is_sharded else 0,
             activations=activations,
-            transient=peak - activations + (0 if self.device == "cpu" else _KERNELS_ON_GPU),
+            transient=peak - activations,
+            overhead=_LIBRARIES_ON_CPU + _GAPS_ON_CPU * peak if self.device == "cpu" else _KERNELS_ON_GPU,
             loss=loss,
         )
 
     def trained_and_frozen(self) -> tuple[int, int]:
-        """Numbers of parameters of the whole model."""
-        block, root = self._parameters
+        """Numbers of parameters of the whole model, whatever stores them."""
+        block, root = dataclasses.replace(self, base_dtype=SAME)._parameters
         held = [*block * self.model.n_layers, *root]
         trained = sum(parameter.count for parameter in held if parameter.trains)
         return trained, sum(parameter.count for parameter in held) - trained
@@ -119,19 +153,21 @@ class Training:
             model = Transformer(dataclasses.replace(self.model, n_layers=1))
         if self.lora.enable:
             add_lora(model, self.lora)
+        if self.base_dtype != SAME:
+            quantize_linears(model, self.base_dtype)
         block, root = [], []
         for name, parameter in model.named_parameters():
-            format = self.base_dtype if name.split(".")[-2] in BLOCK_LINEARS else SAME
-            stored = _stored_bytes(tuple(parameter.shape), parameter.requires_grad, format, self.dtype)
+            trains, is_quantized = parameter.requires_grad, parameter.dtype == torch.uint8
+            width = _FP32 if trains else 1 if is_quantized else self.dtype.itemsize
             in_block = name.startswith("layers.")
             part = name.split(".")[2] if in_block else ""
-            found = _Parameter(part, len(parameter), parameter.numel(), parameter.requires_grad, stored)
+            found = _Parameter(part, len(parameter), parameter.numel(), trains, width)
             (block if in_block else root).append(found)
         return block, root
 
     def _whole(self, parameters: Iterable["_Parameter"]) -> float:
         """Bytes of parameters that are not sharded; those that train are then in the dtype that computes."""
-        return sum(p.count * self.dtype.itemsize if p.trains else p.bytes for p in parameters)
+        return sum(p.count * (self.dtype.itemsize if p.trains else p.width) for p in parameters)
 
     def _working_copies(self, part: str) -> float:
         """Of a block part's fp32 parameters in the dtype that computes, which are kept; FSDP2 makes and frees them."""
@@ -197,7 +233,8 @@ class Training:
             of_expert += self._dropped("w1", "w3", width=model.dim) + self._dropped("w2", width=model.hidden_dim)
         if model.moe is None:
             return of_expert + (self._norm_keeps if self.is_rough else 0)
-        slot = of_expert + 3 * e * model.dim + _ROUTING  # with its expert's input, and its output before and behind its weight
+        # Of each slot the expert's input, its output, and that with its weight.
+        slot = of_expert + 3 * e * model.dim + _ROUTING
         return model.moe.num_experts_per_tok * slot + self._norm_keeps
 
     def _low(self, *layers: str) -> int:
@@ -206,14 +243,14 @@ class Training:
 
     @property
     def _norm_keeps(self) -> float:
-        """Of a norm by autograd: its output, and its input in fp32."""
-        e = self.dtype.itemsize
-        return self.model.dim * (e + (_FP32 if e < _FP32 else 0) + (0 if self.lora.enable else e))
+        """Of a norm by autograd: its output, and its input in fp32, in place of the input itself."""
+        return self.model.dim * (_FP32 + (0 if self.lora.enable else self.dtype.itemsize))
 
     def _dropped(self, *layers: str, width: int) -> float:
         """Inputs of A behind dropout, with masks."""
         adapted = len({*layers} & {*self.lora.targets}) if self.lora.enable and self.lora.dropout else 0
-        return adapted * width * (self.dtype.itemsize + 1)
+        e = self.dtype.itemsize
+        return adapted * width * (e + (e if self.device == "cpu" else 1))
 
     # --- What lives for a moment
 
@@ -229,7 +266,8 @@ class Training:
         ffn_norm = attention + rows * (norm + 2 * model.hidden_dim * e * (model.moe is None))
         # FlashAttention sums the queries' gradient in fp32 and makes those of keys and values for every query head.
         engine = queries * (4 * e + _FP32) if self.device != "cpu" else e * (3 * queries + 4 * keys)
-        return max(behind, ffn_norm, attention + positions * max(engine, norm + e * (queries + 2 * keys)))
+        attention_norm = norm + e * (model.dim + self._low("wq", "wk", "wv") + queries + 2 * keys)
+        return max(behind, ffn_norm, attention + positions * engine, positions * attention_norm)
 
     @property
     def _feed_forward_gradients(self) -> float:
@@ -239,14 +277,16 @@ class Training:
         if model.moe is None:
             return inner + 2 * model.dim * e
         slots, experts = model.moe.num_experts_per_tok, model.moe.num_experts
-        return slots * (inner / experts + 3 * model.dim * e)  # one expert after the other
+        return slots * (inner / experts + 2 * model.dim * e)  # one expert after the other
 
     @property
     def _dequantized(self) -> float:
         """The largest weight of a block in the dtype that computes, where it is stored in another."""
         if self.base_dtype == SAME:
             return 0
-        return self.dtype.itemsize * max(parameter.count for parameter in self._parameters[0])
+        model = self.model
+        largest = model.dim * max(model.hidden_dim, model.n_heads * model.head_dim)
+        return (self.dtype.itemsize + _FP32) * largest  # by way of fp32
 
     def _head(self) -> float:
         """What the head keeps where its weight, or an adapter of it, trains: a gradient as large as the weight."""
@@ -278,21 +318,13 @@ class Training:
 class _Parameter:
     part: str  # of the block: attention, feed_forward, or the name of a norm
     rows: int
-    count: int
+    count: int  # of its numbers
     trains: bool
-    bytes: float  # stored, all rows
+    width: int  # bytes of a number, as stored
 
-    def held(self, shards: int) -> float:
+    def held(self, shards: int) -> int:
         """Bytes on the process that holds most."""
-        return self.bytes * -(-self.rows // shards) / self.rows
-
-
-def _stored_bytes(shape: tuple[int, ...], trains: bool, format: str, dtype: torch.dtype) -> int:
-    if trains:
-        return math.prod(shape) * _FP32
-    if format == SAME:
-        return math.prod(shape) * dtype.itemsize
-    return sum(math.prod(stored) * kind.itemsize for stored, kind in FORMATS[format].shapes_of(*shape).values())
+        return self.count // self.rows * -(-self.rows // shards) * self.width
 
 
 def largest_seq_len(training: Training, room: float) -> int:
@@ -307,4 +339,6 @@ def largest_seq_len(training: Training, room: float) -> int:
 
 
 def _fits(training: Training, seq_len: int, room: float) -> bool:
-    return dataclasses.replace(training, seq_len=seq_len).memory().total <= room
+    longer = dataclasses.replace(training, seq_len=seq_len)
+    longer.__dict__["_parameters"] = training._parameters  # the same, and the slow part
+    return longer.memory().total <= room

@@ -1,5 +1,7 @@
 """What can be known to fail before anything is loaded."""
 
+import dataclasses
+import logging
 import math
 import shutil
 import socket
@@ -13,13 +15,39 @@ from model.errors import UserError
 
 from .args import TrainArgs
 from .distributed import World
-from .hardware import Hardware, check_compile
+from .hardware import Hardware, check_compile, free_bytes
+from .memory import CHECKPOINTS, MOMENTS_BYTES, RESERVE, Training
 from .optim import check_optimizer
 from .utils import saved_checkpoints
 from .wrapped_model import BaseModel, shard_count
 
+logger = logging.getLogger("preflight")
+
 _GIB = 1024**3
-_MOMENTS_BYTES = {"adamw": 2 * 4, "adamw8bit": 2}  # per trained parameter
+
+
+def resolve_checkpoint(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> TrainArgs:
+    """Resolves `checkpoint: auto`: the fastest mode that fits into the memory of the process that has least of it.
+
+    Every position is taken for a trained one: how many are is not known before the data are read.
+    """
+    if args.checkpoint != "auto":
+        return args
+    free = world.gather(free_bytes(hardware.device, world.local_size))
+    room = None if None in free else min(free) * (1 - RESERVE)
+    training = _training(base, args, hardware, world)
+    totals = {mode: dataclasses.replace(training, checkpoint=mode).memory().total for mode in CHECKPOINTS}
+    fitting = (mode for mode, total in totals.items() if room is not None and total <= room)
+    chosen = next(fitting, True)
+    needs = ", ".join(f"{str(mode).lower()} takes about {total / _GIB:.1f} GiB" for mode, total in totals.items())
+    has = "unknown memory" if room is None else f"{room / _GIB:.1f} GiB to plan with"
+    logger.info("`checkpoint: auto` is %s: %s; each process has %s.", str(chosen).lower(), needs, has)
+    return dataclasses.replace(args, checkpoint=chosen)
+
+
+def _training(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> Training:
+    device, shards = hardware.device.type, shard_count(args, world)
+    return Training.of(args, base.args, hardware.dtype, device, hardware.attention, shards)
 
 
 def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_dir: Path, world: World) -> None:
@@ -41,10 +69,10 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
         world.fail_together(uneven_machines(world.gather(world.local_size)))
     trained, frozen = base.trained, base.frozen
     exported = trained if args.save_adapters else trained + frozen
-    state_bytes = trained * (4 + _MOMENTS_BYTES[args.optim.name])  # trained parameters and their gradients are fp32
+    state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # trained parameters and their gradients are fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
-    held_bytes = frozen * hardware.dtype.itemsize + state_bytes + 4 * trained  # 4: the gradients
-    weights_bytes = held_bytes / shard_count(args, world)
+    memory = _training(base, args, hardware, world).memory()
+    weights_bytes = memory.frozen + memory.trained + memory.gradients + memory.moments
     if args.cpu_offload:
         weights_bytes = largest_at_once(base.weights.shapes) * hardware.dtype.itemsize
     world.together(lambda: check_memory(hardware.device, weights_bytes))

@@ -16,31 +16,37 @@ from model.args import load_model_args
 from model.errors import UserError
 from model.transformer import Transformer
 from tests.checkpoints import make_tiny_checkpoint
+from utils.known_models import KNOWN_MODELS
 
 CPU = torch.device("cpu")
 
 
-def dense(dim: int, n_layers: int, hidden_dim: int, n_heads: int, vocab_size: int, **more) -> dict:
-    shapes = {"dim": dim, "n_layers": n_layers, "head_dim": 128, "hidden_dim": hidden_dim, "n_heads": n_heads}
-    return shapes | {"n_kv_heads": 8, "norm_eps": 1e-5, "vocab_size": vocab_size} | more
+def params_json(name: str) -> dict:
+    """params.json of a published model, as far as it says shapes."""
+    return {key: value for key, value in KNOWN_MODELS[name].to_dict().items() if value is not None}
 
 
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
-SMALL_22B = dense(6144, 56, 16384, 48, 32768, rope_theta=1e6)
-# params.json as published, as far as it says shapes, and the number of parameters
-MODELS = {
-    "7B v0.1": (dense(4096, 32, 14336, 32, 32000, sliding_window=4096), 7_241_732_096),
-    "7B v0.2": (dense(4096, 32, 14336, 32, 32000, rope_theta=1e6), 7_241_732_096),
-    "7B v0.3, Mathstral 7B": (dense(4096, 32, 14336, 32, 32768, rope_theta=1e6), 7_248_023_552),
-    "Nemo 12B": (dense(5120, 40, 14336, 32, 131072, rope_theta=1e6), 12_247_782_400),
-    "Small 22B, Codestral 22B": (SMALL_22B, 22_247_282_688),
-    "Small 24B": (dense(5120, 40, 32768, 32, 131072, rope_theta=1e8), 23_572_403_200),
-    "Large 2": (dense(12288, 88, 28672, 96, 32768, rope_theta=1e6), 122_610_069_504),
-    "Mixtral 8x7B": (dense(4096, 32, 14336, 32, 32000, rope_theta=1e6, moe=EXPERTS), 46_702_792_704),
-    "Mixtral 8x22B": (dense(6144, 56, 16384, 48, 32768, rope_theta=1e6, moe=EXPERTS), 140_630_071_296),
-    "Mixtral 8x7B, keys side by side": (dense(4096, 32, 14336, 32, 32000, rope_theta=1e6, **EXPERTS), 46_702_792_704),
+def side_by_side(params: dict) -> dict:
+    """The keys of a mixture of experts beside the others, as some folders have them."""
+    return {key: value for key, value in params.items() if key != "moe"} | params["moe"]
+
+
+PARAMETERS = {
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.2": 7_241_732_096,
+    "mistral-7b": 7_248_023_552,
+    "nemo-12b": 12_247_782_400,
+    "small-22b": 22_247_282_688,
+    "codestral-22b": 22_247_282_688,
+    "small-24b": 23_572_403_200,
+    "large-123b": 122_610_069_504,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_630_071_296,
+    "ministral-8b": 8_019_808_256,
 }
-MINISTRAL_8B = dense(4096, 36, 12288, 32, 131072, rope_theta=1e8)
+# params.json and the number of parameters
+MODELS = {name: (params_json(name), count) for name, count in PARAMETERS.items()}
+MODELS["mixtral-8x7b, keys side by side"] = (side_by_side(MODELS["mixtral-8x7b"][0]), PARAMETERS["mixtral-8x7b"])
 every_model = pytest.mark.parametrize(("params", "count"), MODELS.values(), ids=MODELS)
 
 
@@ -91,7 +97,7 @@ def test_a_small_twin_learns(tmp_path, params, count):
 
 
 def test_experts_are_the_same_under_both_spellings(tmp_path):
-    together, apart = MODELS["Mixtral 8x7B"][0], MODELS["Mixtral 8x7B, keys side by side"][0]
+    together, apart = MODELS["mixtral-8x7b"][0], MODELS["mixtral-8x7b, keys side by side"][0]
     args = load_model_args(write_params(tmp_path, together))
     assert args.moe.num_experts == 8 and args == load_model_args(write_params(tmp_path, apart))
     with pytest.raises(UserError, match=r"`moe.num_experts_per_tok` is 9 but must lie between 1 and"):
@@ -102,7 +108,7 @@ def test_experts_are_the_same_under_both_spellings(tmp_path):
 
 
 def test_a_window_that_does_not_matter_is_accepted(tmp_path):
-    folder = small_twin(tmp_path, MODELS["7B v0.1"][0] | {"sliding_window": 16})
+    folder = small_twin(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16})
     with pytest.raises(UserError, match=r"16 tokens at a time .*set `seq_len` \(17\) to at most 16"):
         open_base_model(train_args(folder, seq_len=17))
     base = open_base_model(train_args(folder, seq_len=16))
@@ -110,7 +116,7 @@ def test_a_window_that_does_not_matter_is_accepted(tmp_path):
 
 
 def test_no_text_is_longer_than_the_window(tmp_path):
-    args = load_model_args(small_twin(tmp_path, MODELS["7B v0.1"][0] | {"sliding_window": 16}))
+    args = load_model_args(small_twin(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16}))
     model = Transformer(args)
     tokens = torch.zeros(33, dtype=torch.int64)
     model(tokens[:32], [16, 16])
@@ -129,14 +135,14 @@ def test_no_text_is_longer_than_the_window(tmp_path):
 )
 def test_what_would_quietly_be_another_model_is_refused_by_name(tmp_path, window):
     with pytest.raises(UserError, match=rf"params.json: `{next(iter(window))}` is "):
-        load_model_args(write_params(tmp_path, MINISTRAL_8B | window))
+        load_model_args(write_params(tmp_path, MODELS["ministral-8b"][0] | window))
 
 
 # Files
 
 
 def test_weights_in_several_files(tmp_path):
-    folder = small_twin(tmp_path, MODELS["7B v0.3, Mathstral 7B"][0])
+    folder = small_twin(tmp_path, MODELS["mistral-7b"][0])
     tensors = load_file(folder / "consolidated.safetensors")
     (folder / "consolidated.safetensors").unlink()
     names = sorted(tensors)

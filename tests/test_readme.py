@@ -1,14 +1,17 @@
-"""What the README and the examples promise."""
+"""What the README and the examples promise, but for the commands (see test_readme_commands)."""
 
+import ast
 import io
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -16,27 +19,82 @@ import pytest
 
 from finetune.args import read_train_args
 from tests.no_network import without_network
+from tests.test_readme_commands import ELSEWHERE, one_that_begins
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "example").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def help_text(module: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    output = io.StringIO()
-    with redirect_stdout(output), pytest.raises(SystemExit) as exit:
-        runpy.run_module(module, run_name="__main__")
-    assert not exit.value.code
+def output_of(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a command prints that succeeds, run here."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.chdir(ROOT)
+    output, code = io.StringIO(), None
+    with redirect_stdout(output):
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+    assert not code
     return output.getvalue()
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m (utils\.\w+[^`\n]*)`", README))))
-def test_readme_commands_exist_with_their_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, arguments = command.partition(" ")
-    text = help_text(module, monkeypatch)
+@pytest.mark.parametrize("mention", sorted(set(re.findall(r"`(utils\.\w+[^`\n]*)`", README))))
+def test_modules_exist_with_the_flags_that_are_mentioned(mention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, arguments = mention.partition(" ")
+    text = output_of(module, ["--help"], monkeypatch)
     for flag in re.findall(r"--\w+", arguments):
         assert flag in text
+
+
+@pytest.mark.parametrize("name", sorted({*re.findall(r"`(test_\w+\.py::\w+)`", README), *ELSEWHERE.values()}))
+def test_tests_that_are_named_exist(name: str) -> None:
+    file, _, function = name.partition("::")
+    if function:
+        assert re.search(rf"^def {function}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_models_fit_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(r"^\| `([\w.-]+)` \| (.+?) billion \| `(\w+)` \| (.+) \|$", README, re.MULTILINE)
+    assert len(rows) >= 8
+    options = shlex.split(one_that_begins("python -m utils.plan"))[3:]
+    for column, gb in enumerate(("15", "23.5", "39", "79")):
+        for model in dict.fromkeys(row[0] for row in rows):
+            changed = {"mistral-7b": model, "23.5": gb}
+            arguments = [changed.get(option, option) for option in options]
+            plan = json.loads(output_of("utils.plan", [*arguments, "--json"], monkeypatch))
+            longest = {row["base_dtype"]: row["largest_seq_len"] for row in plan["memory"] if row["checkpoint"] is True}
+            for _, billions, base_dtype, cells in (row for row in rows if row[0] == model):
+                assert float(billions) == pytest.approx((plan["parameters"] - plan["trained"]) / 1e9, abs=0.05)
+                said = cells.split(" | ")[column].replace(",", "").replace("–", "0")
+                assert int(said) == pytest.approx(longest[base_dtype], rel=0.05, abs=500), (model, base_dtype, gb)
+
+
+def texts_of_the_code() -> Iterator[str]:
+    """Every string that stands in the sources, with … in place of what is filled in."""
+    for path in [
+        ROOT / "train.py",
+        *(p for name in ("finetune", "model", "utils") for p in (ROOT / name).rglob("*.py")),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_are_those_of_the_code() -> None:
+    table = README[README.index("## Troubleshooting") :].partition("\n## ")[0]
+    messages = [quote for _, quote in re.findall(r"^\| (``?) ?(.+?) ?\1 \|", table, re.MULTILINE)]
+    texts = list(texts_of_the_code())
+    assert len(messages) >= 12
+    assert [message for message in messages if not any(message.strip(" …") in text for text in texts)] == []
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -10,6 +10,7 @@ from finetune.distributed import World
 from finetune.hardware import choose_hardware
 from finetune.mixed_precision import LossScaler
 from finetune.optim import build_optimizer
+from finetune.preflight import resolve_checkpoint
 from finetune.wrapped_model import BaseModel, build_model, trainable_parameters
 from model.args import ModelArgs
 from train import train_step
@@ -22,7 +23,9 @@ def build_ours(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
     """A model of random weights and the step that trains it."""
     hardware = choose_hardware(device, args.param_dtype, args.attention, shapes)
     base = BaseModel(Path(args.model_id_or_path), shapes, RandomWeights(shapes, device, hardware.dtype), adapter=None)
-    model = build_model(base, args, hardware, World(0, 1, device))
+    world = World(0, 1, device)
+    args.checkpoint = resolve_checkpoint(base, args, hardware, world).checkpoint  # as the results tell it
+    model = build_model(base, args, hardware, world)
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     scaler = LossScaler(hardware.dtype)
 
