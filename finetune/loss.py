@@ -15,7 +15,7 @@ from model.transformer import Head, Transformer
 from .data.data_loader import Batch
 
 # fp32 values that exist at a time: 8 MiB, so that they stay in a CPU's cache, and 128 MiB, which keep a GPU busy.
-_LOGITS_PER_CHUNK_ON_CPU, _LOGITS_PER_CHUNK = 1 << 21, 1 << 25
+LOGITS_PER_CHUNK_ON_CPU, LOGITS_PER_CHUNK = 1 << 21, 1 << 25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -42,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        rows = max(1, (_LOGITS_PER_CHUNK_ON_CPU if on_cpu else _LOGITS_PER_CHUNK) // weight.shape[0])
+        rows = max(1, (LOGITS_PER_CHUNK_ON_CPU if on_cpu else LOGITS_PER_CHUNK) // weight.shape[0])
         for start in range(0, len(hidden), rows):
             chunk, chunk_targets = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, working_weight).float()  # [n, V]

@@ -21,7 +21,7 @@ from model.lora import add_lora, quantize_linears
 from model.transformer import Transformer
 
 from .args import TrainArgs
-from .loss import _LOGITS_PER_CHUNK, _LOGITS_PER_CHUNK_ON_CPU
+from .loss import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_ON_CPU
 
 CHECKPOINTS: tuple[bool | str, ...] = (False, "selective", True)  # from the fastest to the smallest
 RESERVE = 0.1  # of the free memory, which is not planned with: what the arithmetic misses, and the allocator's gaps
@@ -302,7 +302,7 @@ class Training:
         model, e, (_, trained) = self.model, self.dtype.itemsize, self._positions
         on_cpu = self.device == "cpu"
         hidden, weight = trained * model.dim, model.vocab_size * model.dim
-        at_once = max(1, (_LOGITS_PER_CHUNK_ON_CPU if on_cpu else _LOGITS_PER_CHUNK) // model.vocab_size)
+        at_once = max(1, (LOGITS_PER_CHUNK_ON_CPU if on_cpu else LOGITS_PER_CHUNK) // model.vocab_size)
         narrow = 0 if on_cpu or e == _FP32 else e  # logits before they are fp32, and their gradient
         # A chunk's logits and probabilities; the next one's logits come while they are still there.
         each = 2 * _FP32 + narrow if trained <= at_once else 3 * _FP32 + 2 * narrow

@@ -156,10 +156,11 @@ def check_memory(device: torch.device, needed: float) -> None:
 def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str:
     """What to change after a GPU ran out of memory."""
     advice = [
-        *([] if args.checkpoint else ["`checkpoint: true`"]),
+        *([] if args.checkpoint is True else ["`checkpoint: true`"]),
         *([f"a smaller `batch_size` (now {args.batch_size})"] if args.batch_size > 1 else []),
         f"a smaller `seq_len` (now {args.seq_len})",
         *([f"a smaller `lora.rank` (now {args.lora.rank})"] if args.lora.enable else []),
+        *(["`base_dtype: nf4`"] if args.lora.enable and args.base_dtype == "same" else []),
         "more GPUs",
     ]
     return f"The GPU of process {rank} is out of memory: {str(error).splitlines()[0]} Use " + ", ".join(advice) + "."

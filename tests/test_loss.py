@@ -34,7 +34,7 @@ def plain(hidden, weight, targets, trained=None):
 
 @pytest.fixture
 def rows_per_chunk(monkeypatch):
-    return lambda rows, vocab=V: monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK_ON_CPU", rows * vocab)
+    return lambda rows, vocab=V: monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK_ON_CPU", rows * vocab)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_the_plain_ones(rows_per_chunk, rows, tokens, m
 
 
 def test_a_chunk_holds_at_least_one_row(monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK_ON_CPU", 1)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK_ON_CPU", 1)
     hidden, weight, targets = problem(5)
     loss = cross_entropy_head(targets)(hidden, weight)
     torch.testing.assert_close(loss.detach().double(), plain(hidden, weight, targets)[0])

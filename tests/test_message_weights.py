@@ -126,7 +126,7 @@ def test_loss_and_gradients_are_those_of_the_weighted_mean(weighted, model, tmp_
     batch = next(source)
     source.close()
     parameters = build(config)
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK_ON_CPU", 7 * parameters.args.vocab_size)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK_ON_CPU", 7 * parameters.args.vocab_size)
     total, weight = losses(parameters, [batch])
     loss = batch_loss(parameters, batch, CPU.device)
     assert loss.item() == pytest.approx((total / weight).item(), rel=1e-6)

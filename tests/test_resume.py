@@ -389,7 +389,8 @@ def test_out_of_memory_says_what_to_cut(folder):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert preflight.out_of_memory_advice(error, args, rank=1) == (
         "The GPU of process 1 is out of memory: CUDA out of memory. Tried to allocate 2 GiB. Use `checkpoint: true`, a "
-        "smaller `batch_size` (now 4), a smaller `seq_len` (now 512), a smaller `lora.rank` (now 4), more GPUs."
+        "smaller `batch_size` (now 4), a smaller `seq_len` (now 512), a smaller `lora.rank` (now 4), "
+        "`base_dtype: nf4`, more GPUs."
     )
 
 
