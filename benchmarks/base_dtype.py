@@ -1,0 +1,77 @@
+"""What a base of 4 or 8 bits does to the losses: the demo's training, 300 steps, on each `base_dtype`.
+
+`make demo` first, for its model and notes. `python -m benchmarks.base_dtype` trains and appends to
+results/base_dtype.jsonl; `--show` prints its last table.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.measure import last_record, measure, print_table, run_json, spread
+from finetune.cli import run_cli
+from finetune.monitoring.metrics_logger import read_metrics
+from model.args import BASE_DTYPES
+from model.errors import UserError
+
+MODEL = Path("demo/model")
+COLUMNS = {
+    "base_dtype": lambda result: result["base_dtype"],
+    "eval loss, untrained": lambda result: spread(result["first_eval_loss"], 1.0, 4),
+    "eval loss, trained": lambda result: spread(result["last_eval_loss"], 1.0, 4),
+    "mean train loss of the last 100 steps": lambda result: spread(result["train_loss"], 1.0, 4),
+}
+
+
+def train_demo(base_dtype: str, seed: int, folder: Path) -> dict[str, float]:
+    """Trains in this process with the demo's settings."""
+    import train  # takes seconds, and the parent does not need it
+
+    settings = yaml.safe_load(Path("example/demo.yaml").read_text(encoding="utf-8"))
+    settings |= {"base_dtype": base_dtype, "seed": seed, "run_dir": str(folder / "run"), "no_ckpt": True, "log_freq": 1}
+    settings.pop("eval_generation", None)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    train.train(str(config))
+    losses = [line["eval_loss"] for line in read_metrics(folder / "run", "eval")]
+    train_losses = [line["loss"] for line in read_metrics(folder / "run", "train")][-100:]
+    return {
+        "first_eval_loss": losses[0],
+        "last_eval_loss": losses[-1],
+        "train_loss": sum(train_losses) / len(train_losses),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="print the table of the last results")
+    parser.add_argument("--seeds", type=int, default=1, help="of the adapter and the order of the notes")
+    parser.add_argument("--alone", choices=BASE_DTYPES, help="train in this process, with the seed --seeds")
+    options = parser.parse_args()
+    if not options.show and not MODEL.is_dir():
+        raise UserError(f"There is no {MODEL}: `make demo` writes it.")
+    if options.alone:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(train_demo(options.alone, options.seeds, Path(folder))))
+        return
+    print_table(last_record("base_dtype") if options.show else compare(options.seeds), COLUMNS)
+
+
+def compare(seeds: int) -> dict[str, Any]:
+    """Trains on each in turn, each time in a fresh process; a round is a seed."""
+    command = (sys.executable, "-m", "benchmarks.base_dtype", "--alone")
+    rounds = {base_dtype: iter(range(seeds)) for base_dtype in BASE_DTYPES}
+
+    def run(case: dict[str, Any]) -> dict[str, Any]:
+        return run_json(*command, case["base_dtype"], "--seeds", str(next(rounds[case["base_dtype"]])))
+
+    return measure("base_dtype", [{"base_dtype": name} for name in BASE_DTYPES], seeds, run)
+
+
+if __name__ == "__main__":
+    run_cli(main)
