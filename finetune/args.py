@@ -158,13 +158,12 @@ class TrainArgs(Serializable):
     keep_best: bool = False  # save the best model at each evaluation that finds one; checkpoints/best points at it
 
     # What the backward pass computes anew instead of keeping it. true: all of each block, for the least memory;
-    # selective: the feed-forward networks' first products; false: nothing; auto: the fastest of these that fits
+    # selective: the feed-forward networks; false: nothing; auto: the fastest of these that fits
     checkpoint: bool | str = True
     param_dtype: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 from Ampere on, fp16 before, fp32 on CPU
-    base_dtype: str = (
-        "same"  # how the blocks' frozen weights are stored: same (as param_dtype), nf4 (4 bits, as QLoRA),
-    )
-    # nf4-dq (its scales quantised, too) or fp8 (8 bits; also multiplied in fp8 where the card can, from Hopper on)
+    # How the blocks' frozen weights are stored: same (as param_dtype), nf4 (4 bits, as QLoRA), nf4-dq (its scales
+    # quantised, too) or fp8 (8 bits; also multiplied in fp8 where the card can, from Hopper on)
+    base_dtype: str = "same"
     attention: str = "auto"  # auto, xformers, varlen or sdpa; auto takes the first that runs on the card
     compile: bool = False  # torch.compile what lies between matrix products: pays in long runs, starts a minute later
     sharding: str = "full"  # full: the processes of all machines hold one model together; hybrid: those of each machine

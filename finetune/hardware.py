@@ -1,6 +1,7 @@
 """The one place that decides device, dtype and attention engine."""
 
 import dataclasses
+import math
 import resource
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from model.args import ModelArgs
 from model.attention import choose_engine
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.projections import SwiGLU
 
 from .mixed_precision import DTYPES, choose_dtype
@@ -29,6 +30,9 @@ class Hardware:
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return ", ".join([name, *(f"{key}: {value}" for key, value in self.settings().items())])
+
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -68,7 +72,7 @@ def check_compile(device: torch.device) -> None:
         SwiGLU(compiled=True).forward(x, x)
     except Exception as error:  # of a compiler, of Triton, of a missing header: there is no end of kinds
         raise UserError(
-            f"`compile: true` does not work here: {str(error).strip().splitlines()[0]}. It needs a C++ compiler, and "
+            f"`compile: true` does not work here: {first_line(error)}. It needs a C++ compiler, and "
             "on a GPU Triton. Set `compile: false`."
         ) from error
 
@@ -98,4 +102,15 @@ def free_bytes(device: torch.device, processes: int) -> float | None:
     except OSError:  # no Linux
         return None
     available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if available is None else int(available) * 1024 / processes
+    if available is None:
+        return None
+    return min(int(available) * 1024, _left_of_container()) / processes
+
+
+def _left_of_container() -> float:
+    """What a container or a batch job (cgroup v2) may still take; its file cache counts as taken."""
+    try:
+        most, now = ((_CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
+        return float(most) - float(now)
+    except (OSError, ValueError):  # none, another version, or "max": no limit
+        return math.inf

@@ -37,10 +37,9 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
     # The dtype of the run; the engine is chosen anew, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
     args = dataclasses.replace(args, checkpoint=False, compile=False, cpu_offload=False)
-    model = build_model(base, args, hardware, World(0, 1, device))
+    model = build_model(base, args, hardware, World(0, 1, device), trains=False)
     if args.base_dtype == "same":
         merge_lora(model)
-    model.requires_grad_(False).to(hardware.dtype)
     return model.eval(), load_instruct_tokenizer(base.folder, base.args.vocab_size)
 
 

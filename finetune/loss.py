@@ -62,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ chunk
         ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(dtype), grad_weight)
-        ctx.count = max(len(hidden), 1) if shares is None else shares.sum()
+        ctx.count = max(len(hidden), 1) if shares is None else shares.sum().clamp_min(torch.finfo(torch.float32).tiny)
         return loss / ctx.count
 
     @staticmethod

@@ -102,6 +102,7 @@ def _adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> Op
         for index, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, group_index, index)
             optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.int64)  # in place of an int
+    optimizer.initialized = True  # else its first step would move the counts to the GPU, and each step wait for them
     return optimizer
 
 

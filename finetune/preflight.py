@@ -2,16 +2,14 @@
 
 import dataclasses
 import logging
-import math
 import shutil
 import socket
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 
 from .args import TrainArgs
 from .distributed import World
@@ -60,22 +58,20 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     world.sum(torch.ones((), device=world.device))  # where ranks cannot reach each other, it shows here
     if args.compile:
         world.together(lambda: check_compile(hardware.device))
-    if args.base_dtype != "same" and world.size > 1 and not _shards_bytes():
+    if args.base_dtype != "same" and (world.size > 1 or args.cpu_offload) and not _shards_bytes():
         world.fail_together(
-            f"`base_dtype: {args.base_dtype}` on several processes needs PyTorch 2.12 or later, this is "
-            f"{torch.__version__}; use one process or `base_dtype: same`."
+            f"`base_dtype: {args.base_dtype}` on several processes or with `cpu_offload` needs PyTorch 2.12 or later, "
+            f"this is {torch.__version__}; use one process without it, or `base_dtype: same`."
         )
     if args.sharding == "hybrid":
         world.fail_together(uneven_machines(world.gather(world.local_size)))
     trained, frozen = base.trained, base.frozen
     exported = trained if args.save_adapters else trained + frozen
-    state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # trained parameters and their gradients are fp32
+    state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # what trains is saved in fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
     memory = _training(base, args, hardware, world).memory()
-    weights_bytes = memory.frozen + memory.trained + memory.gradients + memory.moments
-    if args.cpu_offload:
-        weights_bytes = largest_at_once(base.weights.shapes) * hardware.dtype.itemsize
-    world.together(lambda: check_memory(hardware.device, weights_bytes))
+    held = memory.frozen + memory.trained + memory.gradients + memory.moments
+    world.together(lambda: check_memory(hardware.device, memory.unsharded if args.cpu_offload else held))
     if not args.no_ckpt:
         world.together(
             lambda: check_disk(run_dir, checkpoint_bytes, _planned(args, run_dir)) if world.is_master else None
@@ -97,15 +93,6 @@ def _planned(args: TrainArgs, run_dir: Path) -> int:
         saved += -(-args.max_steps // args.eval_freq) if args.eval_freq else 1
     most = saved if args.num_ckpt_keep is None else min(saved, args.num_ckpt_keep + 1 + args.keep_best)
     return max(1, most - len(saved_checkpoints(run_dir / "checkpoints")))
-
-
-def largest_at_once(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Parameters that a GPU holds at a time with `cpu_offload`: those of one block, and all outside blocks."""
-    sizes: Counter[str] = Counter()
-    for name, shape in shapes.items():
-        block = name.split(".")[1] if name.startswith("layers.") else "outside"
-        sizes[block] += math.prod(shape)
-    return sizes.pop("outside") + max(sizes.values())
 
 
 def uneven_machines(local_sizes: Sequence[int]) -> str | None:
@@ -163,4 +150,4 @@ def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str:
         *(["`base_dtype: nf4`"] if args.lora.enable and args.base_dtype == "same" else []),
         "more GPUs",
     ]
-    return f"The GPU of process {rank} is out of memory: {str(error).splitlines()[0]} Use " + ", ".join(advice) + "."
+    return f"The GPU of process {rank} is out of memory: {first_line(error)} Use " + ", ".join(advice) + "."

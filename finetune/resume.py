@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.transformer import Transformer
 
 from .args import TrainArgs
@@ -165,7 +165,7 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
         logger.warning(
             "The run was at work with %d processes and goes on with %d: weights, optimizer and schedule continue; the "
             "rows are dealt out anew from the first epoch on, so some are seen again, and a step takes %d sequences "
-            "instead of %d.",
+            "instead of %d, of as many steps in all.",
             saved.run["world_size"],
             world.size,
             args.batch_size * args.num_microbatches * world.size,
@@ -274,7 +274,7 @@ def _load(tensors: dict[str, torch.Tensor], folder: Path, world: World) -> None:
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
     except (CheckpointException, OSError, RuntimeError) as error:
-        raise UserError(f"The state in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"The state in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -114,16 +114,18 @@ def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]]
         raise UserError(f"{weights.source} does not fit {what}: {named}{more}.")
 
 
-def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> Transformer:
+def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World, trains: bool = True) -> Transformer:
     """Builds, shards and loads the model.
 
     Parameters that train are fp32, the others `hardware.dtype`; with several ranks each holds its rows of all of them,
-    with `cpu_offload` in host memory.
+    with `cpu_offload` in host memory. Unless it `trains`, no parameter does.
     """
     with torch.device("meta"):
         model = Transformer(base.args, hardware.attention, hardware.dtype)
         if args.lora.enable:
             add_lora(model, args.lora)
+        if not trains:
+            model.requires_grad_(False)
         if args.base_dtype != "same":
             quantize_linears(model, args.base_dtype)
     for block in model.layers:

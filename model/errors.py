@@ -17,3 +17,8 @@ def quoted(value: object) -> str:
     except (ValueError, RecursionError):  # a whole number of over 4,300 digits; an endless nesting
         return f"{type(value).__name__} too long to show"
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]} ..."
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in its first line, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

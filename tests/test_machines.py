@@ -1,5 +1,6 @@
 """Several nodes, hybrid sharding over them, and the model in host memory."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from finetune.args import load_train_args
 from finetune.distributed import World
 from finetune.hardware import Hardware
-from finetune.preflight import check_preflight, largest_at_once
+from finetune.memory import Training
+from finetune.preflight import check_preflight
 from finetune.wrapped_model import open_base_model
 from model.errors import UserError
 from tests.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
@@ -142,10 +144,11 @@ def test_a_model_in_host_memory_is_exported_whole(folder):
 
 
 def test_a_gpu_need_not_hold_a_model_that_is_in_host_memory(folder, monkeypatch, tmp_path):
-    """`check_preflight`, told of a GPU that has room for a block and the embeddings, and for nothing else."""
+    """`check_preflight`, told of a GPU that has room for two blocks and the embeddings, and for nothing else."""
     args = load_train_args(kill_test_config(folder, "memory", no_ckpt=True))
     base = open_base_model(args)
-    room = largest_at_once(base.weights.shapes) * 4
+    offloaded = dataclasses.replace(args, cpu_offload=True)
+    room = Training.of(offloaded, base.args, torch.float32, "cuda", "sdpa", shards=1).memory().unsharded
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
     gpu, world = Hardware(torch.device("cuda", 0), torch.float32, "sdpa"), World(0, 1, torch.device("cpu"))
@@ -156,12 +159,6 @@ def test_a_gpu_need_not_hold_a_model_that_is_in_host_memory(folder, monkeypatch,
     room -= 1
     with pytest.raises(UserError, match="GiB free"):
         check_preflight(base, args, gpu, tmp_path, world)
-
-
-def test_the_largest_that_a_gpu_holds_at_once():
-    shapes = {"tok_embeddings.weight": (8, 4), "norm.weight": (4,), "output.weight": (8, 4)}
-    shapes |= {"layers.0.w.weight": (3, 4), "layers.1.w.weight": (5, 4), "layers.1.norm.weight": (4,)}
-    assert largest_at_once(shapes) == 32 + 4 + 32 + 20 + 4
 
 
 def test_host_memory_has_no_8_bit_optimizer(folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from finetune import hardware as hardware_module
 from finetune import preflight
 from finetune.args import load_train_args
 from finetune.distributed import World
@@ -225,3 +226,13 @@ def test_a_run_records_the_mode_it_chose(ranks, tmp_path):
     recorded = yaml.safe_load((config.with_suffix("") / "args.yaml").read_text(encoding="utf-8"))
     assert recorded["checkpoint"] is False  # so small a model fits anywhere
     assert run.log.count("`checkpoint: auto` is false") == 1
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware_module, "_CGROUP", tmp_path)
+    machine = free_bytes(torch.device("cpu"), 1)
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_bytes(torch.device("cpu"), 2) == 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu"), 1) == pytest.approx(machine, rel=0.5)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from finetune.loss import cross_entropy_head
 from model.args import LoraArgs, ModelArgs, MoeArgs, load_model_args
+from model.frozen_weights import DenseWeight
 from model.lora import Linear, add_lora, initial_lora_tensors, lora_layers, merged_weight
 from model.moe import MoeLayer
 from model.rope import rotary_phases
@@ -236,6 +237,22 @@ def test_what_is_wanted_of_some_positions_is_what_all_would_give(base, adapter, 
         found.square().mean().backward()
         results.append([found, *(p.grad for p in model.parameters() if p.requires_grad)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("moe", [False])
+def test_the_last_product_is_not_computed_again(base, adapter, tokens, monkeypatch):
+    model = load_model(base, adapter=adapter)
+    products = []
+    product = DenseWeight.product
+    monkeypatch.setattr(DenseWeight, "product", lambda self, x: products.append(self.weight) or product(self, x))
+    for recompute, computed_again in (("nothing", 0), ("feed_forward", 2), ("block", 6)):
+        for block in model.layers:
+            block.recompute = recompute
+        loss = model(tokens, LENGTHS, head=lambda hidden, weight: hidden.square().mean())
+        products.clear()
+        loss.backward()
+        assert len(products) == computed_again * len(model.layers)
+        assert not any(weight is block.feed_forward.w2.weight for weight in products for block in model.layers)
 
 
 def test_positions_have_no_end():

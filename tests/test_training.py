@@ -30,7 +30,7 @@ from finetune.utils import saved_checkpoints
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
 from model.errors import UserError
 from model.lora import lora_layers
-from model.transformer import Transformer
+from model.transformer import FeedForward, RMSNorm, Transformer
 from tests.checkpoints import SMALL, TEKKEN_SHAPES, make_tiny_checkpoint
 from tests.golden import GOLDEN, fixture
 from tests.run_trajectories import INPUTS, ROOT, RUNS, golden_config, own_errors, read_jsonl, torchrun, write_config
@@ -197,6 +197,14 @@ def test_one_process_follows_the_original(name, models, tmp_path):
 def test_no_optimisation_leads_away_from_the_original(name, models, tmp_path):
     config = golden_config(name, models, tmp_path, checkpoint="selective", compile=True)
     assert_follows_the_original(name, run_here(config))
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compile_is_for_every_norm_and_activation(compiles, models, tmp_path):
+    model = build(small_config(tmp_path, models["moe"], compile=compiles))
+    norms = [module.compiled for module in model.modules() if isinstance(module, RMSNorm)]
+    activations = [module.swiglu.compiled for module in model.modules() if isinstance(module, FeedForward)]
+    assert len(norms) == 5 and len(activations) == 8 and {*norms, *activations} == {compiles}
 
 
 # --- Ranks and micro-batches

@@ -25,7 +25,17 @@ _GIB = 1024**3
 _PARTS = ("frozen", "trained", "gradients", "moments", "unsharded", "activations", "transient", "overhead", "total")
 # Keys whose faults would make a plan wrong; those of data, folders and trackers do not matter yet.
 _PLANNED_KEYS = (
-    *("seq_len", "batch_size", "num_microbatches", "max_steps", "checkpoint", "param_dtype", "base_dtype", "attention"),
+    *(
+        "epochs",
+        "seq_len",
+        "batch_size",
+        "num_microbatches",
+        "max_steps",
+        "checkpoint",
+        "param_dtype",
+        "base_dtype",
+        "attention",
+    ),
     *("sharding", "cpu_offload", "optim.name", "lora"),
 )
 
@@ -86,6 +96,8 @@ def memory_rows(training: Training, formats: tuple[str, ...], room: float) -> li
     """Bytes of every way to store the base and to recompute, and the longest sequence that fits into `room` bytes."""
     rows = []
     for base_dtype in formats:
+        if base_dtype != training.base_dtype and not _can_store(base_dtype, training):
+            continue
         for checkpoint in CHECKPOINTS:
             setting = dataclasses.replace(training, base_dtype=base_dtype, checkpoint=checkpoint)
             memory = setting.memory()
@@ -93,6 +105,14 @@ def memory_rows(training: Training, formats: tuple[str, ...], room: float) -> li
             row |= {part: int(getattr(memory, part)) for part in (*_PARTS, "loss")}
             rows.append(row | {"fits": memory.total <= room, "largest_seq_len": largest_seq_len(setting, room)})
     return rows
+
+
+def _can_store(base_dtype: str, training: Training) -> bool:
+    try:
+        dataclasses.replace(training, base_dtype=base_dtype).memory()
+    except UserError:  # its shapes do not fit the format
+        return False
+    return True
 
 
 def flops_per_token(model: ModelArgs, seq_len: int, checkpoint: bool | str, trained_share: float) -> float:
@@ -156,6 +176,7 @@ def make_plan(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": chosen,
         "seq_len": args.seq_len,
         "batch_size": args.batch_size,
+        "hybrid": args.sharding == "hybrid",
         "rough": training.is_rough,
         "memory": rows,
         "expected": expected(args, model, options, chosen),
@@ -169,6 +190,7 @@ def as_text(plan: dict[str, Any]) -> str:
         f"{plan['model']}: {plan['parameters']:,} parameters, {plan['trained']:,} of them trained ({share:.2%})",
         f"{plan['gpus']} x {plan['gpu_bytes'] / _GIB:.0f} GiB, of which {plan['usable_bytes'] / _GIB:.1f} are planned "
         f"with; {plan['dtype']}, attention: {plan['attention']}, seq_len {plan['seq_len']:,} x {plan['batch_size']}",
+        *(["sharding: hybrid: as if all GPUs were in one machine; give --gpus those of one"] * plan["hybrid"]),
         "",
         "GiB per GPU" + (" (roughly: layers keep their inputs)" if plan["rough"] else ""),
         f"  {'base_dtype':10} {'checkpoint':10}" + "".join(f"{part:>12}" for part in _PARTS) + f"{'longest seq':>13}",
