@@ -42,6 +42,7 @@ from model.transformer import Transformer
 from utils.icd10.scoring import answer_scores
 
 logger = logging.getLogger("train")
+_STOPPED = "Stopped by %s behind step %d. Checkpoint: %s. The same command with `resume: auto` goes on."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,12 @@ def training_loop(
                 state.checkpoint = checkpointer.save(state.step, run, best=improved)
             if stopping and state.step < args.max_steps:
                 checkpointer.finish()
-                logger.warning("Stopped by %s behind step %d. Checkpoint: %s", stop, state.step, state.checkpoint)
+                logger.warning(
+                    "Stopped by %s behind step %d. Checkpoint: %s. The same command with `resume: auto` goes on.",
+                    stop,
+                    state.step,
+                    state.checkpoint,
+                )
                 raise SystemExit(EXIT_INTERRUPTED)
         checkpointer.finish()
 
@@ -239,8 +245,10 @@ def finish(state: TrainState, batches: TrainLoader, run_dir: Path, world: World)
         logger.info(summary(**facts, peak_bytes=memory_bytes(world.device)[0]))
 
 
-def command(config: str, *more: str, **flags: str) -> None:
+def command(config: str = "", *more: str, **flags: str) -> None:
     """Trains as the YAML file CONFIG says."""
+    if not config:
+        raise UserError("Name a YAML file: python -m train CONFIG.yaml. The folder example/ has some.")
     if more or flags:  # fire would train first and complain then
         given = " ".join([*map(str, more), *(f"--{name}" for name in flags)])
         raise UserError(f"`{given}` is not understood: every setting stands in the YAML file, the only argument.")

@@ -117,18 +117,19 @@ def test_the_table_for_people(config, run_command):
     path = config(checkpoint="selective")
     code, said = run_command(plan, "--train_yaml", path, "--model", "Mistral-7B", "--gpu", "h100", "--gpus", 2)
     assert code == 0
-    assert "mistral-7b: 7,289,966,592 parameters, 41,943,040 of them trained (0.58%)" in said
+    assert "mistral-7b: 7,289,966,592 parameters in all, 41,943,040 of them trained (0.58%)" in said
     own = [line for line in said.splitlines() if line.startswith("* same")]
     assert len(own) == 1 and own[0].split()[2] == "selective"
     assert "an estimate: 45% of the h100's 16-bit peak, assumed and not measured" in said
+    assert "* the YAML's own settings, which fit." in said
     assert max(map(len, said.splitlines())) < 170
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, (), "`model_id_or_path`: there is no folder not/there. Give --model"),
-        ({}, ("--model", "mistral-8b"), "--model: there is no folder mistral-8b"),
+        ({}, (), "`model_id_or_path`: there is no folder 'not/there'. Give --model"),
+        ({}, ("--model", "mistral-8b"), "--model: there is no folder 'mistral-8b'"),
         ({}, ("--model", "mistral-7b", "--gpus", "0"), "--gpus is 0; it must be positive"),
         ({}, ("--model", "mistral-7b", "--gpu_gb", "nan"), "--gpu_gb is nan; it must be positive"),
         ({}, ("--model", "mistral-7b", "--mfu", "45"), "--mfu is 45.0; it is a share"),

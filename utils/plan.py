@@ -83,11 +83,11 @@ def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
     wanted = named or args.model_id_or_path
     if wanted.lower() in KNOWN_MODELS:
         return wanted.lower(), KNOWN_MODELS[wanted.lower()]
-    if Path(wanted).is_dir():
+    if wanted and Path(wanted).is_dir():
         return wanted, load_model_args(Path(wanted))
     key = "--model" if named else "`model_id_or_path`"
     raise UserError(
-        f"{key}: there is no folder {wanted}. Give --model with the folder of a model, or one of "
+        f"{key}: there is no folder {wanted!r}. Give --model with the folder of a model, or one of "
         f"{', '.join(KNOWN_MODELS)}."
     )
 
@@ -187,8 +187,9 @@ def as_text(plan: dict[str, Any]) -> str:
     """The plan as a table for the terminal; `*` marks the YAML's own settings."""
     share = plan["trained"] / plan["parameters"]
     lines = [
-        f"{plan['model']}: {plan['parameters']:,} parameters, {plan['trained']:,} of them trained ({share:.2%})",
-        f"{plan['gpus']} x {plan['gpu_bytes'] / _GIB:.0f} GiB, of which {plan['usable_bytes'] / _GIB:.1f} are planned "
+        f"{plan['model']}: {plan['parameters']:,} parameters in all, {plan['trained']:,} of them "
+        f"trained ({share:.2%})",
+        f"{plan['gpus']} x {plan['gpu_bytes'] / _GIB:.1f} GiB, of which {plan['usable_bytes'] / _GIB:.1f} are planned "
         f"with; {plan['dtype']}, attention: {plan['attention']}, seq_len {plan['seq_len']:,} x {plan['batch_size']}",
         *(["sharding: hybrid: as if all GPUs were in one machine; give --gpus those of one"] * plan["hybrid"]),
         "",
@@ -196,23 +197,37 @@ def as_text(plan: dict[str, Any]) -> str:
         f"  {'base_dtype':10} {'checkpoint':10}" + "".join(f"{part:>12}" for part in _PARTS) + f"{'longest seq':>13}",
     ]
     for row in plan["memory"]:
-        is_own = (row["base_dtype"], row["checkpoint"]) == (plan["base_dtype"], plan["checkpoint"])
         cells = "".join(f"{row[part] / _GIB:12.2f}" for part in _PARTS)
         longest = f"{row['largest_seq_len']:,}" if row["largest_seq_len"] else "none"
         mode = str(row["checkpoint"]).lower()
-        lines.append(f"{'*' if is_own else ' '} {row['base_dtype']:10} {mode:10}{cells}{longest:>13}")
+        lines.append(f"{'*' if _is_own(row, plan) else ' '} {row['base_dtype']:10} {mode:10}{cells}{longest:>13}")
+    own = next(
+        row
+        for row in plan["memory"]
+        if (row["base_dtype"], row["checkpoint"]) == (plan["base_dtype"], plan["checkpoint"])
+    )
+    verdict = "fit" if own["fits"] else "do not fit: see which others do, or lower `seq_len` or `batch_size`"
     loss = plan["memory"][0]["loss"] / _GIB
     lines += [
         "",
-        "* the YAML's own settings. transient: the most beside what is kept, of a block's backward pass and of the "
-        f"loss (whose chunk of logits takes {loss:.2f}).",
+        f"* the YAML's own settings, which {verdict}.",
+        "transient: the most that lives beside what is kept, in a block's backward pass or in the loss (whose chunk of "
+        f"logits takes {loss:.2f}).",
         "",
     ]
     return "\n".join(lines + _expected_lines(plan["expected"]))
 
 
+def _is_own(row: dict[str, Any], plan: dict[str, Any]) -> bool:
+    return (row["base_dtype"], row["checkpoint"]) == (plan["base_dtype"], plan["checkpoint"])
+
+
 def _expected_lines(run: dict[str, Any]) -> list[str]:
-    length = f"{run['tokens']:,} tokens" if run["tokens"] else "as many tokens as `epochs` come to in the data"
+    length = (
+        f"{run['tokens']:,} tokens"
+        if run["tokens"]
+        else "as many tokens as `epochs` come to (python -m utils.validate_data counts them)"
+    )
     if not run["tokens_per_second"]:
         return [f"The run: {length}. Speed: {run['basis']}."]
     hours = f", {run['hours']:.1f} hours without evaluations" if run["hours"] else ""
