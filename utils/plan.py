@@ -187,8 +187,7 @@ def as_text(plan: dict[str, Any]) -> str:
     """The plan as a table for the terminal; `*` marks the YAML's own settings."""
     share = plan["trained"] / plan["parameters"]
     lines = [
-        f"{plan['model']}: {plan['parameters']:,} parameters in all, {plan['trained']:,} of them "
-        f"trained ({share:.2%})",
+        f"{plan['model']}: {plan['parameters']:,} parameters in all, {plan['trained']:,} of them trained ({share:.2%})",
         f"{plan['gpus']} x {plan['gpu_bytes'] / _GIB:.1f} GiB, of which {plan['usable_bytes'] / _GIB:.1f} are planned "
         f"with; {plan['dtype']}, attention: {plan['attention']}, seq_len {plan['seq_len']:,} x {plan['batch_size']}",
         *(["sharding: hybrid: as if all GPUs were in one machine; give --gpus those of one"] * plan["hybrid"]),
