@@ -22,8 +22,8 @@ from model.errors import UserError
 MODEL = Path("demo/model")
 COLUMNS = {
     "base_dtype": lambda result: result["base_dtype"],
-    "eval loss, untrained": lambda result: spread(result["first_eval_loss"], 1.0, 4),
-    "eval loss, trained": lambda result: spread(result["last_eval_loss"], 1.0, 4),
+    "eval loss, step 100": lambda result: spread(result["first_eval_loss"], 1.0, 4),
+    "eval loss, step 300": lambda result: spread(result["last_eval_loss"], 1.0, 4),
     "mean train loss of the last 100 steps": lambda result: spread(result["train_loss"], 1.0, 4),
 }
 
