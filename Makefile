@@ -69,10 +69,10 @@ notebooks: setup
 		$(NOTEBOOKS:%=tutorials/%.ipynb)
 
 kill-test: setup
-	$(BIN)/python -m tests.kill_runs --kills 200
+	$(BIN)/python -m tests.end_to_end.kill_runs --kills 200
 
 fuzz: setup
-	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=long
+	$(BIN)/python -m pytest tests/end_to_end/test_fuzz.py --hypothesis-profile=long
 
 check: setup
 	$(BIN)/ruff check .

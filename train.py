@@ -22,8 +22,8 @@ from finetune.data.packing import PackingCounts
 from finetune.data.tokenize import load_instruct_tokenizer
 from finetune.distributed import World, init_world
 from finetune.epochs import count_steps
-from finetune.eval import BestSoFar, Examiner
-from finetune.guards import Guards
+from finetune.eval import EarlyStopping, Evaluator
+from finetune.guards import AnomalyDetector
 from finetune.hardware import choose_hardware, memory_bytes
 from finetune.loss import batch_loss
 from finetune.mixed_precision import LossScaler
@@ -35,7 +35,8 @@ from finetune.optim import Schedule, build_optimizer
 from finetune.preemption import EXIT_INTERRUPTED, stop_requests
 from finetune.preflight import check_preflight, check_shared, out_of_memory_advice, resolve_checkpoint
 from finetune.resume import RunState, find_saved_state
-from finetune.utils import TrainState, create_run_dir, set_seed
+from finetune.run_dir import create_run_dir
+from finetune.utils import TrainState, set_seed
 from finetune.wrapped_model import build_model, open_base_model, trainable_parameters
 from model.errors import UserError
 from model.transformer import Transformer
@@ -103,7 +104,7 @@ def train(config: str) -> None:
     """Trains as the YAML file `config` says."""
     with init_world() as world:
         set_up_logging(world.rank)
-        args = world.together(lambda: load_train_args(Path(config)))
+        args = world.run_everywhere(lambda: load_train_args(Path(config)))
         try:
             run(args, world)
         except torch.OutOfMemoryError as error:
@@ -114,26 +115,26 @@ def run(args: TrainArgs, world: World) -> None:
     """Trains as `args` say, on every rank. Whatever the user can get wrong is found before the run folder exists."""
     run_dir = Path(args.run_dir)
     set_seed(args.seed)
-    base = world.together(lambda: open_base_model(args))
-    hardware = world.together(lambda: choose_hardware(world.device, args.param_dtype, args.attention, base.args))
-    tokenizer = world.together(lambda: load_instruct_tokenizer(base.folder, base.args.vocab_size))
+    base = world.run_everywhere(lambda: open_base_model(args))
+    hardware = world.run_everywhere(lambda: choose_hardware(world.device, args.param_dtype, args.attention, base.args))
+    tokenizer = world.run_everywhere(lambda: load_instruct_tokenizer(base.folder, base.args.vocab_size))
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
     args = resolve_checkpoint(base, args, hardware, world)
     check_preflight(base, args, hardware, run_dir, world)
     saved = find_saved_state(args, run_dir, world)
-    batches = world.together(
+    batches = world.run_everywhere(
         lambda: build_data_loader(
             tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size, is_eval=False
         )
     )
     if saved and (own := saved.of_rank(world)):
-        world.together(lambda: batches.load_state_dict(own["data"]))
+        world.run_everywhere(lambda: batches.load_state_dict(own["data"]))
     if args.epochs is not None:
         args = dataclasses.replace(args, max_steps=saved.max_steps if saved else count_steps(args, batches, world))
-    world.together(batches.wait_for_first)
-    examiner = Examiner(args, tokenizer, answer_scores, world)
-    world.together(lambda: create_run_dir(run_dir, args) if world.is_master else None)
-    world.together(lambda: check_shared(run_dir))
+    world.run_everywhere(batches.wait_for_first)
+    examiner = Evaluator(args, tokenizer, answer_scores, world)
+    world.run_everywhere(lambda: create_run_dir(run_dir, args) if world.is_master else None)
+    world.run_everywhere(lambda: check_shared(run_dir))
     logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
     for remark in args.remarks() if world.is_master else ():
         logger.warning(remark)
@@ -142,9 +143,9 @@ def run(args: TrainArgs, world: World) -> None:
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     scaler = LossScaler(hardware.dtype)
     checkpointer = Checkpointer(model, tokenizer, args, run_dir, hardware.dtype, world)
-    guards = Guards(args.guards, run_dir / "rescue", world.rank)
-    state, best_so_far = TrainState(args.max_steps), BestSoFar(args.early_stopping)
-    run_state = RunState(model, optimizer, schedule, scaler, state, best_so_far, guards, batches)
+    guards = AnomalyDetector(args.guards, run_dir / "rescue", world.rank)
+    state, early_stopping = TrainState(args.max_steps), EarlyStopping(args.early_stopping)
+    run_state = RunState(model, optimizer, schedule, scaler, state, early_stopping, guards, batches)
     if saved:
         run_state.restore(saved, args, world)
     checkpointer.settle(state.step)
@@ -152,7 +153,7 @@ def run(args: TrainArgs, world: World) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
         sinks = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
-        train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks, void_from=saved and saved.step + 1))
+        train_log = stack.enter_context(MetricsLogger(run_dir, "train", *sinks, purge_step=saved and saved.step + 1))
         eval_log = stack.enter_context(MetricsLogger(run_dir, "eval", *sinks))
         stack.push(world.announce)
         training_loop(run_state, args, examiner, checkpointer, train_log, eval_log, world)
@@ -162,7 +163,7 @@ def run(args: TrainArgs, world: World) -> None:
 def training_loop(
     run: RunState,
     args: TrainArgs,
-    examiner: Examiner,
+    examiner: Evaluator,
     checkpointer: Checkpointer,
     train_log: MetricsLogger,
     eval_log: MetricsLogger,
@@ -174,12 +175,12 @@ def training_loop(
         UserError: a guard or the disk ends the run, on every rank.
         SystemExit: a signal does, behind a saved step.
     """
-    model, state, best_so_far = run.model, run.progress, run.best_so_far
+    model, state, early_stopping = run.model, run.progress, run.early_stopping
     with progress_bar(state, world) as bar, stop_requests() as stop:
         if state.step == 0 and (metrics := examiner.examine(model, state)):
             eval_log.log(metrics, 0)
 
-        while state.step < args.max_steps and not best_so_far.patience_is_over:
+        while state.step < args.max_steps and not early_stopping.should_stop:
             with state.timed_step(args.num_microbatches * args.batch_size * args.seq_len * world.size):
                 batches = list(itertools.islice(run.batches, args.num_microbatches))
                 tokens = count_tokens_per_rank(batches, world) if args.loss_normalization == "tokens" else None
@@ -190,31 +191,26 @@ def training_loop(
             bar.update()
 
             log_due = state.step % args.log_freq == 0
-            complaint = run.guards.watch_step(state, batches, result.skipped)
+            complaint = run.guards.check_step(state, batches, result.skipped)
             if log_due or examiner.loss_due(state):
-                state.note_loss(world.mean(result.loss).item())
-                complaint = complaint or run.guards.watch_loss(state, batches)
+                state.record_loss(world.mean(result.loss).item())
+                complaint = complaint or run.guards.check_loss(state, batches)
             if complaint:
                 checkpointer.finish()
-                world.fail_together(complaint)
+                world.raise_on_all(complaint)
             if log_due:
                 log_step(state, result, run.scaler, train_log, world)
 
             if metrics := examiner.examine(model, state):
                 eval_log.log(metrics, state.step)
-            improved = best_so_far.improved(metrics) and args.keep_best
+            improved = early_stopping.improved(metrics) and args.keep_best
             stopping = world.any(bool(stop) or checkpointer.has_failed)
-            save_due = improved or stopping or best_so_far.patience_is_over or state.due(args.ckpt_freq)
+            save_due = improved or stopping or early_stopping.should_stop or state.due(args.ckpt_freq)
             if save_due and not args.no_ckpt:
                 state.checkpoint = checkpointer.save(state.step, run, best=improved)
             if stopping and state.step < args.max_steps:
                 checkpointer.finish()
-                logger.warning(
-                    "Stopped by %s behind step %d. Checkpoint: %s. The same command with `resume: auto` goes on.",
-                    stop,
-                    state.step,
-                    state.checkpoint,
-                )
+                logger.warning(_STOPPED, stop, state.step, state.checkpoint)
                 raise SystemExit(EXIT_INTERRUPTED)
         checkpointer.finish()
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.fictional_notes.catalogue import load_catalogue
+from utils.fictional_notes.notes import FictionalNote, write_notes
 from utils.icd10.answers import build_answer
-from utils.icd10.catalogue import load_catalogue
-from utils.icd10.notes import FictionalNote, write_notes
 from utils.icd10.prompts import instruct_row
 
 WORK_DIR = Path(tempfile.gettempdir()) / "recode-benchmarks"

@@ -19,12 +19,12 @@ from finetune.data.tokenize import SampleEncoder, parse_conversation
 from finetune.inference import token_bytes
 from model.generate import generate
 from model.transformer import Transformer
+from utils.fictional_notes.catalogue import load_catalogue
+from utils.fictional_notes.notes import write_notes
 from utils.generate_notes import table_of
 from utils.icd10.answers import parse_answer
-from utils.icd10.catalogue import load_catalogue
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
-from utils.icd10.notes import write_notes
 from utils.icd10.prompts import prompt_messages
 from utils.make_demo_model import demo_model_args
 

@@ -1,4 +1,4 @@
-"""How near the arithmetic of finetune/memory.py comes to the memory that training takes.
+"""How near the arithmetic of finetune/memory_estimate.py comes to the memory that training takes.
 
 `python -m benchmarks.plan [--preset cpu-60m] [--rounds 1]` trains two steps of each setting in a fresh process and
 appends to results/plan.jsonl; `--show` prints the table of the last results. On a CPU the process's high-water mark
@@ -18,7 +18,7 @@ from benchmarks.training.presets import PRESETS
 from benchmarks.training.session import train_args
 from finetune.cli import run_cli
 from finetune.hardware import choose_hardware
-from finetune.memory import CHECKPOINTS, Training
+from finetune.memory_estimate import CHECKPOINTS, MemoryConfig
 
 _LARGE_VOCABULARY = 131072
 COLUMNS = {
@@ -67,7 +67,7 @@ def estimated_bytes(case: dict[str, Any], trained_share: float) -> float:
     shapes = dataclasses.replace(preset.shapes, vocab_size=case["vocab_size"])
     args = train_args(preset, case)
     hardware = choose_hardware(device, args.param_dtype, args.attention, shapes)
-    training = Training.of(args, shapes, hardware.dtype, device.type, hardware.attention, 1, trained_share)
+    training = MemoryConfig.of(args, shapes, hardware.dtype, device.type, hardware.attention, 1, trained_share)
     return training.memory().total
 
 

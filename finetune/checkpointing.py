@@ -37,7 +37,7 @@ from .args import TrainArgs
 from .distributed import World
 from .manifest import damage, seal, sync_folder
 from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
-from .utils import BEST_NAME, WEIGHTS_NAME, checkpoint_name, saved_checkpoints, step_of
+from .run_dir import BEST_NAME, WEIGHTS_NAME, checkpoint_name, saved_checkpoints, step_of
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
@@ -87,7 +87,7 @@ class Checkpointer:
         Raises:
             UserError: the disk refuses it, on every rank.
         """
-        self._world.together(lambda: self._settle(step) if self._world.is_master else None)
+        self._world.run_everywhere(lambda: self._settle(step) if self._world.is_master else None)
 
     def _settle(self, step: int) -> None:
         try:
@@ -167,7 +167,7 @@ class Checkpointer:
             failure = f"The checkpoint {self._saving} could not be saved: {reason}. Earlier checkpoints are untouched."
             if self._world.is_master and self._saving is not None:
                 shutil.rmtree(self._saving.with_name(f"tmp.{self._saving.name}"), ignore_errors=True)
-        self._world.fail_together(failure)
+        self._world.raise_on_all(failure)
 
     def _start_writing(self, state: RunState, aside: Path, best: bool) -> Future:
         """Copies this rank's part of the state and has it written in the background."""

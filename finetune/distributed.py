@@ -75,20 +75,20 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_everywhere(self, action: Callable[[], T]) -> T:
         """Runs something on every rank that may end in a user's mistake; if it does on one, it does on all.
 
         Without this the ranks that saw nothing wrong would wait for the others until a timeout.
 
         Raises:
-            UserError, SystemExit: see `fail_together`.
+            UserError, SystemExit: see `raise_on_all`.
         """
         result, message = None, None
         try:
             result = action()
         except UserError as error:
             message = str(error)
-        self.fail_together(message)
+        self.raise_on_all(message)
         return result  # type: ignore[return-value]
 
     def announce(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -99,7 +99,7 @@ class World:
         if self.failures and isinstance(error, Exception):
             self.failures.announce(error)
 
-    def fail_together(self, message: str | None) -> None:
+    def raise_on_all(self, message: str | None) -> None:
         """Ends every rank if any of them brings a message.
 
         Raises:

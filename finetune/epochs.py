@@ -20,7 +20,7 @@ def count_steps(args: TrainArgs, batches: TrainLoader, world: World) -> int:
         UserError, SystemExit: on every rank, for a row on any that cannot be trained on.
     """
     assert args.epochs is not None, "there are epochs to count"
-    own = world.together(lambda: batches.count_epoch(show_progress=world.is_master))
+    own = world.run_everywhere(lambda: batches.count_epoch(show_progress=world.is_master))
     step_positions = args.batch_size * args.num_microbatches * args.seq_len * world.size
     epoch_steps = sum(world.gather(own)) / step_positions
     steps = max(1, math.ceil(args.epochs * epoch_steps))

@@ -64,12 +64,12 @@ def check_eval_batches(batches: Iterable[Batch], world: World) -> None:
     Raises:
         UserError, SystemExit: on every rank, for a bad row on any, or none on all that could be evaluated.
     """
-    count = world.together(lambda: sum(1 for _ in batches))
+    count = world.run_everywhere(lambda: sum(1 for _ in batches))
     nothing = "`data.eval_instruct_data` holds nothing to evaluate: no row has a token that is trained."
-    world.fail_together(None if world.any(count > 0) else nothing)
+    world.raise_on_all(None if world.any(count > 0) else nothing)
 
 
-class Questionnaire:
+class GenerationEval:
     """A fixed sample of questions that a model answers now and then.
 
     Args:
@@ -127,7 +127,7 @@ class Questionnaire:
             logger.warning("%s cannot be written: %s.", path, error.strerror)
 
 
-class Examiner:
+class Evaluator:
     """All evaluations of a run: the loss on its evaluation data, and answers to a sample of questions.
 
     Args:
@@ -147,11 +147,11 @@ class Examiner:
         self._batches, self._questionnaire = None, None
         if not args.no_eval:
             loader = (tokenizer, args.data, args.batch_size, args.seq_len, None, world.rank, world.size)
-            self._batches = world.together(lambda: build_data_loader(*loader, is_eval=True))
+            self._batches = world.run_everywhere(lambda: build_data_loader(*loader, is_eval=True))
             check_eval_batches(self._batches, world)
         if args.eval_generation.file:
             encoder = SampleEncoder(tokenizer)
-            self._questionnaire = world.together(lambda: Questionnaire(args.eval_generation, encoder))
+            self._questionnaire = world.run_everywhere(lambda: GenerationEval(args.eval_generation, encoder))
 
     def loss_due(self, state: TrainState) -> bool:
         """Whether the loss on the evaluation data is due."""
@@ -175,7 +175,7 @@ class Examiner:
         return metrics
 
 
-class BestSoFar:
+class EarlyStopping:
     """Watches one metric over the evaluations of a run."""
 
     def __init__(self, args: EarlyStoppingArgs) -> None:
@@ -206,5 +206,5 @@ class BestSoFar:
             self._best, self._worse_since = state["best"], state["worse_since"]
 
     @property
-    def patience_is_over(self) -> bool:
+    def should_stop(self) -> bool:
         return 0 < self._patience <= self._worse_since

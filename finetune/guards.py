@@ -17,7 +17,7 @@ logger = logging.getLogger("guards")
 _FEW = 10  # losses without which a median says little
 
 
-class Guards:
+class AnomalyDetector:
     """Says when a run has gone wrong, and which rows it met there.
 
     Args:
@@ -34,7 +34,7 @@ class Guards:
         self._skipped: dict[int, list[str]] = {}  # rows of the steps skipped in a row
         self._losses: deque[float] = deque(maxlen=args.spike_window)
 
-    def watch_step(self, state: TrainState, batches: list[Batch], skipped: bool) -> str | None:
+    def check_step(self, state: TrainState, batches: list[Batch], skipped: bool) -> str | None:
         """Takes note of a step.
 
         Args:
@@ -60,13 +60,13 @@ class Guards:
             f"{self._rescue}."
         )
 
-    def watch_loss(self, state: TrainState, batches: list[Batch]) -> str | None:
+    def check_loss(self, state: TrainState, batches: list[Batch]) -> str | None:
         """Takes note of a step's loss, the mean over ranks; reports one that jumped, or returns why to stop."""
         loss = state.last_loss
         usual = statistics.median(self._losses) if len(self._losses) >= _FEW else math.inf
         factor = self._args.spike_factor
         if not math.isfinite(loss):
-            return None  # watch_step's business
+            return None  # check_step's business
         self._losses.append(loss)
         if not factor or loss <= factor * usual:
             return None

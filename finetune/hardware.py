@@ -11,9 +11,11 @@ import torch
 from model.args import ModelArgs
 from model.attention import choose_engine
 from model.errors import UserError, first_line
-from model.projections import SwiGLU
+from model.fused_lora import SwiGLU
 
 from .mixed_precision import DTYPES, choose_dtype
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +32,6 @@ class Hardware:
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return ", ".join([name, *(f"{key}: {value}" for key, value in self.settings().items())])
-
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_device(local_rank: int) -> torch.device:

@@ -1,6 +1,5 @@
 """A trained model, ready to answer."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from .data.args import DataArgs
 from .data.tokenize import load_instruct_tokenizer
 from .distributed import World
 from .hardware import choose_device, choose_hardware
-from .utils import BEST_NAME, find_weights, run_of
+from .run_dir import find_weights, run_of
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 
@@ -58,17 +57,6 @@ def _args_of(weights: Path) -> TrainArgs:
         args.model_id_or_path = str(weights)
         args.lora.enable = False
     return args
-
-
-def step_option(text: str) -> int | str:
-    """Reads `--step`: a number, or best.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither.
-    """
-    if text != BEST_NAME and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor `{BEST_NAME}`")
-    return text if text == BEST_NAME else int(text)
 
 
 def token_bytes(tokenizer: InstructTokenizerBase) -> list[bytes | None]:

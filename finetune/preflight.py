@@ -14,9 +14,9 @@ from model.errors import UserError, first_line
 from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware, check_compile, free_bytes
-from .memory import CHECKPOINTS, MOMENTS_BYTES, RESERVE, Training
+from .memory_estimate import CHECKPOINTS, MOMENTS_BYTES, RESERVE, MemoryConfig
 from .optim import check_optimizer
-from .utils import saved_checkpoints
+from .run_dir import saved_checkpoints
 from .wrapped_model import BaseModel, shard_count
 
 logger = logging.getLogger("preflight")
@@ -43,9 +43,9 @@ def resolve_checkpoint(base: BaseModel, args: TrainArgs, hardware: Hardware, wor
     return dataclasses.replace(args, checkpoint=chosen)
 
 
-def _training(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> Training:
+def _training(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> MemoryConfig:
     device, shards = hardware.device.type, shard_count(args, world)
-    return Training.of(args, base.args, hardware.dtype, device, hardware.attention, shards)
+    return MemoryConfig.of(args, base.args, hardware.dtype, device, hardware.attention, shards)
 
 
 def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_dir: Path, world: World) -> None:
@@ -54,26 +54,27 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     Raises:
         UserError: on every rank, with what is missing.
     """
-    world.together(lambda: check_optimizer(args.optim, world.size))
+    world.run_everywhere(lambda: check_optimizer(args.optim, world.size))
     world.sum(torch.ones((), device=world.device))  # where ranks cannot reach each other, it shows here
     if args.compile:
-        world.together(lambda: check_compile(hardware.device))
+        world.run_everywhere(lambda: check_compile(hardware.device))
     if args.base_dtype != "same" and (world.size > 1 or args.cpu_offload) and not _shards_bytes():
-        world.fail_together(
+        world.raise_on_all(
             f"`base_dtype: {args.base_dtype}` on several processes or with `cpu_offload` needs PyTorch 2.12 or later, "
             f"this is {torch.__version__}; use one process without it, or `base_dtype: same`."
         )
     if args.sharding == "hybrid":
-        world.fail_together(uneven_machines(world.gather(world.local_size)))
-    trained, frozen = base.trained, base.frozen
+        world.raise_on_all(uneven_machines(world.gather(world.local_size)))
+    training = _training(base, args, hardware, world)
+    trained, frozen = training.trained_and_frozen()
     exported = trained if args.save_adapters else trained + frozen
     state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # what trains is saved in fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
-    memory = _training(base, args, hardware, world).memory()
+    memory = training.memory()
     held = memory.frozen + memory.trained + memory.gradients + memory.moments
-    world.together(lambda: check_memory(hardware.device, memory.unsharded if args.cpu_offload else held))
+    world.run_everywhere(lambda: check_memory(hardware.device, memory.unsharded if args.cpu_offload else held))
     if not args.no_ckpt:
-        world.together(
+        world.run_everywhere(
             lambda: check_disk(run_dir, checkpoint_bytes, _planned(args, run_dir)) if world.is_master else None
         )
 

@@ -30,11 +30,12 @@ from .args import TrainArgs
 from .data.args import DataArgs
 from .data.data_loader import TrainLoader
 from .distributed import World
-from .eval import BestSoFar
-from .guards import Guards
+from .eval import EarlyStopping
+from .guards import AnomalyDetector
 from .manifest import damage
 from .mixed_precision import LossScaler
-from .utils import ARGS_ASIDE, WEIGHTS_NAME, TrainState, find_checkpoint, saved_checkpoints
+from .run_dir import ARGS_ASIDE, WEIGHTS_NAME, find_checkpoint, saved_checkpoints
+from .utils import TrainState
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("resume")
@@ -59,8 +60,8 @@ class RunState:
     schedule: LRScheduler
     scaler: LossScaler
     progress: TrainState
-    best_so_far: BestSoFar
-    guards: Guards
+    early_stopping: EarlyStopping
+    guards: AnomalyDetector
     batches: TrainLoader
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -81,7 +82,7 @@ class RunState:
         trained_tokens = int(world.sum(torch.tensor(self.progress.trained_tokens)).item())
         return {
             "progress": self.progress.state_dict() | {"trained_tokens": trained_tokens},
-            "best_so_far": self.best_so_far.state_dict(),
+            "best_so_far": self.early_stopping.state_dict(),
             "scaler": self.scaler.state_dict(),
             "guards": self.guards.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()},
@@ -97,14 +98,14 @@ class RunState:
             UserError, SystemExit: the state cannot be read, on every rank.
         """
         tensors = self.tensors()
-        world.together(lambda: _load(tensors, saved.folder, world))
+        world.run_everywhere(lambda: _load(tensors, saved.folder, world))
         run = saved.run
         self.progress.load_state_dict(run["progress"])
         self.progress.checkpoint = saved.folder.parent / WEIGHTS_NAME
         if not world.is_master:
             self.progress.trained_tokens = 0  # the sum of all ranks goes on at one of them
         if saved.measures_as(args):
-            self.best_so_far.load_state_dict(run["best_so_far"])
+            self.early_stopping.load_state_dict(run["best_so_far"])
         self.scaler.load_state_dict(run["scaler"])
         self.guards.load_state_dict(run["guards"])
         self.schedule.last_epoch = run["schedule"]["last_epoch"]
@@ -155,11 +156,11 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
         UserError: the run folder holds something else, there is nothing sound to go on from, or a setting changed
             that makes it another run.
     """
-    checkpoint = world.together(lambda: _choose_checkpoint(args.resume, run_dir) if world.is_master else None)
+    checkpoint = world.run_everywhere(lambda: _choose_checkpoint(args.resume, run_dir) if world.is_master else None)
     checkpoint = world.gather(checkpoint)[0]
     if checkpoint is None:
         return None
-    saved = world.together(lambda: _open(checkpoint, args))
+    saved = world.run_everywhere(lambda: _open(checkpoint, args))
     logger.info("Goes on from %s, behind step %d", checkpoint, saved.step)
     if saved.run["world_size"] != world.size:
         logger.warning(

@@ -25,7 +25,7 @@ from model.weights import WeightsReader, open_safetensors
 from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware
-from .utils import find_weights
+from .run_dir import find_weights
 
 logger = logging.getLogger("wrapped_model")
 
@@ -42,8 +42,6 @@ class BaseModel:
     args: ModelArgs
     weights: WeightsReader
     adapter: WeightsReader | None  # where `lora.from_adapter` names one
-    trained: int = 0  # parameters, for the check of memory and disk
-    frozen: int = 0
 
 
 def open_base_model(args: TrainArgs) -> BaseModel:
@@ -78,11 +76,9 @@ def open_base_model(args: TrainArgs) -> BaseModel:
         expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         path = Path(args.lora.from_adapter)
         adapter = _open_adapter(find_weights(path) if path.is_dir() else path, args.lora, expected)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if args.base_dtype != "same":
         quantize_linears(model, args.base_dtype)  # for its complaints
-    return BaseModel(folder, model_args, weights, adapter, trained, frozen)
+    return BaseModel(folder, model_args, weights, adapter)
 
 
 def _open_adapter(path: Path, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
@@ -209,10 +205,10 @@ def _local_rows(parameter: nn.Parameter) -> slice:
     if not isinstance(parameter, DTensor):
         return slice(0, len(parameter))
     shards = parameter.device_mesh["shard"]
-    return own_rows(len(parameter), shards.get_local_rank(), shards.size())
+    return shard_rows(len(parameter), shards.get_local_rank(), shards.size())
 
 
-def own_rows(rows: int, shard: int, shards: int) -> slice:
+def shard_rows(rows: int, shard: int, shards: int) -> slice:
     """The rows that a shard of a parameter holds: equal chunks, the last ones shorter or empty."""
     chunk = -(-rows // shards)
     return slice(min(chunk * shard, rows), min(chunk * (shard + 1), rows))

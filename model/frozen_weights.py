@@ -20,6 +20,7 @@ Shapes: T tokens; out, in: the layer's features.
 
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,11 @@ class FrozenWeight(ABC):
     def product(self, x: Tensor) -> Tensor:
         """X W^T: x [T, in] -> [T, out], in x's dtype. Knows no gradient: `input_gradient` is its backward pass."""
         return F.linear(x, self.dense(x.dtype))
+
+    @staticmethod
+    def products(weights: Sequence["FrozenWeight"], x: Tensor) -> list[Tensor]:
+        """`product` of each of several weights of this format with the same x."""
+        return [weight.product(x) for weight in weights]
 
     def input_gradient(self, g: Tensor, total: Tensor | None = None) -> Tensor:
         """G W, added in place to `total` where that is given: g [T, out] -> [T, in], in g's dtype."""
@@ -213,10 +219,19 @@ class FP8Weight(QuantizedWeight):
         return _dequantize_fp8(self.weight.view(_FP8), self._scales(), dtype)
 
     def product(self, x: Tensor) -> Tensor:
+        return self.products([self], x)[0]
+
+    @staticmethod
+    def products(weights: Sequence["FP8Weight"], x: Tensor) -> list[Tensor]:
+        """As `FrozenWeight.products`; x is rounded once."""
         codes, scales = _quantize_fp8(x)
         if not _has_fp8_products(x.device):
-            return F.linear(_dequantize_fp8(codes, scales, x.dtype), self.dense(x.dtype))
-        return _fp8_product(codes, scales, self.weight.view(_FP8).t(), self._scales().t()).to(x.dtype)
+            rounded = _dequantize_fp8(codes, scales, x.dtype)
+            return [F.linear(rounded, weight.dense(x.dtype)) for weight in weights]
+        return [
+            _fp8_product(codes, scales, weight.weight.view(_FP8).t(), weight._scales().t()).to(x.dtype)
+            for weight in weights
+        ]
 
     def input_gradient(self, g: Tensor, total: Tensor | None = None) -> Tensor:
         product = self._input_gradient(g)

@@ -11,7 +11,7 @@ from torch import nn
 from .args import BLOCK_LINEARS, LoraArgs
 from .errors import UserError
 from .frozen_weights import FORMATS, DenseWeight, FrozenWeight
-from .projections import Adapter, Given, Source, project
+from .fused_lora import Adapter, Given, Source, project
 
 
 class Linear(nn.Linear):
@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return project_together((self,), x)[0]
+        return fused_linear((self,), x)[0]
 
     @property
     def is_fusible(self) -> bool:
@@ -78,12 +78,12 @@ class LoRALinear(Linear):
         return torch.cat([x, low], dim=-1), torch.cat([self.weight, self.lora_B.weight.to(self.weight.dtype)], dim=-1)
 
 
-def project_together(
+def fused_linear(
     layers: Sequence[Linear], *tensors: torch.Tensor, source: Source | None = None, output_matters: bool = True
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of layers whose common input `source` makes of `tensors`; without a source it is the tensor itself.
 
-    See `model.projections.project`, which does the work wherever the layers allow it.
+    See `model.fused_lora.project`, which does the work wherever the layers allow it.
     """
     source = source or Given()
     if all(layer.is_fusible for layer in layers):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .args import MoeArgs
+from .fused_lora import Source
 from .lora import Linear
 
 
@@ -21,8 +22,10 @@ class MoeLayer(nn.Module):
         self.gate = gate
         self.num_experts_per_tok = args.num_experts_per_tok
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mixes the chosen experts' outputs: [T, D] -> [T, D]."""
+    def forward(self, x: torch.Tensor, norm: Source | None = None) -> torch.Tensor:
+        """Mixes the chosen experts' outputs for x, or for what `norm` makes of it: [T, D] -> [T, D]."""
+        if norm is not None:
+            x = norm.forward(x)
         scores, chosen = torch.topk(self.gate(x), self.num_experts_per_tok)  # [T, k]
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
         order, ends = slots_by_expert(chosen, len(self.experts))

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from .args import ModelArgs
 from .attention import ENGINES, Engine, PackedDocuments
 from .errors import UserError
-from .lora import Linear, project_together
+from .fused_lora import Source, SwiGLU, elementwise
+from .lora import Linear, fused_linear
 from .moe import MoeLayer
-from .projections import Source, SwiGLU, elementwise
 from .rope import apply_rotary, rotary_phases
 
 # What to make of the final hidden states [T, D], given the output head's weight [V, D]. Where the head has an adapter,
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         documents: PackedDocuments,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
-        projected = project_together((self.wq, self.wk, self.wv), x, source=norm)
+        projected = fused_linear((self.wq, self.wk, self.wv), x, source=norm)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         q, k = apply_rotary(q, phases), apply_rotary(k, phases)  # [T, H, Dh], [T, K, Dh]
         return self.wo(_rows(self.engine(q, k, v, documents).flatten(-2), wanted))
@@ -94,8 +94,8 @@ class FeedForward(nn.Module):
         self.output_matters = True
 
     def forward(self, x: torch.Tensor, norm: Source | None = None) -> torch.Tensor:
-        gate, up = project_together((self.w1, self.w3), x, source=norm)
-        return project_together((self.w2,), gate, up, source=self.swiglu, output_matters=self.output_matters)[0]
+        gate, up = fused_linear((self.w1, self.w3), x, source=norm)
+        return fused_linear((self.w2,), gate, up, source=self.swiglu, output_matters=self.output_matters)[0]
 
 
 def _feed_forward(args: ModelArgs) -> nn.Module:
@@ -131,13 +131,8 @@ class TransformerBlock(nn.Module):
     ) -> torch.Tensor:
         h = _rows(x, wanted) + self.attention(x, self.attention_norm, phases, documents, wanted)
         if self.recompute == "feed_forward" and torch.is_grad_enabled():
-            return h + self._recomputed(self._feed_forward, h)
-        return h + self._feed_forward(h)
-
-    def _feed_forward(self, h: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.feed_forward, MoeLayer):
-            return self.feed_forward(self.ffn_norm(h))
-        return self.feed_forward(h, self.ffn_norm)
+            return h + self._recomputed(self.feed_forward, h, self.ffn_norm)
+        return h + self.feed_forward(h, self.ffn_norm)
 
     def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
         """Runs a function that ends in the feed-forward network, keeping its inputs alone."""

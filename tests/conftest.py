@@ -1,4 +1,4 @@
-"""What test files share. `python -m pytest tests/test_fuzz.py --hypothesis-profile=long` is the thorough one."""
+"""Fixtures shared by all tests, and the hypothesis profile that `make fuzz` uses."""
 
 import json
 import sys

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.rows.jsonl import file_errors
+from utils.tables.jsonl import file_errors
 
 _COLUMNS = ("micro-F1", "precision", "recall", "category F1", "exact notes")
 

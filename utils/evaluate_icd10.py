@@ -22,9 +22,9 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
 from utils.icd10.metrics import evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, read_gold, read_predictions
-from utils.icd10.report import LEVEL_NAMES, html_page, score_rows, warnings
-from utils.rows.jsonl import require_own_names, save
-from utils.rows.named import match_names
+from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, warnings
+from utils.tables.jsonl import require_own_names, save
+from utils.tables.named_rows import match_names
 
 MOST_FREQUENT = 15  # codes that are named among the missed and the added
 

@@ -28,8 +28,8 @@ import numpy as np
 
 from finetune.cli import run_cli
 from utils.icd10.metrics import interval, resample
-from utils.rows.jsonl import Row, SkipRow, require_own_names, save
-from utils.rows.named import last_answer, match_names, read_named_rows
+from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
+from utils.tables.named_rows import last_answer, match_names, read_named_rows
 
 SCORE_NAMES = {"word_recall": "word recall", "contains": "contains the answer"}
 
@@ -105,13 +105,13 @@ def read_answers(path: Path) -> dict[str, str]:
 def _reference(row: Row) -> str:
     reference = last_answer(row)
     if not normalised(reference):
-        raise SkipRow("no words in the last message; expected the assistant's answer")
+        raise SkippedRowError("no words in the last message; expected the assistant's answer")
     return reference
 
 
 def _answer(row: Row) -> str:
     if not isinstance(row.get("answer"), str):
-        raise SkipRow("no `answer` that is a text", f"keys: {', '.join(row)}")
+        raise SkippedRowError("no `answer` that is a text", f"keys: {', '.join(row)}")
     return row["answer"]
 
 

@@ -25,15 +25,22 @@ from tqdm import tqdm
 
 from finetune.cli import run_cli
 from model.errors import UserError
+from utils.fictional_notes.api_notes import (
+    DEFAULT_MODEL,
+    NoteRequest,
+    connect,
+    note_requests,
+    save_prompts,
+    write_api_notes,
+)
+from utils.fictional_notes.catalogue import Catalogue, load_catalogue
+from utils.fictional_notes.note_writer import WORDINGS
+from utils.fictional_notes.notes import LENGTHS, FictionalNote, write_notes
 from utils.icd10.answers import build_answer
-from utils.icd10.api_notes import DEFAULT_MODEL, NoteRequest, connect, note_requests, save_prompts, write_api_notes
-from utils.icd10.catalogue import Catalogue, load_catalogue
 from utils.icd10.codes import Cim10Entry, Cim10Table, category
-from utils.icd10.narrator import WORDINGS
-from utils.icd10.notes import LENGTHS, FictionalNote, write_notes
 from utils.icd10.prompts import instruct_row
-from utils.rows.jsonl import aside, dump_row, file_errors
-from utils.rows.splits import SPLIT_NAMES, parse_fractions, split_rows
+from utils.tables.jsonl import aside, dump_row, file_errors
+from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 
 JOURNAL, PROMPTS = "api_notes.jsonl", "prompts.jsonl"
 TEXT, CODES, TABLE, ALL_ROWS = "text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"

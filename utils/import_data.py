@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.rows.jsonl import LineReport, SkipRow, aside, dump_row, file_errors, require_file
-from utils.rows.splits import SPLIT_NAMES, parse_fractions, split_rows
-from utils.rows.tables import counts_lines, has_fixed_columns, read_table
-from utils.rows.templates import Recipe, Template
+from utils.tables.jsonl import LineReport, SkippedRowError, aside, dump_row, file_errors, require_file
+from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
+from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
+from utils.tables.templates import Recipe, Template
 
 
 @dataclasses.dataclass
@@ -113,11 +113,11 @@ def _convert_rows(source: Path, encoding: str, recipe: Recipe, out: TextIO) -> t
             recipe.require_found(source)
         read += 1
         try:
-            if isinstance(row, SkipRow):
+            if isinstance(row, SkippedRowError):
                 raise row
             converted, group = recipe.convert(row)
             line = dump_row(converted)
-        except SkipRow as skip:
+        except SkippedRowError as skip:
             dropped.add(number, skip.reason, skip.detail)
             continue
         units.append(len(units) if group is None else groups.setdefault(group, len(groups)))

@@ -3,7 +3,8 @@
 `python -m utils.make_demo_model --out DIR [--steps 1500] [--cim10 TABLE] [--dim 128] [--n_layers 2] [--seed 0]`
 
 The model is trained for a minute or two to read fictional French notes and to name the diagnoses it finds in them
-(`utils.icd10.lessons`); it knows no CIM-10 code and no answer of the fine-tuning task. `--steps 0` leaves it random.
+(`utils.fictional_notes.pretraining_examples`); it knows no CIM-10 code and no answer of the
+fine-tuning task. `--steps 0` leaves it random.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from model.args import ModelArgs
 from model.errors import UserError
 from model.transformer import Transformer
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter, new_folder
-from utils.demo_base import LESSONS_PER_STEP, train_demo_base
-from utils.icd10.catalogue import Catalogue, load_catalogue
+from utils.fictional_notes.catalogue import Catalogue, load_catalogue
+from utils.fictional_notes.demo_base import LESSONS_PER_STEP, train_demo_base
+from utils.fictional_notes.pretraining_examples import PretrainingExamples
 from utils.icd10.codes import Cim10Table
-from utils.icd10.lessons import Teacher
 
 HEAD_DIM = 32
 STEPS = 1500
@@ -76,7 +77,7 @@ def make_demo_model(out: Path, args: ModelArgs, seed: int, steps: int = 0, catal
 
 def _encoded_lessons(catalogue: Catalogue, seed: int, count: int) -> list[TokenSample]:
     encoder = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer)
-    rows = tqdm(Teacher(catalogue, seed).lessons(count), total=count, unit=" lessons", disable=None)
+    rows = tqdm(PretrainingExamples(catalogue, seed).lessons(count), total=count, unit=" lessons", disable=None)
     return [encoder.encode_conversation(parse_conversation(row)) for row in rows]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.cli import run_cli
 from model.args import read_params
 from model.errors import UserError
-from utils.model_folder import open_merged, write_model_folder, write_weights
+from utils.models.model_folder import open_merged, write_model_folder, write_weights
 
 
 def merge_lora(base_path: Path, adapter_path: Path, destination: Path, scaling: float | None = None) -> None:

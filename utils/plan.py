@@ -2,8 +2,8 @@
 
 `python -m utils.plan --train_yaml CONFIG.yaml [--model FOLDER_OR_NAME] [--gpu h100 | --gpu_gb 80] [--gpus 8] [--json]`
 
-Memory is computed from shapes and settings (see finetune/memory.py), speed from the operations that a token takes and
-the share of the card's peak that is assumed to do them.
+Memory is computed from shapes and settings (see finetune/memory_estimate.py), speed from the operations that a token
+takes and the share of the card's peak that is assumed to do them.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from typing import Any
 
 from finetune.args import TrainArgs, read_train_args
 from finetune.cli import run_cli
-from finetune.memory import CHECKPOINTS, RESERVE, Training, largest_seq_len
+from finetune.memory_estimate import CHECKPOINTS, RESERVE, MemoryConfig, largest_seq_len
 from finetune.mixed_precision import DTYPES
 from model.args import BASE_DTYPES, ModelArgs, load_model_args
 from model.errors import UserError
-from utils.known_models import KNOWN_MODELS
+from utils.models.known_models import KNOWN_MODELS
 from utils.validation.throughput import active_parameters
 
 _GIB = 1024**3
@@ -92,7 +92,7 @@ def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
     )
 
 
-def memory_rows(training: Training, formats: tuple[str, ...], room: float) -> list[dict[str, Any]]:
+def memory_rows(training: MemoryConfig, formats: tuple[str, ...], room: float) -> list[dict[str, Any]]:
     """Bytes of every way to store the base and to recompute, and the longest sequence that fits into `room` bytes."""
     rows = []
     for base_dtype in formats:
@@ -107,7 +107,7 @@ def memory_rows(training: Training, formats: tuple[str, ...], room: float) -> li
     return rows
 
 
-def _can_store(base_dtype: str, training: Training) -> bool:
+def _can_store(base_dtype: str, training: MemoryConfig) -> bool:
     try:
         dataclasses.replace(training, base_dtype=base_dtype).memory()
     except UserError:  # its shapes do not fit the format
@@ -155,7 +155,7 @@ def make_plan(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
     gpu = GPUS.get(options.gpu) or Gpu(options.gpu_gb, 0.0)
     dtype = gpu.dtype if args.param_dtype == "auto" else args.param_dtype
     attention = gpu.attention if args.attention == "auto" else args.attention
-    training = Training.of(args, model, DTYPES[dtype], "cuda", attention, options.gpus, options.trained_share)
+    training = MemoryConfig.of(args, model, DTYPES[dtype], "cuda", attention, options.gpus, options.trained_share)
     room = (options.gpu_gb or gpu.gb) * _GIB * (1 - RESERVE)
     rows = memory_rows(training, BASE_DTYPES if args.lora.enable else BASE_DTYPES[:1], room)
     own = [row for row in rows if row["base_dtype"] == args.base_dtype]
@@ -177,7 +177,7 @@ def make_plan(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
         "seq_len": args.seq_len,
         "batch_size": args.batch_size,
         "hybrid": args.sharding == "hybrid",
-        "rough": training.is_rough,
+        "rough": training.is_approximate,
         "memory": rows,
         "expected": expected(args, model, options, chosen),
     }

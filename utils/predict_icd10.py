@@ -20,16 +20,16 @@ from tqdm import tqdm
 from finetune.cli import run_cli
 from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder, parse_conversation
-from finetune.inference import load_trained, step_option, token_bytes
-from finetune.utils import find_checkpoint, run_of
+from finetune.inference import load_trained, token_bytes
+from finetune.run_dir import find_checkpoint, run_of, step_option
 from model.errors import UserError
 from model.generate import generate
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import prompt_messages
-from utils.rows.jsonl import file_errors, read_journal, read_lines, save
-from utils.rows.tables import read_table
+from utils.tables.jsonl import file_errors, read_journal, read_lines, save
+from utils.tables.read_table import read_table
 
 ID_COLUMNS = ("id", "visit_occurence_id")
 CSV_COLUMNS = ("id", "role", "code", "label")
@@ -77,7 +77,7 @@ def _prompt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return question
 
 
-class Coder:
+class Predictor:
     """A trained model that codes notes.
 
     Args:
@@ -112,7 +112,7 @@ class Coder:
         return [self._tokenizer.decode(output).strip() for output in outputs]
 
 
-def predictions(coder: Coder, notes: list[Note], batch_size: int, max_tokens: int) -> Iterator[dict[str, Any]]:
+def predictions(coder: Predictor, notes: list[Note], batch_size: int, max_tokens: int) -> Iterator[dict[str, Any]]:
     """Yields `{"id", "answer", "codes"}` for each note, batch by batch; notes of like length stand together."""
     ordered = sorted(notes, key=lambda note: len(note.messages[-1]["content"]))
     with tqdm(total=len(notes), unit="note", disable=None) as bar:
@@ -163,7 +163,7 @@ def code_notes(
         to_do = [note for note in notes if note.id not in done]
         if to_do:
             print(f"Coding {len(to_do)} of {len(notes)} notes with {checkpoint} ...", file=sys.stderr, flush=True)
-            coder = Coder(checkpoint, table)
+            coder = Predictor(checkpoint, table)
             with lines.open("a", encoding="utf-8") as file:
                 for prediction in predictions(coder, to_do, batch_size, max_tokens):
                     file.write(json.dumps(prediction, ensure_ascii=False) + "\n")

@@ -22,13 +22,13 @@ from finetune.cli import run_cli
 from model.errors import UserError
 from utils.icd10.answers import build_answer, list_codes
 from utils.icd10.codes import Cim10Table, chapter
-from utils.icd10.duplicates import find_twins, normalise_text
+from utils.icd10.duplicates import find_near_duplicates, normalise_text
 from utils.icd10.partition import SPLITS, split_stays
 from utils.icd10.prepare import CodeRow, Corpus, Dropped, Stay, build_corpus
 from utils.icd10.prompts import instruct_row, pretrain_row
-from utils.rows.jsonl import SkipRow, aside, dump_row, file_errors
-from utils.rows.splits import parse_fractions
-from utils.rows.tables import counts_lines, read_table
+from utils.tables.jsonl import SkippedRowError, aside, dump_row, file_errors
+from utils.tables.read_table import counts_lines, read_table
+from utils.tables.splits import parse_fractions
 
 STAY, TEXT, STATUS, CODE = "visit_occurence_id", "text", "condition_status_source_value", "concept_code"
 REPORT = "report.json"
@@ -74,7 +74,7 @@ def _read_columns(
     for number, row in read_table(path, encoding):
         empty = False
         where = f"{path}, {unit} {number}"
-        if isinstance(row, SkipRow):
+        if isinstance(row, SkippedRowError):
             dropped_rows[row.reason].append(f"{where}: {row.detail}" if row.detail else where)
             continue
         if missing := [column for column in columns if column not in row]:
@@ -96,7 +96,7 @@ def describe(
 ) -> dict[str, Any]:
     """The report: what became of every stay and code, what each split holds, which stays are alike."""
     kept_codes = sum(len(stay.diagnoses) for stay in corpus.stays)
-    twins = list(find_twins(texts, splits))
+    twins = list(find_near_duplicates(texts, splits))
     return {
         "stays": {
             "read": len(corpus.stays) + sum(map(len, corpus.dropped_stays.values())),

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from finetune.cli import run_cli
-from utils.rows.jsonl import Row, SkipRow
-from utils.rows.rewrite import NewId, Note, rewrite_command
-from utils.rows.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
+from utils.tables.jsonl import Row, SkippedRowError
+from utils.tables.rewrite import NewId, Note, rewrite_command
+from utils.tables.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
 
 
 def reformat_row(row: Row, new_id: NewId, note: Note) -> Row:
@@ -23,14 +23,14 @@ def reformat_row(row: Row, new_id: NewId, note: Note) -> Row:
         note: takes remarks about a row that is kept.
 
     Raises:
-        SkipRow: it cannot be mended.
+        SkippedRowError: it cannot be mended.
     """
     row = _with_tools(row)
     key = next((key for key in ("messages", "interactions") if key in row), None)
     if key is None:
         return row
     if not isinstance(row[key], list):
-        raise SkipRow(f"`{key}` is not a list")
+        raise SkippedRowError(f"`{key}` is not a list")
     messages = end_with_assistant([_reformat_message(message) for message in row[key]])
     require_content(messages)
     if any(message.get("tool_calls") and (message.get("content") or message.get("text")) for message in messages):
@@ -44,15 +44,15 @@ def _with_tools(row: Row) -> Row:
     if not functions:
         return row
     if row.get("tools") or row.get("available_tools"):
-        raise SkipRow("both `functions` and `tools`")
+        raise SkippedRowError("both `functions` and `tools`")
     if not isinstance(functions, list):
-        raise SkipRow("`functions` is not a list")
+        raise SkippedRowError("`functions` is not a list")
     return {**row, "tools": [as_tool(function) for function in functions]}
 
 
 def _reformat_message(message: Any) -> Row:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise SkipRow("a message without a `role`")
+        raise SkippedRowError("a message without a `role`")
     calls = _tool_calls(message)
     message = {key: value for key, value in message.items() if key not in ("function_call", "tool_calls")}
     if message["role"] == "function":
@@ -69,13 +69,13 @@ def _tool_calls(message: Row) -> list[Row]:
     """The calls of a message in either layout; a null or an empty list means none."""
     call, calls = message.get("function_call"), message.get("tool_calls")
     if call and calls:
-        raise SkipRow("both `function_call` and `tool_calls`")
+        raise SkippedRowError("both `function_call` and `tool_calls`")
     if call:
         return [as_tool_call(call)]
     if not calls:
         return []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise SkipRow("`tool_calls` is not a list of objects")
+        raise SkippedRowError("`tool_calls` is not a list of objects")
     return [as_tool_call(call.get("function"), call.get("id")) for call in calls]
 
 

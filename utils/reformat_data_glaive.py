@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.cli import run_cli
-from utils.rows.jsonl import Row, SkipRow
-from utils.rows.rewrite import NewId, Note, rewrite_command
-from utils.rows.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
+from utils.tables.jsonl import Row, SkippedRowError
+from utils.tables.rewrite import NewId, Note, rewrite_command
+from utils.tables.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
 
 _ROLES = {
     "system": "system",
@@ -32,7 +32,7 @@ def reformat_glaive_row(row: Row, new_id: NewId, note: Note) -> Row:
     """Converts one row; arguments and raises are those of `reformat_data.reformat_row`."""
     turns = row.get("conversations")
     if not isinstance(turns, list):
-        raise SkipRow("no list `conversations`")
+        raise SkippedRowError("no list `conversations`")
     tools = [as_tool(function) for function in _functions(row.get("function_description"))]
     messages = [message for turn in turns if (message := _message(turn, bool(tools), note))]
     messages = end_with_assistant(messages)
@@ -55,7 +55,7 @@ def _json_values(text: str) -> Iterator[Any]:
         try:
             value, end = json.JSONDecoder().raw_decode(rest)
         except (ValueError, RecursionError) as error:
-            raise SkipRow("`function_description` is not JSON", str(error)) from error
+            raise SkippedRowError("`function_description` is not JSON", str(error)) from error
         yield value
         rest = rest[end:].lstrip()
 
@@ -63,7 +63,7 @@ def _json_values(text: str) -> Iterator[Any]:
 def _message(turn: Any, has_tools: bool, note: Note) -> Row | None:
     """None for a speaker that has no part in a conversation."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise SkipRow("a turn of `conversations` without a `value`")
+        raise SkippedRowError("a turn of `conversations` without a `value`")
     speaker, value = turn.get("from"), turn["value"].strip()
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
@@ -86,7 +86,7 @@ def _called(text: str) -> list[Any]:
             continue
         if calls:
             return calls if isinstance(calls, list) else [calls]
-    raise SkipRow("a function call cannot be read", text[:60])
+    raise SkippedRowError("a function call cannot be read", text[:60])
 
 
 def _unquoted(text: str) -> Any:
@@ -97,16 +97,16 @@ def _unquoted(text: str) -> Any:
 
 
 def _require_answers(messages: list[Row]) -> None:
-    """Raises SkipRow unless calls and responses balance whenever the assistant speaks again."""
+    """Raises SkippedRowError unless calls and responses balance whenever the assistant speaks again."""
     unanswered = 0
     for message in messages:
         if message["role"] == "tool":
             if not unanswered:
-                raise SkipRow("a function response without a call")
+                raise SkippedRowError("a function response without a call")
             unanswered -= 1
         elif message["role"] == "assistant":
             if unanswered:
-                raise SkipRow("a function call without a response")
+                raise SkippedRowError("a function call without a response")
             unanswered = len(message.get("tool_calls", []))
 
 

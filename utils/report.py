@@ -17,11 +17,11 @@ import yaml
 from finetune.cli import run_cli
 from finetune.monitoring.metrics_logger import metrics_path, read_metrics
 from finetune.redaction import redacted
-from finetune.utils import saved_checkpoints
+from finetune.run_dir import saved_checkpoints
 from model.errors import UserError
-from utils.html import page, table
-from utils.line_chart import Line, Point, line_chart, number_text, swatch
-from utils.rows.jsonl import SkipRow, load_row, read_lines, save
+from utils.reports.html import page, table
+from utils.reports.line_chart import Line, Point, line_chart, number_text, swatch
+from utils.tables.jsonl import SkippedRowError, load_row, read_lines, save
 
 MOST_SAMPLES = 8  # answers shown of each run
 NONE = "–"
@@ -236,7 +236,7 @@ def _read_answers(file: Path) -> list[dict[str, Any]]:
     for _, line in read_lines(file, errors="replace"):
         try:
             rows.append(load_row(line))
-        except SkipRow:  # cut short while it was written
+        except SkippedRowError:  # cut short while it was written
             continue
     return rows
 

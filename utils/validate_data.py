@@ -23,7 +23,7 @@ from finetune.data.dataset import line_offsets
 from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
 from model.args import load_model_args
 from model.errors import UserError
-from utils.rows.jsonl import aside, file_errors
+from utils.tables.jsonl import aside, file_errors
 from utils.validation.check_datasets import CheckedFile, Validation, list_datasets
 from utils.validation.data_report import (
     Findings,

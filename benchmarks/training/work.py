@@ -27,7 +27,7 @@ class Work:
     def add(self, batch: Batch) -> None:
         sizes = np.array(batch.sizes)
         self.positions += len(batch.x)
-        self.trained += len(batch.x) if batch.y_mask is None else int(batch.y_mask.sum())
+        self.trained += batch.trained_tokens
         self.pairs += int((sizes * (sizes + 1) // 2).sum())
         self.documents += len(batch.rows)
         self.complete += sum(_complete(batch))

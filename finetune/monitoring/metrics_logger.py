@@ -128,7 +128,7 @@ class MetricsLogger:
         wandb, mlflow: which trackers to use.
         config: the resolved settings, shown by the trackers; API keys are taken out.
         is_master: other ranks' loggers do nothing.
-        void_from: where a run goes on: what all its loggers wrote of this step and later ones does not count.
+        purge_step: where a run goes on: what all its loggers wrote of this step and later ones does not count.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class MetricsLogger:
         mlflow: MLFlowArgs,
         config: dict[str, Any],
         is_master: bool,
-        void_from: int | None = None,
+        purge_step: int | None = None,
     ) -> None:
         self._tag = tag
         self._file: TextIO | None = None
@@ -148,7 +148,7 @@ class MetricsLogger:
             return
         self._file = _open_for_lines(metrics_path(run_dir, tag))
         config = redacted(config)
-        self._add_tracker("TensorBoard", lambda: TensorBoardTracker(run_dir / "tb", void_from))
+        self._add_tracker("TensorBoard", lambda: TensorBoardTracker(run_dir / "tb", purge_step))
         if wandb.project:
             self._add_tracker("wandb", lambda: WandbTracker(wandb, run_dir, config))
         if mlflow.tracking_uri:

@@ -65,12 +65,12 @@ class FaultTolerant:
 
 
 class TensorBoardTracker:
-    """Event files under `folder`; several writers may share it. What it holds of step `void_from` on becomes void."""
+    """Event files under `folder`; several writers may share it. What it holds of step `purge_step` on becomes void."""
 
-    def __init__(self, folder: Path, void_from: int | None) -> None:
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=void_from)
+        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=purge_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():

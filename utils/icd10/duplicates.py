@@ -36,7 +36,7 @@ def normalise_text(text: str) -> str:
     return " ".join(_WORD.findall("".join(char for char in decomposed if not unicodedata.combining(char))))
 
 
-def find_twins(texts: Sequence[str], splits: Sequence[int]) -> Iterator[Twin]:
+def find_near_duplicates(texts: Sequence[str], splits: Sequence[int]) -> Iterator[Twin]:
     """For each note, the first found near-identical one in a split of a lower number, if there is one.
 
     Args:

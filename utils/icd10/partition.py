@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from model.errors import UserError
 from utils.icd10.codes import chapter
 from utils.icd10.prepare import Stay
-from utils.rows.splits import assign_splits
+from utils.tables.splits import assign_splits
 
 SPLITS = ("train", "val", "test")
 

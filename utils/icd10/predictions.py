@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalise_code
-from utils.rows.jsonl import Row, SkipRow
-from utils.rows.named import last_answer, read_named_rows
+from utils.tables.jsonl import Row, SkippedRowError
+from utils.tables.named_rows import last_answer, read_named_rows
 
 
 class Prediction(NamedTuple):
@@ -60,7 +60,9 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
 def _gold_diagnoses(row: Row) -> list[Diagnosis]:
     diagnoses = parse_answer(last_answer(row))
     if not diagnoses:
-        raise SkipRow("no code in the last message; expected the assistant's answer, such as `... : label (I10)`")
+        raise SkippedRowError(
+            "no code in the last message; expected the assistant's answer, such as `... : label (I10)`"
+        )
     return diagnoses
 
 
@@ -70,11 +72,11 @@ def _prediction(row: Row) -> Prediction:
         return Prediction.of_answer(answer)
     if isinstance(codes, list):
         return Prediction.of_codes([_diagnosis(code) for code in codes])
-    raise SkipRow("neither an `answer` that is a text nor `codes` that are a list", f"keys: {', '.join(row)}")
+    raise SkippedRowError("neither an `answer` that is a text nor `codes` that are a list", f"keys: {', '.join(row)}")
 
 
 def _diagnosis(item: Any) -> Diagnosis:
     role, code = (item.get("role"), item.get("code")) if isinstance(item, dict) else (None, item)
     if not isinstance(code, str) or not normalise_code(code) or role not in (*ROLES, None):
-        raise SkipRow('a code that is neither "I10" nor {"role": "DP", "code": "I10"}', json.dumps(item)[:80])
+        raise SkippedRowError('a code that is neither "I10" nor {"role": "DP", "code": "I10"}', json.dumps(item)[:80])
     return Diagnosis(role, normalise_code(code))

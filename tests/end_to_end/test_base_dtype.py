@@ -1,0 +1,133 @@
+"""Training on a base that is stored in 4 or 8 bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from finetune.args import read_train_args
+from finetune.checkpointing import ADAPTER_NAME
+from finetune.inference import load_trained
+from model.args import BLOCK_LINEARS
+from model.errors import UserError
+from model.frozen_weights import FORMATS
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun, write_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 6
+NF4 = ("nf4", "nf4-dq")
+
+
+def rounded(base: Path, folder: Path, name: str) -> Path:
+    """The model of `base` whose linear layers hold what is left of them in a format."""
+    tensors = load_file(base / "consolidated.safetensors")
+    for key, weight in tensors.items():
+        if key.split(".")[-2] in BLOCK_LINEARS:
+            tensors[key] = FORMATS[name](**FORMATS[name].quantize(weight)).dense(torch.float32)
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text((base / "params.json").read_text(encoding="utf-8"), encoding="utf-8")
+    save_file(tensors, folder / "consolidated.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    dense = make_tiny_checkpoint(folder / "dense", dtype=torch.float32)
+    moe = make_tiny_checkpoint(folder / "moe", moe=True, dtype=torch.float32)
+    return {"same": dense, "moe": moe, "moe-nf4": rounded(moe, folder / "moe-nf4", "nf4")} | {
+        name: rounded(dense, folder / name, name) for name in NF4
+    }
+
+
+def config(folder: Path, name: str, model: Path, base_dtype: str, **settings) -> Path:
+    defaults = {
+        "data": {"instruct_data": str(INPUTS / "train_icd.jsonl")},
+        "model_id_or_path": str(model),
+        "lora": {"rank": 4},
+        "seq_len": 256,
+        "max_steps": STEPS,
+        "optim": {"lr": 0.01, "pct_start": 0.0},
+        "base_dtype": base_dtype,
+    }
+    return write_config(folder, name, defaults | settings)
+
+
+def outcome(run_dir: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    lines = read_jsonl(run_dir / "metrics.train.jsonl")  # a later line of a step stands for it
+    losses = list({line["step"]: line["loss"] for line in lines if "loss" in line}.values())
+    return losses, load_file(run_dir / f"checkpoints/checkpoint_{STEPS:06d}/consolidated" / ADAPTER_NAME)
+
+
+@pytest.mark.parametrize("checkpoint", [True, "selective"])
+@pytest.mark.parametrize("base_dtype", NF4)
+def test_an_nf4_base_trains_as_the_weights_it_stands_for(base_dtype, checkpoint, models, tmp_path):
+    train.train(str(config(tmp_path, "nf4", models["same"], base_dtype, checkpoint=checkpoint)))
+    train.train(str(config(tmp_path, "dense", models[base_dtype], "same")))
+    torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
+    answers = [load_trained(tmp_path / name)[0](torch.arange(1, 40), [20, 19]) for name in ("nf4", "dense")]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+
+
+def test_an_fp8_base_trains_nearly_as_the_whole_one(models, tmp_path):
+    for base_dtype in ("fp8", "same"):
+        train.train(str(config(tmp_path, base_dtype, models["same"], base_dtype)))
+    losses = [torch.tensor(outcome(tmp_path / base_dtype)[0]) for base_dtype in ("fp8", "same")]
+    assert not losses[0].equal(losses[1])
+    torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
+
+
+def test_two_processes_share_a_quantized_base(models, tmp_path):
+    configs = [
+        config(tmp_path, "nf4", models["same"], "nf4"),
+        config(tmp_path, "dense", models["nf4"], "same"),
+        config(tmp_path, "moe_nf4", models["moe"], "nf4"),
+        config(tmp_path, "moe", models["moe-nf4"], "same"),
+    ]
+    done = torchrun("tests.support.run_trajectories", *configs)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
+    torch.testing.assert_close(outcome(tmp_path / "moe_nf4"), outcome(tmp_path / "moe"))
+
+
+def test_a_run_on_a_quantized_base_goes_on(models, tmp_path):
+    settings = {"ckpt_freq": 2, "resume": "auto"}
+    train.train(str(config(tmp_path, "whole", models["same"], "nf4", **settings)))
+    part = config(tmp_path, "part", models["same"], "nf4", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = iter(range(3))
+        train_step = train.train_step
+        patch.setattr(train, "train_step", lambda *args: next(steps) is not None and train_step(*args))
+        with pytest.raises(StopIteration):
+            train.train(str(part))
+    train.train(str(part))
+    torch.testing.assert_close(outcome(tmp_path / "part"), outcome(tmp_path / "whole"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"base_dtype": "int4"}, "`base_dtype` is 'int4'; expected same, nf4, nf4-dq, fp8"),
+        ({"lora": {"enable": False}, "save_adapters": False}, "`lora.enable` is false"),
+        ({"save_adapters": False}, "python -m utils.merge_lora"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, message, models, tmp_path):
+    path = config(tmp_path, "run", models["same"], settings.pop("base_dtype", "nf4"), **settings)
+    assert any(message in problem for problem in read_problems(path))
+
+
+def read_problems(path: Path) -> list[str]:
+    found: list[str] = []
+    read_train_args(path, lambda args: found.extend(args.problems()) or [])
+    return found
+
+
+def test_a_weight_that_does_not_fit_the_format_is_named(tmp_path):
+    model = make_tiny_checkpoint(tmp_path / "model", hidden_dim=72)
+    with pytest.raises(UserError, match=r"layers\.0\.feed_forward\.w2.*multiple of 64"):
+        train.train(str(config(tmp_path, "run", model, "nf4")))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,293 @@
+"""Whatever stands in a file, a command works or says what is wrong with it: no other exception, no hang.
+
+`make fuzz` tries 10,000 inputs of each kind instead of 300.
+"""
+
+import contextlib
+import copy
+import json
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from finetune.args import load_train_args, read_train_args
+from finetune.data.args import DataArgs, parse_sources
+from finetune.data.dataset import build_eval_stream
+from finetune.data.exceptions import RowError
+from finetune.data.tokenize import SampleEncoder, SampleType, parse_row
+from model.errors import UserError
+from model.weights import open_weights
+from tests.finetune.test_tokenize import TOOL_ROW, paths
+from tests.support.golden import instruct_tokenizer
+from tests.support.tiny_tekken import load_tiny_tekken
+from utils.icd10.answers import parse_answer
+from utils.icd10.codes import CODE_PATTERN
+
+TIME_LIMIT_S = 20  # for one input, on a busy machine; milliseconds are usual
+fuzz = settings(
+    deadline=None,
+    max_examples=max(300, settings.default.max_examples),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@contextlib.contextmanager
+def mistakes_only() -> Iterator[None]:
+    """Passes where the block works or raises UserError, with a message that can be read, in time."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TIME_LIMIT_S)
+    try:
+        yield
+    except UserError as error:
+        assert 0 < len(str(error)) < 30_000
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- inputs
+
+CONTROL = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "<unk>", "[IMG]", "[THINK]"]
+ODD = ["", " ", "\0", "\ufeff", "\u2028", "\r\n", "e\u0301", "👩‍⚕️", "\uffff"]
+ODD += ["[" * 150, "1" * 5000, "~", "../", "{}", "[[", "NaN"]
+TEXTS = st.one_of(
+    st.text(max_size=20), st.sampled_from(CONTROL + ODD), st.lists(st.sampled_from(CONTROL + ODD)).map("".join)
+)
+NAMES = ["messages", "interactions", "role", "content", "text", "weight", "tools", "available_tools", "function"]
+NAMES += ["parameters", "name", "description", "arguments", "id", "tool_calls", "tool_call_id", "type", "only_last"]
+KEYS = st.one_of(st.sampled_from(NAMES), TEXTS)
+NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -(10**4000), 1e308, -0.0]))
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "function"])
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, ROLES),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, sound: dict[str, Any], values: st.SearchStrategy[Any] = VALUES) -> dict[str, Any]:
+    """`sound` with some of its values, at any depth, replaced, removed or given another key."""
+    result = copy.deepcopy(sound)
+    for _ in range(draw(st.integers(1, 3))):
+        if not (places := paths(result)):
+            break
+        *above, last = draw(st.sampled_from(places))
+        block = result
+        for key in above:
+            block = block[key]
+        match draw(st.sampled_from(["replace", "remove", "rename"])):
+            case "replace":
+                block[last] = draw(values)
+            case "remove":
+                del block[last]
+            case "rename" if isinstance(block, dict):
+                block[draw(KEYS)] = block.pop(last)
+    return result
+
+
+def as_line(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+PLAIN_ROW = {"messages": [{"role": role, "content": "é"} for role in ("system", "user", "assistant")]}
+ROWS = st.one_of(mutated(TOOL_ROW), mutated(PLAIN_ROW), st.dictionaries(KEYS, VALUES, max_size=5))
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, sound: bytes) -> bytes:
+    """`sound` with some bytes changed, removed, doubled or put in."""
+    data = bytearray(sound)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = min(start + draw(st.integers(0, 12)), len(data))
+        data[start:end] = draw(st.one_of(st.binary(max_size=8), st.just(bytes(data[start:end]) * 2)))
+    return bytes(data)
+
+
+LINES = st.one_of(st.binary(max_size=200), ROWS.map(as_line), spoilt(as_line(TOOL_ROW)), spoilt(as_line(PLAIN_ROW)))
+
+# ---- rows
+
+
+@pytest.fixture(scope="module", params=["v3", "v7", "v15", "sentencepiece"])
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SampleEncoder:
+    if request.param == "sentencepiece":
+        return SampleEncoder(instruct_tokenizer("v3"))
+    folder = tmp_path_factory.mktemp(request.param)
+    return SampleEncoder(load_tiny_tekken(folder, request.param).instruct_tokenizer)
+
+
+@given(line=LINES)
+@example(line=b'{"a":' * 100_000)
+@example(line=b'{"a":' + b"9" * 5000 + b"}")
+@example(line=b'{"\\ud800": 1, "\\ud800": 2}')
+@fuzz
+def test_a_line_is_a_row_or_refused(line: bytes):
+    with mistakes_only():
+        assert isinstance(parse_row(line), dict)
+
+
+@given(row=ROWS, sample_type=st.sampled_from(SampleType))
+@fuzz
+def test_a_row_is_encoded_or_refused(encoder: SampleEncoder, row: dict[str, Any], sample_type: SampleType):
+    with mistakes_only():
+        try:
+            sample = encoder.encode(parse_row(as_line(row)), sample_type)
+        except RowError as error:  # and no other UserError: the reader adds file and line to these
+            assert str(error)
+        else:
+            assert len(sample.tokens) == len(sample.masks) > 0
+
+
+@pytest.fixture(scope="module")
+def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> SampleEncoder:
+    return SampleEncoder(load_tiny_tekken(tmp_path_factory.mktemp("v7"), "v7").instruct_tokenizer)
+
+
+@given(
+    lines=st.lists(st.one_of(LINES, st.just(as_line(PLAIN_ROW))), max_size=4),
+    ends=st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n"]),
+    packing=st.sampled_from(["concat", "best_fit"]),
+)
+@fuzz
+def test_a_file_is_read_or_its_bad_line_named(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_encoder: SampleEncoder,
+    lines: list[bytes],
+    ends: bytes,
+    packing: str,
+):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
+    file.write_bytes(ends.join(lines))
+    data = DataArgs(eval_instruct_data=str(file), packing=packing)
+    with mistakes_only():
+        try:
+            for sequence in build_eval_stream(small_encoder, data, 64, 0, 1):
+                assert len(sequence.x) == 64
+        except UserError as error:
+            assert re.search(rf"line \d+ of dataset {re.escape(str(file))}", str(error))
+            raise
+
+
+# ---- settings
+
+SETTINGS = {
+    "model_id_or_path": "model",
+    "run_dir": "run",
+    "data": {"instruct_data": "a.jsonl:1", "data": "", "instruct": {"shuffle": True}, "keep_sections": ["Conclusion"]},
+    "optim": {"lr": 1e-4, "pct_start": 0.1},
+    "lora": {"rank": 8, "from_adapter": None},
+    "wandb": {"project": "", "key": "0123456789abcdef"},
+    "seq_len": 512,
+    "no_eval": True,
+    "early_stopping": {"patience": 2},
+}
+PIECES = ["&a ", "*a", "<<: ", "!!python/name:os.system ", "!!int ", "!!binary ", "!!set ", "---\n", "\t", "? "]
+PIECES += [": ", "- ", "{", "[", "]", "}", '"', "'", "|\n", "#", "%YAML 1.1\n", "\\ud800", "2024-13-45", "lora"]
+PIECES += ["0x" + "f" * 5000, "1:59", ".inf", "~", "on", "wandb.key"]
+YAML_TEXTS = st.one_of(
+    st.lists(st.one_of(TEXTS, st.sampled_from([*PIECES, *SETTINGS, "\n", "\n  "])), max_size=30).map("".join),
+    spoilt(yaml.safe_dump(SETTINGS).encode()).map(lambda data: data.decode("latin-1")),
+    mutated(SETTINGS).map(lambda keys: json.dumps(keys)),
+    mutated(SETTINGS).map(lambda keys: yaml.safe_dump(keys, allow_unicode=True)),
+)
+
+
+@given(text=YAML_TEXTS, encoding=st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "cp1252"]))
+@example(text="a: &a {b: *a}", encoding="utf-8")
+@example(
+    text="a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), encoding="utf-8"
+)
+@example(text=".".join(["data"] * 20_000) + ": 1", encoding="utf-8")
+@example(text="seed: 0x" + "f" * 5000, encoding="utf-8")
+@fuzz
+def test_a_configuration_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str, encoding: str):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(text.encode(encoding, "replace"))
+    with mistakes_only():
+        read_train_args(file)
+    with mistakes_only():
+        load_train_args(file)
+
+
+# ---- sources
+
+SOURCE_PIECES = ["a.jsonl", "b", ":", ",", " ", "~", "C:\\", "1", "1e999", "nan", "-1", "0", "1e-320", "1e308"]
+SOURCE_PIECES += ["_", "\n", "\0", "é", "٣", "../"]
+SOURCES = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(SOURCE_PIECES), max_size=10).map("".join))
+
+
+@given(text=SOURCES)
+@example(text=("x" * 5000 + ",") * 3)
+@fuzz
+def test_sources_are_parsed_or_refused(text: str):
+    with mistakes_only():
+        sources = parse_sources(text)
+        assert all(str(source.path) and 0 < source.weight <= 1e9 for source in sources)
+        assert sum(source.weight for source in sources) < float("inf")
+    if "/" not in text and "." not in text.split(","):  # folders are searched, and these may be large
+        with mistakes_only():
+            assert all(isinstance(problem, str) for problem in DataArgs(data=text, instruct_data=text).problems())
+
+
+# ---- answers
+
+ANSWER_PIECES = ["Diagnostic principal", "diagnostics associés significatifs", "relié", "DP", "DAS", "(I10)", "I10"]
+ANSWER_PIECES += ["J45.9", "(code", "(cim 10", "C00-D48", "((", "))", "[", "]", " : ", ", ", " - ", "\n", "aucun"]
+ANSWER_PIECES += ["vitamine ", "à ", "*", "+", "†", " " * 300, "(" * 300]
+ANSWERS = st.one_of(st.text(max_size=80), st.lists(st.sampled_from(ANSWER_PIECES), max_size=40).map("".join))
+
+
+@given(text=ANSWERS)
+@example(text="(" * 20_000 + ")" * 20_000)
+@example(text="(code" + " " * 50_000)
+@example(text="diagn" * 20_000)
+@fuzz
+def test_an_answer_is_parsed_whatever_it_says(text: str):
+    with mistakes_only():
+        diagnoses = parse_answer(text)
+    assert len({diagnosis.code for diagnosis in diagnoses}) == len(diagnoses)
+    assert all(re.fullmatch(CODE_PATTERN, diagnosis.code) for diagnosis in diagnoses)
+
+
+# ---- weights
+
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+}
+
+
+def as_safetensors(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(32)
+
+
+@given(
+    content=st.one_of(
+        st.binary(max_size=100),
+        mutated(HEADER).map(as_line).map(as_safetensors),
+        spoilt(as_safetensors(as_line(HEADER))),
+    )
+)
+@example(content=as_safetensors(as_line(HEADER)))
+@example(content=as_safetensors(b"[" * 100_000))
+@fuzz
+def test_weights_are_opened_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    file.write_bytes(content)
+    with mistakes_only():
+        weights = open_weights(file)
+        for name, shape in weights.shapes.items():
+            assert tuple(weights.read(name).shape) == shape

@@ -1,0 +1,66 @@
+"""Who may import whom: train.py -> finetune -> model; utils -> finetune, model; never back."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN = {  # no file of the folder imports any of these, at any place
+    "model": ("finetune", "utils", "train", "torch.distributed"),
+    "finetune": ("utils", "train"),
+    "finetune/data": ("torch",),
+    "finetune/monitoring": ("torch.distributed", "model.transformer"),
+    "utils": ("train",),
+    "utils/icd10": ("torch",),
+}
+ONLY_IN = {"torch.distributed.fsdp.fully_shard": "wrapped_model.py", "torch.distributed": "distributed.py"}
+
+
+def source_files(folder: str = "") -> list[Path]:
+    names = [folder] if folder else ["model", "finetune", "utils", "train.py"]
+    return [file for name in names for file in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))]
+
+
+def imported(file: Path) -> set[str]:
+    """Absolute names of what a file imports: `a.b` and `a.b.c` for `from a.b import c`."""
+    package = file.relative_to(ROOT).parent.parts
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_go_one_way(folder):
+    for file in source_files(folder):
+        for name in imported(file):
+            assert not f"{name}.".startswith(tuple(f"{module}." for module in FORBIDDEN[folder])), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("name", ONLY_IN)
+def test_one_file_shards_and_one_calls_collectives(name):
+    assert {file.name for file in source_files() if name in imported(file)} == {ONLY_IN[name]}
+
+
+@pytest.mark.parametrize(
+    "package", ["utils.icd10", "finetune.data", "finetune.monitoring", "finetune.args", "utils.validate_data"]
+)
+def test_torch_is_not_even_loaded(package):
+    """Text tools start at once, and the processes that read rows stay small."""
+    files = source_files(package.replace(".", "/"))
+    modules = [f"{package}.{file.stem}" for file in files if file.stem != "__init__"] or [package]
+    code = f"import {', '.join(modules)}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_importing_train_does_nothing(capfd):
+    subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, check=True)
+    assert capfd.readouterr() == ("", "")

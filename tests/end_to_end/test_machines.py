@@ -1,0 +1,228 @@
+"""Several nodes, hybrid sharding over them, and the model in host memory."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.args import load_train_args
+from finetune.distributed import World
+from finetune.hardware import Hardware
+from finetune.memory_estimate import MemoryConfig
+from finetune.preflight import check_preflight
+from finetune.wrapped_model import open_base_model
+from model.errors import UserError
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
+from tests.end_to_end.two_nodes import two_nodes
+from tests.support.run_trajectories import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = {"max_steps": 4, "ckpt_freq": 2, "eval_freq": 2, "num_ckpt_keep": None}
+NEARLY = {"rel": 1e-6, "abs": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("machines")
+
+
+def train_in(folder: Path, name: str, ranks: int, **settings) -> tuple[Path, str]:
+    """Trains; returns the run folder and the output."""
+    config = kill_test_config(folder, name, **SHORT | settings)
+    run = ForkedRun(config, ranks)
+    assert run.wait() == [0] * ranks, run.log
+    return config.with_suffix(""), run.log
+
+
+@pytest.fixture(scope="module")
+def full(folder) -> dict[int, Path]:
+    """Runs with full sharding, by the number of processes; the one of a single process is not sharded."""
+    return {ranks: train_in(folder, f"full_{ranks}", ranks)[0] for ranks in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def hybrid(folder) -> Path:
+    """A run of four processes on two machines, each of which has a copy of the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        return train_in(folder, "hybrid", 4, sharding="hybrid")[0]
+
+
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    """The same losses, rates, norms and exported weights."""
+    curves = curve(run_dir), curve(expected)
+    for tag in COMPARED:
+        assert len(curves[0][tag]) == len(curves[1][tag]) > 0
+        for row, expected_row in zip(curves[0][tag], curves[1][tag]):
+            assert row == pytest.approx(expected_row, **NEARLY)
+    adapters = [load_file(run / "checkpoints/last/consolidated/lora.safetensors") for run in (run_dir, expected)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-5, atol=1e-6)
+
+
+def half_of(run_dir: Path, folder: Path, name: str) -> None:
+    """A copy of a run of 4 steps that stands at step 2."""
+    shutil.copytree(run_dir, folder / name, symlinks=True)
+    shutil.rmtree(folder / name / "checkpoints" / "checkpoint_000004")
+
+
+# --- Hybrid sharding
+
+
+def test_hybrid_sharding_computes_what_full_sharding_does(full, hybrid):
+    assert_same_run(hybrid, full[4])
+    assert numbers_in_state(hybrid) == numbers_in_state(full[4])  # both machines have them, and one saves them
+
+
+@pytest.mark.parametrize("per_machine", [1, 2])
+def test_hybrid_sharding_without_copies_or_without_shards(per_machine, full, folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_machine))
+    assert_same_run(train_in(folder, f"hybrid_by_{per_machine}", 2, sharding="hybrid")[0], full[2])
+
+
+def numbers_in_state(run_dir: Path) -> int:
+    files = (run_dir / "checkpoints/last/state").glob("*.safetensors")
+    return sum(tensor.numel() for file in files for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("before, after", [("full", "hybrid"), ("hybrid", "full")])
+def test_a_run_goes_on_with_another_sharding(before, after, full, hybrid, folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    half_of({"full": full[4], "hybrid": hybrid}[before], folder, f"{before}_to_{after}")
+    run_dir, log = train_in(folder, f"{before}_to_{after}", 4, sharding=after)
+    assert "behind step 2" in log
+    assert_same_run(run_dir, full[4])
+
+
+class UnevenRun(ForkedRun):
+    """Three processes on two machines."""
+
+    def _fork(self, config: Path, rank: int, ranks: int, port: str) -> int:
+        os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
+        return super()._fork(config, rank, ranks, port)
+
+
+def test_hybrid_sharding_wants_machines_alike(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    run = UnevenRun(kill_test_config(folder, "uneven", sharding="hybrid"), 3)
+    assert run.wait() == [1, 1, 1]
+    assert run.log.count("error: ") == 1 and "Traceback" not in run.log
+    assert "needs equally many processes on all machines; there are 1 on one and 2 on another" in run.log
+
+
+# --- The model in host memory
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_in_host_memory_learns_the_same(ranks, full, folder):
+    run_dir, log = train_in(folder, f"offload_{ranks}", ranks, cpu_offload=True)
+    assert log.count("`cpu_offload: true` does nothing here") == 1
+    assert_same_run(run_dir, full[ranks])
+
+
+def test_a_run_goes_on_with_its_model_in_host_memory(full, folder):
+    half_of(full[1], folder, "offload_later")
+    run_dir, log = train_in(folder, "offload_later", 1, cpu_offload=True)
+    assert "behind step 2" in log
+    assert_same_run(run_dir, full[1])
+
+
+def test_a_model_in_host_memory_is_exported_whole(folder):
+    settings = {"save_adapters": False, "max_steps": 2, "no_eval": True}
+    runs = [train_in(folder, f"merged_{offload}", 1, cpu_offload=offload, **settings)[0] for offload in (True, False)]
+    held, expected = (load_file(run / "checkpoints/last/consolidated/consolidated.safetensors") for run in runs)
+    assert held.keys() == expected.keys()
+    for name, tensor in held.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_need_not_hold_a_model_that_is_in_host_memory(folder, monkeypatch, tmp_path):
+    """`check_preflight`, told of a GPU that has room for two blocks and the embeddings, and for nothing else."""
+    args = load_train_args(kill_test_config(folder, "memory", no_ckpt=True))
+    base = open_base_model(args)
+    offloaded = dataclasses.replace(args, cpu_offload=True)
+    room = MemoryConfig.of(offloaded, base.args, torch.float32, "cuda", "sdpa", shards=1).memory().unsharded
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
+    gpu, world = Hardware(torch.device("cuda", 0), torch.float32, "sdpa"), World(0, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"`cpu_offload: true`"):
+        check_preflight(base, args, gpu, tmp_path, world)
+    args.cpu_offload = True
+    check_preflight(base, args, gpu, tmp_path, world)
+    room -= 1
+    with pytest.raises(UserError, match="GiB free"):
+        check_preflight(base, args, gpu, tmp_path, world)
+
+
+def test_host_memory_has_no_8_bit_optimizer(folder):
+    config = kill_test_config(folder, "eight_bits", cpu_offload=True, optim={"name": "adamw8bit"})
+    with pytest.raises(UserError, match=r"`cpu_offload: true` needs `optim.name: adamw`"):
+        load_train_args(config)
+
+
+# --- Nodes
+
+
+def test_a_node_that_dies_and_comes_back_finishes_the_run(folder):
+    """Two torchruns with two processes each learn what four processes of one node do, to the last bit."""
+    reference = kill_test_config(folder, "reference")
+    assert ForkedRun(reference, 4).wait() == [0] * 4
+    config = kill_test_config(folder, "died")
+    nodes = two_nodes(config)
+    assert any("Goes on from" in node.log for node in nodes)
+    assert curve(config.with_suffix("")) == curve(reference.with_suffix(""))
+
+
+def test_nodes_that_find_each_other_by_rank_and_address(full, folder):
+    config = kill_test_config(folder, "static", **SHORT, sharding="hybrid")
+    two_nodes(config, static=True, die=False)
+    assert_same_run(config.with_suffix(""), full[4])
+    state = json.loads((config.with_suffix("") / "checkpoints/last/state/run.json").read_text())
+    assert state["world_size"] == 4
+
+
+# --- Slurm
+
+STUBS = {
+    "scontrol": '[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" >> scontrol.txt',
+    # Two tasks, each on a node of its own, whose output goes where srun is told.
+    "srun": """
+        while [ "$1" != bash ]; do
+            case $1 in --output=*) log=${1#--output=} ;; esac
+            shift
+        done
+        "$@" > "$log" 2>&1 && "$@" >> "$log" 2>&1""",
+    # Takes Slurm's signal as torchrun does, and lives on.
+    "torchrun": 'echo "$@" >> torchrun.txt; kill -USR1 $$; echo "$SAID"; exit "$CODE"',
+}
+
+
+@pytest.mark.parametrize(
+    "code, said, requeued",
+    [(0, "Done", False), (1, "Stopped by SIGUSR1 behind step 7.", True), (1, "error: no such file", False)],
+)
+def test_the_slurm_script_starts_every_node_and_requeues_what_was_interrupted(code, said, requeued, tmp_path):
+    for name, script in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "40123", "JOB_NODELIST": "node[7-8]", "NNODES": "2", "CPUS_PER_TASK": "32", "GPUS_ON_NODE": "8"}
+    environment = {f"SLURM_{key}": value for key, value in slurm.items()} | {"SAID": said, "CODE": str(code)}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    script = [str(ROOT / "example" / "slurm.sbatch"), "my run.yaml"]
+    done = subprocess.run(["bash", *script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+    started = (tmp_path / "torchrun.txt").read_text().splitlines()
+    assert started == [
+        "--nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-id 40123 "
+        "--rdzv-endpoint node7:10123 -m train my run.yaml"
+    ] * (1 if code else 2)
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+    if requeued:
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 40123\n"

@@ -1,0 +1,222 @@
+"""Every command of the README is run on tiny models and data, or said to be run elsewhere, or not at all and why."""
+
+import inspect
+import json
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.checkpoints import SMALL, make_tiny_checkpoint
+from tests.support.no_network import without_network
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("python", "torchrun", "make", "pip", "source", "sbatch", "mistral-chat", "vllm", "ollama")
+
+# What the placeholders of all commands stand for.
+PLACES = {
+    "CIM10_TABLE": "notes/cim10.tsv",
+    "CONFIG.yaml": "small.yaml",
+    "RUN": "runs/icd_v1",
+    "A": "models/mistral-7B-v0.3",
+    "B": "runs/icd_v1",
+    "text.csv": "notes/text.csv",
+    "codes.csv": "notes/codes.csv",
+}
+# The README's commands in an order in which each finds what it needs: how they begin, and what else is replaced.
+STORY: list[tuple[str, dict[str, str]]] = [
+    ("python -m utils.make_demo_model", {"DIR": "models/mistral-7B-v0.3", "1500": "0"}),
+    ("python -m utils.generate_notes", {"DIR": "notes", "1000": "40"}),
+    ("python -m utils.prepare_icd10_data", {}),
+    ("python -m utils.validate_data --train_yaml example", {}),
+    ("python -m utils.plan", {}),
+    ("torchrun --nproc-per-node 1", {}),
+    ("python -m utils.predict_icd10", {}),
+    ("python -m utils.evaluate_icd10", {}),
+    ("python -m train", {}),
+    ("python -m utils.validate_data --train_yaml CONFIG", {}),
+    ("torchrun --nnodes 2", {"2": "1", "8": "2", "HOST": "localhost", "29400": "PORT", "CONFIG.yaml": "two.yaml"}),
+    ("python -m utils.reformat_data FILE", {"FILE": "chats"}),
+    ("python -m utils.reformat_data_glaive", {"FILE": "glaive"}),
+    ("python -m utils.import_data", {"TABLE": "questions.csv", "DIR": "questions"}),
+    ("python -m utils.merge_lora", {"C": "merged"}),
+    ("python -m utils.export RUN --to peft", {"DIR": "peft"}),
+    ("python -m utils.export RUN --to hf", {"DIR": "hf"}),
+    ("python -m utils.export RUN --to mistral", {"DIR": "mistral"}),
+    ("python -m utils.extend_model_vocab", {"OLD": "old", "NEW": "new"}),
+    ("python -m utils.report", {}),
+    ("python -m utils.evaluate_qa", {"G.jsonl": "questions/eval.jsonl"}),
+    ("python -m utils.compare_icd10", {"A.json": "scores.json", "B.json": "scores.json"}),
+    # What they measured last; measuring takes minutes.
+    ("python -m benchmarks.loader", {"benchmarks.loader": "benchmarks.loader --show"}),
+    ("python -m benchmarks.validate", {"benchmarks.validate": "benchmarks.validate --show"}),
+    ("python -m benchmarks.saving", {"benchmarks.saving": "benchmarks.saving --show"}),
+]
+# Commands that are run by another test, or not at all and why.
+ELSEWHERE = {
+    "make demo": "test_readme.py::test_demo_leaves_a_complete_run_folder",
+    "make sample-data": "test_readme.py::test_sample_data_are_notes_and_codes_in_three_splits",
+    "make notebooks": "test_notebooks.py::test_mistral_finetune_7b",
+    "make kill-test": "test_resume.py::test_a_run_killed_at_any_instant_goes_on_as_if_nothing_had_happened",
+    "make setup": "installs packages",
+    "make test": "runs this",
+    "torchrun --max-restarts 3": "test_resume.py::test_torchrun_restarts_a_run_that_lost_a_process",
+    "sbatch": "test_machines.py::test_the_slurm_script_starts_every_node_and_requeues_what_was_interrupted",
+    "python -m benchmarks.train": "test_benchmark_train.py::test_the_paired_mode_ends_with_the_ratios",
+    "python -m tests.end_to_end.two_nodes": "test_machines.py::test_a_node_that_dies_and_comes_back_finishes_the_run",
+    "python -m tests.end_to_end.same_answers": "test_export.py::test_transformers_computes_our_logits",
+    "mistral-chat": "needs a GPU",
+    "source .venv/bin/activate": "of the shell",
+    "pip install": "installs packages",
+    "vllm": "another project's",
+    "python convert_hf_to_gguf.py": "another project's",
+    "ollama": "another project's",
+}
+
+# One process runs the commands one after the other, as `python -m` would: torch is imported once.
+DRIVER = """
+import contextlib, io, json, runpy, sys, traceback
+
+outcomes = {}
+for command, (module, *arguments) in json.load(sys.stdin).items():
+    sys.argv = [module, *arguments]
+    output, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = -1
+    outcomes[command] = code, output.getvalue()
+json.dump(outcomes, open("outcomes.json", "w", encoding="utf-8"))
+"""
+
+
+def commands(text: str) -> list[str]:
+    """The shell commands in blocks, and those that stand in a sentence or a table."""
+    found = [line.strip() for kind, block in BLOCKS.findall(text) if kind == "sh" for line in block.splitlines()]
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", BLOCKS.sub("", text))
+    found += [" ".join(span.split()) for span in spans if span.split()[0] in PROGRAMS and " " in span]
+    return list(dict.fromkeys(found))
+
+
+COMMANDS = commands(README)
+
+
+def one_that_begins(beginning: str) -> str:
+    (found,) = (command for command in COMMANDS if re.match(rf"{re.escape(beginning)}\b", command))
+    return found
+
+
+def with_places(command: str, places: dict[str, str]) -> list[str]:
+    """A module and its arguments, placeholders replaced."""
+    places = PLACES | places
+    longest_first = sorted(places, key=len, reverse=True)
+    words = "|".join(map(re.escape, longest_first))
+    replaced = re.sub(rf"(?<![\w.])(?:{words})(?!\w)", lambda match: places[match[0]], command)
+    program, *arguments = shlex.split(replaced)
+    return ["torch.distributed.run", *arguments] if program == "torchrun" else arguments[1:]
+
+
+def shrunken(config: Path, run_dir: str, **changes: object) -> str:
+    """An example of a 7B model as a run of two short steps."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings |= {"run_dir": run_dir, "seq_len": 1024, "num_microbatches": 1, "max_steps": 2}
+    settings |= {"ckpt_freq": 1, "eval_freq": 2} | changes
+    return yaml.safe_dump({key: value for key, value in settings.items() if value is not None})
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's commands were run on tiny models and data; `outcomes.json` has their outcomes."""
+    folder = tmp_path_factory.mktemp("story")
+    shutil.copytree(ROOT / "example", folder / "example")
+    config = folder / "example/instruct_icd_v1.yaml"
+    more = {"base_dtype": "nf4", "checkpoint": "auto", "epochs": 0.5, "max_steps": None}
+    files = {
+        "small.yaml": shrunken(config, "runs/small", **more),
+        "two.yaml": shrunken(config, "runs/two", sharding="hybrid"),
+        "example/instruct_icd_v1.yaml": shrunken(config, "runs/icd_v1"),
+        "questions.csv": "question,answer\n" + "".join(f"What is {n} and 1?,{n + 1}\n" for n in range(20)),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, file in (("chats", "reformat_data"), ("glaive", "glaive")):
+        shutil.copy(ROOT / f"tests/fixtures/reformat/{file}.jsonl", folder / f"{name}.jsonl")
+    make_tiny_checkpoint(folder / "old", **SMALL | {"vocab_size": 32000})
+    with socket.create_server(("", 0)) as free:
+        port = str(free.getsockname()[1])
+    steps = {}
+    for beginning, places in STORY:
+        command = one_that_begins(beginning)
+        steps[command] = [word.replace("PORT", port) for word in with_places(command, places)]
+    environment, _ = without_network(folder, ROOT, loopback=True)
+    subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(steps),
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    return folder
+
+
+def test_every_command_is_run_or_said_not_to_be() -> None:
+    beginnings = [*(beginning for beginning, _ in STORY), *ELSEWHERE]
+    for command in COMMANDS:
+        assert [b for b in beginnings if re.match(rf"{re.escape(b)}\b", command)], command
+    for beginning in ELSEWHERE:
+        assert any(command.startswith(beginning) for command in COMMANDS), beginning
+
+
+@pytest.mark.parametrize("beginning", [beginning for beginning, _ in STORY])
+def test_commands_run(beginning: str, story: Path) -> None:
+    outcomes = json.loads((story / "outcomes.json").read_text(encoding="utf-8"))
+    code, output = outcomes[one_that_begins(beginning)]
+    assert code == 0, output[-3000:]
+
+
+def test_commands_ask_nobody_outside_this_machine(story: Path) -> None:
+    assert not (story / "sockets.txt").exists(), (story / "sockets.txt").read_text(encoding="utf-8")
+
+
+def test_commands_leave_what_the_readme_says(story: Path) -> None:
+    checkpoint = story / "runs/icd_v1/checkpoints/last"
+    expected = {"lora.safetensors", "params.json", "tokenizer.model.v3"}
+    assert {path.name for path in (checkpoint / "consolidated").iterdir()} == expected
+    assert (checkpoint / "manifest.json").is_file() and (checkpoint / "state").is_dir()
+    assert json.loads((story / "scores.json").read_text(encoding="utf-8"))["counts"]["missing_predictions"] == 0
+    files = ["scores.html", "report.html", "questions/train.jsonl", "new/params.json", "peft/adapter_config.json"]
+    files += ["hf/config.json", "hf/tokenizer.model.v3", "mistral/params.json", "merged/consolidated.safetensors"]
+    assert [name for name in files if not (story / name).is_file()] == []
+
+
+@pytest.mark.parametrize("target", re.findall(r"`make ([\w-]+)`", README))
+def test_make_knows_the_targets(target: str) -> None:
+    subprocess.run(["make", "-n", target], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+
+@pytest.mark.parametrize("extra", re.findall(r'`pip install "\.\[(\w+)\]"`', README))
+def test_extras_exist(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extra in project["optional-dependencies"]
+
+
+def test_mistral_chat_has_these_flags() -> None:
+    from mistral_inference.main import interactive
+
+    flags = re.findall(r"--(\w+)", one_that_begins("mistral-chat"))
+    assert {"instruct", "lora_path"} == set(flags) <= set(inspect.signature(interactive).parameters)

@@ -1,0 +1,425 @@
+"""Runs that are interrupted, go wrong or cannot be gone on with: real processes, real signals, real files."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from finetune import preflight
+from finetune.args import EarlyStoppingArgs, load_train_args
+from finetune.eval import EarlyStopping
+from finetune.manifest import MANIFEST_NAME, damage, seal
+from finetune.run_dir import saved_checkpoints
+from model.errors import UserError
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials
+from tests.support.run_trajectories import INPUTS, ROOT, read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds the model that all runs share."""
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    """A run of 16 steps that nobody disturbed."""
+    config = kill_test_config(folder, "finished")
+    assert ForkedRun(config, 1).wait() == [0]
+    return config.with_suffix("")
+
+
+def start(config: Path, ranks: int = 1) -> tuple[list[int], str]:
+    """Trains. Returns exit codes and output."""
+    run = ForkedRun(config, ranks)
+    return run.wait(), run.log
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(path.name[-6:]) for path in saved_checkpoints(run_dir / "checkpoints")]
+
+
+def copy_run(run_dir: Path, folder: Path, name: str, **settings) -> Path:
+    """A copy of a finished run that stands at step 14. Returns the configuration to go on with."""
+    copy = folder / name
+    shutil.copytree(run_dir, copy, symlinks=True)
+    shutil.rmtree(copy / "checkpoints" / "checkpoint_000016")
+    return kill_test_config(folder, name, **settings)
+
+
+# --- Going on
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_at_any_instant_goes_on_as_if_nothing_had_happened(ranks, folder):
+    doing = run_trials(folder, ranks, kills=10, seed=ranks)
+    assert sum(doing.values()) == 10
+
+
+def test_a_finished_run_started_again_does_nothing_more(finished, folder, tmp_path):
+    shutil.copytree(finished, folder / "again", symlinks=True)
+    codes, log = start(kill_test_config(folder, "again"))
+    assert codes == [0] and "16 of 16" in log
+    assert curve(folder / "again") == curve(finished)
+
+
+def test_what_alters_data_or_model_is_refused_by_name(finished, folder):
+    settings = {"seq_len": 256, "lora": {"rank": 8, "dropout": 0.1}, "max_steps": 20, "log_freq": 2}
+    codes, log = start(copy_run(finished, folder, "altered", **settings))
+    assert codes == [1] and "Traceback" not in log
+    named = set(re.findall(r"^  - `(.*?)` is", log, re.MULTILINE))
+    assert named == {"seq_len", "lora.rank", "max_steps"} and "`seq_len` is 256, it was 512" in log
+    weights = folder / "altered" / "checkpoints" / "checkpoint_000014" / "consolidated"
+    assert f"To train for more steps, start one from these weights: `lora.from_adapter: {weights}`." in log
+    assert steps(folder / "altered") == [14]
+
+
+def test_a_branch_started_again_goes_on_with_itself(finished, folder):
+    checkpoint = finished / "checkpoints" / "checkpoint_000014"
+    config = kill_test_config(folder, "branch_again", resume=str(checkpoint), ckpt_freq=1)
+    assert start(config)[0] == [0]
+    codes, log = start(config)
+    assert codes == [0] and f"Goes on from {folder / 'branch_again'}" in log, log
+
+
+def test_what_a_dying_process_left_half_done_is_finished(finished, folder):
+    """Killed behind the rename, before links and pruning; or while an older checkpoint was being removed."""
+    config = kill_test_config(folder, "half_done")
+    checkpoints = folder / "half_done" / "checkpoints"
+    shutil.copytree(finished, folder / "half_done", symlinks=True)
+    (checkpoints / "last").unlink()
+    (checkpoints / "tmp.last").symlink_to("checkpoint_000014")
+    shutil.copytree(checkpoints / "checkpoint_000014", checkpoints / "checkpoint_000012")
+    (checkpoints / "tmp.old_checkpoint_000010").mkdir()
+    assert start(config)[0] == [0]
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint_000014", "checkpoint_000016", "last"}
+    assert (checkpoints / "last").resolve().name == "checkpoint_000016"
+
+
+def test_a_process_that_died_while_making_the_run_folder_is_no_hindrance(finished, folder):
+    config = kill_test_config(folder, "hardly_begun")
+    (folder / "hardly_begun").mkdir()
+    (folder / "hardly_begun" / "tmp.args.yaml").write_text("run_d")
+    assert start(config)[0] == [0]
+    assert curve(folder / "hardly_begun") == curve(finished)
+
+
+def test_changed_data_are_refused(finished, folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    shutil.copyfile(INPUTS / "train_icd.jsonl", data)
+    settings = {"data": {"instruct_data": str(data)}, "no_eval": True}
+    assert start(kill_test_config(folder, "data", **settings))[0] == [0]
+    with data.open("a") as file:
+        file.write(data.read_text().splitlines()[0] + "\n")
+    codes, log = start(kill_test_config(folder, "data", **settings))
+    assert codes == [1] and f"{data} has changed since the checkpoint" in log and "Traceback" not in log
+
+
+def test_what_only_watches_may_change(finished, folder):
+    watching = {"log_freq": 2, "ckpt_freq": 1, "no_eval": True, "num_ckpt_keep": 5, "guards": {"spike_factor": 2}}
+    codes, log = start(copy_run(finished, folder, "watched", **watching))
+    assert codes == [0], log
+    assert steps(folder / "watched") == [14, 15, 16]
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, folder):
+    config = copy_run(finished, folder, "damaged", num_ckpt_keep=1)
+    run_dir = config.with_suffix("")
+    shutil.copytree(finished / "checkpoints" / "checkpoint_000016", run_dir / "checkpoints" / "checkpoint_000016")
+    shard = next((run_dir / "checkpoints" / "checkpoint_000016" / "state").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    codes, log = start(config)
+    assert codes == [0], log
+    assert "checkpoint_000016 is damaged" in log and "behind step 14" in log
+    assert curve(run_dir) == curve(finished)
+    left = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert left == {"checkpoint_000016", "superseded_checkpoint_000016", "last"}
+    assert damage(run_dir / "checkpoints" / "last") is None
+
+
+def test_nothing_sound_to_go_on_from_is_an_error(finished, folder):
+    config = copy_run(finished, folder, "unsound")
+    (folder / "unsound" / "checkpoints" / "checkpoint_000014" / "state" / "run.json").write_text("{}")
+    codes, log = start(config)
+    assert codes == [1] and "None of the checkpoints" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("inside", ["checkpoint_000014", "checkpoint_000014/consolidated"])
+def test_a_named_checkpoint_starts_another_run_folder(inside, finished, folder):
+    name = f"branch_{Path(inside).name}"
+    codes, log = start(kill_test_config(folder, name, resume=str(finished / "checkpoints" / inside)))
+    assert codes == [0], log
+    run, branch = curve(finished), curve(folder / name)
+    assert all(branch[tag] == [row for row in run[tag] if row[0] > 14] for tag in COMPARED)
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(finished, folder):
+    codes, log = start(kill_test_config(folder, "from_run", resume=str(finished)))
+    assert codes == [0] and f"Goes on from {finished / 'checkpoints' / 'checkpoint_000016'}, behind step 16" in log, log
+
+
+def test_a_trained_adapter_starts_a_longer_run(finished, folder):
+    lora = {"rank": 4, "dropout": 0.1, "from_adapter": str(finished)}
+    codes, log = start(kill_test_config(folder, "longer", lora=lora, max_steps=20))
+    assert codes == [0] and len(curve(folder / "longer")["train"]) == 20, log
+    first, longer = (curve(run_dir)["eval"][0] for run_dir in (finished, folder / "longer"))
+    assert first[0] == longer[0] and longer[1] < first[1]
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_weights_and_optimizer(before, after, folder):
+    name = f"from_{before}_to_{after}"
+    first = kill_test_config(folder, f"{name}_first")
+    assert start(first, before)[0] == [0] * before
+    checkpoint = folder / f"{name}_first" / "checkpoints" / "checkpoint_000014"
+    config = kill_test_config(folder, name, resume=str(checkpoint), ckpt_freq=1, num_ckpt_keep=None)
+    state = json.loads((checkpoint / "state" / "run.json").read_text())
+    codes, log = start(config, after)
+    assert codes == [0] * after, log
+    assert f"with {before} processes and goes on with {after}" in log and "dealt out anew" in log
+    rates = {row["step"]: row["lr"] for row in read_jsonl(folder / name / "metrics.train.jsonl")}
+    assert list(rates) == [15, 16] and rates[15] == state["schedule"]["last_lr"][0]
+    # One step at that small a rate changes little: what was loaded is what had been saved, and Adam's moments with it.
+    adapters = [checkpoint, folder / name / "checkpoints" / "checkpoint_000015"]
+    saved, next_one = (load_file(path / "consolidated" / "lora.safetensors") for path in adapters)
+    for tensor_name, tensor in saved.items():
+        assert (tensor - next_one[tensor_name]).abs().max() <= 3 * rates[15]
+        assert ".lora_A" in tensor_name or tensor.abs().max() > 30 * rates[15]
+
+
+@pytest.mark.parametrize(
+    "content, resume, expected",
+    [
+        ("args.yaml", "never", "Set `resume: auto`"),
+        ("thesis.docx", "auto", "holds no run (no args.yaml)"),
+        ("thesis.docx", "never", "already exists"),
+    ],
+)
+def test_an_inhabited_run_folder_is_left_alone(content, resume, expected, folder, tmp_path):
+    run_dir = tmp_path / "mine"
+    run_dir.mkdir()
+    (run_dir / content).write_text("precious")
+    config = kill_test_config(folder, "inhabited", resume=resume, run_dir=str(run_dir))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        train.train(str(config))
+    assert [path.name for path in run_dir.iterdir()] == [content] and (run_dir / content).read_text() == "precious"
+
+
+def test_a_checkpoint_of_mistral_finetune_cannot_be_gone_on_from(finished, folder):
+    config = copy_run(finished, folder, "stateless")
+    shutil.rmtree(folder / "stateless" / "checkpoints" / "checkpoint_000014" / "state")
+    codes, log = start(config)
+    assert codes == [1] and "None of the checkpoints" in log
+
+
+# --- Being asked to stop
+
+
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_signal_ends_a_run_behind_a_saved_step(ranks, number, folder):
+    undisturbed = kill_test_config(folder, f"calm_{ranks}_{number}", ckpt_freq=0)
+    assert start(undisturbed, ranks)[0] == [0] * ranks
+    config = kill_test_config(folder, f"stopped_{ranks}_{number}", ckpt_freq=0)
+    run_dir = config.with_suffix("")
+    run = ForkedRun(config, ranks)
+    wait_for(run_dir / "metrics.train.jsonl")
+    os.kill(run.pids[-1], number)  # one rank is enough
+    assert run.wait() == [75] * ranks, run.log
+    assert steps(run_dir) == [len(curve(run_dir)["train"])] and steps(run_dir)[0] < 16
+    assert start(config, ranks)[0] == [0] * ranks
+    assert curve(run_dir) == curve(undisturbed.with_suffix(""))
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    """Waits until a file has a line."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.read_bytes().count(b"\n")):
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(folder):
+    undisturbed = kill_test_config(folder, "calm_torchrun")
+    assert start(undisturbed, 2)[0] == [0, 0]
+    config = kill_test_config(folder, "torchrun")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    log = folder / "torchrun.log"
+    with log.open("w") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, *command, "-m", "train", str(config)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    wait_for(config.with_suffix("") / "checkpoints" / "last" / MANIFEST_NAME)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "train"], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    assert launcher.wait(timeout=180) == 0, log.read_text()
+    assert "Goes on from" in log.read_text()
+    assert curve(config.with_suffix("")) == curve(undisturbed.with_suffix(""))
+
+
+# --- Ranks that fail together
+
+
+def test_one_ranks_exception_ends_all_within_seconds(folder):
+    data = folder / "bad_late.jsonl"
+    row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 200}]})
+    data.write_text("\n".join([row] * 41 + ["{broken"]) + "\n")  # of two ranks only the second reads line 42
+    settings = {"data": {"instruct_data": str(data)}, "no_eval": True, "max_steps": 1000, "no_ckpt": True}
+    config = kill_test_config(folder, "one_fails", **settings)
+    run = ForkedRun(config, 2)
+    began = time.monotonic()
+    wait_for(config.with_suffix("") / "metrics.train.jsonl")
+    assert run.wait() == [1, 1]
+    assert time.monotonic() - began < 60
+    assert run.log.count("error: The data in line 42") == 1, run.log
+
+
+# --- Numbers that go wrong
+
+
+def test_fp16_that_overflows_stops_with_sound_weights(folder):
+    """The story of the 15-hour V100 run: too high a rate in fp16, and a loss that turns into nan."""
+    settings = {"param_dtype": "fp16", "optim": {"lr": 300.0, "pct_start": 0.3}, "max_steps": 300, "ckpt_freq": 1}
+    settings |= {"no_eval": True, "num_ckpt_keep": None, "guards": {"max_skipped_steps": 30}, "max_norm": 1e9}
+    config = kill_test_config(folder, "overflow", **settings)
+    run_dir = config.with_suffix("")
+    codes, log = start(config)
+    assert codes == [1] and "the gradient was not finite in 30 steps in a row" in log and "Traceback" not in log, log
+    checkpoints = saved_checkpoints(run_dir / "checkpoints")
+    assert checkpoints and str(checkpoints[-1]) in log.split("the last checkpoint is")[1]
+    for checkpoint in checkpoints:
+        for tensor in load_file(checkpoint / "consolidated" / "lora.safetensors").values():
+            assert tensor.isfinite().all()
+    again, log = start(config)  # the state goes on, too, where the optimizer may not have taken a single step
+    assert again == [1] and "Goes on from" in log and "Traceback" not in log, log
+    kept = sorted((run_dir / "rescue").iterdir())
+    assert len(kept) == 30
+    record = json.loads(kept[-1].read_text())
+    assert record["rows"] and all(re.fullmatch(r".*train_icd\.jsonl:\d+", row) for row in record["rows"])
+    assert set(record) == {"step", "rows"}
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best():
+    best = EarlyStopping(EarlyStoppingArgs(metric="eval_loss", patience=3))
+    assert [best.improved({"eval_loss": loss}) for loss in (math.nan, 2.0, math.inf, 1.0)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_loss_that_jumps_is_reported_or_stops_the_run(stop, folder):
+    guards = {"spike_factor": 1.0001, "spike_window": 10, "stop_on_spike": stop}
+    config = kill_test_config(folder, f"jump_{stop}", guards=guards, optim={"lr": 1e-9})
+    codes, log = start(config)
+    assert "times the usual" in log and codes == [int(stop)], log
+    kept = next((config.with_suffix("") / "rescue").iterdir())
+    assert json.loads(kept.read_text())["rows"]
+
+
+# --- The disk
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=1400k tmpfs "$1" && shift || exit 99
+"$@"
+code=$?
+cp -a "$RUN_DIR" "$KEPT"
+exit $code
+"""
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
+    """In a namespace of its own, where anybody may mount; the disk is gone with it."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    settings = {"run_dir": str(disk / "run"), "num_ckpt_keep": None, "no_eval": True, "lora": {"rank": 16}}
+    config = kill_test_config(folder, "full", **settings)
+    done = subprocess.run(
+        [*("unshare", "-Urm", "sh", "-c", ON_A_SMALL_DISK, "sh", disk), sys.executable, "-m", "train", config],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_DIR": str(disk / "run"), "KEPT": str(kept)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    if done.returncode == 99 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "could not be saved: " in done.stderr and "No space left on device" in done.stderr
+    left = saved_checkpoints(kept / "checkpoints")
+    assert left and all(damage(checkpoint) is None for checkpoint in left)
+    assert load_file(left[-1] / "consolidated" / "lora.safetensors")
+
+
+def test_a_disk_too_small_for_the_plan_is_known_at_once(folder, monkeypatch):
+    config = kill_test_config(folder, "planned", num_ckpt_keep=None)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
+    with pytest.raises(UserError, match=r"8 more checkpoints of 0\.0 GiB need"):
+        train.train(str(config))
+    assert not config.with_suffix("").exists()
+
+
+def test_a_gpu_too_full_for_the_weights_is_known_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 32 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
+    preflight.check_memory(torch.device("cuda", 0), 2**29)
+    with pytest.raises(UserError, match=r"cuda:0 \(V100\) has 1.0 of 32.0 GiB free; .* take 2.0 GiB"):
+        preflight.check_memory(torch.device("cuda", 0), 2 * 2**30)
+
+
+def test_out_of_memory_says_what_to_cut(folder):
+    args = load_train_args(kill_test_config(folder, "memory", batch_size=4, checkpoint=False))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    assert preflight.out_of_memory_advice(error, args, rank=1) == (
+        "The GPU of process 1 is out of memory: CUDA out of memory. Tried to allocate 2 GiB. Use `checkpoint: true`, a "
+        "smaller `batch_size` (now 4), a smaller `seq_len` (now 512), a smaller `lora.rank` (now 4), "
+        "`base_dtype: nf4`, more GPUs."
+    )
+
+
+def test_a_manifest_tells_damage(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.bin").write_bytes(b"12345")
+    (tmp_path / "c").write_bytes(b"")
+    seal(tmp_path)
+    assert damage(tmp_path) is None
+    (tmp_path / "a" / "b.bin").write_bytes(b"12346")
+    assert "sha256" in damage(tmp_path) and damage(tmp_path, hashes=False) is None
+    (tmp_path / "a" / "b.bin").write_bytes(b"123")
+    assert "has 3 bytes instead of 5" in damage(tmp_path)
+    (tmp_path / "a" / "b.bin").unlink()
+    assert "No such file" in damage(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text("[]")
+    assert "cannot be read" in damage(tmp_path)
+
+
+def test_trackers_go_on_with_the_same_run(finished, folder):
+    """TensorBoard shows each step once, and wandb has one run."""
+    settings = {"wandb": {"project": "icd", "offline": True}}
+    config = copy_run(finished, folder, "tracked", **settings)
+    run_dir = config.with_suffix("")
+    codes, log = start(config)
+    assert codes == [0], log
+    events = EventAccumulator(str(run_dir / "tb")).Reload()
+    assert [event.step for event in events.Scalars("train.loss")] == list(range(1, 17))
+    shutil.rmtree(run_dir / "checkpoints" / "checkpoint_000016")
+    assert start(config)[0] == [0]
+    runs = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(runs) == 2 and len({path.stem for path in runs}) == 1

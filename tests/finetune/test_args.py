@@ -1,0 +1,463 @@
+"""The training YAML: what is read, and everything that is refused, in one message."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune.args import TrainArgs, load_train_args
+from finetune.data.args import Source, parse_sources
+from finetune.run_dir import create_run_dir
+from model.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    for name in ("train", "eval", "texts"):
+        Path(f"{name}.jsonl").write_text("{}\n", encoding="utf-8")
+
+
+BASE: dict[str, Any] = {
+    "model_id_or_path": "model",
+    "run_dir": "runs/first",
+    "data": {"instruct_data": "train.jsonl"},
+}
+
+
+def load(content: str | dict[str, Any]) -> TrainArgs:
+    text = content if isinstance(content, str) else yaml.safe_dump(content)
+    Path("config.yaml").write_text(text, encoding="utf-8")
+    return load_train_args(Path("config.yaml"))
+
+
+def problems(**keys: Any) -> list[str]:
+    """What is said of BASE with these keys."""
+    try:
+        load(BASE | keys)
+    except UserError as error:
+        first, *lines = str(error).splitlines()
+        assert first == "config.yaml cannot be used:"
+        assert all(line.startswith("  - ") for line in lines)
+        return [line.removeprefix("  - ") for line in lines]
+    return []
+
+
+# ---- what is read ----
+
+
+def test_defaults_are_the_originals():
+    args = load(BASE)
+    assert args.data.instruct_data == "train.jsonl"
+    assert (args.data.shuffle, args.data.instruct.shuffle, args.data.instruct.dynamic_chunk_fn_call) == (
+        False,
+        True,
+        True,
+    )
+    assert dataclasses.astuple(args.optim) == ("adamw", "onecycle", 1e-4, 0.1, 0.05, 25, 1e4)
+    assert (args.seed, args.num_microbatches, args.seq_len, args.batch_size) == (0, 1, 2048, 1)
+    assert (args.max_norm, args.max_steps, args.log_freq, args.checkpoint) == (1.0, 100, 1, True)
+    assert (args.ckpt_freq, args.save_adapters, args.no_ckpt, args.num_ckpt_keep) == (0, True, False, 3)
+    assert (args.eval_freq, args.no_eval) == (0, True)
+    assert (args.lora.enable, args.lora.rank, args.lora.dropout, args.lora.scaling) == (True, 16, 0.0, 2.0)
+    assert (args.wandb.project, args.mlflow.tracking_uri, args.lora.from_adapter) == (None, None, None)
+    assert (args.param_dtype, args.attention, args.data.packing) == ("auto", "auto", "concat")
+    assert (args.lora.targets, args.loss_normalization) == (["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "microbatch")
+
+
+def test_numbers_may_be_written_as_yaml_mistakes_them():
+    args = load(
+        """
+        model_id_or_path: model
+        run_dir: 2024          # a number
+        data: {instruct_data: train.jsonl}
+        optim: {lr: 1e-4, weight_decay: "0.5", pct_start: 0}   # YAML 1.1 reads 1e-4 as a text
+        seq_len: "512"
+        max_steps: 1e2
+        no_eval: "True"
+        num_ckpt_keep: null
+        """
+    )
+    assert (args.optim.lr, args.optim.weight_decay, args.optim.pct_start) == (1e-4, 0.5, 0.0)
+    assert (args.run_dir, args.seq_len, args.max_steps, args.no_eval, args.num_ckpt_keep) == (
+        "2024",
+        512,
+        100,
+        True,
+        None,
+    )
+    assert isinstance(args.seq_len, int) and isinstance(args.optim.pct_start, float)
+
+
+@pytest.mark.parametrize(
+    ("lora", "scaling"),
+    [({"rank": 8, "alpha": 12}, 1.5), ({"alpha": 16}, 1.0), ({"scaling": 3}, 3.0), ({"scaling": None}, 2.0)],
+)
+def test_alpha_is_another_way_to_give_the_scaling(lora: dict[str, Any], scaling: float):
+    args = load(BASE | {"lora": lora})
+    assert (args.lora.scaling, args.lora.alpha) == (scaling, None)
+    assert load(BASE | {"lora": args.to_dict()["lora"]}) == args
+
+
+def test_a_block_whose_keys_are_all_commented_out_has_its_defaults():
+    text = yaml.safe_dump(BASE) + "".join(f"{block}:\n  # key: 1\n" for block in ("optim", "lora", "wandb", "guards"))
+    assert load(text) == load(BASE)
+    [problem] = problems(data=None)
+    assert problem.startswith("`data.instruct_data` and `data.data` are both empty")
+
+
+def test_an_empty_text_means_unset_for_trackers():
+    keys = {"wandb": {"project": "", "run_name": "", "key": ""}, "mlflow": {"tracking_uri": ""}}
+    args = load(BASE | keys)
+    assert (args.wandb.project, args.wandb.run_name, args.wandb.key, args.mlflow.tracking_uri) == (None,) * 4
+
+
+def test_keys_may_be_dotted_at_any_depth():
+    dotted = load(
+        """
+        model_id_or_path: model
+        run_dir: run
+        data.instruct_data: train.jsonl
+        data.instruct.shuffle: false
+        data.instruct.dynamic_chunk_fn_call: false
+        data: {shuffle: true, eval_instruct_data: eval.jsonl}
+        optim.lr: 0.5
+        wandb.project: ""
+        """
+    )
+    nested = load(
+        {
+            "model_id_or_path": "model",
+            "run_dir": "run",
+            "data": {
+                "instruct_data": "train.jsonl",
+                "eval_instruct_data": "eval.jsonl",
+                "shuffle": True,
+                "instruct": {"shuffle": False, "dynamic_chunk_fn_call": False},
+            },
+            "optim": {"lr": 0.5},
+        }
+    )
+    assert dotted == nested
+    assert load(BASE | {"data": {"instruct_data": "train.jsonl", "instruct.shuffle": True}}).data.instruct.shuffle
+
+
+def test_args_yaml_loads_to_the_same_settings_without_the_key():
+    args = load(
+        BASE
+        | {
+            "data": {
+                "data": "texts.jsonl:1.5",
+                "instruct_data": "train.jsonl:2",
+                "eval_instruct_data": "eval.jsonl",
+                "keep_sections": ["Conclusion"],
+            },
+            "optim": {"lr": 6e-5, "pct_start": 0.1, "div_factor": 5},
+            "wandb": {"project": "coding", "offline": True, "key": "0123secret"},
+            "lora": {"rank": 64, "dropout": 0.1},
+            "num_ckpt_keep": None,
+            "no_eval": False,
+            "param_dtype": "bf16",
+        }
+    )
+    assert args.wandb.key == "0123secret"
+    create_run_dir(Path("run"), dataclasses.replace(args, world_size=2))
+    assert "0123secret" not in "".join(file.read_text(encoding="utf-8") for file in Path("run").iterdir())
+    assert "key" not in yaml.safe_load(Path("run/args.yaml").read_text(encoding="utf-8"))["wandb"]
+    without_key = dataclasses.replace(args, world_size=2, wandb=dataclasses.replace(args.wandb, key=None))
+    assert load_train_args(Path("run/args.yaml")) == without_key
+    assert "0123secret" not in repr(args)
+
+
+# ---- what is refused ----
+
+
+def test_an_unknown_key_is_named_with_the_one_that_was_meant():
+    assert problems(seq_length=3) == ["`seq_length` is no setting; did you mean `seq_len`?"]
+    assert problems(lora={"rnak": 3}) == ["`lora.rnak` is no setting; did you mean `rank`?"]
+    assert problems(**{"optim.learning": 3})[0].startswith(
+        "`optim.learning` is no setting; expected one of div_factor,"
+    )
+    [problem] = problems(**{"data.instruct.shufle": True})
+    assert problem == "`data.instruct.shufle` is no setting; did you mean `shuffle`?"
+    assert problems(**{"wandb.project.name": "x"})[0].startswith("`wandb.project` is {'name': 'x'}; expected a text")
+
+
+def test_keys_that_are_no_texts_are_named():
+    with pytest.raises(UserError, match="`on` is no setting"):
+        load("on: 1")  # YAML 1.1 reads `on` as true
+    with pytest.raises(UserError, match=r"`data\.3` is no setting"):
+        load("data: {3: x}")
+
+
+def test_a_setting_given_in_both_ways_is_refused():
+    assert problems(**{"data.instruct_data": "texts.jsonl"}) == ["`data.instruct_data` is given twice; give it once."]
+    assert "`lora` is 3; expected a block of keys." in problems(**{"lora": 3, "lora.rank": 8})
+
+
+MISSING = [f"`{key}` is missing; it must be given." for key in ("data", "model_id_or_path", "run_dir")]
+
+
+def test_what_must_be_given_is_named():
+    with pytest.raises(UserError) as caught:
+        load("{}")
+    assert [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]] == MISSING
+
+
+def test_a_missing_key_does_not_hide_what_is_wrong_with_others():
+    with pytest.raises(UserError) as caught:
+        load({"data": {"instruct_data": "train.jsonl"}, "seq_len": 0, "lora": {"rank": 0}, "optim": {"lr": "fast"}})
+    for sentence in ("`seq_len` is 0", "`lora.rank` is 0", "`optim.lr` is 'fast'", *MISSING[1:]):
+        assert str(caught.value).count(sentence) == 1
+    assert len(str(caught.value).splitlines()) == 6  # nothing is said of what stands in for a missing key
+
+
+WRONG_TYPES = [
+    ({"seq_len": "long"}, "`seq_len` is 'long'; expected a whole number."),
+    ({"seq_len": 0.5}, "`seq_len` is 0.5; expected a whole number."),
+    ({"seq_len": None}, "`seq_len` is None; expected a whole number."),
+    ({"seq_len": True}, "`seq_len` is True; expected a whole number."),
+    ({"seq_len": [1]}, "`seq_len` is [1]; expected a whole number."),
+    ({"seed": 10**400}, f"`seed` is {10**400}; expected a whole number."),
+    ({"num_ckpt_keep": "all"}, "`num_ckpt_keep` is 'all'; expected a whole number."),
+    ({"max_norm": "nan"}, "`max_norm` is 'nan'; expected a number."),
+    ({"max_norm": float("inf")}, "`max_norm` is inf; expected a number."),
+    ({"optim": {"lr": False}}, "`optim.lr` is False; expected a number."),
+    ({"optim": {"lr": "1e-4x"}}, "`optim.lr` is '1e-4x'; expected a number."),
+    ({"no_eval": 1}, "`no_eval` is 1; expected true or false."),
+    ({"no_eval": "maybe"}, "`no_eval` is 'maybe'; expected true or false."),
+    ({"run_dir": ["x"]}, "`run_dir` is ['x']; expected a text."),
+    ({"run_dir": None}, "`run_dir` is None; expected a text."),
+    ({"wandb": {"project": True}}, "`wandb.project` is True; expected a text."),
+    ({"data": "train.jsonl"}, "`data` is 'train.jsonl'; expected a block of keys."),
+    ({"data": BASE["data"] | {"instruct": [1]}}, "`data.instruct` is [1]; expected a block of keys."),
+    ({"data": BASE["data"] | {"keep_sections": "x"}}, "`data.keep_sections` is 'x'; expected a list of texts."),
+]
+
+
+@pytest.mark.parametrize(("keys", "sentence"), WRONG_TYPES)
+def test_a_value_of_the_wrong_type_is_refused(keys: dict[str, Any], sentence: str):
+    assert problems(**keys) == [sentence]
+
+
+def of_data(**keys: Any) -> dict[str, Any]:
+    return {"data": BASE["data"] | keys}
+
+
+IMPOSSIBLE = [
+    *[
+        ({key: value}, f"`{key}` is {value}; it must be at least 1.")
+        for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq")
+        for value in (0, -1)
+    ],
+    ({"ckpt_freq": -1}, "`ckpt_freq` is -1; it must be 0 (only after the last step) or more."),
+    ({"eval_freq": -1}, "`eval_freq` is -1; it must be 0 (only after the last step) or more."),
+    ({"num_ckpt_keep": 0}, "`num_ckpt_keep` is 0; it must be at least 1, or null to keep all."),
+    ({"max_norm": 0}, "`max_norm` is 0.0; it must be positive."),
+    ({"seed": -1}, "`seed` is -1; it must lie between 0 and 2**32 - 1."),
+    ({"seed": 2**32}, "`seed` is 4294967296; it must lie between 0 and 2**32 - 1."),
+    ({"param_dtype": "float16"}, "`param_dtype` is 'float16'; expected auto, bf16, fp16, fp32."),
+    ({"attention": "flash"}, "`attention` is 'flash'; expected auto, xformers, varlen, sdpa."),
+    ({"model_id_or_path": "nope"}, "`model_id_or_path`: the folder nope does not exist."),
+    ({"model_id_or_path": "train.jsonl"}, "`model_id_or_path`: the folder train.jsonl does not exist."),
+    ({"run_dir": " "}, "`run_dir` is empty; name a folder to create."),
+    (
+        {"no_eval": False},
+        "`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`.",
+    ),
+    (
+        {"lora": {"enable": False}},
+        "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
+        "Set `save_adapters: false` to save the full weights.",
+    ),
+    ({"lora": {"rank": 0}}, "`lora.rank` is 0; it must be at least 1 (or set `lora.enable: false`)."),
+    ({"lora": {"dropout": 1}}, "`lora.dropout` is 1.0; it must lie in [0, 1)."),
+    ({"lora": {"dropout": -0.1}}, "`lora.dropout` is -0.1; it must lie in [0, 1)."),
+    ({"lora": {"scaling": 0}}, "`lora.scaling` is 0.0; it must be positive."),
+    ({"lora": {"alpha": -1}}, "`lora.alpha` is -1.0; it must be positive."),
+    (
+        {"lora": {"rank": 16, "alpha": 32, "scaling": 2}},
+        "`lora.alpha` (32.0) and `lora.scaling` (2.0) are both given; scaling is alpha / rank, so give one of them.",
+    ),
+    (
+        {"lora": {"rank": 0, "alpha": 32}},
+        "`lora.rank` is 0; it must be at least 1 (or set `lora.enable: false`).",
+    ),
+    ({"lora": {"targets": []}}, "`lora.targets` is empty; name a layer (or set `lora.enable: false`)."),
+    (
+        {"lora": {"targets": ["wq", "q_proj", "lm_head"]}},
+        "`lora.targets` names ['q_proj', 'lm_head']; expected some of wq, wk, wv, wo, w1, w2, w3, gate, output.",
+    ),
+    ({"optim": {"schedule": "cosin"}}, "`optim.schedule` is 'cosin'; expected onecycle, cosine, linear, constant."),
+    ({"loss_normalization": "token"}, "`loss_normalization` is 'token'; expected microbatch, tokens."),
+    (
+        {"lora": {"enable": False, "from_adapter": "x"}, "save_adapters": False},
+        "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.",
+    ),
+    ({"optim": {"pct_start": 2}}, "`optim.pct_start` is 2.0; it is a share of the steps, between 0 and 1."),
+    ({"optim": {"pct_start": -0.1}}, "`optim.pct_start` is -0.1; it is a share of the steps, between 0 and 1."),
+    ({"optim": {"lr": -1}}, "`optim.lr` is -1.0; it cannot be negative."),
+    ({"optim": {"weight_decay": -1}}, "`optim.weight_decay` is -1.0; it cannot be negative."),
+    ({"optim": {"div_factor": 0}}, "`optim.div_factor` is 0.0; it must be positive."),
+    ({"optim": {"final_div_factor": -1}}, "`optim.final_div_factor` is -1.0; it must be positive."),
+    (
+        of_data(instruct_data=""),
+        "`data.instruct_data` and `data.data` are both empty: name at least one training source.",
+    ),
+    (
+        of_data(instruct_data="nope.jsonl"),
+        "`data.instruct_data`: The path nope.jsonl does not exist; expected a jsonl file or a folder of jsonl files.",
+    ),
+    (
+        of_data(eval_instruct_data="model"),
+        "`data.eval_instruct_data`: The folder model holds no file whose name ends in 'jsonl'.",
+    ),
+    (
+        of_data(data="texts.jsonl:0"),
+        "`data.data`: 'texts.jsonl:0' is not a data source; expected <path> or <path>:<weight>, "
+        "but the weight is 0: it must be positive.",
+    ),
+    (
+        of_data(instruct_data="train.jsonl,train.jsonl"),
+        "`data.instruct_data`: train.jsonl stands twice in 'train.jsonl,train.jsonl'; "
+        "give it once, with the sum of its weights.",
+    ),
+    (
+        of_data(data="train.jsonl"),
+        "train.jsonl stands under both `data.data` and `data.instruct_data`; its rows are one or the other.",
+    ),
+    (
+        of_data(instruct={"shuffle": False}),
+        "`data.instruct.dynamic_chunk_fn_call` needs `data.instruct.shuffle: true`, since the shorter "
+        "conversations stand behind all others in a file; set both to true or both to false.",
+    ),
+    (of_data(packing="first_fit"), "`data.packing` is 'first_fit'; expected concat, best_fit."),
+    (of_data(overlong="cut"), "`data.overlong` is 'cut'; expected shorten, drop, error."),
+]
+
+
+@pytest.mark.parametrize(("keys", "sentence"), IMPOSSIBLE)
+def test_an_impossible_setting_is_refused(keys: dict[str, Any], sentence: str):
+    assert problems(**keys) == [sentence]
+
+
+def test_the_limits_themselves_are_accepted():
+    assert problems(seed=2**32 - 1, seq_len=1, max_steps=1, optim={"pct_start": 1, "lr": 0}, num_ckpt_keep=1) == []
+    assert problems(lora={"enable": False, "rank": 0}, save_adapters=False) == []
+    assert problems(lora={"enable": False}, no_ckpt=True) == []
+    assert problems(world_size=8) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "keys", "setting"),
+    [
+        ("wandb", {"wandb": {"project": "x"}}, "wandb.project"),
+        ("mlflow", {"mlflow": {"tracking_uri": "x"}}, "mlflow.tracking_uri"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, package: str, keys: dict[str, Any], setting: str
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    [problem] = problems(**keys)
+    assert problem.startswith(f"`{setting}` is set but the package {package} is not installed: run `pip install")
+
+
+def test_all_problems_are_named_in_one_message():
+    found = problems(
+        seq_len=0,
+        batch_size="many",
+        seeed=3,
+        lora={"rank": 0, "scalling": 1},
+        optim={"lr": "fast", "pct_start": 3},
+        no_eval=False,
+        data={"instruct_data": "nope.jsonl:1", "data": "a:b:c"},
+        model_id_or_path="nope",
+    )
+    assert len(found) == 11
+    for key in (
+        "`seq_len` is 0",
+        "`batch_size` is 'many'",
+        "`seeed` is no setting; did you mean `seed`?",
+        "`lora.rank` is 0",
+        "`lora.scalling` is no setting",
+        "`optim.lr` is 'fast'",
+        "`optim.pct_start` is 3.0",
+        "`no_eval` is false",
+        "The path nope.jsonl does not exist",
+        "'a:b:c' is not a data source",
+        "the folder nope does not exist",
+    ):
+        assert sum(key in problem for problem in found) == 1, key
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "must hold `key: value` pairs, found NoneType"),
+        (b"- a\n- b", "must hold `key: value` pairs, found list"),
+        (b"just a text", "must hold `key: value` pairs, found str"),
+        (b"seq_len: [1", "is not valid YAML"),
+        (b"\tseq_len: 1", "is not valid YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        (b"run_dir: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        (b"[" * 5000, "is not valid YAML"),
+        ("run_dir: é".encode("latin-1"), "is not valid UTF-8 (byte 10)"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_refused(content: bytes, reason: str):
+    Path("config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"config.yaml {reason}")):
+        load_train_args(Path("config.yaml"))
+
+
+@pytest.mark.parametrize("name", ["nope.yaml", "model"])
+def test_a_file_that_is_not_there_is_refused(name: str):
+    with pytest.raises(UserError, match=f"The configuration {name} does not exist"):
+        load_train_args(Path(name))
+
+
+# ---- sources ----
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        (" , ", []),
+        ("a.jsonl", [("a.jsonl", 1)]),
+        ("a.jsonl:2,b:0.5,", [("a.jsonl", 2), ("b", 0.5)]),
+        (" a.jsonl : 2. , my notes/b.jsonl ", [("a.jsonl", 2), ("my notes/b.jsonl", 1)]),
+        ("a.jsonl:1e-3", [("a.jsonl", 0.001)]),
+        ("E:/notes/a.jsonl", [("E:/notes/a.jsonl", 1)]),
+        (r"E:\notes\a.jsonl:3, c:/b", [(r"E:\notes\a.jsonl", 3), ("c:/b", 1)]),
+        ("e:2", [("e", 2)]),
+    ],
+)
+def test_sources_are_paths_with_weights(text: str, expected: list[tuple[str, float]]):
+    assert parse_sources(text) == [Source(Path(path), weight) for path, weight in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a:b:c", "'a:b:c' is not a data source; expected <path> or <path>:<weight> with at most one colon"),
+        ("E:/a:b:c", "'E:/a:b:c' is not a data source"),
+        (":2", "':2' is not a data source"),
+        ("a:", "'a:' is not a data source"),
+        ("a:two", "but 'two' is no number"),
+        ("a:0", "but the weight is 0: it must be positive"),
+        ("a:-1.5", "but the weight is -1.5: it must be positive"),
+        ("a:nan", "but the weight is nan: it must be positive"),
+        ("a:inf", "but the weight is inf: it must be positive"),
+        ("a, b, ./a:2", "stands twice in 'a, b, ./a:2'"),
+    ],
+)
+def test_a_malformed_source_is_quoted(text: str, reason: str):
+    with pytest.raises(UserError, match=re.escape(reason)):
+        parse_sources(text)

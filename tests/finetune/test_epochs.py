@@ -1,0 +1,177 @@
+"""`epochs` in place of `max_steps`: how many steps they are, that they train as those do, and going on with them."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.args import load_train_args, read_train_args
+from finetune.data.args import DataArgs
+from finetune.data.data_loader import TrainLoader, build_data_loader
+from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.monitoring.metrics_logger import read_metrics
+from model.errors import UserError
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
+from tests.support.run_trajectories import INPUTS, write_config
+from utils import validate_data
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SEQ_LEN = 512
+ICD, TOOLS = INPUTS / "train_icd.jsonl", INPUTS / "function_calling.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_instruct_tokenizer(Path("no folder"), 32768)
+
+
+def loader(tokenizer, sources: object, rank: int = 0, world_size: int = 1, **settings) -> TrainLoader:
+    data = DataArgs(instruct_data=str(sources), **settings)
+    return build_data_loader(tokenizer, data, 1, SEQ_LEN, 3, rank, world_size, is_eval=False)
+
+
+def rows_of(batches: TrainLoader, sequences: int) -> list[str]:
+    rows = [row for _ in range(sequences) for row in next(batches).rows]
+    batches.close()
+    return rows
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("path", [ICD, TOOLS], ids=["icd", "tools"])
+def test_an_epoch_is_over_when_every_row_has_been_packed(path, rank, world_size, tokenizer):
+    settings = (tokenizer, path, rank, world_size)
+    sequences = math.ceil(loader(*settings).count_epoch(show_progress=False) / SEQ_LEN)
+    lines = range(rank, len(path.read_bytes().splitlines()), world_size)
+    everything = {f"{path}:{line + 1}" for line in lines}
+    assert set(rows_of(loader(*settings), sequences)) == everything
+    counts = loader(*settings)
+    rows_of(counts, sequences - 1)
+    assert counts.counts.samples <= len(counts._stream) < rows_read(loader(*settings), sequences + 2)
+
+
+def rows_read(batches: TrainLoader, sequences: int) -> int:
+    rows_of(batches, sequences)
+    return batches.counts.samples
+
+
+def test_of_whole_samples_each_comes_round_once_an_epoch(tokenizer):
+    settings = {"packing": "best_fit", "overlong": "drop"}
+    positions = loader(tokenizer, ICD, **settings).count_epoch(show_progress=False)
+    rows = rows_of(loader(tokenizer, ICD, **settings), round(20 * positions / SEQ_LEN))
+    assert len(rows) == pytest.approx(20 * len(set(rows)), rel=0.05)
+    assert positions > 4 * SEQ_LEN
+
+
+def test_sources_add_up_whatever_their_weights(tokenizer):
+    alone = [loader(tokenizer, path).count_epoch(show_progress=False) for path in (ICD, TOOLS)]
+    both = loader(tokenizer, f"{ICD}:1,{TOOLS}:7").count_epoch(show_progress=False)
+    assert both == sum(alone) and both % SEQ_LEN != 0
+
+
+def test_counting_does_not_move_the_place_in_the_data(tokenizer):
+    counted, fresh = (loader(tokenizer, f"{ICD},{TOOLS}") for _ in range(2))
+    before = counted.state_dict()
+    counted.count_epoch(show_progress=False)
+    assert counted.state_dict() == before == fresh.state_dict()
+    assert rows_of(counted, 12) == rows_of(fresh, 12)
+
+
+def steps_of(config: Path, tokenizer, ranks: int) -> float:
+    """Steps that an epoch takes."""
+    args = read_train_args(config)
+    parts = (tokenizer, args.data, args.batch_size, args.seq_len, args.seed)
+    loaders = (build_data_loader(*parts, rank, ranks, is_eval=False) for rank in range(ranks))
+    positions = sum(loader.count_epoch(show_progress=False) for loader in loaders)
+    return positions / (args.batch_size * args.num_microbatches * args.seq_len * ranks)
+
+
+def test_epochs_train_as_that_many_steps_do_and_go_on(tmp_path, tokenizer):
+    settings = {"num_ckpt_keep": None, "num_microbatches": 2}
+    by_epochs = {"epochs": 0.6, "max_steps": None} | settings
+    epochs = without_max_steps(kill_test_config(tmp_path, "epochs", **by_epochs))
+    run = ForkedRun(epochs, 1)
+    assert run.wait() == [0], run.log
+    one = steps_of(epochs, tokenizer, ranks=1)
+    steps = math.ceil(0.6 * one)
+    assert f"Epochs: 0.6, which is max_steps: {steps} (an epoch takes {one:.1f} steps)" in run.log
+    written = epochs.with_suffix("") / "args.yaml"
+    assert yaml.safe_load(written.read_text())["max_steps"] == steps != load_train_args(epochs).max_steps
+    assert load_train_args(written).max_steps == steps
+
+    told = kill_test_config(tmp_path, "told", max_steps=steps, **settings)
+    assert ForkedRun(told, 1).wait() == [0]
+    expected = curve(told.with_suffix(""))
+    assert curve(epochs.with_suffix("")) == expected and expected["train"][-1][0] == steps
+
+    checkpoint = str(epochs.with_suffix("") / "checkpoints" / "checkpoint_000004")
+    rest = {tag: [row for row in expected[tag] if row[0] > 4] for tag in COMPARED}
+    later = without_max_steps(kill_test_config(tmp_path, "later", resume=checkpoint, **by_epochs))
+    run = ForkedRun(later, 1)
+    assert run.wait() == [0] and curve(later.with_suffix("")) == rest
+    assert "Epochs:" not in run.log and "Counting" not in run.log  # what a checkpoint says need not be counted
+    by_steps = kill_test_config(tmp_path, "by_steps", resume=checkpoint, max_steps=steps, **settings)
+    assert ForkedRun(by_steps, 1).wait() == [0] and curve(by_steps.with_suffix("")) == rest
+
+    more = without_max_steps(kill_test_config(tmp_path, "more", resume=checkpoint, **by_epochs | {"epochs": 0.9}))
+    run = ForkedRun(more, 1)
+    assert run.wait() == [1] and re.findall(r"^  - (.*)", run.log, re.MULTILINE) == ["`epochs` is 0.9, it was 0.6"]
+
+
+def without_max_steps(config: Path) -> Path:
+    settings = yaml.safe_load(config.read_text())
+    del settings["max_steps"]
+    config.write_text(yaml.safe_dump(settings))
+    return config
+
+
+def test_all_ranks_take_the_same_steps(tmp_path, tokenizer):
+    config = without_max_steps(kill_test_config(tmp_path, "two", epochs=0.5, no_eval=True))
+    run = ForkedRun(config, 2)
+    assert run.wait() == [0, 0], run.log
+    steps = [metrics["step"] for metrics in read_metrics(config.with_suffix(""), "train")]
+    assert steps == list(range(1, math.ceil(steps_of(config, tokenizer, ranks=2) / 2) + 1))
+
+
+def test_a_bad_row_is_found_while_counting(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(ICD.read_bytes() + b"{}\n")
+    config = kill_test_config(tmp_path, "run", epochs=1, data={"instruct_data": str(data)}, no_eval=True)
+    run = ForkedRun(without_max_steps(config), 2)
+    assert run.wait() == [1, 1]
+    assert run.log.count(f"line {len(ICD.read_bytes().splitlines()) + 1} of dataset {data} is incorrectly") == 1
+    assert not config.with_suffix("").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"epochs": 3, "max_steps": 100}, "`epochs` and `max_steps` both say how long the run is; give one of them."),
+        ({"epochs": 0}, "`epochs` is 0.0; it must be positive."),
+        ({"epochs": "three"}, "`epochs` is 'three'; expected a number."),
+    ],
+)
+def test_what_is_no_length_of_a_run_is_refused(settings, message, tmp_path):
+    config = write_config(tmp_path, "run", settings | {"data": {"instruct_data": str(ICD)}, "model_id_or_path": "."})
+    with pytest.raises(UserError) as caught:
+        load_train_args(config)
+    assert f"{config} cannot be used:\n  - {message}" == str(caught.value)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_validate_data_says_the_steps_of_the_epochs(packing, tmp_path, tokenizer, monkeypatch, capsys):
+    data = {"instruct_data": str(ICD), "packing": packing, "overlong": "drop"}
+    data["instruct"] = {"shuffle": False, "dynamic_chunk_fn_call": False}
+    settings = {"epochs": 4, "data": data, "seq_len": SEQ_LEN, "model_id_or_path": str(tmp_path / "model")}
+    config = write_config(tmp_path, "run", settings)
+    stats = tmp_path / "stats.json"
+    command = ["validate_data", "--train_yaml", str(config), "--train_stats_json", str(stats), "--num_gpus", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--num_workers", "1"])
+    validate_data.main()
+    expected = math.ceil(4 * steps_of(config, tokenizer, ranks=1))
+    assert abs(json.loads(stats.read_text())["expected"]["max_steps"] - expected) <= (packing == "best_fit")
+    assert "The run itself counts its epochs' steps" in capsys.readouterr().out

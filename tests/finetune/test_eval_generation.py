@@ -1,0 +1,176 @@
+"""Answers scored during training, the best checkpoint, and stopping early."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from wandb import teardown
+
+import train
+from finetune.args import EarlyStoppingArgs, GenerationArgs, TrainArgs
+from finetune.data.args import DataArgs
+from finetune.data.tokenize import SampleEncoder
+from finetune.distributed import World
+from finetune.eval import EarlyStopping, GenerationEval
+from finetune.monitoring.args import WandbArgs
+from model.args import LoraArgs
+from model.errors import UserError
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.golden import instruct_tokenizer
+from tests.support.wandb_reader import read_offline_run
+from utils.icd10.answers import Diagnosis, build_answer
+from utils.icd10.prompts import instruct_row
+from utils.icd10.scoring import answer_scores
+
+WORLD = World(0, 1, torch.device("cpu"))
+NOTE = "Patient xylophonique de 70 ans, zibeline."  # words to look for where no note may stand
+ANSWER = build_answer([Diagnosis("DP", "I10", "Hypertension essentielle (primitive)")])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = (json.dumps(instruct_row(NOTE, ANSWER, str(index)), ensure_ascii=False) for index in range(4))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def run(tmp_path: Path, model_folder: Path, rows: Path, **settings: Any) -> Path:
+    args = TrainArgs(
+        data=DataArgs(instruct_data=str(rows), eval_instruct_data=str(rows), packing="best_fit"),
+        model_id_or_path=str(model_folder),
+        run_dir=str(tmp_path / "run"),
+        lora=LoraArgs(rank=4),
+        seq_len=512,
+        no_eval=False,
+        **settings,
+    )
+    train.run(args, WORLD)
+    return tmp_path / "run"
+
+
+def eval_records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.eval.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_are_scored_and_kept_and_appear_nowhere_else(tmp_path: Path, model_folder: Path, rows: Path) -> None:
+    generation = GenerationArgs(file=str(rows), n_samples=3, max_tokens=4, batch_size=2, freq=2)
+    wandb = WandbArgs(project="icd", offline=True)
+    run_dir = run(tmp_path, model_folder, rows, max_steps=4, eval_generation=generation, wandb=wandb)
+    teardown()  # wandb's service, which processes that other tests start would find in their environment
+    records = eval_records(run_dir)
+    assert [record["step"] for record in records] == [0, 2, 4]
+    assert all({"micro_f1", "exact_match", "ended"} <= record.keys() for record in records)
+    assert "eval_loss" in records[-1]
+    answers = sorted(path.name for path in (run_dir / "answers").iterdir())
+    assert answers == ["step_000000.jsonl", "step_000002.jsonl", "step_000004.jsonl"]
+    kept = [json.loads(line) for line in (run_dir / "answers" / answers[0]).read_text(encoding="utf-8").splitlines()]
+    assert [row["expected"] for row in kept] == [ANSWER] * 3
+    (tracked,) = (read_offline_run(path) for path in run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert any("eval.micro_f1" in step for step in tracked.history)
+    assert all(isinstance(value, int | float) for step in tracked.history for value in step.values())
+    assert "xylophonique" not in str(tracked) and "Hypertension" not in str(tracked)
+    for path in run_dir.rglob("*"):
+        if path.is_file() and path.parent.name != "answers":
+            content = path.read_bytes()
+            assert b"xylophonique" not in content, path
+            assert b"Hypertension" not in content or path.name.startswith("tokenizer"), path
+
+
+def test_answers_need_not_be_kept(tmp_path: Path, model_folder: Path, rows: Path) -> None:
+    generation = GenerationArgs(file=str(rows), n_samples=1, max_tokens=2, keep_answers=False)
+    run_dir = run(tmp_path, model_folder, rows, max_steps=1, eval_generation=generation)
+    assert not (run_dir / "answers").exists()
+    assert len(eval_records(run_dir)) == 2
+
+
+def test_training_is_the_same_with_and_without_questions(tmp_path: Path, model_folder: Path, rows: Path) -> None:
+    generation = GenerationArgs(file=str(rows), n_samples=2, max_tokens=3, freq=1)
+    losses = []
+    for name, settings in (("with", {"eval_generation": generation}), ("without", {})):
+        run_dir = run(tmp_path / name, model_folder, rows, max_steps=3, **settings)
+        lines = (run_dir / "metrics.train.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1]
+
+
+def test_the_best_checkpoint_is_linked_and_never_pruned(
+    tmp_path: Path, model_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr("finetune.eval.evaluate", lambda *_: next(losses))
+    run_dir = run(tmp_path, model_folder, rows, max_steps=6, eval_freq=1, ckpt_freq=1, keep_best=True, num_ckpt_keep=1)
+    checkpoints = run_dir / "checkpoints"
+    assert (checkpoints / "best").resolve().name == "checkpoint_000002"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "best",
+        "checkpoint_000002",
+        "checkpoint_000006",
+        "last",
+    ]
+    assert (checkpoints / "best" / "consolidated" / "lora.safetensors").is_file()
+
+
+def test_a_run_that_gets_no_better_stops_with_a_checkpoint(
+    tmp_path: Path, model_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 0.5])
+    monkeypatch.setattr("finetune.eval.evaluate", lambda *_: next(losses))
+    early = EarlyStoppingArgs(patience=2)
+    run_dir = run(tmp_path, model_folder, rows, max_steps=20, eval_freq=1, early_stopping=early)
+    assert eval_records(run_dir)[-1]["step"] == 4
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["checkpoint_000004", "last"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"), [("eval_loss", [2.0, 1.0, 1.0, 0.5]), ("micro_f1", [0.1, 0.2, 0.2, 0.3])]
+)
+def test_better_means_lower_loss_and_higher_scores(metric: str, values: list[float]) -> None:
+    best = EarlyStopping(EarlyStoppingArgs(metric=metric, patience=1))
+    assert [best.improved({metric: value}) for value in values[:2]] == [True, True]
+    assert not best.should_stop
+    assert not best.improved({})  # nothing measured, nothing worse
+    assert not best.should_stop
+    assert not best.improved({metric: values[2]})
+    assert best.should_stop
+    assert best.improved({metric: values[3]})
+    assert not best.should_stop
+
+
+def test_a_row_without_an_answer_cannot_be_asked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Bonjour"}]}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 1 of .*rows\.jsonl does not end with an answer"):
+        GenerationEval(GenerationArgs(file=str(path)), SampleEncoder(instruct_tokenizer("v3")))
+
+
+def test_answer_scores() -> None:
+    other = build_answer([Diagnosis("DP", "E119", "Diabète"), Diagnosis("DAS", "I10", "HTA")])
+    # Of 1 + 2 gold codes 2 are found, among 2 predicted: precision 1, recall 2/3.
+    scores = answer_scores([ANSWER, other], [ANSWER, ANSWER])
+    assert scores["micro_f1"] == pytest.approx(0.8)
+    assert scores["exact_match"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"keep_best": True}, "goes by eval_loss, but `no_eval` is true"),
+        ({"early_stopping": EarlyStoppingArgs("micro_f1", 2)}, "is micro_f1 but `eval_generation.file` is empty"),
+        ({"early_stopping": EarlyStoppingArgs("f1")}, "expected eval_loss, micro_f1, exact_match"),
+        ({"eval_generation": GenerationArgs("/nowhere.jsonl")}, "/nowhere.jsonl does not exist"),
+        ({"keep_best": True, "no_ckpt": True}, "there is nothing to keep"),
+    ],
+)
+def test_contradictory_settings_are_named(
+    settings: dict[str, Any], sentence: str, model_folder: Path, rows: Path
+) -> None:
+    args = TrainArgs(DataArgs(instruct_data=str(rows)), str(model_folder), "run", **settings)
+    assert any(sentence in problem for problem in args.problems())

@@ -1,0 +1,757 @@
+"""Metrics, log lines, trackers, the loss picture and the closing summary."""
+
+import base64
+import importlib.util
+import json
+import logging
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import textwrap
+import threading
+import types
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune.monitoring import metrics_logger, trackers
+from finetune.monitoring.args import MLFlowArgs, WandbArgs
+from finetune.monitoring.metrics_logger import (
+    MetricsLogger,
+    eval_log_message,
+    eval_metrics,
+    read_metrics,
+    train_log_message,
+    train_metrics,
+)
+from finetune.monitoring.plot import draw_loss_curve, smoothed
+from finetune.monitoring.summary import summary
+from finetune.monitoring.utils import set_up_logging
+from model.errors import UserError
+
+from tests.support.wandb_reader import read_offline_run
+
+ROOT = Path(__file__).parents[2]
+SAMPLE_RUN = ROOT.parent / "shared/golden/expected/train/sample_run"
+KEY = "0123456789abcdef" * 2 + "SECRETKEY"  # as long as wandb's own
+
+# Three steps of a run of the original (20 steps of 256 tokens), as its jsonl and its log have them.
+TRAIN_ROWS = [
+    '{"lr": 3.9999999999999996e-05, "step": 1, "loss": 10.969670295715332, "percent_done": 5.0, '
+    '"peak_allocated_mem": 0.0, "allocated_mem": 0.0, "wps": 1221.7758514946458, "avg_wps": 1221.7758514946458, '
+    '"eta_in_seconds": 3.9810903072357178, "at": "2026-11-20T21:02:00.121237"}',
+    '{"lr": 0.00018058874503045722, "step": 2, "loss": 10.80312728881836, "percent_done": 10.0, '
+    '"peak_allocated_mem": 0.0, "allocated_mem": 0.0, "wps": 1859.8986752397318, "avg_wps": 1474.7691671662722, '
+    '"eta_in_seconds": 3.12455677986145, "at": "2026-11-20T21:02:00.260112"}',
+    '{"lr": 4e-09, "step": 20, "loss": 10.874019622802734, "percent_done": 100.0, "peak_allocated_mem": 0.0, '
+    '"allocated_mem": 0.0, "wps": 448.3197012487495, "avg_wps": 1437.3502595917842, "eta_in_seconds": 0.0, '
+    '"at": "2026-11-20T21:02:03.501715"}',
+]
+TRAIN_LINES = [
+    "step: 000001 - done (%): 5.0 - loss: 10.970 - lr: 4.0e-05 - peak_alloc_mem (GB): 0.0 - alloc_mem (GB): 0.0"
+    " - words_per_second: 1221.8 - avg_words_per_second: 1221.8 - ETA: 2026-11-20 21:02:04",
+    "step: 000002 - done (%): 10.0 - loss: 10.803 - lr: 1.8e-04 - peak_alloc_mem (GB): 0.0 - alloc_mem (GB): 0.0"
+    " - words_per_second: 1859.9 - avg_words_per_second: 1474.8 - ETA: 2026-11-20 21:02:03",
+    "step: 000020 - done (%): 100.0 - loss: 10.874 - lr: 4.0e-09 - peak_alloc_mem (GB): 0.0 - alloc_mem (GB): 0.0"
+    " - words_per_second: 448.3 - avg_words_per_second: 1437.4 - ETA: 2026-11-20 21:02:03",
+]
+EVAL_ROW = (
+    '{"step": 10, "train_loss": 10.801438331604004, "perplexity": 1810.1466064453125, '
+    '"eval_loss": 10.821890830993652, "at": "2026-11-20T21:02:01.686168"}'
+)
+EVAL_LINE = "step: 000010 - eval_perplexity: 1810.147 - eval_loss: 10.822 - train_loss: 10.801"
+
+
+def make_logger(run_dir, tag="train", wandb=None, mlflow=None, config=None, is_master=True):
+    return MetricsLogger(run_dir, tag, wandb or WandbArgs(), mlflow or MLFlowArgs(), config or {}, is_master)
+
+
+def write_metrics(run_dir, tag, records, tail=""):
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (run_dir / f"metrics.{tag}.jsonl").write_text(text + tail, encoding="utf-8")
+
+
+# ---- numbers and lines
+
+
+@pytest.mark.parametrize("row", [json.loads(row) for row in TRAIN_ROWS])
+def test_train_metrics_are_the_originals(row):
+    tokens = 256 * row["step"]
+    metrics = train_metrics(
+        step=row["step"],
+        max_steps=20,
+        lr=row["lr"],
+        loss=row["loss"],
+        step_tokens=256,
+        step_seconds=256 / row["wps"],
+        tokens=tokens,
+        seconds=tokens / row["avg_wps"],
+        peak_bytes=0,
+        allocated_bytes=0,
+    )
+    del row["at"]
+    assert list(metrics) == list(row)
+    assert metrics == pytest.approx(row, rel=1e-9)
+
+
+def test_train_metrics_memory_is_in_gib_and_no_time_is_no_speed():
+    metrics = train_metrics(
+        step=1,
+        max_steps=1,
+        lr=1.0,
+        loss=1.0,
+        step_tokens=8,
+        step_seconds=0.0,
+        tokens=8,
+        seconds=0.0,
+        peak_bytes=3 * 2**30,
+        allocated_bytes=2**29,
+    )
+    assert (metrics["peak_allocated_mem"], metrics["allocated_mem"]) == (3.0, 0.5)
+    assert (metrics["wps"], metrics["avg_wps"], metrics["eta_in_seconds"]) == (0.0, 0.0, 0.0)
+
+
+def test_eval_perplexity_is_exp_of_the_loss():
+    metrics = eval_metrics(step=10, train_loss=1.5, eval_loss=2.0)
+    assert list(metrics) == ["step", "train_loss", "perplexity", "eval_loss"]
+    assert metrics["perplexity"] == pytest.approx(math.e**2)
+    assert eval_metrics(step=1, train_loss=1.0, eval_loss=1e4)["perplexity"] == math.inf
+    assert math.isnan(eval_metrics(step=1, train_loss=1.0, eval_loss=math.nan)["perplexity"])
+
+
+@pytest.mark.parametrize(("row", "line"), list(zip(TRAIN_ROWS, TRAIN_LINES)))
+def test_train_log_message_is_the_originals(row, line):
+    row = json.loads(row)
+    assert train_log_message(row, now=datetime.fromisoformat(row["at"])) == line
+
+
+def test_log_messages_of_the_whole_sample_run():
+    """The reference run where it is at hand, else its rows quoted above."""
+    rows, lines = {"train": TRAIN_ROWS, "eval": [EVAL_ROW]}, [*TRAIN_LINES, EVAL_LINE]
+    if SAMPLE_RUN.exists():
+        rows = {tag: (SAMPLE_RUN / f"metrics.{tag}.jsonl").read_text().splitlines() for tag in rows}
+        lines = [line.split(" - ", 4)[-1] for line in (SAMPLE_RUN / "stdout.log").read_text().splitlines()]
+    eta = re.compile(r" - ETA:.*")  # seconds round differently between the two writes
+    expected = {eta.sub("", line) for line in lines if line.startswith("step: ")}
+    said = {eval_log_message(json.loads(row)) for row in rows["eval"]}
+    said |= {eta.sub("", train_log_message(json.loads(row))) for row in rows["train"]}
+    assert said == expected
+
+
+def test_messages_of_a_dead_model_still_print():
+    row = json.loads(TRAIN_ROWS[0]) | {"loss": math.nan}
+    assert " - loss: nan - " in train_log_message(row)
+    assert "eval_perplexity: inf" in eval_log_message(eval_metrics(step=3, train_loss=1.0, eval_loss=math.inf))
+
+
+# ---- jsonl and TensorBoard
+
+
+def test_jsonl_has_the_originals_keys_in_order(tmp_path):
+    for tag, row in [("train", TRAIN_ROWS[0]), ("eval", EVAL_ROW)]:
+        expected = json.loads(row)
+        metrics = {name: value for name, value in expected.items() if name != "at"}
+        with make_logger(tmp_path, tag) as logger:
+            logger.log(metrics, step=expected["step"])
+            logger.log(metrics | {"grad_norm": 0.5}, step=expected["step"])
+        first, second = (tmp_path / f"metrics.{tag}.jsonl").read_text().splitlines()
+        written = json.loads(first)
+        assert list(written) == list(expected)
+        assert {name: written[name] for name in metrics} == metrics
+        assert abs((datetime.now() - datetime.fromisoformat(written["at"])).total_seconds()) < 60
+        assert list(json.loads(second)) == [*metrics, "grad_norm", "at"]
+
+
+def test_a_line_is_out_when_log_returns(tmp_path):
+    logger = make_logger(tmp_path)
+    logger.log({"loss": 1.0}, step=1)
+    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path, "train")] == [(1, 1.0)]
+    logger.close()
+
+
+def test_non_finite_numbers_are_valid_json(tmp_path):
+    with make_logger(tmp_path) as logger:
+        logger.log({"step": 1, "loss": math.nan, "lr": -math.inf, "wps": np.float32(2.5)}, step=1)
+    line = (tmp_path / "metrics.train.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (record["loss"], record["lr"], record["wps"]) == (None, None, 2.5)
+
+
+def test_appending_after_a_crash_keeps_every_whole_line(tmp_path):
+    write_metrics(tmp_path, "train", [{"step": step, "loss": 1.0} for step in (1, 2, 3)], tail='{"step": 4, "lo')
+    with make_logger(tmp_path) as logger:  # resumed from the checkpoint of step 2
+        logger.log({"step": 3, "loss": 9.0}, step=3)
+    lines = (tmp_path / "metrics.train.jsonl").read_text().splitlines()
+    assert len(lines) == 5, "nothing is deleted and the new line stands alone"
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path, "train")] == [(1, 1.0), (2, 1.0), (3, 9.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with make_logger(tmp_path, wandb=WandbArgs(project="p"), is_master=False) as logger:
+        logger.log({"loss": 1.0}, step=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_events_read_back(tmp_path):
+    with make_logger(tmp_path) as train, make_logger(tmp_path, "eval") as evaluation:
+        for step, loss in [(1, 3.0), (2, math.nan), (3, 2.0)]:
+            train.log({"lr": 0.5, "step": step, "loss": loss}, step)
+        evaluation.log({"step": 3, "eval_loss": 2.5}, 3)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train.lr", "train.loss", "eval.eval_loss"}
+    points = [(event.step, event.value) for event in events.Scalars("train.loss")]
+    assert [points[0], points[2]] == [(1, 3.0), (3, 2.0)]
+    assert math.isnan(points[1][1])
+    assert [(event.step, event.value) for event in events.Scalars("eval.eval_loss")] == [(3, 2.5)]
+
+
+# ---- trackers that fail
+
+
+class BrokenTracker:
+    def __init__(self, *_):
+        self.calls = 0
+
+    def log(self, metrics, step):
+        self.calls += 1
+        raise ConnectionError("no route to host")
+
+    def close(self, failed):
+        raise ConnectionError("still no route")
+
+
+def test_a_failing_tracker_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(metrics_logger, "TensorBoardTracker", BrokenTracker)
+    with make_logger(tmp_path) as logger:
+        for step in range(1, 6):
+            logger.log({"step": step, "loss": 1.0}, step)
+    assert len(read_metrics(tmp_path, "train")) == 5
+    assert len(caplog.records) == 1
+    assert "TensorBoard failed at logging (ConnectionError: no route to host)" in caplog.text
+
+
+def test_a_tracker_that_cannot_start_is_left_out(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError("disk says no")
+
+    monkeypatch.setattr(metrics_logger, "TensorBoardTracker", refuse)
+    with make_logger(tmp_path) as logger:
+        logger.log({"step": 1}, 1)
+    assert len(read_metrics(tmp_path, "train")) == 1
+    assert "TensorBoard could not start (OSError: disk says no); training goes on" in caplog.text
+
+
+def test_a_failing_tracker_is_tried_again_at_growing_intervals(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(trackers.time, "monotonic", lambda: now)
+    broken = BrokenTracker()
+    guarded = trackers.FaultTolerant(broken, "any")
+    tried_at = []
+    while now < 1000 + 60 * 16:
+        before = broken.calls
+        guarded.log({}, 1)
+        if broken.calls > before:
+            tried_at.append(now - 1000)
+        now += 1
+    assert tried_at == [0, 60, 180, 420, 900]
+
+
+# ---- Weights & Biases
+
+
+@pytest.fixture
+def server():
+    """A local server that refuses everything and remembers who asked."""
+    requests = []
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_POST(self):
+            requests.append((self.path, self.headers.get("Authorization", "")))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(401)
+            self.end_headers()
+
+        do_GET = do_CONNECT = do_HEAD = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield types.SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", requests=requests)
+        http.shutdown()
+
+
+def run_alone(script, tmp_path, **environment):
+    """Runs `script` in a fresh process with a home of its own; returns what it printed."""
+    home = tmp_path / "home"
+    home.mkdir()
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith("WANDB") and not name.upper().endswith("_PROXY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")],
+        env=inherited | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def files_with(folder, *texts):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if any(text.encode() in path.read_bytes() for text in texts)]
+
+
+def files_with_key(folder):
+    return files_with(folder, KEY, base64.b64encode(f"api:{KEY}".encode()).decode())
+
+
+def recorded_runs(run_dir):
+    return [read_offline_run(path) for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
+
+
+# No address but this machine's own may be reached: wandb talks to its helper process over a local socket.
+TRAIN_A_LITTLE = """
+    import socket, sys
+    from pathlib import Path
+    connected = []
+    def local_only(event, args):
+        if event == "socket.connect":
+            connected.append(args[1])
+            assert args[0].family == socket.AF_UNIX or args[1][0] == "127.0.0.1", f"connects to {args[1]}"
+    sys.addaudithook(local_only)
+
+    from finetune.monitoring.args import MLFlowArgs, WandbArgs
+    from finetune.monitoring.metrics_logger import MetricsLogger
+    from finetune.monitoring.utils import set_up_logging
+    set_up_logging(0)
+    run_dir = Path(sys.argv[1])
+    run_dir.mkdir()
+    config = {"optim": {"lr": 0.5}, "wandb": {"project": "icd", "key": WANDB.key}, "note": f"key={WANDB.key}"}
+    def logger(tag):
+        return MetricsLogger(run_dir, tag, WANDB, MLFlowArgs(), config, True)
+    with logger("train") as train, logger("eval") as evaluation:
+        print("said " + "aloud")
+        train.log({"lr": 0.5, "step": 1, "loss": 3.0}, 1)
+        evaluation.log({"step": 2, "eval_loss": 2.5}, 2)
+        train.log({"lr": 0.25, "step": 2, "loss": float("nan")}, 2)
+"""
+
+
+def training_script(wandb):
+    head, body = textwrap.dedent(TRAIN_A_LITTLE).split("run_dir = ", 1)
+    return f"{head}WANDB = {wandb}\nrun_dir = {body}"
+
+
+def assert_recorded(run):
+    assert (run.project, run.exit_code) == ("icd", 0)
+    assert run.config["optim"] == {"lr": 0.5}
+    first, second = run.history
+    assert (first["_step"], first["train.loss"], first["train.lr"]) == (1, 3.0, 0.5)
+    assert (second["_step"], second["eval.eval_loss"], second["train.lr"]) == (2, 2.5, 0.25)
+    assert math.isnan(float(second["train.loss"]))
+
+
+def test_wandb_offline_records_everything_and_asks_nobody(tmp_path, server):
+    script = training_script(f"WandbArgs(project='icd', offline=True, run_name='first', key='{KEY}')")
+    printed = run_alone(script, tmp_path, HTTP_PROXY=server.url, HTTPS_PROXY=server.url)
+    (run,) = recorded_runs(tmp_path / "run")  # one run for both loggers
+    assert_recorded(run)
+    assert run.name == "first"
+    assert server.requests == []
+    assert "said aloud" in printed
+    assert files_with(tmp_path, "said aloud") == [], "console output stays out of the tracker"
+    assert files_with_key(tmp_path) == []
+    assert KEY not in printed
+
+
+@pytest.mark.parametrize("place", ["yaml", "environment"])
+def test_wandb_without_its_server_records_offline_and_keeps_the_key_to_itself(tmp_path, server, place):
+    script = training_script(f"WandbArgs(project='icd'{f', key={KEY!r}' if place == 'yaml' else ''})")
+    environment = {"WANDB_API_KEY": KEY} if place == "environment" else {}
+    printed = run_alone(script, tmp_path, WANDB_BASE_URL=server.url, **environment)
+    basic = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+    assert basic in {authorization for _, authorization in server.requests}, "the key must reach the server"
+    assert "wandb could not start online (" in printed
+    (run,) = recorded_runs(tmp_path / "run")
+    assert_recorded(run)
+    assert run.name == "run", "the run folder names the run"
+    assert files_with_key(tmp_path) == []
+    assert KEY not in printed
+    assert not (tmp_path / "home/.netrc").exists()
+
+
+def test_wandb_marks_a_crashed_run(tmp_path):
+    script = (
+        training_script("WandbArgs(project='icd', offline=True)")
+        + """
+try:
+    with logger("train"):
+        raise RuntimeError("out of memory")
+except RuntimeError:
+    pass
+"""
+    )
+    run_alone(script, tmp_path)
+    assert sorted(run.exit_code for run in recorded_runs(tmp_path / "run")) == [0, 1]
+
+
+def test_without_a_project_wandb_is_not_even_imported(tmp_path):
+    script = training_script("WandbArgs(project='', key='unused', run_name='')")
+    script += "assert 'wandb' not in sys.modules and 'mlflow' not in sys.modules and not connected\n"
+    run_alone(script, tmp_path)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.train.jsonl", "metrics.eval.jsonl", "tb"}
+
+
+def test_an_error_that_quotes_the_key_is_not_passed_on(tmp_path, monkeypatch, caplog):
+    stand_in = types.ModuleType("wandb")
+    stand_in.run, stand_in.Settings = None, dict
+
+    def init(mode=None, **_):
+        if mode == "offline":
+            raise OSError("disk full")
+        raise ValueError(f"input_value={KEY} is no key")
+
+    stand_in.init = init
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with make_logger(tmp_path, wandb=WandbArgs(project="p", key=KEY)) as logger:
+        logger.log({"step": 1}, 1)
+    assert "could not start online (ValueError: input_value=*** is no key)" in caplog.text
+    assert "wandb could not start (OSError: disk full); training goes on without it." in caplog.text
+    assert KEY not in caplog.text
+    assert len(read_metrics(tmp_path, "train")) == 1
+
+
+def test_redacted_reaches_every_depth_and_copies():
+    config = {"a": [{"b": f"x{KEY}y"}, ("z", 1)], "c": None}
+    assert trackers.redacted(config, [KEY]) == {"a": [{"b": "x***y"}, ["z", 1]], "c": None}
+    assert config["a"][0]["b"] == f"x{KEY}y"
+
+
+# ---- settings
+
+
+def test_empty_strings_mean_unset():
+    wandb = WandbArgs.from_dict({"project": "", "run_name": "", "key": ""})
+    assert (wandb.project, wandb.run_name, wandb.key) == (None, None, None)
+    mlflow = MLFlowArgs.from_dict({"tracking_uri": "", "experiment_name": ""})
+    assert (mlflow.tracking_uri, mlflow.experiment_name) == (None, None)
+    assert wandb.problems() == mlflow.problems() == []
+
+
+def test_the_key_is_read_but_never_written():
+    wandb = WandbArgs.from_dict({"project": "p", "key": KEY})
+    assert wandb.key == KEY
+    assert "key" not in wandb.to_dict()
+    assert KEY not in wandb.dumps_yaml() + repr(wandb)
+
+
+@pytest.mark.parametrize("leftover_folder", [False, True])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path, leftover_folder):
+    if leftover_folder:
+        (tmp_path / "wandb").mkdir()  # what an earlier wandb run leaves in the working directory
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    importlib.invalidate_caches()
+    (wandb_problem,) = WandbArgs(project="p").problems()
+    assert "`wandb.project`" in wandb_problem and 'pip install "recode-mistral-finetune[wandb]"' in wandb_problem
+    (mlflow_problem,) = MLFlowArgs(tracking_uri="x").problems()
+    assert "`mlflow.tracking_uri`" in mlflow_problem and "[mlflow]" in mlflow_problem
+
+
+# ---- MLflow: a stand-in that keeps what it is told; the package itself is too heavy for every test machine
+
+
+@pytest.fixture
+def fake_mlflow(monkeypatch):
+    module = types.ModuleType("mlflow")
+    module.calls, module.run = [], None
+
+    def recorder(name):
+        return lambda *args, **kwargs: module.calls.append((name, args, kwargs))
+
+    for name in ("set_tracking_uri", "set_experiment", "log_params", "log_metrics"):
+        setattr(module, name, recorder(name))
+
+    def start_run(run_name):
+        module.run = run_name
+
+    def end_run(status):
+        module.calls.append(("end_run", (module.run, status), {}))
+        module.run = None
+
+    module.start_run, module.end_run, module.active_run = start_run, end_run, lambda: module.run
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    return module
+
+
+def log_two(run_dir, mlflow):
+    run_dir.mkdir()
+    config = {"optim": {"lr": 0.5}, "seed": 0}
+    with make_logger(run_dir, "train", mlflow=mlflow, config=config) as train:
+        with make_logger(run_dir, "eval", mlflow=mlflow, config=config) as evaluation:
+            evaluation.log({"step": 7, "eval_loss": 2.0}, 7)
+        train.log({"step": 7, "loss": 1.0}, 7)
+
+
+def test_mlflow_gets_one_run_with_settings_and_metrics(tmp_path, fake_mlflow):
+    log_two(tmp_path / "run", MLFlowArgs("http://tracker", "icd"))
+    assert fake_mlflow.calls == [
+        ("set_tracking_uri", ("http://tracker",), {}),
+        ("set_experiment", ("icd",), {}),
+        ("log_params", ({"optim.lr": 0.5, "seed": 0},), {}),
+        ("log_metrics", ({"eval.eval_loss": 2.0},), {"step": 7}),
+        ("log_metrics", ({"train.loss": 1.0},), {"step": 7}),
+        ("end_run", ("run", "FINISHED"), {}),
+    ]
+
+
+def test_mlflow_marks_a_crashed_run(tmp_path, fake_mlflow):
+    with pytest.raises(RuntimeError), make_logger(tmp_path, mlflow=MLFlowArgs("http://tracker")):
+        raise RuntimeError("out of memory")
+    assert fake_mlflow.calls[-1][1] == (tmp_path.name, "FAILED")
+
+
+if importlib.util.find_spec("sqlalchemy") and importlib.util.find_spec("mlflow"):
+
+    def test_real_mlflow_reads_back(tmp_path):
+        import mlflow
+
+        uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+        log_two(tmp_path / "run", MLFlowArgs(uri, "icd"))
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name("icd")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+        assert run.data.params == {"optim.lr": "0.5", "seed": "0"}
+        assert run.data.metrics == {"train.loss": 1.0, "eval.eval_loss": 2.0}
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "train.loss")] == [7]
+
+
+# ---- logging
+
+
+@pytest.fixture
+def root_logger():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield root
+    root.handlers[:], root.level = handlers, level
+
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(\w+\) - (\d+ days?, )?\d+:\d\d:\d\d - (.*)")
+
+
+def test_rank_zero_speaks_in_the_originals_format(root_logger, capsys):
+    set_up_logging(0)
+    set_up_logging(0)  # twice is once
+    logging.getLogger("train").info("step: %06d", 1)
+    logging.getLogger("train").debug("unheard")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert LINE.fullmatch(line).group(2) == "train - INFO - step: 000001"
+
+
+def test_other_ranks_only_warn_and_say_who_they_are(root_logger, capsys):
+    set_up_logging(3)
+    logging.getLogger("train").info("unheard")
+    logging.getLogger("eval").warning("short of rows")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert LINE.fullmatch(line).group(2) == "eval - WARNING - [rank 3] short of rows"
+
+
+def test_log_lines_stand_above_the_progress_bar():
+    script = """
+        import logging, sys
+        from tqdm import tqdm
+        from finetune.monitoring.utils import set_up_logging
+        set_up_logging(0)
+        for step in tqdm(range(3), disable=None, mininterval=0):
+            logging.getLogger("train").info("step %d", step)
+    """
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=theirs, stderr=theirs, cwd=ROOT, close_fds=True
+    )
+    process.wait(timeout=60)
+    os.close(theirs)
+    screen = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "3/3" in screen, "the bar is drawn on a terminal"
+    for step in range(3):
+        before, after = screen.split(f"train - INFO - step {step}")
+        assert after.startswith("\r\n")
+        assert LINE.match(re.split(r"[\r\n]|\x1b\[A", before)[-1] + "x"), "a log line begins where the bar was cleared"
+
+
+# ---- loss.png
+
+
+def read_png(path):
+    from matplotlib.image import imread
+
+    return imread(path)
+
+
+STEPS = [{"step": step, "lr": 1e-3 / step, "loss": 2 + 1 / step} for step in range(1, 61)]
+EVALS = [{"step": step, "eval_loss": 2.5} for step in (20, 40, 60)]
+
+
+@pytest.mark.parametrize(
+    ("train", "evals", "tail"),
+    [
+        (STEPS, EVALS, ""),
+        (STEPS, [], '{"step": 61, "lo'),
+        (STEPS[:1], EVALS[:1], ""),
+        ([record | {"loss": None} for record in STEPS], EVALS, ""),
+        (STEPS[:5] + [{"step": 6, "lr": None, "loss": math.nan}] + STEPS[6:9], [], ""),
+        (STEPS[:9] + [{"step": 10, "lr": 1e-4, "loss": 5e4}], [], ""),
+        ([], EVALS, ""),
+        ([], [], ""),
+    ],
+    ids=["usual", "half-written line", "one point", "all null", "nan", "exploded", "eval only", "nothing"],
+)
+@pytest.mark.filterwarnings("error")
+def test_loss_curve_is_drawn_from_whatever_there_is(tmp_path, train, evals, tail):
+    write_metrics(tmp_path, "train", train, tail)
+    if evals:
+        write_metrics(tmp_path, "eval", evals)
+    path = draw_loss_curve(tmp_path)
+    assert path == tmp_path / "loss.png"
+    picture = read_png(path)
+    assert picture.shape[0] > 500 and picture.shape[1] > 800
+    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+
+
+def has_colour(picture, hexadecimal):
+    colour = np.array([int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return bool((np.abs(picture[..., :3] - colour).max(-1) < 0.01).any())
+
+
+def test_loss_curve_shows_each_series_only_where_it_is(tmp_path):
+    from finetune.monitoring import plot
+
+    write_metrics(tmp_path, "train", STEPS[:20])
+    picture = read_png(draw_loss_curve(tmp_path))
+    assert has_colour(picture, plot.TRAIN) and has_colour(picture, plot.LR)
+    assert not any(has_colour(picture, colour) for colour in (plot.RAW, plot.EVAL, plot.BAD))
+    write_metrics(tmp_path, "train", [*STEPS[:55], {"step": 56, "lr": 1.0, "loss": None}])
+    write_metrics(tmp_path, "eval", EVALS)
+    picture = read_png(draw_loss_curve(tmp_path))
+    assert all(has_colour(picture, colour) for colour in (plot.TRAIN, plot.LR, plot.RAW, plot.EVAL, plot.BAD))
+
+
+def test_an_interrupted_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    write_metrics(tmp_path, "train", STEPS)
+    old = draw_loss_curve(tmp_path).read_bytes()
+
+    def interrupted(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(OSError):
+        draw_loss_curve(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() == old
+
+
+def test_no_run_folder_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is no run folder: expected one that holds metrics\.train\.jsonl"):
+        draw_loss_curve(tmp_path / "nowhere")
+
+
+def test_smoothing_keeps_constants_and_lines_and_passes_over_nan():
+    line = np.arange(200.0)
+    assert smoothed(line)[20:-20] == pytest.approx(line[20:-20])
+    constant = np.full(100, 3.0)
+    constant[[0, 50, 99]] = math.nan
+    result = smoothed(constant)
+    assert np.isnan(result).nonzero()[0].tolist() == [0, 50, 99]
+    assert result[~np.isnan(result)] == pytest.approx(3.0)
+    noise = np.random.default_rng(0).normal(size=1000)
+    assert smoothed(noise).std() < 0.2
+
+
+# ---- closing summary
+
+
+def test_summary_says_what_the_run_came_to():
+    text = summary(
+        steps=300,
+        max_steps=300,
+        skipped_steps=2,
+        tokens=1_228_800,
+        trained_tokens=98_304,
+        wall_seconds=751.4,
+        train_seconds=662.0,
+        first_loss=10.9701,
+        last_loss=1.724,
+        eval_losses={100: 1.9, 200: 1.79, 300: 1.801},
+        peak_bytes=int(26.1 * 2**30),
+        checkpoint=Path("runs/a/checkpoints/checkpoint_000300/consolidated"),
+    )
+    assert text == textwrap.dedent("""\
+        Training finished
+          steps        300 of 300, 2 skipped
+          tokens       1,228,800, 8.0% of them with loss
+          time         0:12:31, of which training 0:11:02
+          speed        1,856 tokens/s
+          train loss   10.970 -> 1.724
+          eval loss    1.801 (best 1.790 at step 200)
+          peak memory  26.1 GiB
+          checkpoint   runs/a/checkpoints/checkpoint_000300/consolidated""")
+
+
+def test_summary_leaves_out_what_there_is_not():
+    text = summary(
+        steps=0,
+        max_steps=5,
+        skipped_steps=0,
+        tokens=0,
+        trained_tokens=0,
+        wall_seconds=0.2,
+        train_seconds=0.0,
+        first_loss=None,
+        last_loss=None,
+        eval_losses={},
+        peak_bytes=0,
+        checkpoint=None,
+    )
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["steps", "tokens", "time", "checkpoint"]
+    assert text.endswith("none saved")
+
+
+def test_summary_of_evaluations_that_were_not_finite():
+    common = {
+        "steps": 1,
+        "max_steps": 1,
+        "skipped_steps": 0,
+        "tokens": 1,
+        "trained_tokens": 1,
+        "wall_seconds": 1.0,
+        "train_seconds": 1.0,
+        "first_loss": 1.0,
+        "last_loss": math.nan,
+        "peak_bytes": 0,
+        "checkpoint": None,
+    }
+    assert "eval loss    nan (best 2.000 at step 1)" in summary(**common, eval_losses={1: 2.0, 2: math.nan})
+    assert "eval loss    nan\n" in summary(**common, eval_losses={1: math.nan})

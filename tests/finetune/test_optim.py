@@ -1,0 +1,176 @@
+"""The schedule step by step as the original runs it, its corners, and the fp16 loss scale."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+
+from finetune.args import SCHEDULES as SCHEDULE_NAMES
+from finetune.args import OptimArgs
+from finetune.mixed_precision import DTYPES, LossScaler, choose_dtype
+from finetune.optim import build_optimizer
+from model.args import PARAM_DTYPES
+from tests.support.golden import fixture, load_json_gz
+
+SCHEDULES = json.loads(fixture("expected/lr/one_cycle.json").read_text(encoding="utf-8"))["schedules"]
+RUNS = load_json_gz(fixture("expected/train/trajectories.json.gz"))
+
+
+def simulate(args: OptimArgs, max_steps: int) -> list[tuple[float, float]]:
+    """(lr, beta1) that the optimizer uses at each step; warnings are errors."""
+    optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, max_steps)
+    used = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(max_steps):
+            group = optimizer.param_groups[0]
+            assert schedule.get_last_lr() == [group["lr"]]
+            used.append((group["lr"], group["betas"][0]))
+            optimizer.step()
+            if step < max_steps - 1:
+                schedule.step()
+    return used
+
+
+def optim_args(schedule) -> OptimArgs:
+    values = {key: schedule[key] for key in ("pct_start", "div_factor", "final_div_factor")}
+    return OptimArgs(lr=schedule["max_lr"], **values)
+
+
+def describe(schedule) -> str:
+    return f"{schedule['max_steps']} steps, {schedule['pct_start']}"
+
+
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if "lr" in schedule], ids=describe)
+def test_rates_and_betas_are_the_originals_at_every_step(schedule):
+    used = simulate(optim_args(schedule), schedule["max_steps"])
+    used = [used[step] for step in schedule.get("step_index_0based", range(len(used)))]
+    assert [lr for lr, _ in used] == pytest.approx(schedule["lr"], rel=1e-9)
+    assert [beta for _, beta in used] == pytest.approx(schedule["beta1"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if not name.startswith("fork")])
+def test_training_runs_used_these_rates_and_betas(name):
+    run = RUNS[name]
+    used = simulate(OptimArgs(**run["settings"]["optim"]), run["settings"]["max_steps"])
+    for step in run["steps"]:
+        assert used[step["step"] - 1][0] == pytest.approx(step["lr"], rel=1e-8)
+        assert [used[step["step"] - 1][1], 0.95] == pytest.approx(step["betas"], rel=1e-8)
+
+
+CORNERS = [schedule for schedule in SCHEDULES if "crash" in schedule]
+
+
+@pytest.mark.parametrize("schedule", CORNERS, ids=describe)
+def test_where_the_original_divides_by_zero_the_rate_rises_and_falls_like_any_other(schedule):
+    args, max_steps = optim_args(schedule), schedule["max_steps"]
+    rates, betas = zip(*simulate(args, max_steps))
+    if max_steps == 1:
+        assert rates == pytest.approx([args.lr / args.div_factor / args.final_div_factor])  # as at any other pct_start
+        return
+    peak = max_steps - 1 if args.pct_start == 1 else 1
+    assert rates[0] == pytest.approx(args.lr / args.div_factor) and betas[0] == pytest.approx(0.95)
+    assert list(rates[:peak]) == sorted(rates[:peak]) and list(rates[peak:]) == sorted(rates[peak:], reverse=True)
+    if max_steps > 2:
+        assert rates[peak] == pytest.approx(args.lr, rel=0.01)
+
+
+def test_without_warm_up_the_rate_only_falls():
+    rates = [rate for rate, _ in simulate(OptimArgs(lr=1e-3, pct_start=0.0), 10)]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 0.9e-3
+
+
+def test_div_factors_set_the_first_and_the_last_rate():
+    """24p11 declared them and passed them on to nobody."""
+    args = OptimArgs(lr=1e-3, pct_start=0.2, div_factor=250.0, final_div_factor=10.0)
+    rates = [rate for rate, _ in simulate(args, 20)]
+    assert (rates[0], max(rates), rates[-1]) == pytest.approx((1e-3 / 250, 1e-3, 1e-3 / 250 / 10))
+
+
+def plain_rate(args: OptimArgs, max_steps: int, step: int) -> float:
+    """As finetune/args.py describes it, at a step counted from 0."""
+    first, peak = args.lr / args.div_factor, max(args.pct_start * max_steps - 1, 0)
+    if step < peak:
+        return first + (args.lr - first) * step / peak
+    if args.schedule == "constant" or max_steps - 1 == peak:
+        return args.lr
+    done, last = (step - peak) / (max_steps - 1 - peak), first / args.final_div_factor
+    way = done if args.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return args.lr * (1 - way) + last * way
+
+
+@pytest.mark.parametrize("max_steps, pct_start", [(1, 0.05), (2, 1), (20, 0), (20, 0.05), (20, 0.33), (50, 1)])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_other_schedules_warm_up_straight_and_leave_beta1_alone(name, max_steps, pct_start):
+    args = OptimArgs(schedule=name, lr=1e-3, pct_start=pct_start, div_factor=10.0, final_div_factor=5.0)
+    rates, betas = zip(*simulate(args, max_steps))
+    assert rates == pytest.approx([plain_rate(args, max_steps, step) for step in range(max_steps)])
+    assert set(betas) == {0.9} and max(rates) <= args.lr * (1 + 1e-12)
+
+
+def test_the_way_down_of_cosine_is_one_cycles():
+    one_cycle, cosine = (OptimArgs(schedule=name, pct_start=0.25) for name in ("onecycle", "cosine"))
+    ours, theirs = ([rate for rate, _ in simulate(args, 40)] for args in (cosine, one_cycle))
+    assert ours[9:] == pytest.approx(theirs[9:]) and ours[0] == pytest.approx(theirs[0])
+    assert ours[5] != pytest.approx(theirs[5])
+
+
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+def test_a_schedule_told_its_place_goes_on_from_there(name):
+    """What finetune.resume keeps of it is last_epoch, last_lr and the groups' settings."""
+    args = OptimArgs(schedule=name, lr=1e-3, pct_start=0.3)
+    optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 20)
+    schedule.last_epoch, expected = 11, simulate(args, 20)
+    rates = []
+    for _ in range(12, 20):
+        optimizer.step()
+        schedule.step()
+        rates.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+    assert rates == expected[12:]
+
+
+def test_the_optimizer_is_adamw_with_the_yamls_weight_decay():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, _ = build_optimizer([weight], OptimArgs(lr=1e-2, weight_decay=0.5, pct_start=0.0), 10)
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["betas"][1], group["eps"], group["weight_decay"]) == (0.95, 1e-8, 0.5)
+    rate, weight.grad = group["lr"], torch.zeros(3)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, torch.full((3,), 1 - rate * 0.5))  # decoupled: no gradient, only decay
+
+
+def test_bad_steps_halve_the_loss_scale_and_good_ones_in_a_row_double_it():
+    scaler = LossScaler(torch.float16, scale=1024.0, growth_interval=3)
+    scales = []
+    for finite in (True, True, False, True, True, True, True, True, False, False):
+        scaler.update(finite)
+        scales.append(scaler.scale)
+    assert scales == [1024, 1024, 512, 512, 512, 1024, 1024, 1024, 512, 256]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes_are_not_scaled(dtype):
+    scaler = LossScaler(dtype, growth_interval=1)
+    scaler.update(True)
+    scaler.update(False)
+    assert not scaler.enabled and scaler.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_auto_takes_bf16_from_ampere_on_and_fp16_before(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", torch.device("cuda")) == expected
+    assert choose_dtype("fp32", torch.device("cuda")) == torch.float32
+
+
+def test_auto_takes_fp32_on_a_cpu():
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_settings_know_every_dtype():
+    assert tuple(DTYPES) == PARAM_DTYPES

@@ -1,0 +1,182 @@
+"""No secret of the configuration or the environment is ever printed, logged or written to a run's folder."""
+
+import base64
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune import redaction
+from finetune.args import load_train_args
+from finetune.monitoring.trackers import describe
+from finetune.monitoring.utils import LineFormatter
+from model.errors import UserError
+from tests.support.checkpoints import SMALL, make_tiny_checkpoint
+from tests.support.run_trajectories import ROOT, short_run
+
+YAML_KEY = "y4mlk3y" * 6
+ENVIRONMENT = {
+    "WANDB_API_KEY": "w4ndbk3y" * 5,
+    "HF_TOKEN": "hf_t0k3n" * 4,
+    "HUGGING_FACE_HUB_TOKEN": "hf_0ldt0k3n" * 3,
+    "MISTRAL_API_KEY": "m1str4lk3y" * 3,
+    "MLFLOW_TRACKING_PASSWORD": "mlfl0wp4ss" * 2,
+}
+SECRETS = [YAML_KEY, *ENVIRONMENT.values()]
+ROW = {"messages": [{"role": "user", "content": "Motif ?"}, {"role": "assistant", "content": "I10"}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"), **SMALL)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model: Path) -> dict:
+    trackers = {"wandb": {"project": "icd", "offline": True, "key": YAML_KEY}}
+    return short_run(tmp_path, model, [json.dumps(ROW)] * 4) | {"no_eval": False} | trackers
+
+
+def run_train(folder: Path, text: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Trains in a process of its own, in `folder`, as `python -m train` does after `before`."""
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    code = f"from finetune.cli import run_cli\nimport train\n{before}\nrun_cli(lambda: train.train('config.yaml'))"
+    paths = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "TMPDIR": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT | paths | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def spellings(secret: str) -> list[bytes]:
+    return [secret.encode(), secret[:24].encode(), base64.b64encode(f"api:{secret}".encode())]
+
+
+def assert_nothing_told(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """Not a byte of a secret stands in what was printed or in any file but the configuration."""
+    contents = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "config.yaml":
+            contents[str(path)] = path.read_bytes() + path.name.encode()
+    for secret in SECRETS:
+        for where, content in contents.items():
+            assert not any(spelling in content for spelling in spellings(secret)), f"{secret} stands in {where}"
+
+
+def test_a_run_keeps_all_secrets(tmp_path: Path, settings: dict):
+    """What wandb does with a key where its server fails is for tests/finetune/test_monitoring.py."""
+    done = run_train(tmp_path, yaml.safe_dump(settings))
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")), "wandb recorded nothing: is the test still one?"
+    assert list(tmp_path.glob("run/checkpoints/*/consolidated/lora.safetensors"))
+    assert_nothing_told(done, tmp_path)
+
+
+def test_a_defect_that_quotes_secrets_keeps_them(tmp_path: Path, settings: dict):
+    """A traceback, a log line and another exception behind it, all of which quote every secret."""
+    before = f"""
+import logging
+def train_step(*args):
+    logging.getLogger("train").error("keys: %s", {SECRETS!r})
+    try:
+        raise ValueError({" ".join(SECRETS)!r})
+    except ValueError as error:
+        logging.getLogger("train").exception("no step")
+        raise RuntimeError({"-".join(SECRETS)!r}) from error
+train.train_step = train_step
+"""
+    report = tmp_path / "error.json"
+    settings["wandb"]["project"] = ""
+    done = run_train(tmp_path, yaml.safe_dump(settings), before, TORCHELASTIC_ERROR_FILE=str(report))
+    assert done.returncode != 0 and "RuntimeError: ***-***" in done.stderr and "Traceback" in done.stderr
+    assert "keys: ['***'" in done.stdout and "ValueError: *** ***" in done.stdout
+    assert "RuntimeError: ***" in report.read_text(encoding="utf-8")
+    assert_nothing_told(done, tmp_path)
+
+
+GOOD = f"""
+data: {{instruct_data: train.jsonl}}
+model_id_or_path: model
+run_dir: run
+wandb:
+  project: icd
+  offline: true
+  key: {YAML_KEY}
+"""
+MISTAKES = {
+    "no blank after key:": GOOD.replace("key: ", "key:"),
+    "no colon": GOOD.replace("key: ", "key "),
+    "wrong indentation": GOOD.replace("  key: ", "    key: "),
+    "a tab": GOOD.replace("  key: ", "\tkey: "),
+    "a quote left open": GOOD.replace("key: ", 'key: "'),
+    "a bracket left open": GOOD.replace("key: ", "key: ["),
+    "a list": GOOD.replace("key: ", "key:\n  - "),
+    "a block": GOOD.replace("key: ", "key:\n    value: "),
+    "twice": GOOD + f"  key: {YAML_KEY}\n",
+    "twice, dotted": GOOD + f"wandb.key: {YAML_KEY}\n",
+    "another name": GOOD.replace("key: ", "keyy: "),
+    "an unknown name": GOOD.replace("key: ", "token: "),
+    "the key as a name": GOOD.replace("key: ", "") + "  ",
+    "the key as a name with a value": GOOD.replace(f"key: {YAML_KEY}", f"{YAML_KEY}: key"),
+    "wandb is the key": GOOD.partition("wandb:")[0] + f"wandb: {YAML_KEY}\n",
+    "wandb is a list": GOOD.partition("wandb:")[0] + f"wandb: [key, {YAML_KEY}]\n",
+    "one line": GOOD.partition("wandb:")[0] + f"wandb: {{project: icd, key:{YAML_KEY}}}\n",
+    "a tag": GOOD.replace("key: ", "key: !!python/name:os.system "),
+    "a number's tag": GOOD.replace("key: ", "key: !!int "),
+    "a control character": GOOD.replace(YAML_KEY, f"{YAML_KEY}\x07"),
+    "Latin-1": GOOD.replace(YAML_KEY, f"{YAML_KEY}\udce9"),
+    "a bad setting beside it": GOOD + "seq_len: none\n",
+    "a bad path": GOOD.replace("train.jsonl", f"{ENVIRONMENT['HF_TOKEN']}.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_near_the_key_does_not_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], settings: dict, name: str
+):
+    monkeypatch.chdir(tmp_path)
+    for variable, secret in ENVIRONMENT.items():
+        monkeypatch.setenv(variable, secret)
+    Path("config.yaml").write_bytes(MISTAKES[name].encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as error:
+        load_train_args(Path("config.yaml"))
+    message = str(error.value) if name != "a bad path" else redaction.redacted(str(error.value))
+    assert "config.yaml" in message
+    assert not any(secret[:12] in message for secret in SECRETS), message
+    assert not any(secret[:12] in "".join(capfd.readouterr()) for secret in SECRETS)
+
+
+def test_a_command_does_not_show_a_secret_of_the_environment(tmp_path: Path, settings: dict):
+    settings["data"]["instruct_data"] = f"https://user:{ENVIRONMENT['HF_TOKEN']}@huggingface.co/train.jsonl"
+    done = run_train(tmp_path, yaml.safe_dump(settings))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "***" in done.stderr
+    assert_nothing_told(done, tmp_path)
+
+
+def test_an_error_is_redacted_before_it_is_cut(monkeypatch: pytest.MonkeyPatch):
+    secret = ENVIRONMENT["WANDB_API_KEY"]
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    for length in range(150, 210):
+        assert secret[:8] not in describe(ValueError("x" * length + " " + secret))
+
+
+def test_short_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "a")
+    assert redaction.redacted("a word") == "a word"
+    monkeypatch.setenv("HF_TOKEN", "longer-token")
+    assert redaction.redacted({"a": ["a longer-token"]}) == {"a": ["a ***"]}
+
+
+def test_log_lines_are_redacted_with_their_arguments(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", ENVIRONMENT["HF_TOKEN"])
+    record = logging.makeLogRecord({"msg": "token %s", "args": (ENVIRONMENT["HF_TOKEN"],), "rank_prefix": ""})
+    assert LineFormatter().format(record).endswith("token ***")

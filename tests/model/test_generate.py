@@ -1,0 +1,193 @@
+"""Generation with a cache equals generation without, and constraints hold whatever the model wants."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from finetune.data.tokenize import SampleEncoder, parse_conversation
+from finetune.inference import token_bytes
+from model.args import ModelArgs, MoeArgs
+from model.generate import generate
+from model.transformer import Transformer
+from tests.support.golden import GOLDEN
+from utils.icd10.answers import Diagnosis, build_answer, parse_answer
+from utils.icd10.codes import Cim10Entry, Cim10Table
+from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.prompts import instruct_row
+
+EOS = 2
+
+
+def tiny_model(moe: bool = False, vocab_size: int = 300) -> Transformer:
+    torch.manual_seed(0)
+    args = ModelArgs(
+        dim=32,
+        n_layers=2,
+        head_dim=8,
+        hidden_dim=48,
+        n_heads=4,
+        n_kv_heads=2,
+        norm_eps=1e-5,
+        vocab_size=vocab_size,
+        moe=MoeArgs(4, 2) if moe else None,
+    )
+    model = Transformer(args)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def prompts_of(lengths: list[int], vocab_size: int = 300) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def greedy_without_cache(model: Transformer, prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens and tokens[-1:] != [EOS]:
+        tokens.append(int(model(torch.tensor(tokens), [len(tokens)])[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_cache_changes_nothing(moe: bool) -> None:
+    model = tiny_model(moe)
+    prompts = prompts_of([5, 17, 1, 40])
+    expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
+    assert generate(model, prompts, 15, EOS) == expected
+
+
+@pytest.mark.parametrize("rests", [[3, 9, 1], [0, 4, 0], [0, 0]])
+def test_a_common_beginning_changes_nothing(rests: list[int]) -> None:
+    model = tiny_model()
+    beginning, *others = prompts_of([20, *(rest for rest in rests if rest)])
+    prompts = [beginning + (others.pop() if rest else []) for rest in rests]
+    expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
+    assert generate(model, prompts, 15, EOS) == expected
+
+
+def test_a_rank_without_a_common_beginning_runs_as_many_steps_as_the_others() -> None:
+    model, steps = tiny_model(), []
+    model.register_forward_hook(lambda *_: steps.append(1))
+    for prompts in (prompts_of([20]), prompts_of([20, 5]), [prompts_of([20])[0]] * 2):
+        expected = [greedy_without_cache(model, prompt, 8) for prompt in prompts]
+        steps.clear()
+        assert generate(model, prompts, 8, -1, any_active=lambda here: True) == expected
+        assert len(steps) == 9
+
+
+def test_each_sequence_stops_at_its_own_end() -> None:
+    model = tiny_model()
+    prompts = prompts_of([4, 6, 9, 3, 12])
+    free = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
+    eos = free[0][3]  # a token that the first sequence writes early
+    outputs = generate(model, prompts, 12, eos)
+    for output, tokens in zip(outputs, free):
+        cut = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+        assert output == tokens[:cut]
+
+
+def test_generation_leaves_the_model_as_it_was() -> None:
+    model = tiny_model().train()
+    engines = [layer.attention.engine for layer in model.layers]
+    generate(model, prompts_of([3]), 2, EOS)
+    assert model.training
+    assert [layer.attention.engine for layer in model.layers] == engines
+
+
+def test_a_prompt_is_what_stands_before_the_trained_answer() -> None:
+    encoder = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer)
+    row = instruct_row("Patient de 70 ans, HTA.", "Codes CIM 10", "1")
+    sample = encoder.encode_conversation(parse_conversation(row))
+    prompt = encoder.encode_prompt(parse_conversation(row).messages[:-1])
+    first_trained = sample.masks.index(True)
+    assert prompt == sample.tokens[:first_trained]
+
+
+# --- Constrained answers ----------------------------------------------------------------------------------------------
+
+TABLE = Cim10Table(
+    [
+        Cim10Entry("I10", 0, "Hypertension essentielle (primitive)"),
+        Cim10Entry("I11", 3, "Cardiopathie hypertensive"),
+        Cim10Entry("E119", 0, "Diabète sucré de type 2, sans complication"),
+        Cim10Entry("E1190", 0, "Diabète sucré de type 2 insulinotraité, sans complication"),
+        Cim10Entry("Z511", 4, "Séance de chimiothérapie pour tumeur"),
+        Cim10Entry("X59", 2, "Exposition à des facteurs sans précision"),
+    ]
+)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sentencepiece", "tekken"])
+def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
+    tokenizer = MistralTokenizer.v3(is_tekken=request.param).instruct_tokenizer
+    return Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id)
+
+
+def random_answer(grammar: AnswerGrammar, vocabulary: Vocabulary, rng: random.Random, limit: int) -> str:
+    constraint = AnswerConstraint(grammar, vocabulary)
+    for _ in range(limit):
+        token = rng.choice(constraint.allowed())
+        if token == vocabulary.eos_id:
+            break
+        constraint.take(token)
+    return constraint.text
+
+
+def assert_allowed(answer: str, table: Cim10Table) -> None:
+    for diagnosis in parse_answer(answer):
+        assert diagnosis.role is not None
+        assert table.allows(diagnosis.role, diagnosis.code), answer
+
+
+def test_a_thoughtless_writer_names_only_codes_of_the_table(vocabulary: Vocabulary) -> None:
+    grammar, rng = AnswerGrammar(TABLE), random.Random(0)
+    answers = [random_answer(grammar, vocabulary, rng, limit=rng.choice([60, 150, 400])) for _ in range(60)]
+    for answer in answers:
+        assert_allowed(answer, TABLE)
+    assert any(parse_answer(answer) for answer in answers)
+
+
+def test_hundreds_of_answers_of_an_untrained_model(vocabulary: Vocabulary) -> None:
+    grammar, model = AnswerGrammar(TABLE), tiny_model(vocab_size=len(vocabulary.pieces))
+    constraints = [AnswerConstraint(grammar, vocabulary) for _ in range(300)]
+    randomness = torch.Generator().manual_seed(0)
+    outputs = generate(model, [[1]] * 300, 150, vocabulary.eos_id, 30.0, randomness, constraints)
+    assert len({tuple(output) for output in outputs}) == 300
+    assert sum(output[-1] == vocabulary.eos_id for output in outputs) > 30
+    found = [parse_answer(constraint.text) for constraint in constraints]
+    assert all(found)
+    assert {item.code for items in found for item in items} == {"I10", "E119", "E1190", "Z511", "X59"}
+    for constraint in constraints:
+        assert_allowed(constraint.text, TABLE)
+
+
+def test_every_answer_that_preparation_writes_is_within_the_grammar(vocabulary: Vocabulary) -> None:
+    grammar = AnswerGrammar(TABLE)
+    dp = Diagnosis("DP", "I10", "Hypertension essentielle (primitive)")
+    dr = Diagnosis("DR", "Z511", "Séance de chimiothérapie pour tumeur")
+    das = [
+        Diagnosis("DAS", "E119", "Diabète sucré de type 2, sans complication"),
+        Diagnosis("DAS", "X59", TABLE.label("X59")),
+    ]
+    for diagnoses in ([dp], [dp, dr], [dp, *das], [dp, dr, *das]):
+        states = grammar.start
+        for byte in build_answer(diagnoses).encode():
+            states = grammar.following(states)[byte]
+        assert grammar.may_end(states)
+
+
+@pytest.mark.skipif(GOLDEN is None, reason="needs the complete reference data")
+def test_answers_over_the_whole_cim10() -> None:
+    """The model's part is a random choice among what is allowed, as an untrained model's would be."""
+    table = Cim10Table.from_file(Path(GOLDEN).parent / "icd" / "cim_10_atih_2019.tsv")
+    tokenizer = MistralTokenizer.v3().instruct_tokenizer
+    vocabulary = Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id)
+    grammar, rng = AnswerGrammar(table, prefix=" "), random.Random(0)
+    for _ in range(200):
+        assert_allowed(random_answer(grammar, vocabulary, rng, limit=120), table)

@@ -1,0 +1,100 @@
+"""golden's training runs as YAML files, and several trainings in one process group.
+
+torchrun --nproc-per-node 2 -m tests.support.run_trajectories CONFIG.yaml CONFIG.yaml ...
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import train
+from finetune.args import load_train_args
+from finetune.cli import run_cli
+from finetune.distributed import init_world
+from finetune.monitoring.utils import set_up_logging
+from tests.support.golden import fixture, load_json_gz
+
+ROOT = Path(__file__).parents[2]
+INPUTS = fixture("inputs")
+RUNS = load_json_gz(fixture("expected/train/trajectories.json.gz"))
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def golden_config(name: str, models: dict[str, Path], folder: Path, **more: Any) -> Path:
+    """Writes one of golden's runs as a YAML that trains into `folder/NAME`; `models` by the names of golden's.
+
+    `more` are settings the original did not have.
+    """
+    settings = copy.deepcopy(RUNS[name]["settings"])
+    for key in ("data", "instruct_data", "eval_instruct_data"):
+        if sources := settings["data"][key]:
+            settings["data"][key] = ",".join(f"{INPUTS}/{source}" for source in sources.split(","))
+    settings["model_id_or_path"] = str(models[Path(settings["model_id_or_path"]).name])
+    return write_config(folder, name, settings | {"param_dtype": DTYPES[RUNS[name]["param_dtype"]]} | more)
+
+
+def write_config(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    """Writes `folder/NAME.yaml`, whose run folder is `folder/NAME` unless it says otherwise."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(folder / name)} | settings), encoding="utf-8")
+    return path
+
+
+def short_run(folder: Path, model: Path, rows: Sequence[str]) -> dict[str, Any]:
+    """Settings of two steps in `folder`, where `model` and `train.jsonl`, with these lines, are put."""
+    shutil.copytree(model, folder / "model")
+    (folder / "train.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return {
+        "data": {"instruct_data": "train.jsonl", "eval_instruct_data": "train.jsonl"},
+        "model_id_or_path": "model",
+        "run_dir": "run",
+        "lora": {"rank": 2},
+        "seq_len": 64,
+        "max_steps": 2,
+        "optim": {"pct_start": 0.25},
+    }
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Runs `[PREFIX] torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` from the root of the project."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*prefix, *launcher, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def own_errors(done: subprocess.CompletedProcess[str]) -> str:
+    """What our processes wrote to stderr before torchrun's own report, which brings a traceback of torchrun's."""
+    return done.stderr.partition("torch/distributed/elastic")[0]
+
+
+def main(configs: list[str]) -> None:
+    """Trains one configuration after the other; they share the start of the processes, which takes seconds."""
+    torch.set_num_threads(1)
+    with init_world() as world:
+        set_up_logging(world.rank)
+        for config in configs:
+            train.run(load_train_args(Path(config)), world)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(sys.argv[1:]))

@@ -1,0 +1,308 @@
+"""Gold and predictions in, scores out: files are matched note by note, and what the scores do not tell is told."""
+
+import csv
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from utils import evaluate_icd10, prepare_icd10_data
+from utils.fictional_notes.catalogue import load_catalogue
+from utils.fictional_notes.notes import write_notes
+from utils.generate_notes import save_notes, table_of
+from utils.icd10.answers import Diagnosis, build_answer, parse_answer
+from utils.icd10.predictions import Prediction
+from utils.icd10.prompts import instruct_row
+from utils.reports.evaluation_page import Bar, bar_chart
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
+CATALOGUE = load_catalogue()
+NOTES = list(write_notes(40, 0, CATALOGUE, "short"))
+ROWS = [instruct_row(note.text, build_answer(note.diagnoses), note.id) for note in NOTES]
+ANSWERS = [{"id": note.id, "answer": build_answer(note.diagnoses)} for note in NOTES]
+
+
+@pytest.fixture
+def evaluate(run_command, tmp_path):
+    """The command in this process: its exit code, what it said, and the scores."""
+
+    def run(gold, predictions, *options, out=tmp_path / "out.json"):
+        arguments = ["--gold", gold, "--predictions", predictions, "--json", out, *options]
+        code, said = run_command(evaluate_icd10, *arguments)
+        return code, said, json.loads(out.read_text(encoding="utf-8")) if code == 0 else None
+
+    return run
+
+
+@pytest.fixture
+def gold(jsonl):
+    return jsonl("gold.jsonl", ROWS)
+
+
+def answer_of(*codes):
+    return build_answer([Diagnosis(role, code, "x") for role, code in codes])
+
+
+def test_scores_stand_where_the_issue_says_and_are_those_of_hand(jsonl, evaluate):
+    gold = jsonl("g.jsonl", [
+        instruct_row("Note a", answer_of(("DP", "J189"), ("DAS", "I10"), ("DAS", "E1198")), "a"),
+        instruct_row("Note b", answer_of(("DP", "I10")), "b"),
+    ])  # fmt: skip
+    predictions = jsonl("p.jsonl", [
+        {"id": "b", "answer": answer_of(("DP", "I10"), ("DAS", "J440"))},
+        {"id": "a", "answer": answer_of(("DP", "J189"), ("DAS", "E1190"))},
+    ])  # fmt: skip
+    code, said, result = evaluate(gold, predictions)
+    assert code == 0
+    assert result["exact"]["micro"] == pytest.approx({"precision": 2 / 4, "recall": 2 / 4, "f1": 1 / 2})
+    assert result["category"]["micro"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4})
+    # J189 1 1 1; I10 1 1/2 2/3; E1198, E1190, J440 0.
+    assert result["exact"]["macro"] == pytest.approx({"precision": 2 / 5, "recall": 1.5 / 5, "f1": (5 / 3) / 5})
+    assert result["exact"]["exact_match"] == 0
+    assert result["exact"]["by_role"]["DP"]["micro"]["f1"] == 1
+    for level in ("exact", "category"):
+        assert {"micro", "macro", "exact_match", "intervals", "by_role", "by_chapter", "by_frequency"} <= set(
+            result[level]
+        )
+        assert all(len(bounds) == 2 for of in ("micro", "macro") for bounds in result[level]["intervals"][of].values())
+    assert result["rates"] == {} and result["counts"]["notes"] == 2
+    assert re.search(r"micro precision +0\.500 \[.*\] +0\.750 \[", said)
+
+
+def test_precision_is_over_predictions_and_recall_over_gold(gold, jsonl, evaluate):
+    more = [{"id": row["id"], "answer": row["answer"] + ", Peste (A209)"} for row in ANSWERS]
+    exact = evaluate(gold, jsonl("more.jsonl", more))[2]["exact"]
+    assert exact["micro"]["recall"] == 1 and exact["micro"]["precision"] < 1
+    fewer = [{"id": note.id, "codes": [note.diagnoses[0].code]} for note in NOTES]
+    exact = evaluate(gold, jsonl("fewer.jsonl", fewer))[2]["exact"]
+    assert exact["micro"]["precision"] == 1 and exact["micro"]["recall"] == pytest.approx(
+        len(NOTES) / sum(len(note.diagnoses) for note in NOTES)
+    )
+
+
+def test_answers_and_codes_with_and_without_roles_score_alike(gold, jsonl, evaluate):
+    cut = [note.diagnoses[: 1 + number % 3] for number, note in enumerate(NOTES)]
+    files = [
+        jsonl("answers.jsonl", [{"id": n.id, "answer": build_answer(codes)} for n, codes in zip(NOTES, cut)]),
+        jsonl("objects.jsonl", [{"id": n.id, "codes": [d._asdict() for d in codes]} for n, codes in zip(NOTES, cut)]),
+        jsonl("codes.jsonl", [{"id": n.id, "codes": [d.code.lower() for d in codes]} for n, codes in zip(NOTES, cut)]),
+    ]
+    by_answer, by_object, by_code = (evaluate(gold, file)[2] for file in files)
+    assert by_answer == by_object
+    assert by_code["exact"]["micro"] == by_answer["exact"]["micro"]
+    assert by_code["counts"]["codes_without_role"] == by_answer["exact"]["predicted"]
+    assert by_code["exact"]["by_role"]["DP"]["predicted"] == 0
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_rows_without_id_are_matched_by_their_number(jsonl, evaluate, first, as_text):
+    gold = jsonl("g.jsonl", [{"messages": row["messages"]} for row in ROWS])
+    name = str if as_text else int
+    predictions = [{"id": name(number), "answer": row["answer"]} for number, row in enumerate(ANSWERS, start=first)]
+    assert evaluate(gold, jsonl("p.jsonl", predictions[::-1]))[2]["exact"]["exact_match"] == 1
+    by_order = [{"answer": row["answer"]} for row in ANSWERS]
+    assert evaluate(gold, jsonl("o.jsonl", by_order))[2]["exact"]["exact_match"] == 1
+
+
+def test_missing_and_unexpected_predictions_are_counted_and_named(gold, jsonl, evaluate):
+    predictions = [*ANSWERS[2:], {"id": "nobody", "answer": ANSWERS[0]["answer"]}]
+    _, said, result = evaluate(gold, jsonl("p.jsonl", predictions))
+    counts = result["counts"]
+    assert counts["missing_ids"] == [NOTES[0].id, NOTES[1].id] and counts["missing_predictions"] == 2
+    assert counts["unexpected_ids"] == ["nobody"] and counts["answers_without_code"] == 0
+    assert result["exact"]["micro"]["precision"] == 1 and result["exact"]["exact_match"] == 38 / 40
+    assert "notes without a prediction, which count as empty: 2" in said and NOTES[0].id in said
+    assert "predictions for no gold note, which were left out: 1" in said
+
+
+def test_repeated_codes_count_once_and_are_counted(gold, jsonl, evaluate):
+    first = NOTES[0].diagnoses[0]
+    again = f", {first.label} ({first.code}), {first.label} ({first.code.lower()})"
+    predictions = [
+        {**ANSWERS[0], "answer": ANSWERS[0]["answer"] + again},
+        *ANSWERS[1:-1],
+        {**ANSWERS[-1], "answer": "?"},
+    ]
+    result = evaluate(gold, jsonl("p.jsonl", predictions))[2]
+    assert result["counts"]["repeated_codes"] == 2 and result["exact"]["micro"]["precision"] == 1
+    assert result["counts"]["answers_without_code"] == 1
+    diagnoses = [Diagnosis("DP", "I10"), Diagnosis("DAS", "I10"), Diagnosis("DAS", "E43")]
+    assert Prediction.of_codes(diagnoses).repeated == 1
+    assert (
+        Prediction.of_answer("diagnostic principal : HTA (I50.1), diagnostic associé : x (I501), y (I5011)").repeated
+        == 1
+    )
+
+
+def test_rates_and_frequencies_come_with_a_table_and_training_rows(gold, jsonl, evaluate, tmp_path):
+    save_notes(iter(NOTES), tmp_path / "notes", [0] * len(NOTES), table_of(CATALOGUE))
+    predictions = [{"id": row["id"], "answer": row["answer"] + ", Invention (A999)"} for row in ANSWERS]
+    train = jsonl("train.jsonl", ROWS[:10])
+    table = tmp_path / "notes/cim10.tsv"
+    _, said, result = evaluate(gold, jsonl("p.jsonl", predictions), "--cim10", table, "--train", train)
+    predicted = result["exact"]["predicted"]
+    assert result["rates"]["unknown"] == {"count": 40, "of": predicted, "rate": 40 / predicted}
+    assert result["rates"]["forbidden_DP"]["count"] == result["rates"]["no_DP"]["count"] == 0
+    assert f"codes that are not in the table: 40 of {predicted}" in said
+    assert result["counts"]["training_notes"] == 10
+    learnt = {item.code for note in NOTES[:10] for item in note.diagnoses}
+    unseen = sum(item.code not in learnt for note in NOTES for item in note.diagnoses)
+    assert result["exact"]["by_frequency"]["0"]["gold"] == unseen > 0
+    assert result["errors"] == {"missed": [], "added": [{"code": "A999", "label": "", "notes": 40}]}
+
+
+def test_the_csv_has_a_line_per_note_that_adds_up(gold, jsonl, evaluate, tmp_path):
+    predictions = [{"id": note.id, "codes": ["A209", *(d.code for d in note.diagnoses[1:])]} for note in NOTES[:-1]]
+    path = tmp_path / "new/notes.csv"
+    result = evaluate(gold, jsonl("p.jsonl", predictions), "--csv", path)[2]
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["id"] for line in lines] == [note.id for note in NOTES]
+    assert sum(len(line["missed"].split()) for line in lines) == result["exact"]["gold"] - result["exact"]["correct"]
+    assert (
+        sum(len(line["added"].split()) for line in lines) == result["exact"]["predicted"] - result["exact"]["correct"]
+    )
+    first, last = lines[0], lines[-1]
+    assert first["missed"] == NOTES[0].diagnoses[0].code and first["added"] == "A209"
+    assert first["gold"] == " ".join(f"{item.role}:{item.code}" for item in NOTES[0].diagnoses)
+    assert float(first["f1"]) == pytest.approx(1 - 1 / len(NOTES[0].diagnoses), abs=1e-4)
+    assert last["predicted"] == "" and float(last["f1"]) == 0 and last["exact_match"] == "0"
+
+
+class Page(HTMLParser):
+    """Tags that are open, attributes that name something elsewhere, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.tags, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attrs if key in ("src", "href", "action", "data")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_shows_the_scores(jsonl, evaluate, tmp_path):
+    rows = [{**row, "id": f"<b>{row['id']}"} for row in ROWS]
+    predictions = [{"id": f"<b>{row['id']}", "answer": row["answer"]} for row in ANSWERS[:30]]
+    path = tmp_path / "report.html"
+    result = evaluate(jsonl("g.jsonl", rows), jsonl("p & <q>.jsonl", predictions), "--html", path)[2]
+    source = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(source)
+    assert not page.open and not page.addresses and not {"script", "link", "img", "b", "q"} & set(page.tags)
+    assert set(re.findall(r"https?://[^\"' ]+", source)) == {"http://www.w3.org/2000/svg"} and "url(" not in source
+    assert page.tags.count("svg") == 3 and "p & <q>.jsonl" in page.text and f"<b>{NOTES[-1].id}" in page.text
+    assert f"{result['exact']['micro']['f1']:.3f} [" in page.text
+    for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert sum(chapter in page.text for chapter in result["exact"]["by_chapter"]) == len(result["exact"]["by_chapter"])
+
+
+def test_bars_are_as_long_as_their_values():
+    svg = ElementTree.fromstring(bar_chart("<F1>", {"a&b": [Bar(0.5, 0.4, 0.75), None]}, ("one", "two")))
+    name = "{http://www.w3.org/2000/svg}"
+    bars = [bar for bar in svg.findall(f"{name}rect") if float(bar.get("height")) < 12]
+    lines = {float(line.get("x1")) for line in svg.findall(f"{name}line")}
+    start, end = min(lines), max(lines)
+    assert [float(bar.get("x")) for bar in bars] == [start]
+    assert float(bars[0].get("width")) == pytest.approx((end - start) / 2)
+    whisker = [float(x) for x in re.match(r"M([\d.]+) [\d.]+H([\d.]+)", svg.find(f"{name}path").get("d")).groups()]
+    assert whisker == pytest.approx([start + 0.4 * (end - start), start + 0.75 * (end - start)])
+    assert {text.text for text in svg.findall(f"{name}text")} >= {"one", "two", "a&b", "0.500"}
+
+
+def test_no_output_holds_text_of_a_note(gold, jsonl, evaluate, tmp_path):
+    outputs = [tmp_path / "r.html", tmp_path / "r.csv"]
+    _, said, _ = evaluate(gold, jsonl("p.jsonl", ANSWERS[5:]), "--html", outputs[0], "--csv", outputs[1])
+    written = said + "".join(path.read_text(encoding="utf-8") for path in [*outputs, tmp_path / "out.json"])
+    for note in NOTES:
+        assert not any(sentence in written for sentence in re.split(r"[.\n]", note.text) if len(sentence) > 20)
+
+
+GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "said"),
+    [
+        ([GOOD, GOOD], "p.jsonl, line 2: the id 'a' stands twice"),
+        ([GOOD, {"id": "b"}], "p.jsonl, line 2: neither an `answer` that is a text nor `codes`"),
+        ([{"id": "a", "codes": [10]}], 'p.jsonl, line 1: a code that is neither "I10" nor'),
+        ([{"id": "a", "codes": [{"role": "chief", "code": "I10"}]}], "line 1: a code that is neither"),
+        ([{"id": "z", "answer": "I10"}], "No prediction is for a gold row: the first is for 'z'"),
+        ([], "p.jsonl is empty"),
+        ([["I10"]], "p.jsonl, line 1: not a valid JSON object"),
+    ],
+)
+def test_mistaken_predictions_are_explained(predictions, said, jsonl, evaluate, tmp_path):
+    gold = jsonl("g.jsonl", [instruct_row("Note", answer_of(("DP", "I10")), "a")])
+    code, message, _ = evaluate(gold, jsonl("p.jsonl", predictions))
+    assert code == 1 and message.startswith("error: ") and said in message, message
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "Note"}, "not an instruct row"),
+        ({"messages": []}, "no code in the last message"),
+        ({"messages": [{"role": "user", "content": "HTA (I10)"}]}, "no code in the last message"),
+        (instruct_row("Note", "Je ne sais pas."), "no code in the last message"),
+    ],
+)
+def test_mistaken_gold_is_explained(row, said, jsonl, evaluate):
+    code, message, _ = evaluate(jsonl("g.jsonl", [ROWS[0], row]), jsonl("p.jsonl", [GOOD]))
+    assert code == 1 and "g.jsonl, line 2: " in message and said in message, message
+
+
+def test_inputs_are_never_outputs(gold, jsonl, evaluate, tmp_path):
+    predictions = jsonl("p.jsonl", ANSWERS)
+    before = gold.read_bytes(), predictions.read_bytes()
+    for options in (("--html", gold), ("--csv", predictions), ("--csv", tmp_path / "out.json")):
+        code, message, _ = evaluate(gold, predictions, *options)
+        assert code == 1 and "another file of this command" in message
+    assert (gold.read_bytes(), predictions.read_bytes()) == before and not (tmp_path / "out.json").exists()
+
+
+def test_files_appear_together_or_not_at_all(gold, jsonl, evaluate, tmp_path):
+    (tmp_path / "folder").mkdir()
+    code, message, _ = evaluate(gold, jsonl("p.jsonl", ANSWERS), "--html", tmp_path / "p.jsonl/r.html")
+    assert code == 1 and message.startswith("error: ")
+    assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the fork's 200 stays are not here")
+def test_the_documents_stays_score_one_against_themselves(evaluate, monkeypatch, tmp_path):
+    files = {"text": "text.csv", "codes": "codes.csv", "cim10": "cim_10_atih_2019.tsv"}
+    arguments = [part for option, name in files.items() for part in (f"--{option}", str(SHARED / name))]
+    monkeypatch.setattr(sys, "argv", ["prepare", *arguments, "--out", str(tmp_path / "data"), "--ratios", "1"])
+    prepare_icd10_data.main()
+    gold = tmp_path / "data/train_instruct.jsonl"
+    rows = [json.loads(line) for line in gold.read_text(encoding="utf-8").splitlines()]
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text(
+        "".join(json.dumps({"id": row["id"], "answer": row["messages"][2]["content"]}) + "\n" for row in rows), "utf-8"
+    )
+    result = evaluate(gold, predictions, "--cim10", SHARED / files["cim10"])[2]
+    for level in ("exact", "category"):
+        assert result[level]["micro"] == result[level]["macro"] == {"precision": 1, "recall": 1, "f1": 1}
+        assert result[level]["exact_match"] == 1
+    assert result["exact"]["gold"] == 902 and not any(rate["count"] for rate in result["rates"].values())
+    assert result["counts"]["repeated_codes"] == 0
+    assert sum(len(parse_answer(row["messages"][2]["content"])) for row in rows) == 902

@@ -1,0 +1,135 @@
+"""Word recall and contains-the-answer: by hand, by their invariances, and as a command."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from finetune.args import TrainArgs
+from finetune.data.args import DataArgs
+from finetune.distributed import World
+from model.args import LoraArgs
+from tests.support.checkpoints import make_tiny_checkpoint
+from utils import evaluate_qa
+from utils.evaluate_qa import contains, evaluate, normalised, word_recall
+
+
+def question(answer, name=None):
+    messages = [{"role": "user", "content": "Quoi ?"}, {"role": "assistant", "content": answer}]
+    return {"messages": messages} | ({"id": name} if name else {})
+
+
+@pytest.fixture
+def command(run_command):
+    return functools.partial(run_command, evaluate_qa)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Eiffel Tower, a\tTOWER!", "eiffel tower tower"),
+        ("l'eau, «\u00a0l’Été\u00a0» : $5", "leau lété 5"),
+        ("Anthem theatre banana", "anthem theatre banana"),  # articles only as words
+        ("e\u0301te\u0301", "été"),  # accents stay, however they are written
+        (" ...the?! ", ""),
+    ],
+)
+def test_normalisation(text, expected):
+    assert normalised(text) == expected
+    assert normalised(normalised(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "recall", "contained"),
+    [
+        ("Chief of Protocol", "She was the Chief of Protocol.", 1, True),
+        ("Chief of Protocol", "The protocol of her chief", 1, False),  # all words, in another order
+        ("Animorphs book series", "the animorphs", 1 / 3, False),
+        ("yes", "no", 0, False),
+        ("été", "ete", 0, False),
+        ("12", "about 120", 0, True),  # characters, not words
+        ("de la fièvre et de la toux", "de la fièvre et de la toux", 1, True),  # a repeated word is one word
+        ("42", "", 0, False),
+    ],
+)
+def test_scores_by_hand(reference, answer, recall, contained):
+    assert word_recall(reference, answer) == pytest.approx(recall)
+    assert contains(reference, answer) is contained
+
+
+def test_means_intervals_and_what_was_not_matched():
+    references = {"a": "Victor Hugo", "b": "1802", "c": "Besançon", "d": "Les Misérables"}
+    answers = {"a": "Hugo", "b": "En 1802.", "c": "Paris", "z": "?"}
+    result = evaluate(references, answers)
+    assert result["word_recall"] == pytest.approx((1 / 2 + 1 + 0 + 0) / 4)
+    assert result["contains"] == 1 / 4
+    expected = {"rows": 4, "missing_predictions": 1, "unexpected_predictions": 1, "missing_ids": ["d"]}
+    assert result["counts"] == expected
+    for name, (low, high) in result["intervals"].items():
+        assert 0 <= low < result[name] < high <= 1
+    assert evaluate(references, references)["intervals"] == {"word_recall": [1, 1], "contains": [1, 1]}
+
+
+def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
+    out = tmp_path / "out" / "qa.json"
+    named = jsonl("g.jsonl", [question("Victor Hugo", "x"), question("1802", "y")])
+    answers = jsonl("p.jsonl", [{"id": "y", "answer": "en 1802"}, {"id": "x", "answer": "Victor"}])
+    code, said = command("--gold", named, "--predictions", answers, "--json", out)
+    assert code == 0 and "word recall           0.750 [" in said and "contains the answer   0.500 [" in said
+    assert json.loads(out.read_text(encoding="utf-8"))["word_recall"] == 0.75
+    numbered = jsonl("n.jsonl", [question("Victor Hugo"), question("1802")])
+    from_zero = jsonl("z.jsonl", [{"id": 1, "answer": "1802"}, {"id": 0, "answer": "Victor Hugo"}])
+    assert "contains the answer   1.000" in command("--gold", numbered, "--predictions", from_zero)[1]
+
+
+@pytest.mark.parametrize(
+    ("gold", "predictions", "said"),
+    [
+        ([question("?!", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: no words in the last message"),
+        ([{"text": "x", "id": "a"}], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: "),
+        ([question("x", "a")], [{"id": "a", "codes": []}], "p.jsonl, line 1: no `answer` that is a text (keys: id, c"),
+        ([question("x", "a")], [{"id": "b", "answer": "x"}], "No prediction is for a gold row"),
+        ([question("x", "a"), question("y", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 2: the id 'a' stands"),
+    ],
+)
+def test_mistakes_are_explained(gold, predictions, said, jsonl, command, tmp_path):
+    files = ("--gold", jsonl("g.jsonl", gold), "--predictions", jsonl("p.jsonl", predictions))
+    code, message = command(*files, "--json", tmp_path / "out.json")
+    assert code == 1 and message.startswith("error: ") and said in message, message
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_inputs_are_not_overwritten(jsonl, command):
+    gold = jsonl("g.jsonl", [question("x", "a")])
+    code, message = command(
+        "--gold", gold, "--predictions", jsonl("p.jsonl", [{"id": "a", "answer": "x"}]), "--json", gold
+    )
+    assert code == 1 and "g.jsonl would be written" in message
+
+
+def test_a_run_answers_the_questions(jsonl, command, tmp_path, capsys):
+    gold = jsonl("g.jsonl", [question("Victor Hugo", "a"), question("1802", "b")])
+    args = TrainArgs(
+        data=DataArgs(instruct_data=str(gold), packing="best_fit"),
+        model_id_or_path=str(make_tiny_checkpoint(tmp_path / "model", dim=16, hidden_dim=24)),
+        run_dir=str(tmp_path / "run"),
+        lora=LoraArgs(rank=2),
+        seq_len=64,
+        max_steps=1,
+    )
+    train.run(args, World(0, 1, torch.device("cpu")))
+    capsys.readouterr()  # what training said, where other tests have set up its log lines
+    code, said = command("--gold", gold, "--run", tmp_path / "run")
+    (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
+    assert code == 0 and "without a prediction" not in said
+    assert said.startswith(command("--gold", gold, "--predictions", answers)[1]) and "Coding 2 of 2 notes" in said
+
+
+def test_scores_alone_need_no_torch():
+    code = "import sys, utils.evaluate_qa; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,0 +1,309 @@
+"""Exports: the engines they are made for compute our logits with them, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer, parse_conversation
+from model.args import BLOCK_LINEARS, LoraArgs, load_model_args
+from model.errors import UserError
+from model.hf_format import open_model_weights
+from model.lora import add_lora
+from model.transformer import Transformer
+from model.weights import open_safetensors
+from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
+from tests.support.golden import instruct_tokenizer
+from tests.support.other_engines import mistral_inference_logits, transformers_logits
+from tests.support.tiny_tekken import write_tiny_tekken
+from utils.export import export
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"dim": 32, "hidden_dim": 48, "vocab_size": 96, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
+RANK, SCALING = 4, 3.0
+TOKENS = torch.randint(SMALL["vocab_size"], (13,), generator=torch.Generator().manual_seed(0)).tolist()
+moe_or_dense = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+
+
+def make_base(folder: Path, moe: bool = False) -> Path:
+    return make_tiny_checkpoint(folder, moe=moe, dtype=torch.float32, **SMALL)
+
+
+def make_run(folder: Path, base: Path, steps: tuple[int, ...] = (1,), targets: Sequence[str] = BLOCK_LINEARS) -> Path:
+    """A run folder whose checkpoints hold an adapter each."""
+    params = json.loads((base / "params.json").read_text(encoding="utf-8"))
+    params["lora"] = {"rank": RANK, "scaling": SCALING, "base_model": str(base)}
+    for step in steps:
+        checkpoint = folder / "checkpoints" / f"checkpoint_{step:06d}" / "consolidated"
+        file = checkpoint / "lora.safetensors"
+        adapter = make_tiny_adapter(base, file, rank=RANK, dtype=torch.float32, targets=targets)
+        scaled = {name: tensor * step for name, tensor in load_file(adapter).items()}
+        save_file(scaled, adapter)
+        (checkpoint / "params.json").write_text(json.dumps(params), encoding="utf-8")
+    (folder / "args.yaml").touch()
+    return folder
+
+
+def checkpoint_of(run: Path, step: int = 1) -> Path:
+    return run / "checkpoints" / f"checkpoint_{step:06d}" / "consolidated"
+
+
+def our_logits(folder: Path, adapter: Path | None = None, targets: Sequence[str] = BLOCK_LINEARS) -> torch.Tensor:
+    weights = open_model_weights(folder)
+    with torch.device("meta"):
+        model = Transformer(load_model_args(folder))
+        if adapter:
+            add_lora(model, LoraArgs(rank=RANK, scaling=SCALING, targets=list(targets)))
+    tensors = {name: weights.read(name) for name in weights.shapes}
+    if adapter:
+        lora = open_safetensors(adapter)
+        tensors |= {name: lora.read(name) for name in lora.shapes}
+    model.load_state_dict(tensors, assign=True)
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS), [len(TOKENS)])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+def trained(request, tmp_path_factory) -> tuple[Path, Path, torch.Tensor]:
+    """Base, run and the logits that both together give."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = make_base(folder / "base", request.param)
+    run = make_run(folder / "run", base)
+    logits = our_logits(base, checkpoint_of(run) / "lora.safetensors")
+    assert (logits - our_logits(base)).abs().max() > 0.1
+    return base, run, logits
+
+
+def assert_same(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+# What comes out
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match")  # PEFT, of its own doing for experts
+def test_peft_computes_our_logits(trained, tmp_path):
+    base, run, logits = trained
+    export(run, "peft", tmp_path / "adapter")
+    export(base, "hf", tmp_path / "base")
+    assert_same(transformers_logits(tmp_path / "base", TOKENS, tmp_path / "adapter"), logits)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (RANK, RANK * SCALING)
+    assert config["base_model_name_or_path"] == str(base)
+
+
+def test_transformers_computes_our_logits(trained, tmp_path):
+    _, run, logits = trained
+    export(run, "hf", tmp_path / "hf", merged=True)
+    assert_same(transformers_logits(tmp_path / "hf", TOKENS), logits)
+    assert_same(our_logits(tmp_path / "hf"), logits)
+
+
+def test_mistral_inference_computes_our_logits(trained, tmp_path):
+    _, run, logits = trained
+    export(run, "mistral", tmp_path / "merged", merged=True)
+    assert_same(mistral_inference_logits(tmp_path / "merged", TOKENS), logits)
+    assert "lora" not in json.loads((tmp_path / "merged" / "params.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match")
+@pytest.mark.parametrize(
+    "moe, targets, theirs",
+    [
+        (False, ["wq", "wv"], ["q_proj", "v_proj"]),
+        (False, ["wk", "w2", "output"], ["down_proj", "k_proj", "lm_head"]),
+        (True, ["wo", "gate", "output"], ["gate", "lm_head", "o_proj"]),
+        (True, ["w2"], ["w2"]),
+    ],
+)
+def test_adapters_of_some_layers(moe, targets, theirs, tmp_path):
+    base = make_base(tmp_path / "base", moe)
+    run = make_run(tmp_path / "run", base, targets=targets)
+    logits = our_logits(base, checkpoint_of(run) / "lora.safetensors", targets)
+    assert (logits - our_logits(base)).abs().max() > 0.01
+    export(base, "hf", tmp_path / "base_hf")
+    export(run, "peft", tmp_path / "peft")
+    assert_same(transformers_logits(tmp_path / "base_hf", TOKENS, tmp_path / "peft"), logits)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == theirs
+    for to, their_logits in (("hf", transformers_logits), ("mistral", mistral_inference_logits)):
+        export(run, to, tmp_path / to, merged=True)
+        assert_same(their_logits(tmp_path / to, TOKENS), logits)
+
+
+@pytest.mark.parametrize("targets", [["w1"], ["w1", "w3"], ["w2", "w3"]])
+def test_adapters_of_experts_that_peft_would_misread_are_refused(targets, tmp_path):
+    base = make_base(tmp_path / "base", moe=True)
+    run = make_run(tmp_path / "run", base, targets=["wq", *targets])
+    with pytest.raises(UserError, match="where w1, w2 and w3 all have one: export it with --to hf --merged"):
+        export(run, "peft", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_checkpoint_of_all_weights_needs_no_merging(trained, tmp_path):
+    _, run, logits = trained
+    export(run, "mistral", tmp_path / "whole", merged=True)
+    for to, theirs in (("hf", transformers_logits), ("mistral", mistral_inference_logits)):
+        export(tmp_path / "whole", to, tmp_path / to)
+        assert_same(theirs(tmp_path / to, TOKENS), logits)
+
+
+def test_base_in_hugging_faces_layout(trained, tmp_path):
+    base, run, logits = trained
+    export(base, "hf", tmp_path / "base")
+    export(run, "mistral", tmp_path / "mistral", merged=True, base=tmp_path / "base")
+    assert_same(mistral_inference_logits(tmp_path / "mistral", TOKENS), logits)
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    export(run, "hf", tmp_path / "hf", merged=True, base=tmp_path / "base")
+    assert_same(transformers_logits(tmp_path / "hf", TOKENS), logits)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"] == 77
+
+
+def test_which_checkpoint_of_a_run(tmp_path):
+    base = make_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base, steps=(1, 2))
+    (run / "checkpoints" / "best").symlink_to("checkpoint_000001")
+    first = checkpoint_of(run, 1)
+    for source, step, expected in (
+        (run, None, 2),
+        (run, 1, 1),
+        (run, "best", 1),
+        (first.parent, None, 1),
+        (first, None, 1),
+    ):
+        out = tmp_path / f"{source.name}_{step}"
+        export(source, "peft", out, step=step)
+        written = load_file(out / "adapter_model.safetensors")
+        name = "layers.0.feed_forward.w2.lora_B.weight"
+        theirs = written["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
+        assert theirs.equal(load_file(checkpoint_of(run, expected) / "lora.safetensors")[name])
+
+
+def test_some_linears_alone(tmp_path):
+    base = make_base(tmp_path / "base")
+    checkpoint = checkpoint_of(make_run(tmp_path / "run", base))
+    tensors = load_file(checkpoint / "lora.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".wq." in name or ".w2." in name}
+    save_file(kept, checkpoint / "lora.safetensors")
+    export(checkpoint, "peft", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    export(checkpoint, "hf", tmp_path / "merged", merged=True)
+    export(base, "hf", tmp_path / "base_hf")
+    adapted = transformers_logits(tmp_path / "base_hf", TOKENS, tmp_path / "adapter")
+    assert_same(adapted, transformers_logits(tmp_path / "merged", TOKENS))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "tekken.json"])
+def test_transformers_reads_prompts_as_training_did(tmp_path, name):
+    import transformers
+
+    base = make_base(tmp_path / "base")
+    if name == "tekken.json":
+        write_tiny_tekken(base / name, "v7")
+    else:
+        shutil.copyfile(instruct_tokenizer("v3").tokenizer.file_path, base / name)
+    export(base, "hf", tmp_path / "hf")
+    ours = SampleEncoder(load_instruct_tokenizer(tmp_path / "hf", 40_000))
+    turns = [{"role": "system", "content": "Tu codes."}, {"role": "user", "content": "Fièvre à 39 °C,  dyspnée"}]
+    prompt = ours.encode_prompt(parse_conversation({"messages": turns}).messages)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.apply_chat_template(turns)["input_ids"] == prompt
+    assert theirs.eos_token_id == 2
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2}
+    assert (tmp_path / "hf" / "tokenizer.model").exists() == (name != "tekken.json")
+
+
+# What is refused
+
+
+def refused(message: str, *args, **kwargs) -> None:
+    out = args[2]
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        export(*args, **kwargs)
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def test_sources_that_hold_nothing(tmp_path):
+    out = tmp_path / "out"
+    refused("does not exist", tmp_path / "none", "peft", out)
+    (tmp_path / "empty").mkdir()
+    refused("neither a run folder .* nor a checkpoint", tmp_path / "empty", "peft", out)
+    (tmp_path / "empty" / "args.yaml").touch()
+    refused("holds no checkpoint; train it first", tmp_path / "empty", "peft", out)
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
+    refused("holds no checkpoint of step 7", run, "peft", out, step=7)
+    refused("--step chooses among the checkpoints of a run", checkpoint_of(run), "peft", out, step=1)
+
+
+def test_requests_that_do_not_fit(tmp_path):
+    base = make_base(tmp_path / "base")
+    run, out = make_run(tmp_path / "run", base), tmp_path / "out"
+    refused("holds a whole model, not an adapter .* --to hf", base, "peft", out)
+    refused("--to peft writes the adapter alone", run, "peft", out, merged=True)
+    refused("add --merged .* or use the adapter alone with --to peft", run, "hf", out)
+    refused("add --merged .*lora.safetensors is in Mistral's layout", run, "mistral", out)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "precious").touch()
+    for to, merged in (("peft", False), ("hf", True), ("mistral", True)):
+        refused("already exists and is not an empty folder", run, to, tmp_path / "there", merged=merged)
+
+
+def test_bases_that_do_not_fit(tmp_path):
+    base = make_base(tmp_path / "base")
+    run, out = make_run(tmp_path / "run", base), tmp_path / "out"
+    other = make_tiny_checkpoint(tmp_path / "other", dtype=torch.float32, **SMALL | {"dim": 64})
+    refused("does not fit the model", run, "hf", out, merged=True, base=other)
+    base.rename(tmp_path / "moved")
+    refused(
+        r"base model .*base, which .* names, is not there: give its folder with --base", run, "hf", out, merged=True
+    )
+    export(run, "hf", out, merged=True, base=tmp_path / "moved")
+    params = checkpoint_of(run) / "params.json"
+    params.write_text(json.dumps(json.loads(params.read_text(encoding="utf-8")) | {"lora": None}), encoding="utf-8")
+    refused(
+        r"params.json does not name the adapter's base model: give it with --base",
+        run,
+        "hf",
+        tmp_path / "again",
+        merged=True,
+    )
+
+
+def test_adapters_of_several_ranks_are_no_peft_adapter(tmp_path):
+    checkpoint = checkpoint_of(make_run(tmp_path / "run", make_base(tmp_path / "base")))
+    tensors = load_file(checkpoint / "lora.safetensors")
+    tensors["layers.0.attention.wq.lora_A.weight"] = tensors["layers.0.attention.wq.lora_A.weight"][:2].contiguous()
+    save_file(tensors, checkpoint / "lora.safetensors")
+    refused(r"adapters of the ranks \[2, 4\]", checkpoint, "peft", tmp_path / "out")
+
+
+def test_a_failure_on_the_way_leaves_nothing(trained, tmp_path, monkeypatch):
+    _, run, _ = trained
+    monkeypatch.setattr("utils.models.model_folder.merged_weight", lambda *_: 1 / 0)
+    for to in ("hf", "mistral"):
+        with pytest.raises(ZeroDivisionError):
+            export(run, to, tmp_path / "out", merged=True)
+        assert not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path):
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
+    command = [sys.executable, "-m", "utils.export", str(run), "--to"]
+    failed = subprocess.run([*command, "hf", "--out", str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert (
+        failed.stderr.startswith(f"error: {checkpoint_of(run)} holds an adapter") and "Traceback" not in failed.stderr
+    )
+    options = ["hf", "--merged", "--step", "1", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "y")]
+    subprocess.run([*command, *options], cwd=ROOT, capture_output=True, check=True)
+    assert {path.name for path in (tmp_path / "y").iterdir()} >= {"config.json", "model.safetensors"}

@@ -1,0 +1,184 @@
+"""Answers: the documents' sentences, and the parser that undoes them and reads what models write instead."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.fictional_notes.catalogue import load_catalogue
+from utils.icd10 import prompts
+from utils.icd10.answers import Diagnosis, build_answer, list_codes, parse_answer
+from utils.icd10.codes import ROLES, Cim10Table
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
+COMMON = load_catalogue().common
+
+DP = Diagnosis("DP", "Z511", "Séance de chimiothérapie pour tumeur")
+DR = Diagnosis("DR", "C187", "Tumeur maligne du côlon sigmoïde")
+DAS = [
+    Diagnosis("DAS", "I10", "Hypertension essentielle (primitive)"),
+    Diagnosis("DAS", "E8768", "Hypokaliémies, autres et sans précision"),
+]
+
+
+def test_the_answer_is_that_of_the_documents():
+    assert build_answer([DP, DR, *DAS]) == (
+        "Codes CIM 10 retenus pour le résumé strandisé de sortie PMSI : "
+        "diagnostic principal : Séance de chimiothérapie pour tumeur (Z511), "
+        "diagnistic relié : Tumeur maligne du côlon sigmoïde (C187), "
+        "diagnostic associé : Hypertension essentielle (primitive) (I10), "
+        "Hypokaliémies, autres et sans précision (E8768)"
+    )
+    assert build_answer([DAS[0]._replace(role="DP")]).endswith(
+        "Hypertension essentielle (primitive) (I10), diagnistic relié : aucun, diagnostic associé : aucun"
+    )
+
+
+@pytest.mark.parametrize("diagnoses", [[], [DR, *DAS], [DP, DP._replace(code="Z5101")], [DP, DR, DR]])
+def test_a_stay_has_one_main_and_at_most_one_related_diagnosis(diagnoses):
+    with pytest.raises(ValueError, match="one DP and at most one DR"):
+        build_answer(diagnoses)
+
+
+def test_rows_hold_the_three_messages_and_the_pretrain_text():
+    row = prompts.instruct_row("Note {1}.", "Réponse", "n1")
+    assert list(row) == ["id", "messages"]
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][:2] == prompts.prompt_messages("Note {1}.")
+    assert row["messages"][1]["content"].endswith("du compte rendu d'hospitalisation suivant : Note {1}.")
+    assert list(prompts.instruct_row("Note.", "Réponse")) == ["messages"]
+    codes = list_codes([DP, DAS[0]])
+    assert prompts.pretrain_row("Une note\n", codes) == {
+        "text": "Une note. ICD-10 codes : Séance de chimiothérapie pour tumeur (Z511), "
+        "Hypertension essentielle (primitive) (I10)"
+    }
+    assert prompts.pretrain_row("Une note.", codes)["text"].startswith("Une note. ICD-10 codes : ")
+
+
+@pytest.mark.skipif(not (SHARED / "seeds/000.md").exists(), reason="the documents are not here")
+def test_prompts_are_word_for_word_those_of_the_documents():
+    document = (SHARED / "seeds/000.md").read_text(encoding="utf-8")
+    row = prompts.instruct_row(
+        "texte du compte rendu n°1",
+        prompts.ANSWER.format(
+            DP="définition du code (code)", DR=prompts.NOTHING, DAS="définition diagnostic 1 (code 1),..."
+        ),
+    )
+    for message in row["messages"]:
+        assert f'"content": "{message["content"]}"' in document
+
+
+# --- The inverse ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def stays(draw):
+    codes = draw(st.lists(st.sampled_from(sorted(COMMON)), min_size=1, max_size=9, unique=True))
+    roles = ["DP", *(["DR"] if len(codes) > 1 and draw(st.booleans()) else [])]
+    roles += ["DAS"] * (len(codes) - len(roles))
+    return [Diagnosis(role, code, COMMON[code].label) for role, code in zip(roles, codes)]
+
+
+@given(stays())
+def test_the_parser_undoes_the_builder(stay):
+    assert parse_answer(build_answer(stay)) == stay
+
+
+@given(stays(), st.randoms())
+def test_case_dots_and_layout_do_not_matter(stay, random):
+    def written(code):
+        code = code if len(code) == 3 or random.random() < 0.5 else f"{code[:3]}.{code[3:]}"
+        return code.lower() if random.random() < 0.5 else code
+
+    names = {"DP": "Diagnostic principal", "DR": "Diagnostic relié", "DAS": "Diagnostics associés"}
+    blocks = []
+    for role in ROLES:
+        items = [f"- {item.label} ({written(item.code)})" for item in stay if item.role == role]
+        blocks.append(f"**{names[role]}** :\n" + ("\n".join(items) or "Aucun."))
+    assert roles_and_codes("\n\n".join(blocks)) == [(item.role, item.code) for item in stay]
+
+
+@pytest.mark.skipif(not (SHARED / "icd").exists(), reason="the ATIH table is not here")
+def test_every_label_of_the_atih_table_survives():
+    table = Cim10Table.from_file(SHARED / "icd/cim_10_atih_2019.tsv")
+    usable = [entry for entry in table if table.allows("DAS", entry.code)]
+    for start in range(0, len(usable), 12):
+        chunk = usable[start : start + 12]
+        stay = [DP, DR, *(Diagnosis("DAS", entry.code, entry.label) for entry in chunk)]
+        stay = [item for index, item in enumerate(stay) if item.code not in {other.code for other in stay[:index]}]
+        assert parse_answer(build_answer(stay)) == stay
+
+
+# --- Ugly answers -----------------------------------------------------------------------------------------------------
+
+
+def roles_and_codes(text):
+    return [(item.role, item.code) for item in parse_answer(text)]
+
+
+UGLY = [
+    # No role at all.
+    ("", ""),
+    ("Aucun code ne peut être retenu.", ""),
+    ("HTA (I10) - BPCO (J44.9) / asthme (J45.9) et diabète (E11.98)", "?:I10 ?:J449 ?:J459 ?:E1198"),
+    ("I10, E11.98 ; j18.9", "?:I10 ?:E1198 ?:J189"),
+    ("Les codes sont I10 et E119.", "?:I10 ?:E119"),
+    # The documents' layout, damaged.
+    ("diagnostic principal : HTA (I10), diagnistic relié : aucun, diagnostic associé : aucun", "DP:I10"),
+    ("diagnostic principal : HTA (i10), diagnostic associé : BPCO (j44.9), asthme (J459)", "DP:I10 DAS:J449 DAS:J459"),
+    ("Codes CIM 10 retenus pour le résumé strandisé de sortie PMSI : diagnostic principal : HTA (I10", "DP:I10"),
+    ("diagnostic principal : aucun, diagnistic relié : aucun, diagnostic associé : HTA (I10)", "DAS:I10"),
+    ("diagnostic associé : HTA (I10), diagnistic relié : cancer (C61), diagnostic principal : chimiothérapie (Z511)",
+     "DAS:I10 DR:C61 DP:Z511"),
+    # Parentheses, brackets and codes inside labels.
+    ("diagnostic principal : Démence de la maladie d'Alzheimer, à début précoce (G30.0) (F000)", "DP:F000"),
+    ("diagnostic principal : Méningite tuberculeuse (G01*) (A17.0), diagnostic associé : aucun", "DP:A170"),
+    ("diagnostic principal : Polynévrite au cours de maladies tumorales (C00-D48) (G631)", "DP:G631"),
+    ("diagnostic associé : Anémie par carence en vitamine B12, sans précision (D519), Hirsutisme (L680)",
+     "DAS:D519 DAS:L680"),
+    ("diagnostic associé : Trouble endocrinien (E00.1, E03.-) (G13.2), Obésité [IMC > 30] (E66.94)",
+     "DAS:G132 DAS:E6694"),
+    ("diagnostic principal : I50.19 Insuffisance ventriculaire gauche (FEVG non précisée (inconnue))", "DP:I5019"),
+    # Repeated codes count once, under the strongest role.
+    ("DP : HTA (I10). DAS : HTA (I10), hypertension (I10), BPCO (J449)", "DP:I10 DAS:J449"),
+    ("Diagnostics associés : diabète (E11.98), HTA (I10)\nDiagnostic principal : HTA (I10)", "DAS:E1198 DP:I10"),
+    # Other layouts.
+    ("DP : I10\nDR : aucun\nDAS : E1198, J44.9", "DP:I10 DAS:E1198 DAS:J449"),
+    ("DP=z511 DR=c61 DAS=i10;e039", "DP:Z511 DR:C61 DAS:I10 DAS:E039"),
+    ("DP Z511\nDR C18.7\nDAS D64.9", "DP:Z511 DR:C187 DAS:D649"),
+    ("**Diagnostic principal** : Embolie pulmonaire (I26.9)\n\n**Diagnostics associés** :\n* HTA (I10)\n* TVP (I80.2)",
+     "DP:I269 DAS:I10 DAS:I802"),
+    ("Diagnostic principal (DP) : J18.9 - Pneumopathie\nDiagnostics associés significatifs (DAS) :\n"
+     "1. J96.00 - Insuffisance respiratoire aiguë\n2. E86 - Hypovolémie", "DP:J189 DAS:J9600 DAS:E86"),
+    ("Principal : Sepsis (A41.9)\nRelié : aucun\nAssociés : IRA (N17.9), dénutrition (E43)",
+     "DP:A419 DAS:N179 DAS:E43"),
+    ("| DP | I63.9 |\n| DAS | I10 |", "?:I639 ?:I10"),
+    ("diagnostic principal : Syndrome de Lynch [C18.9+0], diagnostic associé : Démence [code F03+00]",
+     "DP:C189+0 DAS:F03+00"),
+    # Free text.
+    ("Le diagnostic principal est une embolie pulmonaire (code I26.9) ; comme diagnostics associés on retient "
+     "une hypertension (I10) et un diabète (CIM-10 : E11.98). Le patient est sorti à J10.",
+     "DP:I269 DAS:I10 DAS:E1198"),
+    ("Je retiens en diagnostic principal I21.40, sans diagnostic relié, et en diagnostic associé I10.",
+     "DP:I2140 DAS:I10"),
+    ("Vous êtes un modèle spécialisé CIM-10 (PMSI, 2024) : T2N1M0, CA 19-9, L5-S1, H1N1, 10/12/2024.", ""),
+    ("diagnostic principal : Xylophagie (Q77.77), diagnostic associé : (I10), (), (aucun), (E119",
+     "DP:Q7777 DAS:I10 DAS:E119"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), UGLY)
+def test_ugly_answers(text, expected):
+    found = [f"{role or '?'}:{code}" for role, code in roles_and_codes(text)]
+    assert found == expected.split()
+
+
+def test_there_are_thirty_ugly_answers():
+    assert len({text for text, _ in UGLY}) == 30
+
+
+@given(st.text())
+def test_any_text_is_read_without_error(text):
+    for item in parse_answer(text):
+        assert item.role in (*ROLES, None) and len(item.code) >= 3

@@ -1,0 +1,144 @@
+"""utils.plan: what a training will need, from its YAML and a model's name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.memory_estimate import CHECKPOINTS
+from model.args import BASE_DTYPES
+from tests.support.checkpoints import make_tiny_checkpoint
+from utils import plan
+from utils.models.known_models import KNOWN_MODELS
+
+SETTINGS = {
+    "data": {"instruct_data": "not/there.jsonl"},
+    "model_id_or_path": "not/there",
+    "run_dir": "not/there",
+    "seq_len": 4096,
+    "num_microbatches": 2,
+    "max_steps": 100,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(SETTINGS | changes), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def planned(run_command):
+    def run(*arguments: object) -> dict:
+        code, said = run_command(plan, "--json", *arguments)
+        assert code == 0, said
+        return json.loads(said)
+
+    return run
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_every_known_model_can_be_planned(name, config, planned):
+    found = planned("--train_yaml", config(), "--model", name, "--gpu", "h100", "--gpus", 8)
+    assert found["model"] == name
+    assert len(found["memory"]) == len(BASE_DTYPES) * len(CHECKPOINTS)
+    assert 0 < found["trained"] < 0.03 * found["parameters"]
+    assert found["expected"]["hours"] > 0
+
+
+def test_the_parts_add_up_and_each_step_down_takes_less(config, planned):
+    found = planned("--train_yaml", config(), "--model", "mistral-7b")
+    parts = ("frozen", "trained", "gradients", "moments", "unsharded", "activations", "transient", "overhead")
+    for row in found["memory"]:
+        assert row["total"] == pytest.approx(sum(row[part] for part in parts), abs=len(parts))
+        assert row["fits"] == (row["total"] <= found["usable_bytes"]) == (row["largest_seq_len"] >= 4096)
+    totals = [row["total"] for row in found["memory"]]
+    assert totals[:3] == sorted(totals[:3], reverse=True)
+    assert found["memory"][0]["frozen"] == 7_248_023_552 * 2
+    assert found["memory"][0]["moments"] == 41_943_040 * 8  # rank 16 on all seven layers
+    assert found["trained"] == 41_943_040 and found["parameters"] == 7_248_023_552 + 41_943_040
+
+
+def test_gpus_share_weights(config, planned):
+    one, eight = (planned("--train_yaml", config(), "--model", "nemo-12b", "--gpus", gpus) for gpus in (1, 8))
+    assert eight["memory"][0]["frozen"] == pytest.approx(one["memory"][0]["frozen"] / 8, rel=0.001)
+
+
+def test_auto_is_what_fits(config, planned):
+    modes = {}
+    for gb in (20, 24, 80):
+        options = ("--train_yaml", config(checkpoint="auto"), "--model", "mistral-7b", "--gpu_gb", gb)
+        modes[gb] = planned(*options)["checkpoint"]
+    assert modes == {20: True, 24: "selective", 80: False}
+
+
+def test_hours_follow_from_the_speed_that_is_given(config, planned):
+    options = ("--train_yaml", config(), "--model", "mistral-7b", "--gpus", 4)
+    run = planned(*options, "--tokens_per_second", 1000)["expected"]
+    assert run["tokens"] == 100 * 2 * 4096 * 4
+    assert run["hours"] == pytest.approx(run["tokens"] / 1000 / 3600) and run["basis"] == "as given"
+    assert planned(*options)["expected"]["hours"] is None
+
+
+def test_a_token_takes_the_operations_of_its_weights(config, planned):
+    """4 per weight without recomputation and 6 with it, the last layer's share and attention beside."""
+    options = ("--model", "mistral-7b", "--gpu", "h100", "--trained_share", 0.1)
+    flops = {}
+    for mode in CHECKPOINTS:
+        path = config(checkpoint=mode, seq_len=64)
+        flops[mode] = planned("--train_yaml", path, *options)["expected"]["flops_per_token"]
+    weights = 7_248_023_552 - 2 * 32768 * 4096
+    assert flops[False] == pytest.approx(4 * weights, rel=0.01)
+    assert flops[True] == pytest.approx(6 * weights, rel=0.01)
+    assert flops[False] < flops["selective"] < flops[True]
+
+
+def test_a_folder_in_the_yaml_needs_no_name(tmp_path, config, planned):
+    folder = make_tiny_checkpoint(tmp_path / "tiny")
+    found = planned("--train_yaml", config(model_id_or_path=str(folder)))
+    assert found["model"] == str(folder) and found["parameters"] < 10_000_000
+
+
+def test_full_fine_tuning_and_epochs(config, planned):
+    path = config(lora={"enable": False}, epochs=2.0)
+    path.write_text(path.read_text().replace("max_steps: 100\n", ""))
+    found = planned("--train_yaml", path, "--model", "mistral-7b", "--gpu", "h200", "--gpus", 8)
+    assert found["trained"] == found["parameters"] and found["rough"]
+    assert {row["base_dtype"] for row in found["memory"]} == {"same"}
+    assert found["expected"]["tokens"] is None and found["expected"]["hours"] is None
+
+
+def test_the_table_for_people(config, run_command):
+    path = config(checkpoint="selective")
+    code, said = run_command(plan, "--train_yaml", path, "--model", "Mistral-7B", "--gpu", "h100", "--gpus", 2)
+    assert code == 0
+    assert "mistral-7b: 7,289,966,592 parameters in all, 41,943,040 of them trained (0.58%)" in said
+    own = [line for line in said.splitlines() if line.startswith("* same")]
+    assert len(own) == 1 and own[0].split()[2] == "selective"
+    assert "an estimate: 45% of the h100's 16-bit peak, assumed and not measured" in said
+    assert "* the YAML's own settings, which fit." in said
+    assert max(map(len, said.splitlines())) < 170
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, (), "`model_id_or_path`: there is no folder 'not/there'. Give --model"),
+        ({}, ("--model", "mistral-8b"), "--model: there is no folder 'mistral-8b'"),
+        ({}, ("--model", "mistral-7b", "--gpus", "0"), "--gpus is 0; it must be positive"),
+        ({}, ("--model", "mistral-7b", "--gpu_gb", "nan"), "--gpu_gb is nan; it must be positive"),
+        ({}, ("--model", "mistral-7b", "--mfu", "45"), "--mfu is 45.0; it is a share"),
+        ({"seq_len": 0}, ("--model", "mistral-7b"), "`seq_len` is 0; it must be at least 1"),
+        ({"lora": {"targets": ["gate"]}}, ("--model", "mistral-7b"), "`lora.targets` names gate"),
+        ({"lora": {"rnak": 3}}, ("--model", "mistral-7b"), "did you mean `rank`?"),
+        ({"checkpoint": "most"}, ("--model", "mistral-7b"), "`checkpoint` is 'most'"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(changes, options, message, config, run_command):
+    code, said = run_command(plan, "--train_yaml", config(**changes), *options)
+    assert code == 1 and message in said and said.count("error: ") == 1 and "Traceback" not in said

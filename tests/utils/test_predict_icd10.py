@@ -1,0 +1,213 @@
+"""Notes in, codes out."""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from finetune.args import TrainArgs
+from finetune.data.args import DataArgs
+from finetune.distributed import World
+from model.args import LoraArgs
+from model.errors import UserError
+from tests.support.checkpoints import make_tiny_checkpoint
+from utils import evaluate_icd10, predict_icd10
+from utils.fictional_notes.catalogue import load_catalogue
+from utils.fictional_notes.notes import write_notes
+from utils.icd10.answers import build_answer, parse_answer
+from utils.icd10.codes import Cim10Table
+from utils.icd10.prompts import instruct_row
+from utils.predict_icd10 import Predictor, code_notes, read_notes
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("notes") / "notes.jsonl"
+    written = write_notes(5, seed=0, catalogue=load_catalogue(), length="short")
+    rows = (instruct_row(note.text, build_answer(note.diagnoses), note.id) for note in written)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["adapter", "merged"])
+def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, notes: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    args = TrainArgs(
+        data=DataArgs(instruct_data=str(notes), packing="best_fit"),
+        model_id_or_path=str(make_tiny_checkpoint(folder / "model")),
+        run_dir=str(folder / "run"),
+        lora=LoraArgs(rank=4),
+        seq_len=1024,
+        max_steps=1,
+        save_adapters=request.param,
+    )
+    train.run(args, World(0, 1, torch.device("cpu")))
+    return folder / "run"
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:  # splitlines would also cut at what an untrained model writes
+        return [json.loads(line) for line in file]
+
+
+def test_every_note_is_coded_once(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    code_notes(run_dir, notes, tmp_path / "p.jsonl", batch_size=2, max_tokens=5)
+    rows = read(tmp_path / "p.jsonl")
+    assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in read(notes))
+    assert all(row["codes"] == [item._asdict() for item in parse_answer(row["answer"])] for row in rows)
+
+
+def test_an_interrupted_command_goes_on(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    code_notes(run_dir, notes, whole, batch_size=2, max_tokens=4)
+    text = whole.read_text(encoding="utf-8")
+    cut.write_text(text[: len(text) // 2], encoding="utf-8")  # ends inside a row
+    (tmp_path / "cut.about.json").write_text((tmp_path / "whole.about.json").read_text())
+    assert "of them before" in code_notes(run_dir, notes, cut, batch_size=2, max_tokens=4)
+    by_id = [sorted(read(path), key=lambda row: row["id"]) for path in (whole, cut)]
+    assert by_id[0] == by_id[1]
+
+
+@pytest.mark.parametrize("other", ["run", "notes", "max_tokens", "cim10"])
+def test_answers_of_different_origins_are_not_mixed(other: str, run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    run, out, settings = tmp_path / "run", tmp_path / "p.jsonl", {"max_tokens": 3}
+    shutil.copytree(run_dir, run)
+    notes = Path(shutil.copy(notes, tmp_path))
+    code_notes(run, notes, out, **settings)
+    before = out.read_bytes()
+    if other == "run":
+        weights = next(run.rglob("consolidated/*.safetensors"))
+        weights.write_bytes(weights.read_bytes())  # trained again
+    elif other == "notes":
+        notes.write_text(notes.read_text(encoding="utf-8").replace("Le ", "La "), encoding="utf-8")
+    else:
+        settings[{"cim10": "table"}.get(other, other)] = load_table(tmp_path) if other == "cim10" else 4
+    with pytest.raises(UserError, match=f"came from another {other}. Remove it"):
+        code_notes(run, notes, out, **settings)
+    assert out.read_bytes() == before
+
+
+def test_another_file_is_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other.jsonl"
+    out.write_text('{"text": "mine"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="no output of this command"):
+        code_notes(run_dir, notes, out)
+    assert out.read_text(encoding="utf-8") == '{"text": "mine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        ("notes.jsonl", "which holds the notes"),
+        ("notes.csv", "which holds the notes"),
+        ("p.txt", r"in \.jsonl or \.csv"),
+    ],
+)
+def test_answers_have_a_file_of_their_own(out: str, sentence: str, notes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        code_notes(tmp_path, notes, notes.with_name(out))
+
+
+def test_csv_has_a_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.csv"
+    code_notes(run_dir, notes, out, load_table(tmp_path), batch_size=5, max_tokens=80)
+    with out.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    expected = [code["code"] for row in read(tmp_path / "p.jsonl") for code in row["codes"]]
+    assert [line["code"] for line in lines] == expected
+
+
+def load_table(folder: Path) -> Cim10Table:
+    path = folder / "cim10.tsv"
+    path.write_text("I10|0|0|0|HTA|Hypertension essentielle (primitive)\nZ511|4|0|0|Chimio|Séance de chimiothérapie\n")
+    return Cim10Table.from_file(path)
+
+
+def test_an_untrained_model_names_only_codes_of_the_table(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    codes = load_table(tmp_path)
+    for answer in Predictor(run_dir, codes).answers(read_notes(notes), max_tokens=120):
+        found = parse_answer(answer)
+        assert found
+        assert all(codes.allows(item.role, item.code) for item in found)
+
+
+def test_evaluating_a_run_answers_first_and_once(
+    run_dir: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "scores.json"
+    arguments = ["--gold", str(notes), "--run", str(run_dir), "--json", str(scores)]
+    monkeypatch.setattr(sys, "argv", ["evaluate_icd10", *arguments])
+    evaluate_icd10.main()
+    assert "micro F1" in capsys.readouterr().out
+    first = json.loads(scores.read_text(encoding="utf-8"))
+    assert (first["counts"]["notes"], first["counts"]["missing_predictions"]) == (5, 0)
+    (answers,) = (run_dir / "predictions").glob("*[0-9].jsonl")
+    assert answers.name == "notes.checkpoint_000001.jsonl"
+    assert len(read(answers)) == 5
+    monkeypatch.setattr("utils.predict_icd10.Predictor", None)  # the second time nothing is left to answer
+    evaluate_icd10.main()
+    assert json.loads(scores.read_text(encoding="utf-8")) == first
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n', "the id 1 stands twice"),
+        ('{"other": "a"}\n', "neither `text` nor `messages`"),
+        ('{"messages": ["a"]}\n', "row 1"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "row 1"),
+        ('{"messages": [{"role": "user"}]}\n', "row 1"),
+        ("", "holds no notes"),
+    ],
+)
+def test_notes_that_cannot_be_coded(content: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence):
+        read_notes(path)
+
+
+def test_ids_may_be_zero_and_lines_name_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"text": "a", "id": 0}\n{"text": "b"}\n', encoding="utf-8")
+    assert [note.id for note in read_notes(path)] == ["0", "2"]
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, notes: Path) -> None:
+    with pytest.raises(UserError, match="neither a run folder"):
+        code_notes(tmp_path, notes, tmp_path / "p.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_or_its_weights_may_be_named(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "checkpoint_000001"
+    code_notes(run_dir, notes, tmp_path / "p.jsonl", max_tokens=3)
+    for folder in (checkpoint, checkpoint / "consolidated"):  # the same answers: those of another model are refused
+        assert "5 of them before" in code_notes(folder, notes, tmp_path / "p.jsonl", max_tokens=3)
+        code_notes(folder, notes, tmp_path / f"{folder.name}.jsonl", max_tokens=3)
+        assert read(tmp_path / f"{folder.name}.jsonl") == read(tmp_path / "p.jsonl")
+
+
+def test_an_adapter_without_its_run_is_refused(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(run_dir / "checkpoints" / "checkpoint_000001" / "consolidated", tmp_path / "moved")
+    if (weights / "lora.safetensors").is_file():
+        with pytest.raises(UserError, match="lies in no run folder; merge it first"):
+            Predictor(weights)
+    else:
+        assert Predictor(weights).answers(read_notes(notes)[:1], max_tokens=1)
+
+
+def test_the_command_says_what_it_does_where_nobody_watches(
+    run_dir: Path, notes: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
+) -> None:
+    out = tmp_path / "p.jsonl"
+    code, said = run_command(predict_icd10, "--run", run_dir, "--notes", notes, "--out", out, "--max_tokens", 2)
+    assert code == 0
+    assert f"Coding 5 of 5 notes with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in said.splitlines()
+    assert f"5 notes coded: {out}" in said.splitlines() and "%|" not in said

@@ -1,0 +1,444 @@
+"""From notes and codes to training files: the documents' rules and sentences, and an account of what is left out."""
+
+import csv
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from finetune.data.tokenize import parse_conversation, pretrain_text
+from utils import prepare_icd10_data
+from utils.fictional_notes.catalogue import load_catalogue
+from utils.fictional_notes.notes import write_notes
+from utils.generate_notes import CODE_COLUMNS, TEXT_COLUMNS, save_notes, table_of
+from utils.icd10.answers import Diagnosis, parse_answer
+from utils.icd10.codes import Cim10Table, chapter
+from utils.icd10.duplicates import NEAR_IDENTICAL, find_near_duplicates, normalise_text
+from utils.icd10.partition import SPLITS, split_stays
+from utils.icd10.prepare import Stay, build_corpus
+from utils.icd10.prompts import SYSTEM_PROMPT
+from utils.tables.splits import assign_splits
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
+CATALOGUE = load_catalogue()
+TABLE = table_of(CATALOGUE)
+NAMES = {f"{split}_{kind}.jsonl" for split in SPLITS for kind in ("instruct", "text")} | {"report.json"}
+
+
+@pytest.fixture(scope="module")
+def warehouse(tmp_path_factory):
+    """A folder with text.csv, codes.csv and cim10.tsv of 120 fictional stays."""
+    folder = tmp_path_factory.mktemp("warehouse")
+    save_notes(write_notes(120, 0, CATALOGUE, "short"), folder, [0] * 120, TABLE)
+    return folder
+
+
+@pytest.fixture
+def prepare(run_command):
+    """The command in this process: its exit code and what it said."""
+
+    def run(out, text, codes, table, *options):
+        arguments = ["--text", text, "--codes", codes, "--cim10", table, "--out", out, *options]
+        return run_command(prepare_icd10_data, *arguments)
+
+    return run
+
+
+def tables_of(folder):
+    return folder / "text.csv", folder / "codes.csv", folder / "cim10.tsv"
+
+
+def write_csv(path, columns, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def splits_of(out):
+    return {row["id"]: split for split in SPLITS for row in read_jsonl(out / f"{split}_instruct.jsonl")}
+
+
+def check_files(out, source, table):
+    """Every stay of the source, once, in the documents' layout; the parser undoes every answer."""
+    texts = {row["visit_occurence_id"]: row["text"] for row in read_csv(source / "text.csv")}
+    codes = defaultdict(set)
+    for row in read_csv(source / "codes.csv"):
+        codes[row["visit_occurence_id"]].add((row["condition_status_source_value"], row["concept_code"]))
+    beside = Counter(
+        (main, code)
+        for stay in codes.values()
+        for role, code in stay
+        for other, main in stay
+        if (role, other) == ("DAS", "DP")
+    )
+    assert {path.name for path in out.iterdir()} == NAMES
+    found = []
+    for split in SPLITS:
+        rows, plain = (read_jsonl(out / f"{split}_{kind}.jsonl") for kind in ("instruct", "text"))
+        for row, pretrain in zip(rows, plain, strict=True):
+            found.append(row["id"])
+            system, user, answer = parse_conversation(row).messages
+            note = texts[row["id"]].strip()
+            assert system.content == SYSTEM_PROMPT and user.content.endswith(f"d'hospitalisation suivant : {note}")
+            diagnoses = parse_answer(answer.content)
+            assert {(item.role, item.code) for item in diagnoses} == codes[row["id"]]
+            assert all(item.label == table.label(item.code) for item in diagnoses)
+            assert [item.role for item in diagnoses] == sorted(
+                (item.role for item in diagnoses), key=("DP", "DR", "DAS").index
+            )
+            frequencies = [beside[diagnoses[0].code, item.code] for item in diagnoses if item.role == "DAS"]
+            assert frequencies == sorted(frequencies, reverse=True)
+            listed = ", ".join(f"{item.label} ({item.code})" for item in diagnoses)
+            ended = note if note[-1] in ".!?" else f"{note}."
+            assert pretrain_text(pretrain) == f"{ended} ICD-10 codes : {listed}"
+    assert sorted(found) == sorted(texts)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["stays"] == {"read": len(texts), "kept": len(texts), "dropped": {}}
+    assert report["codes"]["kept"] == sum(map(len, codes.values()))
+    return report
+
+
+def test_generated_notes_become_training_files(warehouse, prepare, tmp_path):
+    code, said = prepare(tmp_path / "out", *tables_of(warehouse))
+    assert code == 0 and "Stays read: 120. Kept: 120." in said
+    report = check_files(tmp_path / "out", warehouse, TABLE)
+    assert [split["stays"] for split in report["splits"].values()] == [96, 12, 12]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the fork's 200 stays are not here")
+def test_all_200_stays_of_the_documents_are_accounted_for(prepare, tmp_path):
+    table = SHARED / "cim_10_atih_2019.tsv"
+    code, _ = prepare(tmp_path / "out", SHARED / "text.csv", SHARED / "codes.csv", table)
+    assert code == 0
+    report = check_files(tmp_path / "out", SHARED, Cim10Table.from_file(table))
+    roles = Counter()
+    for split in report["splits"].values():
+        roles.update(split["codes"])
+    assert roles == {"DP": 200, "DR": 45, "DAS": 657}
+    assert [split["stays"] for split in report["splits"].values()] == [160, 20, 20]
+    assert report["duplicates"]["near_identical_across_splits"] == 0
+
+
+# --- The rules --------------------------------------------------------------------------------------------------------
+
+MINI_LINES = "I10|0|Hypertension\nJ189|0|Pneumonie\nJ18|3|Pneumonies\nE1198|0|Diabète\nC187|0|Tumeur du côlon\n" + (
+    "C509|0|Tumeur du sein\nZ511|0|Séance de chimiothérapie\nZ370|1|Naissance\nF03+00|4|Démence\nE43|0|Dénutrition\n"
+)
+
+
+@pytest.fixture
+def mini_table(tmp_path):
+    path = tmp_path / "mini.txt"
+    lines = (line.split("|") for line in MINI_LINES.splitlines())
+    path.write_text("".join(f"{code:<6}|{kind}|NOOO|{kind}|X|{label}\n" for code, kind, label in lines), "utf-8")
+    return path
+
+
+def corpus_of(table, **codes):
+    """Stays s1=..., s2=... given as "DP:I10 DAS:E43"; each has a text."""
+    rows = {stay: [tuple(item.split(":")) for item in text.split()] for stay, text in codes.items()}
+    return build_corpus({stay: f"Note {stay}" for stay in codes}, rows, Cim10Table.from_file(table))
+
+
+def coded(corpus):
+    return {stay.id: " ".join(f"{item.role}:{item.code}" for item in stay.diagnoses) for stay in corpus.stays}
+
+
+def test_one_main_and_one_related_diagnosis_the_most_frequent_of_the_corpus(mini_table):
+    corpus = corpus_of(
+        mini_table,
+        a="DP:J189 DP:Z511 DR:C509 DR:C187",
+        b="DP:Z511 DR:C187",
+        c="DP:Z511 DR:C187 DR:Z511",
+        d="DP:I10 DP:J189",  # J189 is the DP of another stay too
+    )
+    assert coded(corpus) == {"a": "DP:Z511 DR:C187", "b": "DP:Z511 DR:C187", "c": "DP:Z511 DR:C187", "d": "DP:J189"}
+    assert corpus.dropped_codes == {
+        "another DP is more frequent": ["DP J189 of stay a", "DP I10 of stay d"],
+        "another DR is more frequent": ["DR C509 of stay a"],
+        "also its DP or DR": ["DR Z511 of stay c"],
+    }
+
+
+def test_associated_diagnoses_leave_out_dp_dr_and_repetitions_and_stand_by_frequency_beside_the_dp(mini_table):
+    corpus = corpus_of(
+        mini_table,
+        a="DP:J189 DAS:E43 DAS:I10 DAS:E1198 DAS:J189 DAS:I10",
+        b="DP:J189 DAS:I10 DAS:E1198",
+        c="DP:J189 DAS:I10",
+        d="DP:Z511 DR:C187 DAS:C187 DAS:E43 DAS:I10",
+        e="DP:Z511 DAS:E43",
+        f="DP:C509 DAS:E1198 DAS:E43 DAS:I10",  # all as frequent beside C509: the corpus decides, then the alphabet
+    )
+    assert coded(corpus) == {
+        "a": "DP:J189 DAS:I10 DAS:E1198 DAS:E43",
+        "b": "DP:J189 DAS:I10 DAS:E1198",
+        "c": "DP:J189 DAS:I10",
+        "d": "DP:Z511 DR:C187 DAS:E43 DAS:I10",
+        "e": "DP:Z511 DAS:E43",
+        "f": "DP:C509 DAS:I10 DAS:E43 DAS:E1198",
+    }
+    assert corpus.dropped_codes == {
+        "given twice as DAS": ["DAS I10 of stay a"],
+        "also its DP or DR": ["DAS J189 of stay a", "DAS C187 of stay d"],
+    }
+
+
+def test_codes_are_normalised_and_labelled_by_the_table(mini_table):
+    corpus = corpus_of(mini_table, a="dp:j18.9 DAS:e11.98 DR:F03+00")
+    (stay,) = corpus.stays
+    assert stay.diagnoses == [
+        Diagnosis("DP", "J189", "Pneumonie"),
+        Diagnosis("DR", "F03+00", "Démence"),
+        Diagnosis("DAS", "E1198", "Diabète"),
+    ]
+
+
+def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepare, tmp_path):
+    text = write_csv(
+        tmp_path / "text.csv",
+        ("visit_occurence_id", "text"),
+        [("kept", "Une note."), ("kept", "Une autre."), ("kept", "Une note."), ("blank", " \n"), ("uncoded", "Note.")]
+        + [("forbidden", "Note."), ("das", "Note."), ("", "Note."), ("short",)],
+    )
+    codes = write_csv(
+        tmp_path / "codes.csv",
+        ("visit_occurence_id", "condition_status_source_value", "concept_code"),
+        [("kept", "DP", "J189"), ("kept", "DAS", "X999"), ("kept", "DAS", "J18"), ("kept", "DR", "Z370")]
+        + [("kept", "DAS", "Z370"), ("kept", "DAD", "I10"), ("kept", "DAS", "")]
+        + [("blank", "DP", "I10"), ("textless", "DP", "I10"), ("textless", "DAS", "E43")]
+        + [("forbidden", "DP", "F03+00"), ("forbidden", "DAS", "I10"), ("das", "DAS", "I10")],
+    )
+    code, said = prepare(tmp_path / "out", text, codes, mini_table, "--ratios", "1")
+    assert code == 0
+    (row,) = read_jsonl(tmp_path / "out/train_instruct.jsonl")
+    assert row["messages"][1]["content"].endswith("suivant : Une note.\n\nUne autre.")
+    assert row["messages"][2]["content"].endswith(
+        "diagnostic principal : Pneumonie (J189), diagnistic relié : aucun, diagnostic associé : Naissance (Z370)"
+    )
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert report["stays"] == {
+        "read": 6,
+        "kept": 1,
+        "dropped": {
+            "without text": ["blank", "textless"],
+            "without codes": ["uncoded"],
+            "without a DP that can be used": ["forbidden", "das"],
+        },
+    }
+    counts = {reason: found["count"] for reason, found in report["codes"]["dropped"].items()}
+    assert counts == {
+        "not in the CIM-10 table": 2,
+        "a category with children or a closed code": 1,
+        "forbidden as DR": 1,
+        "forbidden as DP": 1,
+        "with a status that is none of DP, DR, DAS": 1,
+        "of a stay that was left out": 5,
+    }
+    assert report["codes"]["read"] == 13 == report["codes"]["kept"] + sum(counts.values())
+    assert {reason: found["count"] for reason, found in report["unreadable_rows"].items()} == {
+        "without visit_occurence_id": 1,
+        "another number of fields than the header": 1,
+    }
+    for words in ("Stays read: 6. Kept: 1.", "without text: 2", "forbidden as DR: 1 (such as DR Z370 of stay kept)"):
+        assert words in said
+
+
+# --- Splits -----------------------------------------------------------------------------------------------------------
+
+
+def stays_of(chapters):
+    return [Stay(str(number), "", [Diagnosis("DP", code)]) for number, code in enumerate(chapters)]
+
+
+def texts_of(stays):
+    return [f"note {stay.id}" for stay in stays]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chapters_divide_as_the_whole(seed):
+    codes = ["I10"] * 120 + ["C509"] * 53 + ["J189"] * 26 + ["E43"]
+    random.Random(seed).shuffle(codes)
+    stays = stays_of(codes)
+    splits = split_stays(stays, {}, texts_of(stays), (0.8, 0.1, 0.1), seed)
+    assert [splits.count(split) for split in range(3)] == [160, 20, 20]
+    for code, count in Counter(codes).items():
+        within = Counter(split for split, other in zip(splits, codes) if other == code)
+        for split, fraction in enumerate((0.8, 0.1, 0.1)):
+            assert abs(within[split] - fraction * count) < 2, (code, split)
+    assert splits[codes.index("E43")] == 0  # a chapter's only stay is learnt from
+
+
+def test_strata_leave_the_order_within_them_to_the_seed():
+    strata = [number % 2 for number in range(40)]
+    chosen = {seed: bytes(assign_splits([1] * 40, (0.8, 0.2), seed, strata)) for seed in range(20)}
+    assert len(set(chosen.values())) > 15
+    assert all(splits[parity::2].count(1) == 4 for splits in chosen.values() for parity in (0, 1))
+
+
+def test_splits_are_seeded(warehouse, prepare, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert prepare(tmp_path / name, *tables_of(warehouse), "--seed", seed)[0] == 0
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "abc"]
+    assert contents[0] == contents[1]
+    assert splits_of(tmp_path / "a") != splits_of(tmp_path / "c")
+
+
+def test_a_patient_and_a_text_stay_on_one_side(warehouse, prepare, tmp_path):
+    rng = random.Random(0)
+    rows = read_csv(warehouse / "text.csv")
+    for number, row in enumerate(rows):
+        row["patient"] = "" if number % 10 == 0 else f"p{rng.randrange(40)}"
+    # The same words, of two people.
+    rows[0]["text"] = rows[1]["text"].upper().replace(",", " ,  ")
+    text = write_csv(tmp_path / "text.csv", list(rows[0]), [row.values() for row in rows])
+    patients = {row["visit_occurence_id"]: row["patient"] for row in rows if row["patient"]}
+    _, codes, table = tables_of(warehouse)
+    for seed in range(3):
+        out = tmp_path / f"out{seed}"
+        code, said = prepare(out, text, codes, table, "--patient", "patient", "--seed", seed)
+        assert code == 0 and "the text of another one, and share its split: 2." in said
+        splits = splits_of(out)
+        sides = defaultdict(set)
+        for stay, patient in patients.items():
+            sides[patient].add(splits[stay])
+        assert all(len(found) == 1 for found in sides.values())
+        assert splits[rows[0]["visit_occurence_id"]] == splits[rows[1]["visit_occurence_id"]]
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        alone = sum(not row["patient"] for row in rows)
+        assert sum(split["patients"] for split in report["splits"].values()) == len(set(patients.values())) + alone
+
+
+def jaccard(first, second, length=3):
+    def runs(text):
+        words = text.split()
+        return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
+
+    return len(runs(first) & runs(second)) / len(runs(first) | runs(second))
+
+
+def test_twins_are_those_that_a_comparison_of_all_pairs_finds():
+    rng = random.Random(0)
+    notes = [normalise_text(note.text) for note in write_notes(60, 1, CATALOGUE, "long")]
+    texts, splits = list(notes), [0] * len(notes)
+    for note in notes:
+        words = note.split()
+        for position in rng.sample(range(len(words)), rng.randrange(len(words) // 6)):
+            words[position] = f"autre{rng.randrange(1000)}"
+        texts.append(" ".join(words))
+        splits.append(1)
+    found = {twin.note: twin for twin in find_near_duplicates(texts, splits)}
+    expected = {}
+    for number in range(60, 120):
+        likeness = max(jaccard(texts[number], texts[other]) for other in range(60))
+        if abs(likeness - NEAR_IDENTICAL) > 0.02:
+            assert (number in found) == (likeness > NEAR_IDENTICAL), (number, likeness)
+        expected[number] = likeness
+    assert 5 < len(found) < 55
+    assert all(twin.twin == number - 60 for number, twin in found.items())
+    assert all(twin.likeness == pytest.approx(expected[number]) for number, twin in found.items())
+
+
+def test_a_near_identical_note_in_another_split_is_reported(warehouse, prepare, tmp_path):
+    rows = read_csv(warehouse / "text.csv")
+    source = {row["visit_occurence_id"]: row["text"] for row in rows}
+    _, codes, table = tables_of(warehouse)
+    assert prepare(tmp_path / "before", *tables_of(warehouse))[0] == 0
+    splits = splits_of(tmp_path / "before")
+    learnt = next(stay for stay, split in splits.items() if split == "train")
+    tested = next(stay for stay, split in splits.items() if split == "test")
+    source[tested] = source[learnt] + " Signé le 3 mars."
+    text = write_csv(tmp_path / "text.csv", TEXT_COLUMNS, source.items())
+    code, said = prepare(tmp_path / "after", text, codes, table)
+    assert code == 0 and "warning: stays that are nearly identical to one of another split: 1 " in said
+    duplicates = json.loads((tmp_path / "after/report.json").read_text(encoding="utf-8"))["duplicates"]
+    (example,) = duplicates["examples"]
+    assert (example["test"], example["train"]) == (tested, learnt) and example["likeness"] > NEAR_IDENTICAL
+    assert duplicates["stays_with_the_text_of_another"] == 0
+
+
+def test_normalised_text_is_words_alone():
+    assert normalise_text("Œdème : **HTA**,\n l'État-civil  (é) 12,5") == normalise_text(
+        "ŒDEME hta L ETAT CIVIL e 12 5"
+    )
+    assert normalise_text("Sans HTA") != normalise_text("Avec HTA")
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("I10;Hypertension\n", "line 1: found 1 column(s)"),
+        ("A00|0|NOOO|0|X|Choléra\n", "No stay of"),
+        ("", "no line found"),
+    ],
+)
+def test_an_unusable_table_is_an_error_and_nothing_is_written(content, said, warehouse, prepare, tmp_path):
+    table = tmp_path / "table.txt"
+    table.write_text(content, encoding="utf-8")
+    text, codes, _ = tables_of(warehouse)
+    code, message = prepare(tmp_path / "out", text, codes, table)
+    assert code == 1 and message.startswith("error: ") and said in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistaken_arguments_are_explained(warehouse, prepare, tmp_path):
+    text, codes, table = tables_of(warehouse)
+    out = tmp_path / "out"
+    for arguments, said in (
+        ((codes, text, table), "no column 'text'; found 'visit_occurence_id', 'condition_status_source_value'"),
+        ((text, codes, table, "--patient", "ipp"), "no column 'ipp'"),
+        ((text, codes, table, "--ratios", "0.8,0.1"), "--ratios '0.8,0.1': expected the shares"),
+        ((tmp_path / "no.csv", codes, table), "no.csv does not exist"),
+        ((text, codes, tmp_path / "no.tsv"), "cannot read the CIM-10 table"),
+        ((write_csv(tmp_path / "empty.csv", TEXT_COLUMNS, []), codes, table), "empty.csv has no rows"),
+    ):
+        code, message = prepare(out, *arguments)
+        assert code == 1 and message.startswith("error: ") and said in message, message
+        assert not out.exists()
+
+
+def test_hospital_exports_in_other_encodings_and_separators(mini_table, prepare, tmp_path):
+    rows = ["visit_occurence_id;text"] + [f"s{number};Dyspnée n°{number}, séjour" for number in range(10)]
+    text = tmp_path / "text.csv"
+    text.write_text("\r\n".join(rows), encoding="cp1252")
+    codes = write_csv(tmp_path / "codes.csv", CODE_COLUMNS[:3], [(f"s{number}", "DP", "I10") for number in range(10)])
+    code, message = prepare(tmp_path / "out", text, codes, mini_table)
+    assert code == 1 and "--encoding (cp1252" in message
+    code, _ = prepare(tmp_path / "out", text, codes, mini_table, "--encoding", "cp1252")
+    assert code == 0 and set(splits_of(tmp_path / "out")) == {f"s{number}" for number in range(10)}
+    few = write_csv(tmp_path / "few.csv", CODE_COLUMNS[:3], [(f"s{number}", "DP", "I10") for number in range(5)])
+    code, message = prepare(tmp_path / "few", text, few, mini_table, "--encoding", "cp1252")
+    assert code == 1 and "val split would have no stay: 5 stays" in message and not (tmp_path / "few").exists()
+
+
+def test_files_are_replaced_only_when_asked_and_no_stale_split_stays(warehouse, prepare, tmp_path):
+    out = tmp_path / "out"
+    assert prepare(out, *tables_of(warehouse))[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, message = prepare(out, *tables_of(warehouse), "--seed", 1)
+    assert code == 1 and "--overwrite" in message
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert prepare(out, *tables_of(warehouse), "--ratios", "0.9,0.1", "--overwrite")[0] == 0
+    assert {path.name for path in out.iterdir()} == {name for name in NAMES if not name.startswith("test")}
+
+
+def test_codes_of_the_main_chapters_are_in_the_report(warehouse, prepare, tmp_path):
+    assert prepare(tmp_path / "out", *tables_of(warehouse))[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    mains = [row for row in read_csv(warehouse / "codes.csv") if row["condition_status_source_value"] == "DP"]
+    total = sum((Counter(split["chapters_of_dp"]) for split in report["splits"].values()), Counter())
+    assert total == Counter(chapter(row["concept_code"]) for row in mains)

@@ -1,0 +1,532 @@
+"""reformat_data and reformat_data_glaive: what they keep, leave out and say, and that no file is ever lost."""
+
+import ast
+import contextlib
+import copy
+import json
+import random
+import shutil
+import string
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from finetune.cli import run_cli
+from finetune.data.tokenize import SampleEncoder, SampleType, parse_conversation
+from model.errors import UserError
+from utils import reformat_data, reformat_data_glaive
+from utils.reformat_data import reformat_row
+from utils.reformat_data_glaive import reformat_glaive_row
+from utils.tables.jsonl import LineReport, SkippedRowError
+from utils.tables.rewrite import call_ids, rewrite_jsonl
+from utils.tables.tool_calls import json_arguments, link_tool_calls
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "reformat"
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def copied(name, tmp_path):
+    return Path(shutil.copy(FIXTURES / name, tmp_path / name))
+
+
+def mend(row, convert=reformat_row):
+    notes = []
+    return convert(row, call_ids(0), notes.append), notes
+
+
+def mend_messages(*messages, **row):
+    return mend({"messages": list(messages), **row})[0]["messages"]
+
+
+def user(content="a"):
+    return {"role": "user", "content": content}
+
+
+def says(content="b"):
+    return {"role": "assistant", "content": content}
+
+
+def calls(*functions):
+    return {"role": "assistant", "tool_calls": list(functions)}
+
+
+def call(name="f", arguments="{}", **more):
+    return {"function": {"name": name, "arguments": arguments}, **more}
+
+
+def answer(content="1", **more):
+    return {"role": "tool", "content": content, **more}
+
+
+def without_ids(value):
+    if isinstance(value, dict):
+        return {key: without_ids(item) for key, item in value.items() if key not in ("id", "tool_call_id")}
+    return [without_ids(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_trainable(row):
+    """mistral-common's own finetuning validator accepts the row, and our encoder finds something to train on."""
+    validator = get_validator(TokenizerVersion.v3, mode=ValidationMode.finetuning)
+    conversation = parse_conversation(row)
+    validator.validate_messages(conversation.messages)
+    for tool in conversation.tools or []:
+        validator._validate_function(tool.function)
+    sample = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer).encode(row, SampleType.INSTRUCT)
+    assert any(sample.masks)
+
+
+# What the original wrote, where it was right
+
+
+def test_reformat_data_keeps_what_the_original_kept_and_the_tool_calls_it_lost(tmp_path):
+    path = copied("reformat_data.jsonl", tmp_path)
+    result = rewrite_jsonl(path, reformat_row)
+    rows = read_rows(path)
+    with_tools = [row for row in rows if any("tool_calls" in message for message in row.get("messages", []))]
+    assert [row for row in rows if row not in with_tools] == read_rows(FIXTURES / "reformat_data.out.jsonl")
+    assert (result.read, result.skipped.count) == (11, 4)
+    assert len(with_tools) == 3
+    for row in with_tools:
+        assert_trainable(row)
+    assert with_tools[0]["messages"][1]["tool_calls"][0]["function"] == {
+        "name": "get_weather",
+        "arguments": '{"town":   "Brest"}',
+    }
+    assert with_tools[0]["messages"][2]["role"] == "tool"
+    assert with_tools[0]["tools"][0]["function"]["name"] == "get_weather" and "functions" not in with_tools[0]
+
+
+def test_reformat_glaive_equals_the_original_but_for_arguments_that_are_json(tmp_path):
+    path = copied("glaive.jsonl", tmp_path)
+    result = rewrite_jsonl(path, reformat_glaive_row)
+    ours, theirs = read_rows(path), read_rows(FIXTURES / "glaive.out.jsonl")
+    for row in theirs:
+        for message in row["messages"]:
+            for theirs_call in message.get("tool_calls", []):
+                function = theirs_call["function"]
+                function["arguments"] = ast.literal_eval(function["arguments"] or "{}")
+    for row in ours:
+        assert_trainable(row)
+        for message in row["messages"]:
+            for our_call in message.get("tool_calls", []):
+                our_call["function"]["arguments"] = json.loads(our_call["function"]["arguments"])
+    assert without_ids(ours) == without_ids(theirs)
+    assert result.skipped.count == 2
+
+
+def test_a_single_glaive_row_is_no_division_by_zero(tmp_path):
+    path = write_rows(tmp_path / "one.jsonl", read_rows(FIXTURES / "glaive.jsonl")[:1])
+    assert "Kept: 1" in str(rewrite_jsonl(path, reformat_glaive_row))
+    assert len(read_rows(path)) == 1
+
+
+# Rows of chat
+
+
+def test_trailing_messages_without_answer_are_cut():
+    assert mend_messages(user(), says(), user("and?"), answer()) == [user(), says()]
+    assert mend_messages(user(), calls(call()), answer())[-1]["tool_calls"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": None}, "`messages` is not a list"),
+        ({"messages": []}, "no assistant message"),
+        ({"messages": [user()]}, "no assistant message"),
+        ({"messages": [user(), says("")]}, "an empty message"),
+        ({"messages": [user(" \n"), says()]}, "an empty message"),
+        ({"messages": [user(), {"role": "assistant"}]}, "an empty message"),
+        ({"messages": [{"role": "system", "content": ""}, user(), says()]}, "an empty message"),
+        ({"messages": [{"content": "a"}, says()]}, "a message without a `role`"),
+        ({"messages": ["a", says()]}, "a message without a `role`"),
+        ({"messages": [user(), calls(call(arguments="not json"))]}, "the arguments of a tool call are no JSON object"),
+        ({"messages": [user(), calls(call(arguments="[1]"))]}, "the arguments of a tool call are no JSON object"),
+        ({"messages": [user(), calls({"function": {}})]}, "a tool call has no function name"),
+        ({"messages": [user(), calls("f")]}, "`tool_calls` is not a list of objects"),
+        (
+            {"messages": [user(), {**calls(call()), "function_call": {"name": "f"}}]},
+            "both `function_call` and `tool_calls`",
+        ),
+        (
+            {"messages": [user(), calls(call("p")), answer(name="q"), says()]},
+            "a tool message answers none of the calls before it",
+        ),
+        (
+            {"messages": [user(), calls(call(id="call_1")), answer(tool_call_id="call_2"), says()]},
+            "a tool message answers none of the calls before it",
+        ),
+        ({"messages": [user(), says()], "functions": [{}]}, "a function description has no name"),
+        ({"messages": [user(), says()], "functions": {"name": "f"}}, "`functions` is not a list"),
+        ({"messages": [user(), says()], "functions": [{"name": "f"}], "tools": [{}]}, "both `functions` and `tools`"),
+    ],
+)
+def test_rows_that_cannot_be_mended_say_why(row, reason):
+    with pytest.raises(SkippedRowError) as skip:
+        mend(row)
+    assert skip.value.reason == reason
+
+
+def test_rows_without_a_conversation_pass_unchanged():
+    assert mend({"text": "a note", "id": 3}) == ({"text": "a note", "id": 3}, [])
+
+
+def test_both_spellings_of_a_conversation_are_mended():
+    row = {"interactions": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "user"}]}
+    assert mend(row)[0] == {"interactions": row["interactions"][:2]}
+
+
+def test_the_given_row_is_not_edited():
+    for row in read_rows(FIXTURES / "reformat_data.jsonl"):
+        before = copy.deepcopy(row)
+        with contextlib.suppress(SkippedRowError):
+            mend(row)
+        assert row == before
+
+
+def test_a_described_function_needs_no_parameters():
+    row = {"messages": [user(), says()], "functions": [{"name": "now", "parameters": None}]}
+    mended, _ = mend(row)
+    assert mended["tools"] == [{"type": "function", "function": {"name": "now", "description": "", "parameters": {}}}]
+    assert_trainable(mended)
+
+
+def test_empty_functions_and_null_calls_mean_none():
+    row = {"messages": [user(), {**says(), "function_call": None, "tool_calls": []}], "functions": []}
+    assert mend(row)[0] == {"messages": [user(), says()]}
+
+
+def test_a_tool_may_answer_nothing_and_an_object_becomes_json():
+    messages = mend_messages(user(), calls(call(), call()), answer(""), answer({"degré": 9}), says())
+    assert [message["content"] for message in messages[2:4]] == ["", '{"degré": 9}']
+    assert_trainable({"messages": messages})
+
+
+def test_text_beside_a_call_is_kept_and_told():
+    row = {"messages": [user(), {**says("Let me see."), "function_call": {"name": "p", "arguments": "{}"}}]}
+    mended, notes = mend(row)
+    assert mended["messages"][1]["content"] == "Let me see."
+    assert mended["messages"][1]["tool_calls"][0]["function"]["name"] == "p"
+    assert len(notes) == 1 and "before v7" in notes[0]
+
+
+# Arguments and ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ({"kg": 70, "é": None}, '{"kg": 70, "é": null}'),
+        ('{"kg":  70}', '{"kg":  70}'),
+        ("{'kg': 70, 'ok': True, 'no': None}", '{"kg": 70, "ok": true, "no": null}'),
+        ("", "{}"),
+        (None, "{}"),
+    ],
+)
+def test_arguments_are_json(arguments, written):
+    assert json_arguments(arguments) == written
+
+
+@pytest.mark.parametrize("arguments", ["x", "[1]", "3", 3, [], "{'a': {1, 2}}", "{" * 10_000, '"{}"'])
+def test_other_arguments_are_refused(arguments):
+    with pytest.raises(SkippedRowError):
+        json_arguments(arguments)
+
+
+def test_missing_ids_are_nine_alphanumerics_shared_by_call_and_answer():
+    linked = link_tool_calls([user(), calls(call("p", id=None)), answer(name="p"), says()], call_ids(0))
+    call_id = linked[1]["tool_calls"][0]["id"]
+    assert linked[2]["tool_call_id"] == call_id
+    assert len(call_id) == 9 and set(call_id) <= set(string.ascii_letters + string.digits)
+
+
+def test_valid_ids_stay_even_where_only_one_side_has_them():
+    both = [calls(call(id="abcdefgh1")), answer(tool_call_id="abcdefgh1")]
+    assert link_tool_calls(both, call_ids(0)) == both
+    for messages in (
+        [calls(call(id=None)), answer(tool_call_id="abcdefgh1")],
+        [calls(call(id="abcdefgh1")), answer()],
+    ):
+        assert link_tool_calls(messages, call_ids(0)) == both
+
+
+def test_foreign_ids_are_replaced_on_both_sides_and_answers_may_come_in_any_order():
+    messages = [calls(call("p", id="call_p"), call("p", id="call_q")), answer("q", tool_call_id="call_q"), answer("p")]
+    linked = link_tool_calls(messages, call_ids(0))
+    first, second = (one["id"] for one in linked[0]["tool_calls"])
+    assert linked[1]["tool_call_id"] == second != first == linked[2]["tool_call_id"]
+    assert len({first, second}) == 2 and all(len(one) == 9 for one in (first, second))
+
+
+def test_answers_without_ids_go_by_name_and_then_by_order():
+    messages = [calls(call("p", id=None), call("q", id=None), call("q", id=None))]
+    messages += [answer(name="q"), answer(name="p"), answer()]
+    linked = link_tool_calls(messages, call_ids(0))
+    p, q1, q2 = (one["id"] for one in linked[0]["tool_calls"])
+    assert [message["tool_call_id"] for message in linked[1:]] == [q1, p, q2]
+
+
+def test_an_answer_without_a_call_is_left_to_the_validator():
+    messages = mend_messages(answer(), says())
+    assert len(messages[0]["tool_call_id"]) == 9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([None, "null", "call_", "valid"])), max_size=4), st.data())
+def test_linked_conversations_are_valid_and_linking_twice_changes_nothing(turns, data):
+    messages = [user()]
+    for number, (parallel, id_kind) in enumerate(turns):
+        written = [
+            {"call_": f"call_{number}_{i}", "valid": f"abcdefg{number}{i}"}.get(id_kind, id_kind) for i in range(3)
+        ]
+        messages.append(calls(*(call(f"f{i}", id=written[i]) for i in range(parallel))))
+        answers = [answer(str(i), name=f"f{i}", tool_call_id=written[i]) for i in range(parallel)]
+        messages += data.draw(st.permutations(answers))
+        messages.append(says())
+    messages.append(says())
+    linked = link_tool_calls(messages, call_ids(1))
+    assert_trainable({"messages": linked})
+    assert link_tool_calls(linked, call_ids(2)) == linked
+    for asked, told in zip(messages, linked):
+        if asked["role"] == "tool":
+            names = {one["id"]: one["function"]["name"] for turn in linked for one in turn.get("tool_calls", [])}
+            assert names[told["tool_call_id"]] == told["name"]
+
+
+# Glaive rows
+
+
+def glaive(*turns, description="{}"):
+    return {
+        "function_description": description,
+        "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
+    }
+
+
+BMI = '{"name": "bmi", "description": "IMC", "parameters": {"type": "object", "properties": {}}}'
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('{"name": "bmi", "arguments": {"kg": 70}}', {"kg": 70}),
+        ("""{"name": "bmi", "arguments": '{"kg": 70}'}""", {"kg": 70}),
+        ("""{"name": "bmi", "arguments": '{"who": "l'homme", "ok": true}'}""", {"who": "l'homme", "ok": True}),
+        ("""{"name": "bmi", "arguments": '{"text": "a\\nb \\"c\\""}'}""", {"text": 'a\nb "c"'}),
+        ("""{"name": "bmi", "arguments": '{"who": "l\\'homme"}'}""", {"who": "l'homme"}),
+        ("""{'name': 'bmi', 'arguments': {'ok': True}}""", {"ok": True}),
+        ('{"name": "bmi"}', {}),
+    ],
+)
+def test_glaive_calls_are_read_in_every_quoting(written, arguments):
+    row = glaive(
+        ("human", "?"), ("function-call", written), ("function-response", "22"), ("gpt", "22"), description=BMI
+    )
+    mended, _ = mend(row, reformat_glaive_row)
+    assert json.loads(mended["messages"][1]["tool_calls"][0]["function"]["arguments"]) == arguments
+    assert_trainable(mended)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, "no list `conversations`"),
+        (glaive(("human", "a"), ("gpt", "b"), description="{broken"), "`function_description` is not JSON"),
+        (glaive(("human", "a"), ("gpt", "b"), description='{"x": 1}'), "a function description has no name"),
+        (glaive(("human", "a"), ("function-call", "garbage {")), "a function call cannot be read"),
+        (glaive(("human", "a"), ("function-response", "1"), ("gpt", "b")), "a function response without a call"),
+        (
+            glaive(
+                ("human", "a"),
+                ("function-call", '[{"name": "f"}, {"name": "f"}]'),
+                ("function-response", "1"),
+                ("gpt", "b"),
+            ),
+            "a function call without a response",
+        ),
+        ({"conversations": [{"from": "human"}]}, "a turn of `conversations` without a `value`"),
+        (glaive(("human", "a")), "no assistant message"),
+    ],
+)
+def test_glaive_rows_that_cannot_be_read_say_why(row, reason):
+    with pytest.raises(SkippedRowError) as skip:
+        mend(row, reformat_glaive_row)
+    assert skip.value.reason == reason
+
+
+def test_a_glaive_row_needs_no_description():
+    row = {"conversations": [{"from": "human", "value": "a\n\n"}, {"from": "gpt", "value": "b"}]}
+    assert mend(row, reformat_glaive_row)[0] == {"messages": [user(), says()]}
+
+
+def test_the_system_prompt_loses_only_the_functions_it_repeats():
+    system = "You have well-known functions. Use them if required -"
+    row = glaive(("system", system + BMI), ("human", "a"), ("gpt", "b"), description=BMI)
+    assert mend(row, reformat_glaive_row)[0]["messages"][0]["content"] == system.removesuffix(" -")
+
+
+def test_turns_of_unknown_speakers_are_told():
+    mended, notes = mend(glaive(("human", "a"), ("narrator", "meanwhile"), ("gpt", "b")), reformat_glaive_row)
+    assert mended == {"messages": [user(), says()]}
+    assert notes == ["turns of the unknown speaker 'narrator' left out"]
+
+
+# The file
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path):
+    texts = []
+    for seed in (0, 0, 1):
+        path = copied("glaive.jsonl", tmp_path)
+        rewrite_jsonl(path, reformat_glaive_row, seed=seed)
+        texts.append(path.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_mended_file_is_left_alone_the_second_time(tmp_path):
+    path = copied("reformat_data.jsonl", tmp_path)
+    rewrite_jsonl(path, reformat_row)
+    first = path.stat()
+    result = rewrite_jsonl(path, reformat_row, seed=7)
+    assert (result.changed, result.backup) == (0, None)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+
+
+def test_backups_are_kept_and_never_overwritten(tmp_path):
+    path = copied("reformat_data.jsonl", tmp_path)
+    original = path.read_bytes()
+    assert rewrite_jsonl(path, reformat_row).backup.read_bytes() == original
+    second = write_rows(path, [{"messages": [user(), says(), user()]}]).read_bytes()
+    result = rewrite_jsonl(path, reformat_row)
+    assert (result.backup.name, result.backup.read_bytes()) == ("reformat_data.jsonl.bak1", second)
+    assert (tmp_path / "reformat_data.jsonl.bak").read_bytes() == original
+
+
+def test_no_backup_leaves_the_file_alone_in_its_folder(tmp_path):
+    rewrite_jsonl(copied("reformat_data.jsonl", tmp_path), reformat_row, backup=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["reformat_data.jsonl"]
+
+
+def test_a_file_without_a_usable_row_is_not_replaced(tmp_path):
+    path = tmp_path / "notes.csv"
+    path.write_text("id,text\n1,bonjour\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"No row of .*notes\.csv could be kept.*\n  not a valid JSON object: lines 1, 2"
+    ):
+        rewrite_jsonl(path, reformat_row)
+    assert path.read_text(encoding="utf-8") == "id,text\n1,bonjour\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_crash_leaves_the_file_and_nothing_else(tmp_path):
+    path = copied("glaive.jsonl", tmp_path)
+    original = path.read_bytes()
+    rows = iter(range(3))
+
+    def crash(row, new_id, note):
+        if next(rows) == 2:
+            raise RuntimeError("power cut")
+        return reformat_glaive_row(row, new_id, note)
+
+    with pytest.raises(RuntimeError):
+        rewrite_jsonl(path, crash)
+    assert path.read_bytes() == original and list(tmp_path.iterdir()) == [path]
+
+
+def test_broken_lines_cost_themselves_alone(tmp_path):
+    good = json.dumps({"messages": [user("é"), says("b\u2028c")]}, ensure_ascii=False).encode()
+    lines = [
+        b"\xef\xbb\xbf" + good,
+        b"hello",
+        b'{"a": "\xe9"}',
+        b"[1]",
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+        b"",
+        good,
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\r\n".join(lines) + b"\r" + good)
+    result = rewrite_jsonl(path, reformat_row)
+    assert path.read_bytes() == (good + b"\n") * 3
+    assert (result.read, result.skipped.count) == (8, 5)
+    assert "not a valid JSON object: lines 2, 3, 4, 5, 6" in str(result)
+
+
+def test_a_call_whose_text_has_no_utf8_is_skipped(tmp_path):
+    broken = glaive(("human", "a"), ("function-call", '{"name": "f", "arguments": {"a": "\\ud800"}}'))
+    path = write_rows(tmp_path / "data.jsonl", [broken, glaive(("human", "a"), ("gpt", "b"))])
+    assert "half of a surrogate pair, which is no character: line 1" in str(rewrite_jsonl(path, reformat_glaive_row))
+
+
+def test_a_link_stays_a_link(tmp_path):
+    path = copied("reformat_data.jsonl", tmp_path)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    rewrite_jsonl(link, reformat_row)
+    assert link.is_symlink() and len(read_rows(path)) == 7
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    peaks = []
+    for rows in (300, 6000):
+        path = tmp_path / f"{rows}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for number in range(rows):
+                file.write(json.dumps({"messages": [user("x" * 200), says("b" * (number % 2))]}) + "\n")
+        tracemalloc.start()
+        rewrite_jsonl(path, reformat_row)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+
+
+def test_a_report_names_the_first_lines_and_counts_the_others():
+    report = LineReport()
+    for line in range(1, 3001):
+        report.add(line, "broken", f"row {line}")
+    report.add(3001, "empty")
+    assert str(report) == (
+        f"  broken: lines {', '.join(map(str, range(1, 21)))} and 2,980 more (line 1: row 1)\n  empty: line 3001"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tool", "fixture"), [(reformat_data, "reformat_data.jsonl"), (reformat_data_glaive, "glaive.jsonl")]
+)
+def test_the_commands(tool, fixture, tmp_path, monkeypatch, capsys):
+    path = copied(fixture, tmp_path)
+    monkeypatch.setattr(sys, "argv", [tool.__name__, str(path), "--no_backup"])
+    run_cli(tool.main)
+    assert "Skipped: " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
+    missing = tmp_path / "missing.jsonl"
+    command = [sys.executable, "-m", "utils.reformat_data", str(missing)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"error: {missing} does not exist.\n")
+
+
+def test_call_ids_are_reproducible_and_leave_the_global_generator_alone():
+    state = random.getstate()
+    assert [call_ids(3)() for _ in range(2)] == [call_ids(3)()] * 2
+    assert random.getstate() == state

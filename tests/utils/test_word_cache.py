@@ -1,0 +1,88 @@
+"""Remembering words changes no token."""
+
+import pickle
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+from tests.support.golden import fixture
+from tests.support.tiny_tekken import load_tiny_tekken
+from utils.validation import word_cache
+from utils.validation.word_cache import WordCachingTokenizer, cache_words
+
+PLAIN = MistralTokenizer.v3().instruct_tokenizer.tokenizer
+SHARED = WordCachingTokenizer(PLAIN)  # remembers what earlier examples taught it
+# What could join words: blanks of all kinds, sentencepiece's own blank, and characters it knows only as bytes.
+PIECES = st.sampled_from(
+    [" ", "  ", "\n", "\t", "\r\n", "▁", "é", "e\u0301", "\u00a0", "\u2028", "ﬁ", "J45.9", "l'", "漢"]
+)
+TEXTS = st.lists(PIECES | st.text(max_size=5), max_size=30).map("".join)
+
+
+@pytest.fixture
+def caching() -> WordCachingTokenizer:
+    return WordCachingTokenizer(PLAIN)
+
+
+@settings(max_examples=400, deadline=None)
+@example("½▁ ﬁ", True, True)
+@given(text=TEXTS, bos=st.booleans(), eos=st.booleans())
+def test_same_tokens_for_any_text(text, bos, eos):
+    assert SHARED.encode(text, bos, eos) == PLAIN.encode(text, bos, eos)
+
+
+@pytest.mark.parametrize("name", ["train_icd", "instruct", "function_calling", "pretrain"])
+def test_same_tokens_for_real_files(name, caching):
+    text = fixture(f"inputs/{name}.jsonl").read_text(encoding="utf-8")
+    assert caching.encode(text, True, True) == PLAIN.encode(text, True, True)
+
+
+def test_forgets_when_it_holds_enough(caching, monkeypatch):
+    monkeypatch.setattr(word_cache, "_REMEMBERED", 3)
+    text = " ".join(f"mot{number}" for number in range(20))
+    assert caching.encode(text, True, True) == PLAIN.encode(text, True, True)
+    assert len(caching._word_tokens) <= 3
+
+
+def test_long_words_are_not_kept(caching):
+    caching.encode("x" * 1000, False, False)
+    assert not caching._word_tokens
+
+
+def test_survives_pickling(caching):
+    copy = pickle.loads(pickle.dumps(caching))
+    assert copy.encode("Motif : chute\n", True, False) == PLAIN.encode("Motif : chute\n", True, False)
+
+
+def test_serves_the_v3_tokenizer():
+    tokenizer = MistralTokenizer.v3().instruct_tokenizer
+    cache_words(tokenizer)
+    assert isinstance(tokenizer.tokenizer, WordCachingTokenizer)
+
+
+@pytest.mark.parametrize("piece", ["de▁la", "a\n"])
+def test_leaves_vocabularies_whose_pieces_span_words(piece, monkeypatch):
+    tokenizer = MistralTokenizer.v3().instruct_tokenizer
+    monkeypatch.setattr(SentencePieceTokenizer, "vocab", lambda self: ["<s>", "▁▁", piece])
+    cache_words(tokenizer)
+    assert type(tokenizer.tokenizer) is SentencePieceTokenizer
+
+
+def test_leaves_tokenizers_that_rewrite_texts(monkeypatch):
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "encode", lambda self, s, bos, eos: encode(self, " ".join(s.split()), bos, eos)
+    )
+    tokenizer = MistralTokenizer.v3().instruct_tokenizer
+    cache_words(tokenizer)
+    assert type(tokenizer.tokenizer) is SentencePieceTokenizer
+
+
+def test_leaves_tekken(tmp_path):
+    tokenizer = load_tiny_tekken(tmp_path, "v7").instruct_tokenizer
+    before = tokenizer.tokenizer
+    cache_words(tokenizer)
+    assert tokenizer.tokenizer is before

@@ -1,0 +1,179 @@
+"""Reading jsonl row by row, writing it whole or not at all, and saying which rows were left out."""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.data.exceptions import JsonError
+from finetune.data.tokenize import MAX_ROW_BYTES, parse_row
+from model.errors import UserError
+
+Row = dict[str, Any]
+
+SHOWN_LINES = 20  # line numbers a report names per reason
+
+
+class SkippedRowError(Exception):
+    """A row that cannot be converted.
+
+    Args:
+        reason: the kind of fault; a report groups its lines by it.
+        detail: what is particular to this row; a report quotes the first one of each reason.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclasses.dataclass
+class _Group:
+    lines: list[int] = dataclasses.field(default_factory=list)  # the first SHOWN_LINES of them
+    count: int = 0
+    example: str = ""
+
+
+class LineReport:
+    """Lines of a file, grouped by what there is to say about them. Its size does not grow with their number."""
+
+    def __init__(self, unit: str = "line") -> None:
+        self.count = 0
+        self._unit = unit
+        self._groups: dict[str, _Group] = {}
+
+    def add(self, line: int, reason: str, detail: str = "") -> None:
+        group = self._groups.setdefault(reason, _Group(example=detail))
+        if len(group.lines) < SHOWN_LINES:
+            group.lines.append(line)
+        group.count += 1
+        self.count += 1
+
+    def __str__(self) -> str:
+        ordered = sorted(self._groups.items(), key=lambda item: -item[1].count)
+        return "\n".join(self._describe(reason, group) for reason, group in ordered)
+
+    def _describe(self, reason: str, group: _Group) -> str:
+        numbers = ", ".join(map(str, group.lines))
+        if group.count > len(group.lines):
+            numbers += f" and {group.count - len(group.lines):,} more"
+        unit = self._unit if group.count == 1 else f"{self._unit}s"
+        example = f" ({self._unit} {group.lines[0]}: {group.example})" if group.example else ""
+        return f"  {reason}: {unit} {numbers}{example}"
+
+
+def require_file(path: Path) -> None:
+    """Raises UserError unless path is a file."""
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}.")
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1; CR, LF and CRLF end a line, U+2028 does not.
+
+    Raises:
+        UserError: a line is too long to be a row; not all of it is read.
+    """
+    with path.open(encoding=encoding, errors=errors, newline=None) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_ROW_BYTES + 1)
+            if len(line) > MAX_ROW_BYTES:
+                too_long = f"Line {number} of {path} has over {MAX_ROW_BYTES:,} characters"
+                raise UserError(f"{too_long}; is there a line end after each row?")
+            if not line:
+                return
+            if line.strip():
+                yield number, line.rstrip("\n")
+
+
+def load_row(line: str) -> Row:
+    """Parses a line; bytes that were not UTF-8 may stand in it as Python's surrogate escapes.
+
+    Raises:
+        SkippedRowError: the line is no JSON object.
+    """
+    try:
+        return parse_row(line.encode("utf-8", "surrogateescape"))
+    except JsonError as error:
+        raise SkippedRowError("not a valid JSON object", str(error)) from error
+
+
+def dump_row(row: Row) -> str:
+    """One line of jsonl, accents as they are.
+
+    Raises:
+        SkippedRowError: the row cannot be written in UTF-8.
+    """
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SkippedRowError("half of a surrogate pair, which is no character") from error
+    return line
+
+
+def read_journal(path: Path) -> dict[str, Row]:
+    """Rows, by their first key `id`, that an interrupted command left in its output.
+
+    A last line that was cut short is removed from the file.
+
+    Raises:
+        UserError: the file is something else, and stays as it is.
+    """
+    rows: dict[str, Row] = {}
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n") and b'{"id"'.startswith(line[:5]):
+            os.truncate(path, len(content) - len(line))
+            break
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path} exists and is no output of this command; name another file.") from None
+    return rows
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turns what the operating system refuses (no permission, disk full) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.") from error
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside path to write to before `os.replace`; whatever still stands there at the end is removed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(contents: Mapping[Path, str]) -> None:
+    """Writes files, all of them or none."""
+    with file_errors(), ExitStack() as stack:
+        for path in contents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporaries = {path: stack.enter_context(aside(path)) for path in contents}
+        for path, text in contents.items():
+            temporaries[path].write_text(text, encoding="utf-8", newline="")
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+
+
+def require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raises UserError where an output would replace an input or another output."""
+    resolved = [path.resolve() for path in outputs]
+    taken = {path.resolve() for path in inputs}
+    for path, real in zip(outputs, resolved):
+        if real in taken or resolved.count(real) > 1:
+            raise UserError(f"{path} would be written and is another file of this command; give another name.")
