@@ -52,7 +52,8 @@ def test_modules_exist_with_the_flags_that_are_mentioned(mention: str, monkeypat
 def test_tests_that_are_named_exist(name: str) -> None:
     file, _, function = name.partition("::")
     if function:
-        assert re.search(rf"^def {function}\(", next((ROOT / "tests").rglob(file)).read_text(encoding="utf-8"), re.MULTILINE)
+        path = next((ROOT / "tests").rglob(file))
+        assert re.search(rf"^def {function}\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))

@@ -36,7 +36,6 @@ from finetune.monitoring.plot import draw_loss_curve, smoothed
 from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from model.errors import UserError
-
 from tests.support.wandb_reader import read_offline_run
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ import pytest
 
 from model.errors import UserError
 from utils import generate_notes
+from utils.fictional_notes import api_notes
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
-from utils.fictional_notes import api_notes
 from utils.tables.jsonl import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,10 +16,10 @@ from finetune.data.args import DataArgs
 from finetune.data.data_loader import build_data_loader
 from model.errors import UserError
 from utils import generate_notes
+from utils.fictional_notes import phrases
 from utils.fictional_notes.catalogue import bare, load_catalogue, wording_forms
 from utils.fictional_notes.notes import write_notes
 from utils.fictional_notes.scenarios import sample_stay
-from utils.fictional_notes import phrases
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.codes import ROLES, Cim10Entry, Cim10Table, category
 from utils.icd10.prompts import instruct_row

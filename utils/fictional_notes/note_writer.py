@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 
+from utils.fictional_notes import phrases
 from utils.fictional_notes.catalogue import Condition, wording_forms
 from utils.fictional_notes.scenarios import Stay
-from utils.fictional_notes import phrases
 
 Wordings = Callable[[Condition], Sequence[str]]
 # How a diagnosis may be worded: `all` draws from both lists.

@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from utils.fictional_notes import phrases
 from utils.fictional_notes.catalogue import Catalogue, Condition
 from utils.fictional_notes.distractors import Distractors, choose_traps
 from utils.fictional_notes.note_writer import WORDINGS, NoteWriter, capitalise
 from utils.fictional_notes.scenarios import MAX_DAS, Stay, sample_stay
-from utils.fictional_notes import phrases
 from utils.icd10.answers import Diagnosis
 
 LENGTHS = ("short", "long")
