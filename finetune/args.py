@@ -13,7 +13,7 @@ from typing import Any
 from simple_parsing.helpers import Serializable
 
 from model.args import ATTENTION_ENGINES, BASE_DTYPES, PARAM_DTYPES, LoraArgs
-from model.errors import UserError, quoted
+from model.errors import Problem, UserError, quoted
 
 from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
@@ -39,22 +39,35 @@ class OptimArgs(Serializable):
     div_factor: float = 25.0  # lr / div_factor is the first step's rate; at least 1
     final_div_factor: float = 1e4  # the first rate / final_div_factor is the last step's
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
         if self.name not in OPTIMIZERS:
-            found.append(f"`optim.name` is {quoted(self.name)}; expected {', '.join(OPTIMIZERS)}.")
+            found.append(
+                Problem("optim.name", f"`optim.name` is {quoted(self.name)}; expected {', '.join(OPTIMIZERS)}.")
+            )
         if self.schedule not in SCHEDULES:
-            found.append(f"`optim.schedule` is {quoted(self.schedule)}; expected {', '.join(SCHEDULES)}.")
+            found.append(
+                Problem(
+                    "optim.schedule", f"`optim.schedule` is {quoted(self.schedule)}; expected {', '.join(SCHEDULES)}."
+                )
+            )
         if not 0 <= self.pct_start <= 1:
-            found.append(f"`optim.pct_start` is {self.pct_start}; it is a share of the steps, between 0 and 1.")
+            found.append(
+                Problem(
+                    "optim.pct_start",
+                    f"`optim.pct_start` is {self.pct_start}; it is a share of the steps, between 0 and 1.",
+                )
+            )
         if not self.lr >= 0:
-            found.append(f"`optim.lr` is {self.lr}; it cannot be negative.")
+            found.append(Problem("optim.lr", f"`optim.lr` is {self.lr}; it cannot be negative."))
         if not self.weight_decay >= 0:
-            found.append(f"`optim.weight_decay` is {self.weight_decay}; it cannot be negative.")
+            found.append(
+                Problem("optim.weight_decay", f"`optim.weight_decay` is {self.weight_decay}; it cannot be negative.")
+            )
         for key in ("div_factor", "final_div_factor"):
             if not getattr(self, key) > 0:
-                found.append(f"`optim.{key}` is {getattr(self, key)}; it must be positive.")
+                found.append(Problem(f"optim.{key}", f"`optim.{key}` is {getattr(self, key)}; it must be positive."))
         return found
 
 
@@ -69,16 +82,25 @@ class GenerationArgs(Serializable):
     freq: int = 0  # steps between; 0: only before the first step and after the last
     keep_answers: bool = True  # write them to run_dir/answers; they may quote notes
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
         if self.file and not os.path.isfile(self.file):
-            found.append(f"`eval_generation.file`: {self.file} does not exist (or is no file).")
+            found.append(
+                Problem("eval_generation.file", f"`eval_generation.file`: {self.file} does not exist (or is no file).")
+            )
         for key in ("n_samples", "max_tokens", "batch_size"):
             if getattr(self, key) < 1:
-                found.append(f"`eval_generation.{key}` is {getattr(self, key)}; it must be at least 1.")
+                found.append(
+                    Problem(
+                        f"eval_generation.{key}",
+                        f"`eval_generation.{key}` is {getattr(self, key)}; it must be at least 1.",
+                    )
+                )
         if self.freq < 0:
-            found.append(f"`eval_generation.freq` is {self.freq}; it must be 0 or more.")
+            found.append(
+                Problem("eval_generation.freq", f"`eval_generation.freq` is {self.freq}; it must be 0 or more.")
+            )
         return found
 
 
@@ -89,13 +111,23 @@ class EarlyStoppingArgs(Serializable):
     metric: str = "eval_loss"  # eval_loss (lower is better), micro_f1 or exact_match (of eval_generation)
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
         if self.metric not in METRICS:
-            found.append(f"`early_stopping.metric` is {self.metric!r}; expected {', '.join(METRICS)}.")
+            found.append(
+                Problem(
+                    "early_stopping.metric",
+                    f"`early_stopping.metric` is {self.metric!r}; expected {', '.join(METRICS)}.",
+                )
+            )
         if self.patience < 0:
-            found.append(f"`early_stopping.patience` is {self.patience}; it must be 0 (never stop) or more.")
+            found.append(
+                Problem(
+                    "early_stopping.patience",
+                    f"`early_stopping.patience` is {self.patience}; it must be 0 (never stop) or more.",
+                )
+            )
         return found
 
 
@@ -108,15 +140,27 @@ class GuardArgs(Serializable):
     spike_window: int = 100  # logged losses the median is taken of
     stop_on_spike: bool = False  # stop there, instead of reporting it
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
         if self.max_skipped_steps < 1:
-            found.append(f"`guards.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1.")
+            found.append(
+                Problem(
+                    "guards.max_skipped_steps",
+                    f"`guards.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1.",
+                )
+            )
         if self.spike_factor and self.spike_factor <= 1:
-            found.append(f"`guards.spike_factor` is {self.spike_factor}; it must be more than 1, or 0 for no guard.")
+            found.append(
+                Problem(
+                    "guards.spike_factor",
+                    f"`guards.spike_factor` is {self.spike_factor}; it must be more than 1, or 0 for no guard.",
+                )
+            )
         if self.spike_window < 10:
-            found.append(f"`guards.spike_window` is {self.spike_window}; it must be at least 10.")
+            found.append(
+                Problem("guards.spike_window", f"`guards.spike_window` is {self.spike_window}; it must be at least 10.")
+            )
         return found
 
 
@@ -177,58 +221,112 @@ class TrainArgs(Serializable):
     mlflow: MLFlowArgs = dataclasses.field(default_factory=MLFlowArgs)
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; looks at paths, reads no weights and no rows."""
         found = []
         for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq"):
             if getattr(self, key) < 1:
-                found.append(f"`{key}` is {getattr(self, key)}; it must be at least 1.")
+                found.append(Problem(f"{key}", f"`{key}` is {getattr(self, key)}; it must be at least 1."))
         for key in ("ckpt_freq", "eval_freq"):
             if getattr(self, key) < 0:
-                found.append(f"`{key}` is {getattr(self, key)}; it must be 0 (only after the last step) or more.")
+                found.append(
+                    Problem(
+                        f"{key}", f"`{key}` is {getattr(self, key)}; it must be 0 (only after the last step) or more."
+                    )
+                )
         if self.num_ckpt_keep is not None and self.num_ckpt_keep < 1:
-            found.append(f"`num_ckpt_keep` is {self.num_ckpt_keep}; it must be at least 1, or null to keep all.")
+            found.append(
+                Problem(
+                    "num_ckpt_keep",
+                    f"`num_ckpt_keep` is {self.num_ckpt_keep}; it must be at least 1, or null to keep all.",
+                )
+            )
         if self.epochs is not None and not self.epochs > 0:
-            found.append(f"`epochs` is {self.epochs}; it must be positive.")
+            found.append(Problem("epochs", f"`epochs` is {self.epochs}; it must be positive."))
         if not self.max_norm > 0:
-            found.append(f"`max_norm` is {self.max_norm}; it must be positive.")
+            found.append(Problem("max_norm", f"`max_norm` is {self.max_norm}; it must be positive."))
         if not 0 <= self.seed < 2**32:
-            found.append(f"`seed` is {self.seed}; it must lie between 0 and 2**32 - 1.")
+            found.append(Problem("seed", f"`seed` is {self.seed}; it must lie between 0 and 2**32 - 1."))
         if self.loss_normalization not in LOSS_NORMALIZATIONS:
             expected = ", ".join(LOSS_NORMALIZATIONS)
-            found.append(f"`loss_normalization` is {quoted(self.loss_normalization)}; expected {expected}.")
+            found.append(
+                Problem(
+                    "loss_normalization",
+                    f"`loss_normalization` is {quoted(self.loss_normalization)}; expected {expected}.",
+                )
+            )
         if self.param_dtype != "auto" and self.param_dtype not in PARAM_DTYPES:
-            found.append(f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(PARAM_DTYPES)}.")
+            found.append(
+                Problem(
+                    "param_dtype", f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(PARAM_DTYPES)}."
+                )
+            )
         if self.base_dtype not in BASE_DTYPES:
-            found.append(f"`base_dtype` is {quoted(self.base_dtype)}; expected {', '.join(BASE_DTYPES)}.")
+            found.append(
+                Problem("base_dtype", f"`base_dtype` is {quoted(self.base_dtype)}; expected {', '.join(BASE_DTYPES)}.")
+            )
         elif self.base_dtype != "same" and not self.lora.enable:
-            found.append(f"`base_dtype: {self.base_dtype}` is for frozen weights, but `lora.enable` is false.")
+            found.append(
+                Problem(
+                    "base_dtype", f"`base_dtype: {self.base_dtype}` is for frozen weights, but `lora.enable` is false."
+                )
+            )
         elif self.base_dtype != "same" and not self.save_adapters:
             found.append(
-                f"`base_dtype: {self.base_dtype}` rounds the base, so `save_adapters: false` would save a worse model: "
-                "save the adapter and merge it into the base with `python -m utils.merge_lora`."
+                Problem(
+                    "base_dtype",
+                    f"`base_dtype: {self.base_dtype}` rounds the base, so `save_adapters: false` would save a worse "
+                    "model: save the adapter and merge it into the base with `python -m utils.merge_lora`.",
+                )
             )
         if self.attention != "auto" and self.attention not in ATTENTION_ENGINES:
-            found.append(f"`attention` is {self.attention!r}; expected auto, {', '.join(ATTENTION_ENGINES)}.")
+            found.append(
+                Problem(
+                    "attention", f"`attention` is {self.attention!r}; expected auto, {', '.join(ATTENTION_ENGINES)}."
+                )
+            )
         if isinstance(self.checkpoint, str) and self.checkpoint not in CHECKPOINT_MODES:
-            found.append(f"`checkpoint` is {quoted(self.checkpoint)}; expected true, false, selective or auto.")
+            found.append(
+                Problem(
+                    "checkpoint", f"`checkpoint` is {quoted(self.checkpoint)}; expected true, false, selective or auto."
+                )
+            )
         if self.sharding not in SHARDINGS:
-            found.append(f"`sharding` is {quoted(self.sharding)}; expected {', '.join(SHARDINGS)}.")
+            found.append(
+                Problem("sharding", f"`sharding` is {quoted(self.sharding)}; expected {', '.join(SHARDINGS)}.")
+            )
         if self.cpu_offload and self.optim.name == "adamw8bit":
-            found.append("`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU.")
+            found.append(
+                Problem(
+                    "cpu_offload",
+                    "`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU.",
+                )
+            )
         if self.save_adapters and not self.lora.enable and not self.no_ckpt:
             found.append(
-                "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
-                "Set `save_adapters: false` to save the full weights."
+                Problem(
+                    "save_adapters",
+                    "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
+                    "Set `save_adapters: false` to save the full weights.",
+                )
             )
         if not self.no_eval and not self.data.eval_instruct_data.strip():
-            found.append("`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`.")
+            found.append(
+                Problem(
+                    "no_eval",
+                    "`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`.",
+                )
+            )
         if not os.path.isdir(self.model_id_or_path):
-            found.append(f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist.")
+            found.append(
+                Problem("model_id_or_path", f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist.")
+            )
         if not self.run_dir.strip():
-            found.append("`run_dir` is empty; name a folder to create.")
+            found.append(Problem("run_dir", "`run_dir` is empty; name a folder to create."))
         if self.resume not in ("never", "auto") and not Path(self.resume).is_dir():
-            found.append(f"`resume` is {self.resume!r}; expected never, auto, or the folder of a checkpoint.")
+            found.append(
+                Problem("resume", f"`resume` is {self.resume!r}; expected never, auto, or the folder of a checkpoint.")
+            )
         found += self._evaluation_problems()
         blocks = (self.data, self.optim, self.lora, self.wandb, self.mlflow)
         for block in (*blocks, self.eval_generation, self.early_stopping, self.guards):
@@ -244,16 +342,23 @@ class TrainArgs(Serializable):
             ]
         return []
 
-    def _evaluation_problems(self) -> list[str]:
+    def _evaluation_problems(self) -> list[Problem]:
         found = []
         metric = self.early_stopping.metric
         if self.keep_best or self.early_stopping.patience > 0:
             if metric == "eval_loss" and self.no_eval:
-                found.append("`keep_best` or `early_stopping` goes by eval_loss, but `no_eval` is true.")
+                found.append(
+                    Problem("keep_best", "`keep_best` or `early_stopping` goes by eval_loss, but `no_eval` is true.")
+                )
             if metric in METRICS[1:] and not self.eval_generation.file:
-                found.append(f"`early_stopping.metric` is {metric} but `eval_generation.file` is empty.")
+                found.append(
+                    Problem(
+                        "early_stopping.metric",
+                        f"`early_stopping.metric` is {metric} but `eval_generation.file` is empty.",
+                    )
+                )
         if self.keep_best and self.no_ckpt:
-            found.append("`keep_best` is true but `no_ckpt` is too: there is nothing to keep.")
+            found.append(Problem("keep_best", "`keep_best` is true but `no_ckpt` is too: there is nothing to keep."))
         return found
 
 
@@ -266,32 +371,28 @@ def load_train_args(path: Path) -> TrainArgs:
     return read_train_args(path, TrainArgs.problems)
 
 
-def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[str]] = lambda args: []) -> TrainArgs:
+def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[Problem]] = lambda args: []) -> TrainArgs:
     """Reads a training YAML; what else is wrong with the settings is for `find_problems` to say.
 
     Raises:
         UserError: the file cannot be read, or every unknown, missing or mistyped key in one message.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     raw = _nested(read_yaml(path), problems)
     if raw.get("epochs") is not None and "max_steps" in raw:
-        problems.append("`epochs` and `max_steps` both say how long the run is; give one of them.")
+        problems.append(Problem("epochs", "`epochs` and `max_steps` both say how long the run is; give one of them."))
     args = _build(TrainArgs, raw, "", problems)
     # What stands in for a key that is missing or faulty may be wrong, too: that key has been named already.
-    named = {problem.split("`")[1] for problem in problems if problem.startswith("`")}
-    problems += [problem for problem in find_problems(args) if not _is_about(problem, named)]
+    named = {problem.key for problem in problems}
+    problems += [problem for problem in find_problems(args) if not problem.is_about(*named)]
     if problems:
         more = [f"... and {len(problems) - _MAX_NAMED:,} more"] if len(problems) > _MAX_NAMED else []
-        listed = "\n".join(f"  - {problem}" for problem in [*problems[:_MAX_NAMED], *more])
+        listed = "\n".join(f"  - {line}" for line in [*(problem.message for problem in problems[:_MAX_NAMED]), *more])
         raise UserError(f"{path} cannot be used:\n{listed}")
     return args
 
 
-def _is_about(problem: str, keys: set[str]) -> bool:
-    return any(problem.startswith((f"`{key}`", f"`{key}.")) for key in keys)
-
-
-def _nested(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def _nested(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     """`wandb.project: x` means the same as `project: x` inside `wandb:`, at any depth; who says both is told so."""
     nested: dict[str, Any] = {}
     for path, value in _leaves(raw):
@@ -301,7 +402,8 @@ def _nested(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
             inner = block.setdefault(key, {})
             block = inner if isinstance(inner, dict) else {}  # what is no block is reported where it is built
         if name in block:
-            problems.append(f"`{'.'.join(path)}` is given twice; give it once.")
+            key = ".".join(path)
+            problems.append(Problem(key, f"`{key}` is given twice; give it once."))
         block[name] = value
     return nested
 
@@ -315,7 +417,7 @@ def _leaves(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield inner, value
 
 
-def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
+def _build(cls: type, raw: Any, prefix: str, problems: list[Problem]) -> Any:
     """Builds a dataclass from YAML values, converting texts and numbers where nothing is lost.
 
     Adds one sentence per fault to `problems`. A default, or an empty value where there is none, stands in for a faulty
@@ -323,13 +425,13 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     """
     if not isinstance(raw, dict | None):
         name = prefix.rstrip(".")
-        problems.append(f"`{name}` is {_shown(name, raw)}; expected a block of keys.")
+        problems.append(Problem(name, f"`{name}` is {_shown(name, raw)}; expected a block of keys."))
     raw = raw if isinstance(raw, dict) else {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
-            problems.append(_unknown(prefix, key, list(fields)))
+            problems.append(Problem(prefix + key, _unknown(prefix, key, list(fields))))
     values = {}
     for name, field in fields.items():
         if name in raw:
@@ -337,7 +439,7 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
             if value is not None or _is_optional(hints[name]):
                 values[name] = value
         elif _is_required(field):
-            problems.append(f"`{prefix}{name}` is missing; it must be given.")
+            problems.append(Problem(prefix + name, f"`{prefix}{name}` is missing; it must be given."))
         if name not in values and _is_required(field):
             values[name] = hints[name]()
     return cls(**values)
@@ -363,7 +465,7 @@ def _is_optional(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
 
-def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+def _convert(hint: Any, value: Any, name: str, problems: list[Problem]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{name}.", problems)
     hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -373,7 +475,8 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     for option in expected:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return _CONVERTERS[option](value)
-    problems.append(f"`{name}` is {_shown(name, value)}; expected {' or '.join(_EXPECTED[kind] for kind in expected)}.")
+    kinds = " or ".join(_EXPECTED[kind] for kind in expected)
+    problems.append(Problem(name, f"`{name}` is {_shown(name, value)}; expected {kinds}."))
     return None
 
 

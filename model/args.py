@@ -8,7 +8,7 @@ from typing import Any
 
 from simple_parsing.helpers import Serializable
 
-from .errors import UserError, quoted
+from .errors import Problem, UserError, quoted
 from .hf_config import CONFIG_NAME, params_from_config
 
 PARAMS_NAME = "params.json"
@@ -66,28 +66,47 @@ class LoraArgs(Serializable):
         elif self.scaling is None and self.alpha > 0 and self.rank >= 1:
             self.scaling, self.alpha = self.alpha / self.rank, None
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
         if self.enable and self.rank < 1:
-            found.append(f"`lora.rank` is {self.rank}; it must be at least 1 (or set `lora.enable: false`).")
+            found.append(
+                Problem(
+                    "lora.rank", f"`lora.rank` is {self.rank}; it must be at least 1 (or set `lora.enable: false`)."
+                )
+            )
         if not 0.0 <= self.dropout < 1.0:
-            found.append(f"`lora.dropout` is {self.dropout}; it must lie in [0, 1).")
+            found.append(Problem("lora.dropout", f"`lora.dropout` is {self.dropout}; it must lie in [0, 1)."))
         if self.scaling is not None and not self.scaling > 0:
-            found.append(f"`lora.scaling` is {self.scaling}; it must be positive.")
+            found.append(Problem("lora.scaling", f"`lora.scaling` is {self.scaling}; it must be positive."))
         if self.alpha is not None and not self.alpha > 0:
-            found.append(f"`lora.alpha` is {self.alpha}; it must be positive.")
+            found.append(Problem("lora.alpha", f"`lora.alpha` is {self.alpha}; it must be positive."))
         elif self.alpha is not None and self.scaling is not None:
             found.append(
-                f"`lora.alpha` ({self.alpha}) and `lora.scaling` ({self.scaling}) are both given; "
-                "scaling is alpha / rank, so give one of them."
+                Problem(
+                    "lora.alpha",
+                    f"`lora.alpha` ({self.alpha}) and `lora.scaling` ({self.scaling}) are both given; "
+                    "scaling is alpha / rank, so give one of them.",
+                )
             )
         if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
-            found.append(f"`lora.targets` names {quoted(unknown)}; expected some of {', '.join(LORA_TARGETS)}.")
+            found.append(
+                Problem(
+                    "lora.targets",
+                    f"`lora.targets` names {quoted(unknown)}; expected some of {', '.join(LORA_TARGETS)}.",
+                )
+            )
         if self.enable and not self.targets:
-            found.append("`lora.targets` is empty; name a layer (or set `lora.enable: false`).")
+            found.append(
+                Problem("lora.targets", "`lora.targets` is empty; name a layer (or set `lora.enable: false`).")
+            )
         if self.from_adapter and not self.enable:
-            found.append("`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.")
+            found.append(
+                Problem(
+                    "lora.from_adapter",
+                    "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.",
+                )
+            )
         return found
 
 

@@ -1,5 +1,7 @@
 """The one exception that means "the user can mend this", and how its messages quote what was found."""
 
+from typing import NamedTuple
+
 _LONGEST_QUOTE = 500  # characters
 
 
@@ -8,6 +10,17 @@ class UserError(ValueError):
 
     Entry points print the message and exit with code 1; anything else is a defect of ours and keeps its traceback.
     """
+
+
+class Problem(NamedTuple):
+    """A setting that cannot be used."""
+
+    key: str  # dotted path of the YAML key, such as lora.rank
+    message: str  # one sentence: the value found, what was expected, the remedy
+
+    def is_about(self, *keys: str) -> bool:
+        """Return whether the problem concerns one of `keys`, or a key of one of these blocks."""
+        return any(self.key == key or self.key.startswith(f"{key}.") for key in keys)
 
 
 def quoted(value: object) -> str:

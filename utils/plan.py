@@ -66,8 +66,7 @@ def load_args(path: Path) -> TrainArgs:
     Raises:
         UserError: the file cannot be read, or what is wrong with the settings that a plan depends on.
     """
-    starts = tuple(f"`{key}{end}" for key in _PLANNED_KEYS for end in ("`", ".", ":"))
-    return read_train_args(path, lambda args: [text for text in args.problems() if text.startswith(starts)])
+    return read_train_args(path, lambda args: [found for found in args.problems() if found.is_about(*_PLANNED_KEYS)])
 
 
 def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:

@@ -48,8 +48,7 @@ def load_args(path: Path) -> TrainArgs:
     Raises:
         UserError: the file cannot be read, or everything that is wrong with it.
     """
-    missing_folder = "`model_id_or_path`: the folder"
-    return read_train_args(path, lambda args: [text for text in args.problems() if not text.startswith(missing_folder)])
+    return read_train_args(path, lambda args: [found for found in args.problems() if found.key != "model_id_or_path"])
 
 
 def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None]:

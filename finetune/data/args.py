@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simple_parsing.helpers import Serializable
 
-from model.errors import UserError
+from model.errors import Problem, UserError
 
 from .packing import PACKINGS
 from .shorten import OVERLONG
@@ -34,29 +34,38 @@ class DataArgs(Serializable):
     overlong: str = "shorten"  # best_fit, samples longer than seq_len: shorten (inside the note), drop or error
     keep_sections: list[str] = dataclasses.field(default_factory=list)  # titles `shorten` touches last, e.g. Conclusion
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; looks at the paths, reads no rows."""
         found = []
         if not self.data.strip() and not self.instruct_data.strip():
-            found.append("`data.instruct_data` and `data.data` are both empty: name at least one training source.")
+            found.append(
+                Problem(
+                    "data.instruct_data",
+                    "`data.instruct_data` and `data.data` are both empty: name at least one training source.",
+                )
+            )
+        parsed: dict[str, list[Source]] = {}
         for key in ("data", "instruct_data", "eval_instruct_data"):
             try:
-                sources = parse_sources(getattr(self, key))
-                for source in sources:
+                parsed[key] = parse_sources(getattr(self, key))
+                for source in parsed[key]:
                     source.files()
             except UserError as error:
-                found.append(f"`data.{key}`: {error}")
-        try:
-            training_sources(self)
-        except UserError as error:
-            found.append(str(error)) if str(error) not in " ".join(found) else None
+                found.append(Problem(f"data.{key}", f"`data.{key}`: {error}"))
+        if message := _given_as_both(parsed.get("data", []), parsed.get("instruct_data", [])):
+            found.append(Problem("data.data", message))
         for key, choices in (("packing", PACKINGS), ("overlong", OVERLONG)):
             if getattr(self, key) not in choices:
-                found.append(f"`data.{key}` is {getattr(self, key)!r}; expected {', '.join(choices)}.")
+                found.append(
+                    Problem(f"data.{key}", f"`data.{key}` is {getattr(self, key)!r}; expected {', '.join(choices)}.")
+                )
         if self.instruct.dynamic_chunk_fn_call and not self.instruct.shuffle:
             found.append(
-                "`data.instruct.dynamic_chunk_fn_call` needs `data.instruct.shuffle: true`, since the shorter "
-                "conversations stand behind all others in a file; set both to true or both to false."
+                Problem(
+                    "data.instruct.dynamic_chunk_fn_call",
+                    "`data.instruct.dynamic_chunk_fn_call` needs `data.instruct.shuffle: true`, since the shorter "
+                    "conversations stand behind all others in a file; set both to true or both to false.",
+                )
             )
         return found
 
@@ -128,10 +137,14 @@ def training_sources(args: DataArgs) -> tuple[list[Source], list[Source]]:
         UserError: a source is malformed, or stands both under `data` and `instruct_data`.
     """
     pretrain, instruct = parse_sources(args.data), parse_sources(args.instruct_data)
-    both = {source.path for source in pretrain} & {source.path for source in instruct}
-    if both:
-        names = ", ".join(sorted(map(str, both)))
-        raise UserError(
-            f"{names} stands under both `data.data` and `data.instruct_data`; its rows are one or the other."
-        )
+    if message := _given_as_both(pretrain, instruct):
+        raise UserError(message)
     return pretrain, instruct
+
+
+def _given_as_both(pretrain: list[Source], instruct: list[Source]) -> str | None:
+    both = {source.path for source in pretrain} & {source.path for source in instruct}
+    if not both:
+        return None
+    names = ", ".join(sorted(map(str, both)))
+    return f"{names} is listed under both `data.data` and `data.instruct_data`; its rows are one or the other."

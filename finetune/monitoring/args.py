@@ -6,6 +6,7 @@ import importlib.util
 from simple_parsing.helpers import Serializable, field
 
 from finetune.redaction import add_secret
+from model.errors import Problem
 
 
 @dataclasses.dataclass
@@ -25,7 +26,7 @@ class WandbArgs(Serializable):
         if self.key:
             add_secret(self.key)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         if self.project is None:
             return []
@@ -43,19 +44,20 @@ class MLFlowArgs(Serializable):
         self.tracking_uri = self.tracking_uri or None
         self.experiment_name = self.experiment_name or None
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         if self.tracking_uri is None:
             return []
         return _missing_package("mlflow", setting="mlflow.tracking_uri")
 
 
-def _missing_package(package: str, setting: str) -> list[str]:
+def _missing_package(package: str, setting: str) -> list[Problem]:
     spec = importlib.util.find_spec(package)
     # A folder of that name in the working directory (wandb makes one) is found too, but without a file to import.
     if spec is not None and spec.origin is not None:
         return []
-    return [
+    message = (
         f"`{setting}` is set but the package {package} is not installed: run "
-        f'`pip install "recode-mistral-finetune[{package}]"`, or leave `{setting}` empty.'
-    ]
+        f'`pip install -e ".[{package}]"`, or leave `{setting}` empty.'
+    )
+    return [Problem(setting, message)]

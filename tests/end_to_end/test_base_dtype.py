@@ -11,7 +11,7 @@ from finetune.args import read_train_args
 from finetune.checkpointing import ADAPTER_NAME
 from finetune.inference import load_trained
 from model.args import BLOCK_LINEARS
-from model.errors import UserError
+from model.errors import Problem, UserError
 from model.frozen_weights import FORMATS
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun, write_config
@@ -117,11 +117,11 @@ def test_a_run_on_a_quantized_base_goes_on(models, tmp_path):
 )
 def test_settings_that_do_not_go_together_are_named(settings, message, models, tmp_path):
     path = config(tmp_path, "run", models["same"], settings.pop("base_dtype", "nf4"), **settings)
-    assert any(message in problem for problem in read_problems(path))
+    assert any(message in problem.message for problem in read_problems(path))
 
 
-def read_problems(path: Path) -> list[str]:
-    found: list[str] = []
+def read_problems(path: Path) -> list[Problem]:
+    found: list[Problem] = []
     read_train_args(path, lambda args: found.extend(args.problems()) or [])
     return found
 

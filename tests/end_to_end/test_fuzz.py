@@ -21,7 +21,7 @@ from finetune.data.args import DataArgs, parse_sources
 from finetune.data.dataset import build_eval_stream
 from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder, SampleType, parse_row
-from model.errors import UserError
+from model.errors import Problem, UserError
 from model.weights import open_weights
 from tests.finetune.test_tokenize import TOOL_ROW, paths
 from tests.support.golden import instruct_tokenizer
@@ -238,7 +238,7 @@ def test_sources_are_parsed_or_refused(text: str):
         assert sum(source.weight for source in sources) < float("inf")
     if "/" not in text and "." not in text.split(","):  # folders are searched, and these may be large
         with mistakes_only():
-            assert all(isinstance(problem, str) for problem in DataArgs(data=text, instruct_data=text).problems())
+            assert all(isinstance(found, Problem) for found in DataArgs(data=text, instruct_data=text).problems())
 
 
 # ---- answers

@@ -329,7 +329,7 @@ IMPOSSIBLE = [
     ),
     (
         of_data(data="train.jsonl"),
-        "train.jsonl stands under both `data.data` and `data.instruct_data`; its rows are one or the other.",
+        "train.jsonl is listed under both `data.data` and `data.instruct_data`; its rows are one or the other.",
     ),
     (
         of_data(instruct={"shuffle": False}),

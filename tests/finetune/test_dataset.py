@@ -332,7 +332,7 @@ def wrong_training_args(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
         "no weight": ({"instruct_data": f"{good}:"}, "expected <path> or <path>:<weight>"),
         "colons": ({"instruct_data": f"a:b:{good}"}, "at most one colon"),
         "twice": ({"instruct_data": f"{good},{good}:2"}, "stands twice in"),
-        "both": ({"instruct_data": f"{good}", "data": f"{good}"}, "stands under both"),
+        "both": ({"instruct_data": f"{good}", "data": f"{good}"}, "is listed under both"),
         "missing": ({"instruct_data": f"{folder}/nope.jsonl"}, "nope.jsonl does not exist"),
         "none": ({}, "both empty: name at least one training source"),
         "commas": ({"instruct_data": " , ,"}, "both empty: name at least one training source"),

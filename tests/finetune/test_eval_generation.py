@@ -173,4 +173,4 @@ def test_contradictory_settings_are_named(
     settings: dict[str, Any], sentence: str, model_folder: Path, rows: Path
 ) -> None:
     args = TrainArgs(DataArgs(instruct_data=str(rows)), str(model_folder), "run", **settings)
-    assert any(sentence in problem for problem in args.problems())
+    assert any(sentence in problem.message for problem in args.problems())
