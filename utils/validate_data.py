@@ -21,8 +21,9 @@ from finetune.args import TrainArgs, read_train_args
 from finetune.cli import run_cli
 from finetune.data.dataset import line_offsets
 from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
-from model.args import load_model_args
+from model.args import ModelArgs, load_model_args
 from model.errors import UserError
+from utils.models.known_models import known_shapes
 from utils.tables.jsonl import aside, file_errors
 from utils.validation.check_datasets import CheckedFile, Validation, list_datasets
 from utils.validation.data_report import (
@@ -35,7 +36,7 @@ from utils.validation.data_report import (
     title,
 )
 from utils.validation.data_statistics import DataStatistics, RunPlan
-from utils.validation.throughput import Speed, active_parameters, eta, published_parameters, run_speeds, visible_gpus
+from utils.validation.throughput import Speed, eta, run_speeds, visible_gpus
 from utils.validation.word_cache import cache_words
 
 ERROR_REPORT, TRAIN_STATS = "data_errors.txt", "train_stats.json"  # names that --save_reports takes
@@ -51,8 +52,8 @@ def load_args(path: Path) -> TrainArgs:
     return read_train_args(path, lambda args: [found for found in args.problems() if found.key != "model_id_or_path"])
 
 
-def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None]:
-    """The model's tokenizer and its number of active parameters, if that can be known.
+def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, ModelArgs | None]:
+    """Return the model's tokenizer and its shapes, if they are known.
 
     Without the model's folder, mistral-common's v3 tokenizer stands in for its own.
 
@@ -62,8 +63,8 @@ def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, float | None
     folder = Path(args.model_id_or_path)
     if folder.is_dir():
         model_args = load_model_args(folder)
-        return load_instruct_tokenizer(folder, model_args.vocab_size), active_parameters(model_args)
-    return load_instruct_tokenizer(folder, V3_VOCABULARY), published_parameters(args.model_id_or_path)
+        return load_instruct_tokenizer(folder, model_args.vocab_size), model_args
+    return load_instruct_tokenizer(folder, V3_VOCABULARY), known_shapes(args.model_id_or_path)
 
 
 def report_settings(args: TrainArgs) -> None:
@@ -131,18 +132,20 @@ def report_findings(errors: Findings, warnings: Findings, report: Path | None) -
 
 
 def report_statistics(
-    args: TrainArgs,
-    validation: Validation,
-    plan: RunPlan,
-    speeds: list[Speed],
-    stats_json: Path | None,
-    plot: Path | None,
+    validation: Validation, statistics: DataStatistics, plan: RunPlan, speeds: list[Speed], options: argparse.Namespace
 ) -> None:
-    """Prints what is in the data and how long the run will be."""
+    """Print what is in the data and how long the run will take.
+
+    Args:
+        validation: of all datasets.
+        statistics: of the training data.
+        plan: of the run.
+        speeds: of the run, the first of which counts.
+        options: names the files to write.
+    """
+    args = plan.args
     training = [dataset for dataset in validation.datasets if not dataset.is_eval]
     evaluation = [dataset.statistics for dataset in validation.datasets if dataset.is_eval]
-    statistics = DataStatistics.of([dataset.statistics for dataset in training])
-    plan = plan.counted(statistics)
     expected = plan.expected(
         tokens={dataset.name: dataset.statistics.tokens for dataset in training},
         weights={dataset.name: dataset.source.weight for dataset in training},
@@ -157,13 +160,13 @@ def report_statistics(
         describe_run(plan, statistics, speeds),
     ]
     print("\n" + "\n\n".join(blocks))
-    if stats_json is not None:
-        write_text(stats_json, [json.dumps(expected, indent=4, ensure_ascii=False)])
-    if plot is not None:
-        with file_errors(), aside(plot) as temporary:
+    if options.train_stats_json is not None:
+        write_text(options.train_stats_json, [json.dumps(expected, indent=4, ensure_ascii=False)])
+    if options.plot is not None:
+        with file_errors(), aside(options.plot) as temporary:
             plot_lengths(statistics.lengths, args.seq_len, temporary)
-            os.replace(temporary, plot)
-        print(f"Saved {plot}.")
+            os.replace(temporary, options.plot)
+        print(f"Saved {options.plot}.")
 
 
 def validate(options: argparse.Namespace) -> bool:
@@ -179,7 +182,7 @@ def validate_rows(args: TrainArgs, options: argparse.Namespace) -> bool:
     for path in filter(None, (options.error_report_txt, options.train_stats_json, options.plot)):
         if not path.parent.is_dir():
             raise UserError(f"{path} cannot be written: the folder {path.parent} does not exist.")
-    tokenizer, parameters = load_tokenizer(args)
+    tokenizer, model = load_tokenizer(args)
     cache_words(tokenizer)
     with Findings() as errors, Findings() as warnings, file_errors():
         validation = Validation(list_datasets(args), errors, warnings)
@@ -193,10 +196,12 @@ def validate_rows(args: TrainArgs, options: argparse.Namespace) -> bool:
         report_findings(errors, warnings, options.error_report_txt)
         if errors:
             return False
+    training = [dataset.statistics for dataset in validation.datasets if not dataset.is_eval]
+    statistics = DataStatistics.of(training)
     speeds = [Speed(f"{options.wps:,.0f} tokens/s", options.wps)] if options.wps else []
-    speeds = speeds or run_speeds(num_gpus, gpus, parameters)
-    plan = RunPlan(args, num_gpus)
-    report_statistics(args, validation, plan, speeds, options.train_stats_json, options.plot)
+    speeds = speeds or run_speeds(args, model, statistics, num_gpus, gpus)
+    plan = RunPlan(args, num_gpus).counted(statistics)
+    report_statistics(validation, statistics, plan, speeds, options)
     return True
 
 

@@ -1,6 +1,9 @@
-"""utils.plan: what a training will need, from its YAML and a model's name."""
+"""utils.plan: what a run will need, from its YAML and a model's name."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from tests.support.checkpoints import make_tiny_checkpoint
 from utils import plan
 from utils.models.known_models import KNOWN_MODELS
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "data": {"instruct_data": "not/there.jsonl"},
     "model_id_or_path": "not/there",
@@ -51,7 +55,7 @@ def test_every_known_model_can_be_planned(name, config, planned):
     assert found["expected"]["hours"] > 0
 
 
-def test_the_parts_add_up_and_each_step_down_takes_less(config, planned):
+def test_parts_add_up_and_each_mode_needs_less_memory(config, planned):
     found = planned("--train_yaml", config(), "--model", "mistral-7b")
     parts = ("frozen", "trained", "gradients", "moments", "unsharded", "activations", "transient", "overhead")
     for row in found["memory"]:
@@ -69,7 +73,7 @@ def test_gpus_share_weights(config, planned):
     assert eight["memory"][0]["frozen"] == pytest.approx(one["memory"][0]["frozen"] / 8, rel=0.001)
 
 
-def test_auto_is_what_fits(config, planned):
+def test_auto_checkpoint_is_the_fastest_that_fits(config, planned):
     modes = {}
     for gb in (20, 24, 80):
         options = ("--train_yaml", config(checkpoint="auto"), "--model", "mistral-7b", "--gpu_gb", gb)
@@ -77,7 +81,7 @@ def test_auto_is_what_fits(config, planned):
     assert modes == {20: True, 24: "selective", 80: False}
 
 
-def test_hours_follow_from_the_speed_that_is_given(config, planned):
+def test_hours_follow_from_the_given_speed(config, planned):
     options = ("--train_yaml", config(), "--model", "mistral-7b", "--gpus", 4)
     run = planned(*options, "--tokens_per_second", 1000)["expected"]
     assert run["tokens"] == 100 * 2 * 4096 * 4
@@ -85,8 +89,8 @@ def test_hours_follow_from_the_speed_that_is_given(config, planned):
     assert planned(*options)["expected"]["hours"] is None
 
 
-def test_a_token_takes_the_operations_of_its_weights(config, planned):
-    """4 per weight without recomputation and 6 with it, the last layer's share and attention beside."""
+def test_flops_of_a_token_follow_from_its_weights(config, planned):
+    """Four per weight without recomputation and six with it, apart from attention and the head."""
     options = ("--model", "mistral-7b", "--gpu", "h100", "--trained_share", 0.1)
     flops = {}
     for mode in CHECKPOINTS:
@@ -98,13 +102,13 @@ def test_a_token_takes_the_operations_of_its_weights(config, planned):
     assert flops[False] < flops["selective"] < flops[True]
 
 
-def test_a_folder_in_the_yaml_needs_no_name(tmp_path, config, planned):
+def test_a_model_folder_in_the_yaml_is_enough(tmp_path, config, planned):
     folder = make_tiny_checkpoint(tmp_path / "tiny")
     found = planned("--train_yaml", config(model_id_or_path=str(folder)))
     assert found["model"] == str(folder) and found["parameters"] < 10_000_000
 
 
-def test_full_fine_tuning_and_epochs(config, planned):
+def test_full_fine_tuning_with_epochs(config, planned):
     path = config(lora={"enable": False}, epochs=2.0)
     path.write_text(path.read_text().replace("max_steps: 100\n", ""))
     found = planned("--train_yaml", path, "--model", "mistral-7b", "--gpu", "h200", "--gpus", 8)
@@ -113,23 +117,71 @@ def test_full_fine_tuning_and_epochs(config, planned):
     assert found["expected"]["tokens"] is None and found["expected"]["hours"] is None
 
 
-def test_the_table_for_people(config, run_command):
+def test_printed_plan(config, run_command):
     path = config(checkpoint="selective")
-    code, said = run_command(plan, "--train_yaml", path, "--model", "Mistral-7B", "--gpu", "h100", "--gpus", 2)
+    code, said = run_command(plan, path, "--model", "Mistral-7B", "--gpu", "NVIDIA H100 80GB HBM3", "--gpus", 2)
     assert code == 0
-    assert "mistral-7b: 7,289,966,592 parameters in all, 41,943,040 of them trained (0.58%)" in said
+    assert "Model: mistral-7b, 7,289,966,592 parameters, 41,943,040 of them trained (0.58%)" in said
     own = [line for line in said.splitlines() if line.startswith("* same")]
-    assert len(own) == 1 and own[0].split()[2] == "selective"
-    assert "an estimate: 45% of the h100's 16-bit peak, assumed and not measured" in said
-    assert "* the YAML's own settings, which fit." in said
-    assert max(map(len, said.splitlines())) < 170
+    assert len(own) == 1 and own[0].split()[2] == "selective" and own[0].split()[-2] == "yes"
+    assert "estimated, not measured: 40% of the H100's 16-bit peak of 989 TFLOP/s" in said
+    assert re.search(r"Your settings \(\*\) need [\d.]+ of 71.2 usable GiB: they fit\.", said)
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_columns_of_the_printed_plan_add_up(config, run_command):
+    _, said = run_command(plan, config(), "--model", "mistral-7b", "--gpus", 8)
+    rows = [line[2:].split() for line in said.splitlines() if re.match(r"[* ] (same|nf4|fp8)", line)]
+    assert len(rows) == len(BASE_DTYPES) * len(CHECKPOINTS)
+    for _, _, *parts, total, _, _ in rows:
+        assert sum(map(float, parts)) == pytest.approx(float(total), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("gib", "advice"),
+    [
+        (16, "With seq_len 4,096 these fit: base_dtype nf4, checkpoint selective; base_dtype nf4, checkpoint true;"),
+        (6, "Nothing fits with seq_len 4,096. The longest that does is 1,"),
+        (2, "Nothing fits, whatever the seq_len: use more GPUs"),
+    ],
+)
+def test_settings_that_do_not_fit_get_advice(gib, advice, config, run_command):
+    code, said = run_command(plan, config(), "--model", "mistral-7b", "--gpu_gb", gib)
+    assert code == 0 and "they do not fit." in said and advice in said, said
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--gpu_gb", 24), "because only the GPU's memory is known: name the GPU with --gpu or give"),
+        (("--gpu", "t4", "--model", "tiny"), "because the model is too small for an estimate"),
+    ],
+)
+def test_unknown_speed_has_a_reason(options, reason, config, run_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tiny_checkpoint(tmp_path / "tiny")
+    code, said = run_command(plan, config(), "--model", "mistral-7b", *options)
+    assert code == 0 and f"Speed: unknown, {reason}" in said and "Time:" not in said
+
+
+def test_config_is_given_once(config, run_command):
+    for arguments in ((), (config(), "--train_yaml", config())):
+        code, said = run_command(plan, *arguments)
+        assert code == 2 and "give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml" in said
+
+
+def test_help_does_not_load_torch():
+    program = "import sys, utils.plan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, (), "`model_id_or_path`: there is no folder 'not/there'. Give --model"),
-        ({}, ("--model", "mistral-8b"), "--model: there is no folder 'mistral-8b'"),
+        ({}, (), "`model_id_or_path`: the folder 'not/there' does not exist. Give --model"),
+        ({}, ("--model", "mistral-8b"), "--model: the folder 'mistral-8b' does not exist"),
+        ({}, ("--model", "mistral-7b", "--gpu", "rtx9"), "--gpu: 'rtx9' is not in the table of GPUs: v100-16, "),
+        ({}, ("--model", "mistral-7b", "--gpu", "rtx9"), "For another GPU give its memory with --gpu_gb"),
         ({}, ("--model", "mistral-7b", "--gpus", "0"), "--gpus is 0; it must be positive"),
         ({}, ("--model", "mistral-7b", "--gpu_gb", "nan"), "--gpu_gb is nan; it must be positive"),
         ({}, ("--model", "mistral-7b", "--mfu", "45"), "--mfu is 45.0; it is a share"),
@@ -139,6 +191,6 @@ def test_the_table_for_people(config, run_command):
         ({"checkpoint": "most"}, ("--model", "mistral-7b"), "`checkpoint` is 'most'"),
     ],
 )
-def test_mistakes_are_told_in_one_message(changes, options, message, config, run_command):
+def test_mistakes_are_reported_in_one_message(changes, options, message, config, run_command):
     code, said = run_command(plan, "--train_yaml", config(**changes), *options)
     assert code == 1 and message in said and said.count("error: ") == 1 and "Traceback" not in said

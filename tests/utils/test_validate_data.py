@@ -19,8 +19,8 @@ from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_toke
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture
 from tests.support.tiny_tekken import write_tiny_tekken
-from utils import validate_data
-from utils.validation import check_rows, throughput
+from utils import plan, validate_data
+from utils.validation import check_rows
 from utils.validation.word_cache import cache_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -494,23 +494,17 @@ def test_train_tokens_count_gpus_and_micro_batches(command):  # V7
     assert "A step takes 1,920 tokens" in command.out
 
 
-@pytest.mark.parametrize(
-    ("gpu", "speed"), [("NVIDIA H100 80GB HBM3", 5720), ("Tesla V100-SXM2-32GB", 1202), ("NVIDIA A100-SXM4-40GB", 3653)]
-)
-def test_published_speeds(gpu, speed):
-    assert throughput.tokens_per_second(7.25e9, gpu) == pytest.approx(speed)
-    assert throughput.tokens_per_second(7.25e9 / 2, gpu) == pytest.approx(2 * speed)
-    assert throughput.tokens_per_second(1e6, gpu) is None
-    assert throughput.tokens_per_second(7.25e9, "Some GPU") is None
-
-
-def test_visible_gpu_is_the_one_estimated(command, monkeypatch):
+def test_duration_on_the_visible_gpu_is_that_of_the_plan(command, run_command, monkeypatch):
     monkeypatch.setattr(validate_data, "visible_gpus", lambda: ["Tesla V100-SXM2-32GB"] * 2)
-    write(command.folder / "a.jsonl", GOOD, OTHER)
+    write(command.folder / "a.jsonl", *[row("Codez : " + "toux et fièvre, " * 2000, "R05, R509.")] * 2)
     assert command(train="a.jsonl", seq_len=1202, max_steps=100) == 0
     assert "2 x Tesla V100-SXM2-32GB" in command.out
-    assert command.expected()["train_tokens"] == 240400
-    assert command.expected()["eta"] == "00:06:40"
+    expected = command.expected()
+    assert expected["train_tokens"] == 240400
+    options = ("--gpu", "v100", "--gpus", 2, "--trained_share", 0.001, "--json")
+    speed = json.loads(run_command(plan, "train.yaml", *options)[1])["expected"]["tokens_per_second"]
+    hours, minutes, seconds = map(int, expected["eta"].split(":"))
+    assert 3600 * hours + 60 * minutes + seconds - 300 == pytest.approx(240400 / speed, rel=0.01)
 
 
 def icd_like(folder: Path, notes: int) -> Path:

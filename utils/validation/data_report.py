@@ -151,8 +151,8 @@ def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed])
             f"A step takes {plan.tokens_per_step:,} tokens: seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
             f"num_microbatches {args.num_microbatches} x {plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}.",
             *([] if args.epochs is None else [counted]),
-            f"Times allow {OVERHEAD_SECONDS // 60} minutes for starting, loading and saving."
-            + ("" if known else " No speed has been published for this model on this GPU: give your own with --wps."),
+            f"Times are estimates and include {OVERHEAD_SECONDS // 60} minutes for start-up, loading and saving."
+            + ("" if known else " No speed can be estimated for this model on this GPU: give your own with --wps."),
         ]
     )
 

@@ -76,6 +76,13 @@ class DataStatistics:
         rank = math.ceil(share * self.rows)
         return next(length for length, rows in zip(lengths, reached, strict=True) if rows >= rank)
 
+    def document_lengths(self, seq_len: int) -> collections.Counter[int]:
+        """Return the number of rows of each length in tokens, none longer than a sequence."""
+        lengths: collections.Counter[int] = collections.Counter()
+        for length, rows in self.lengths.items():
+            lengths[min(length, seq_len)] += rows
+        return lengths
+
     def longer_than(self, tokens: int) -> int:
         """Rows of more tokens."""
         return sum(rows for length, rows in self.lengths.items() if length > tokens)
