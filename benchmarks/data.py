@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from model.atomic import new_file
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import FictionalNote, write_notes
 from utils.icd10.answers import build_answer
@@ -31,13 +31,13 @@ def rows_file(kind: str, megabytes: int) -> Path:
     if path.is_file():
         return path
     WORK_DIR.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with aside.open("wb") as file, tqdm(total=megabytes, unit="MB", desc=path.name, disable=None) as bar:
+    progress = tqdm(total=megabytes, unit="MB", desc=path.name, disable=None)
+    with new_file(path) as temporary, temporary.open("wb") as file, progress as bar:
         for row in ROWS[kind](_notes()):
             bar.update(file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n") / 1e6)
             if file.tell() >= megabytes * 1e6:
                 break
-    return aside.replace(path)
+    return path
 
 
 def _notes() -> Iterator[FictionalNote]:

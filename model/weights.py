@@ -7,11 +7,10 @@ through a memory map, whose touched pages would count as memory of the process u
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Protocol, Self
 
 import torch
 
+from .atomic import replace_file, temporary_path
 from .errors import UserError, quoted
 from .file_kinds import looks_like
 
@@ -323,7 +323,7 @@ class SafetensorsWriter:
             metadata: what the header says besides; transformers asks for {"format": "pt"}.
         """
         self._path = path
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_path(path)
         self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
         self._missing = set(tensors)
         self._header, self._offsets, self._size = _layout(self._tensors, metadata)
@@ -333,7 +333,7 @@ class SafetensorsWriter:
         free = shutil.disk_usage(self._path.parent).free
         if self._size > free:
             raise UserError(f"{self._path} needs {self._size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left.")
-        self._file = open(self._aside, "wb")
+        self._file = open(self._temporary, "wb")
         self._file.write(self._header)
         return self
 
@@ -359,12 +359,11 @@ class SafetensorsWriter:
                 if self._missing:
                     raise ValueError(f"Announced but not written: {', '.join(sorted(self._missing))}.")
                 self._file.flush()
-                os.fsync(self._file.fileno())
-                os.replace(self._aside, self._path)
+                replace_file(self._temporary, self._path)
         finally:
             with contextlib.suppress(OSError):  # a full disk: what counts was flushed above
                 self._file.close()
-            self._aside.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
 
 
 def _layout(
@@ -382,28 +381,6 @@ def _layout(
     header = len(text).to_bytes(8, "little") + text
     offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
     return header, offsets, len(header) + end
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `path` at the end of the block, or vanishes on an exception.
-
-    Raises:
-        UserError: `path` exists and is not an empty folder, or the operating system refuses (disk full, no permission).
-    """
-    path = path.resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same id
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing of it is left.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -14,10 +14,11 @@ from finetune.cli import run_cli
 from finetune.run_dir import find_weights, step_option
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import load_model_args, read_params
+from model.atomic import new_folder
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME, config_from_params, generation_config
 from model.hf_format import hf_name, open_model_weights, to_hf, write_hf_weights
-from model.weights import SafetensorsWriter, TensorSource, new_folder, open_safetensors
+from model.weights import SafetensorsWriter, TensorSource, open_safetensors
 from utils.models.model_folder import copy_tokenizer, open_merged, recorded_scaling, write_model_folder
 
 FORMATS = ("peft", "hf", "mistral")

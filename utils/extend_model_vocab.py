@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from finetune.cli import run_cli
 from model.args import ModelArgs, load_model_args, read_params
+from model.atomic import new_folder
 from model.errors import UserError
 from model.hf_format import open_model_weights
-from model.weights import SAFETENSORS_NAME, SafetensorsWriter, WeightsReader, new_folder
+from model.weights import SAFETENSORS_NAME, SafetensorsWriter, WeightsReader
 
 OLD_VOCAB_SIZE = 32000
 NEW_VOCAB_SIZE = 32768

@@ -14,9 +14,8 @@ that was interrupted goes on where it stopped when it is given again. `--dry-run
 
 import argparse
 import csv
-import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -24,6 +23,7 @@ from typing import IO
 from tqdm import tqdm
 
 from finetune.cli import run_cli
+from model.atomic import new_files
 from model.errors import UserError
 from utils.fictional_notes.api_notes import (
     DEFAULT_MODEL,
@@ -39,7 +39,7 @@ from utils.fictional_notes.notes import LENGTHS, FictionalNote, write_notes
 from utils.icd10.answers import build_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table, category
 from utils.icd10.prompts import instruct_row
-from utils.tables.jsonl import aside, dump_row, file_errors
+from utils.tables.jsonl import dump_row, file_errors
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 
 JOURNAL, PROMPTS = "api_notes.jsonl", "prompts.jsonl"
@@ -73,24 +73,21 @@ def save_notes(
     existing = [str(path) for path in (*(out / name for name in names), *stale) if path.exists()]
     if existing and not overwrite:
         raise UserError(f"{', '.join(existing)} exist already; give another --out, or --overwrite to replace them.")
-    with file_errors(), ExitStack() as stack:
+    with file_errors():
         out.mkdir(parents=True, exist_ok=True)
-        temporaries = {name: stack.enter_context(aside(out / name)) for name in names}
-        with ExitStack() as opened:
+        with new_files(out / name for name in names) as temporaries, ExitStack() as opened:
             files = {
-                name: opened.enter_context(path.open("w", encoding="utf-8", newline=""))
-                for name, path in temporaries.items()
+                path.name: opened.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+                for path, temporary in temporaries.items()
             }
             _write_rows(notes, files, [split_files[split] for split in splits])
             if table:
                 files[TABLE].writelines(_table_lines(table))
-        for name, path in temporaries.items():
-            os.replace(path, out / name)
         for path in stale:
             path.unlink(missing_ok=True)
 
 
-def _write_rows(notes: Iterable[FictionalNote], files: dict[str, IO[str]], split_of: Sequence[str]) -> None:
+def _write_rows(notes: Iterable[FictionalNote], files: Mapping[str, IO[str]], split_of: Sequence[str]) -> None:
     texts = csv.writer(files[TEXT], lineterminator="\n")
     codes = csv.writer(files[CODES], lineterminator="\n")
     texts.writerow(TEXT_COLUMNS)

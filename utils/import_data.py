@@ -19,8 +19,9 @@ from typing import TextIO
 from tqdm import tqdm
 
 from finetune.cli import run_cli
+from model.atomic import new_files
 from model.errors import UserError
-from utils.tables.jsonl import LineReport, SkippedRowError, aside, dump_row, file_errors, require_file
+from utils.tables.jsonl import LineReport, SkippedRowError, dump_row, file_errors, require_file
 from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 from utils.tables.templates import Recipe, Template
@@ -127,17 +128,10 @@ def _convert_rows(source: Path, encoding: str, recipe: Recipe, out: TextIO) -> t
 
 def _distribute(rows: TextIO, splits: bytearray, paths: list[Path]) -> None:
     rows.seek(0)
-    with ExitStack() as stack:
-        temporaries = [stack.enter_context(aside(path)) for path in paths]
-        with ExitStack() as open_files:
-            files = [
-                open_files.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
-                for temporary in temporaries
-            ]
-            for line, split in zip(rows, splits, strict=True):
-                files[split].write(line)
-        for temporary, path in zip(temporaries, paths):
-            os.replace(temporary, path)
+    with new_files(paths) as temporaries, ExitStack() as opened:
+        files = [opened.enter_context(temporaries[path].open("w", encoding="utf-8", newline="\n")) for path in paths]
+        for line, split in zip(rows, splits, strict=True):
+            files[split].write(line)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

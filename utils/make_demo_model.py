@@ -21,9 +21,10 @@ from tqdm import tqdm
 from finetune.cli import run_cli
 from finetune.data.tokenize import V3_VOCABULARY, SampleEncoder, TokenSample, parse_conversation
 from model.args import ModelArgs
+from model.atomic import new_folder
 from model.errors import UserError
 from model.transformer import Transformer
-from model.weights import SAFETENSORS_NAME, SafetensorsWriter, new_folder
+from model.weights import SAFETENSORS_NAME, SafetensorsWriter
 from utils.fictional_notes.catalogue import Catalogue, load_catalogue
 from utils.fictional_notes.demo_base import LESSONS_PER_STEP, train_demo_base
 from utils.fictional_notes.pretraining_examples import PretrainingExamples

@@ -11,14 +11,13 @@ diagnosis divides as the whole does.
 
 import argparse
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from finetune.cli import run_cli
+from model.atomic import new_files
 from model.errors import UserError
 from utils.icd10.answers import build_answer, list_codes
 from utils.icd10.codes import Cim10Table, chapter
@@ -26,7 +25,7 @@ from utils.icd10.duplicates import find_near_duplicates, normalise_text
 from utils.icd10.partition import SPLITS, split_stays
 from utils.icd10.prepare import CodeRow, Corpus, Dropped, Stay, build_corpus
 from utils.icd10.prompts import instruct_row, pretrain_row
-from utils.tables.jsonl import SkippedRowError, aside, dump_row, file_errors
+from utils.tables.jsonl import SkippedRowError, dump_row, file_errors
 from utils.tables.read_table import counts_lines, read_table
 from utils.tables.splits import parse_fractions
 
@@ -185,16 +184,16 @@ def save(stays: Sequence[Stay], splits: Sequence[int], report: dict[str, Any], o
     if existing and not overwrite:
         raise UserError(f"{', '.join(existing)} exist already; give another --out, or --overwrite to replace them.")
     made = [*names[: len(kinds) * (max(splits) + 1)], REPORT]
-    with file_errors(), ExitStack() as stack:
+    with file_errors():
         out.mkdir(parents=True, exist_ok=True)
-        temporaries = {name: stack.enter_context(aside(out / name)) for name in made}
-        for number, split in enumerate(SPLITS[: max(splits) + 1]):
-            for kind, line_of in kinds.items():
-                with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
-                    file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
-        temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        for name, path in temporaries.items():
-            os.replace(path, out / name)
+        with new_files(out / name for name in made) as temporaries:
+            for number, split in enumerate(SPLITS[: max(splits) + 1]):
+                for kind, line_of in kinds.items():
+                    temporary = temporaries[out / f"{split}_{kind}.jsonl"]
+                    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                        file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
+            content = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+            temporaries[out / REPORT].write_text(content, encoding="utf-8")
         for stale in set(names) - set(made):
             (out / stale).unlink(missing_ok=True)  # its stays are now in another split
 

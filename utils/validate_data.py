@@ -22,9 +22,10 @@ from finetune.cli import run_cli
 from finetune.data.dataset import line_offsets
 from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
 from model.args import ModelArgs, load_model_args
+from model.atomic import new_file
 from model.errors import UserError
 from utils.models.known_models import known_shapes
-from utils.tables.jsonl import aside, file_errors
+from utils.tables.jsonl import file_errors
 from utils.validation.check_datasets import CheckedFile, Validation, list_datasets
 from utils.validation.data_report import (
     Findings,
@@ -81,10 +82,8 @@ def report_settings(args: TrainArgs) -> None:
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
     """Writes a file whole or not at all."""
-    with file_errors(), aside(path) as temporary:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-        os.replace(temporary, path)
+    with file_errors(), new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
     print(f"Saved {path}.")
 
 
@@ -98,13 +97,11 @@ def write_corrected(file: CheckedFile) -> None:
         print(f"Not one row of {path} is good - there is no corrected version to create.")
         return
     target = path.with_name(f"{path.name}.corrected")
-    with file_errors(), aside(target) as temporary:
-        with path.open("rb") as source, temporary.open("wb") as out:
-            for start, end in _good_ranges(file):
-                source.seek(start)
-                while block := source.read(min(end - source.tell(), _COPIED_AT_ONCE)):
-                    out.write(block)
-        os.replace(temporary, target)
+    with file_errors(), new_file(target) as temporary, path.open("rb") as source, temporary.open("wb") as out:
+        for start, end in _good_ranges(file):
+            source.seek(start)
+            while block := source.read(min(end - source.tell(), _COPIED_AT_ONCE)):
+                out.write(block)
     print(f"Saved {target}.")
 
 
@@ -163,9 +160,8 @@ def report_statistics(
     if options.train_stats_json is not None:
         write_text(options.train_stats_json, [json.dumps(expected, indent=4, ensure_ascii=False)])
     if options.plot is not None:
-        with file_errors(), aside(options.plot) as temporary:
+        with file_errors(), new_file(options.plot) as temporary:
             plot_lengths(statistics.lengths, args.seq_len, temporary)
-            os.replace(temporary, options.plot)
         print(f"Saved {options.plot}.")
 
 

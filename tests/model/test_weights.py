@@ -13,7 +13,6 @@ from model.errors import UserError
 from model.weights import (
     SAFETENSORS_DTYPES,
     SafetensorsWriter,
-    new_folder,
     open_safetensors,
     open_weights,
 )
@@ -270,23 +269,6 @@ def test_writer_refuses_a_file_larger_than_the_disk(tmp_path):
     ):
         pass
     assert not list(tmp_path.iterdir())
-
-
-def test_new_folder_appears_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
-        (folder / "half").touch()
-        raise RuntimeError
-    assert not list(target.parent.iterdir())
-    target.mkdir()  # an empty folder may be filled
-    with new_folder(target) as folder:
-        (folder / "file").touch()
-        assert not list(target.iterdir())
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [
-        "deep/model/file"
-    ]
-    with pytest.raises(UserError, match="already exists and is not an empty folder"), new_folder(target):
-        pass
 
 
 # Memory

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import LoraArgs, ModelArgs, read_params
+from model.atomic import new_folder
 from model.errors import UserError
 from model.hf_format import open_model_weights
 from model.lora import merged_weight
@@ -20,7 +21,6 @@ from model.weights import (
     SafetensorsWriter,
     TensorSource,
     WeightsReader,
-    new_folder,
     open_safetensors,
 )
 

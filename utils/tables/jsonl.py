@@ -5,12 +5,13 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.data.exceptions import JsonError
 from finetune.data.tokenize import MAX_ROW_BYTES, parse_row
+from model.atomic import new_files
 from model.errors import UserError
 
 Row = dict[str, Any]
@@ -148,26 +149,12 @@ def file_errors() -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.") from error
 
 
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside path to write to before `os.replace`; whatever still stands there at the end is removed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(contents: Mapping[Path, str]) -> None:
-    """Writes files, all of them or none."""
-    with file_errors(), ExitStack() as stack:
-        for path in contents:
+    """Write files, all or none."""
+    with file_errors(), new_files(contents) as temporaries:
+        for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-        temporaries = {path: stack.enter_context(aside(path)) for path in contents}
-        for path, text in contents.items():
-            temporaries[path].write_text(text, encoding="utf-8", newline="")
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+            temporaries[path].write_text(content, encoding="utf-8", newline="")
 
 
 def require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import filecmp
 import itertools
-import os
 import random
 import shutil
 import string
@@ -13,12 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from model.atomic import replace_file, temporary_file
 from model.errors import UserError
 from utils.tables.jsonl import (
     LineReport,
     Row,
     SkippedRowError,
-    aside,
     dump_row,
     file_errors,
     load_row,
@@ -75,7 +74,7 @@ def rewrite_jsonl(path: Path, convert: Convert, seed: int = 0, backup: bool = Tr
     """
     require_file(path)
     path = path.resolve()  # a link stays a link
-    with file_errors(), aside(path) as temporary:
+    with file_errors(), temporary_file(path) as temporary:
         result = _convert_rows(path, temporary, convert, call_ids(seed))
         if result.read == result.skipped.count:
             reasons = f"\n{result.skipped}" if result.read else " it holds none."
@@ -84,7 +83,7 @@ def rewrite_jsonl(path: Path, convert: Convert, seed: int = 0, backup: bool = Tr
             shutil.copymode(path, temporary)
             if backup:
                 result.backup = _keep_backup(path)
-            os.replace(temporary, path)
+            replace_file(temporary, path)
     return result
 
 

@@ -1,0 +1,135 @@
+"""Write files, folders and symlinks atomically: under a temporary name first, then renamed.
+
+Readers see the old content or the new, never a part. On an exception the temporary is removed and the old content
+stays; a killed process leaves its temporary behind, under a name that no command reads.
+
+File contents are flushed to disk (fsync) before the rename, so a power failure cannot leave an empty or partial file
+under the final name. The rename itself is flushed only by `replace_folder`, whose callers delete older folders next.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which this process writes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def shared_temporary_path(path: Path) -> Path:
+    """Return the name under which several processes write `path`; `remove_leftovers` finds it after a kill."""
+    return path.with_name(f"tmp.{path.name}")
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; unless `replace_file` has renamed it, it is removed afterwards."""
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Flush a finished temporary file and rename it to `path`."""
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; at the end of the block it replaces `path`."""
+    with temporary_file(path) as temporary:
+        yield temporary
+        replace_file(temporary, path)
+
+
+@contextmanager
+def new_files(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
+    """Yield a temporary path for each path; at the end of the block they replace the paths, all or none."""
+    with ExitStack() as stack:
+        temporaries = {path: stack.enter_context(temporary_file(path)) for path in paths}
+        yield temporaries
+        for temporary in temporaries.values():
+            _flush(temporary)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; at the end of the block it becomes `path`.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder, or the operating system refuses (disk full, no permission).
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _flush_tree(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was kept of it.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Flush a finished temporary folder and rename it to `path`, which may exist."""
+    _flush_tree(temporary)
+    remove_folder(path)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it exists; it is never visible in part."""
+    if path.exists():
+        hidden = path.with_name(f"tmp.old_{path.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def replace_symlink(link: Path, target: str) -> None:
+    """Point `link` at `target`, a name in the same folder; the link exists at every moment."""
+    temporary = shared_temporary_path(link)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    os.replace(temporary, link)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in `folder` under shared temporary names."""
+    for path in folder.glob("tmp.*"):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file's content or a folder's entries to disk; a read-only descriptor suffices for both."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
