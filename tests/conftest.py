@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, and the hypothesis profile that `make fuzz` uses."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,22 @@ from hypothesis import settings
 from finetune.cli import run_cli
 
 settings.register_profile("long", max_examples=10_000)
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for the workers of pytest-xdist, longest groups first.
+
+    A module is one group, so that its fixtures are built once. All tests that start several ranks are another, so that
+    no two of them compete for the cores.
+    """
+    slow_modules = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not item.get_closest_marker("ranks"), item.path not in slow_modules))
+    for item in items:
+        group = "ranks" if item.get_closest_marker("ranks") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module")
