@@ -143,12 +143,12 @@ def run(args: TrainArgs, world: World) -> None:
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     scaler = LossScaler(hardware.dtype)
     checkpointer = Checkpointer(model, tokenizer, args, run_dir, hardware.dtype, world)
-    guards = AnomalyDetector(args.guards, run_dir / "rescue", world.rank)
+    guards = AnomalyDetector(args.guards, run_dir / "anomalies", world.rank)
     state, early_stopping = TrainState(args.max_steps), EarlyStopping(args.early_stopping)
     run_state = RunState(model, optimizer, schedule, scaler, state, early_stopping, guards, batches)
     if saved:
         run_state.restore(saved, args, world)
-    checkpointer.settle(state.step)
+    checkpointer.recover(state.step)
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)

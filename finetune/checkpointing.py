@@ -1,18 +1,16 @@
-"""Checkpoints: weights that inference tools load, and beside them what is needed to go on training.
+"""Checkpoints: weights for inference tools, and the state needed to resume training.
 
-    checkpoints/checkpoint_000100/consolidated/   the adapter, or the adapter merged into the base
+    checkpoints/checkpoint_000100/consolidated/   the adapter, or the adapter merged into the base model
                                   state/          see finetune.resume
                                   manifest.json   see finetune.manifest
-                last, best                        links
+                last, best                        symlinks
 
-A checkpoint is written aside and renamed, so that it is whole or not there at all. What is exported is gathered
-parameter by parameter: no rank holds the full model.
+Checkpoints are written atomically. Sharded parameters are gathered one at a time, so that no rank holds the full model.
 """
 
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,14 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
 
+from model.atomic import remove_folder, remove_leftovers, replace_folder, replace_symlink, shared_temporary_path
 from model.errors import UserError
 from model.lora import lora_layers, merged_weight
 from model.transformer import Transformer
@@ -35,28 +29,27 @@ from model.weights import SAFETENSORS_NAME, SafetensorsWriter
 
 from .args import TrainArgs
 from .distributed import World
-from .manifest import damage, seal, sync_folder
+from .manifest import find_corruption, write_manifest
 from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
 from .run_dir import BEST_NAME, WEIGHTS_NAME, checkpoint_name, saved_checkpoints, step_of
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
 
-LAST_NAME = "last"  # a link to the newest one
-_IN_MAIN_THREAD = StagingOptions(False, False, False, False)  # copies to host memory are made before a save returns
+LAST_NAME = "last"  # a symlink to the latest checkpoint
 
-# One process needs no process group, and knows it.
+# A single process saves without a process group on purpose.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 _Export = Iterator[tuple[str, torch.Tensor]]
 
 
 class Checkpointer:
-    """Saves a run into `run_dir/checkpoints`, on every rank; one save at a time.
+    """Save a run to `run_dir/checkpoints`, on every rank, one checkpoint at a time.
 
-    The steps that follow a save do not wait for the disk: the adapter and the state are copied to host memory and
-    written in the background. A merged model, too large to be held twice, is written before `save` returns. Tensors
-    of `consolidated` are saved in `dtype`, the one that computes; the tokenizer goes beside them.
+    Saving is asynchronous: the adapter and the state are copied to host memory and written in the background. A merged
+    model is too large for a second copy and is written before `save` returns. The tensors in `consolidated/` have the
+    compute dtype `dtype`; the tokenizer is saved with them.
     """
 
     def __init__(
@@ -78,87 +71,87 @@ class Checkpointer:
         self._pending: Future | None = None
         self._saving: Path | None = None
 
-    def settle(self, step: int) -> None:
-        """Finishes what a process that died left half done, and sets aside what lies ahead of `step`, on rank 0.
+    def recover(self, step: int) -> None:
+        """Complete what a killed process left unfinished, and rename checkpoints after `step`, on rank 0.
 
-        What lies ahead is damaged, or was saved by a run that went on from here before: kept, under another name, it
-        is neither continued nor in the way.
+        A checkpoint after the one that training resumes from is corrupt, or belongs to a run that was resumed from an
+        earlier step. It is kept as `superseded_*`, which nothing resumes from.
 
         Raises:
-            UserError: the disk refuses it, on every rank.
+            UserError: a file system error, on every rank.
         """
-        self._world.run_everywhere(lambda: self._settle(step) if self._world.is_master else None)
+        self._world.run_everywhere(lambda: self._recover(step) if self._world.is_master else None)
 
-    def _settle(self, step: int) -> None:
+    def _recover(self, step: int) -> None:
         try:
-            self._finish_half_done(step)
+            self._complete_and_supersede(step)
         except OSError as error:
-            raise UserError(f"The checkpoints in {self.folder} cannot be put in order: {error}.") from error
+            raise UserError(f"The checkpoints in {self.folder} cannot be cleaned up: {error}.") from error
 
-    def _finish_half_done(self, step: int) -> None:
+    def _complete_and_supersede(self, step: int) -> None:
         if not self.folder.is_dir():
             return
-        for left in self.folder.glob("tmp.*"):
-            left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
-        for ahead in (path for path in saved_checkpoints(self.folder) if step_of(path) > step):
-            _remove(superseded := ahead.with_name(f"superseded_{ahead.name}"))
-            os.replace(ahead, superseded)
-        if (newest := self.folder / checkpoint_name(step)).is_dir():
-            run = json.loads((newest / STATE_NAME / RUN_NAME).read_text(encoding="utf-8"))
-            self._link_and_prune(newest, run["best"])
+        remove_leftovers(self.folder)
+        for later in (path for path in saved_checkpoints(self.folder) if step_of(path) > step):
+            replace_folder(later, later.with_name(f"superseded_{later.name}"))
+        if (latest := self.folder / checkpoint_name(step)).is_dir():
+            run = json.loads((latest / STATE_NAME / RUN_NAME).read_text(encoding="utf-8"))
+            self._link_and_prune(latest, run["best"])
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save under way has failed on this rank, so that `finish` will raise."""
+        """Whether the current save has failed on this rank, in which case `finish` will raise."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def save(self, step: int, state: RunState | None = None, best: bool = False) -> Path:
-        """Starts saving, on every rank.
+        """Start saving a checkpoint, on every rank.
 
         Args:
-            step: names the checkpoint.
-            state: what a continued run needs; None: weights alone.
-            best: point `checkpoints/best` at it, which keeps it until a better one comes.
+            step: step number, used as its name.
+            state: the state needed to resume; None: save the weights only.
+            best: point the symlink `checkpoints/best` at it, which protects it from pruning.
 
         Returns:
-            The folder that will hold the weights.
+            The folder that will contain the weights.
 
         Raises:
-            UserError: the disk refused this save or the one before, on every rank; what was saved before is untouched.
+            UserError: this save or the previous one failed, on every rank; earlier checkpoints are untouched.
         """
         self.finish()
         self._saving = final = self.folder / checkpoint_name(step)
-        aside = final.with_name(f"tmp.{final.name}")
-        self._on_master(lambda: _start_folder(aside, [WEIGHTS_NAME] + [STATE_NAME] * (state is not None)))
+        temporary = shared_temporary_path(final)
+        self._on_master(lambda: _start_folder(temporary, [WEIGHTS_NAME] + [STATE_NAME] * (state is not None)))
         export = self._gathered()
         if self._args.save_adapters:
             export = iter([(name, tensor.to("cpu", copy=True)) for name, tensor in export if self._world.is_master])
         else:
-            self._together(lambda: self._write_merged(aside, export))
-        written = self._start_writing(state, aside, best) if state is not None else None
+            self._on_all(lambda: self._write_merged(temporary, export))
+        written = self._start_writing(state, temporary, best) if state is not None else None
         if self._world.is_master:
-            self._pending = self._background.submit(self._complete, aside, final, export, written, best)
+            self._pending = self._background.submit(self._complete, temporary, final, export, written, best)
         else:
             self._pending = written
         return final / WEIGHTS_NAME
 
     def finish(self) -> None:
-        """Waits for the save that is under way; every rank must call it.
+        """Wait for the current save, if any; every rank must call this.
 
         Raises:
-            UserError: it failed, on every rank.
+            UserError: the save failed, on every rank.
         """
         if self._saving is None:
             return
         pending, self._pending = self._pending, None
-        self._together(lambda: pending.result() if pending else None)
+        self._on_all(lambda: pending.result() if pending else None)
         self._saving = None
 
     def _on_master(self, action: Callable[[], object]) -> None:
-        self._together(lambda: action() if self._world.is_master else None)
+        self._on_all(lambda: action() if self._world.is_master else None)
 
-    def _together(self, action: Callable[[], object]) -> None:
-        """Does something on every rank; where the disk refuses one of them, all end with the reason."""
+    def _on_all(self, action: Callable[[], object]) -> None:
+        """Run `action` on every rank; if it fails on one of them, raise its error on all."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         failure = None
         try:
             action()
@@ -166,12 +159,16 @@ class Checkpointer:
             reason = _reason(error).removesuffix(".")
             failure = f"The checkpoint {self._saving} could not be saved: {reason}. Earlier checkpoints are untouched."
             if self._world.is_master and self._saving is not None:
-                shutil.rmtree(self._saving.with_name(f"tmp.{self._saving.name}"), ignore_errors=True)
+                shutil.rmtree(shared_temporary_path(self._saving), ignore_errors=True)
         self._world.raise_on_all(failure)
 
-    def _start_writing(self, state: RunState, aside: Path, best: bool) -> Future:
-        """Copies this rank's part of the state and has it written in the background."""
-        folder = aside / STATE_NAME
+    def _start_writing(self, state: RunState, checkpoint: Path, best: bool) -> Future:
+        """Copy this rank's part of the state to host memory and start writing it in the background."""
+        import torch.distributed.checkpoint as dcp  # slow to import
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        folder = checkpoint / STATE_NAME
         run = state.of_run(self._args, self._world) | {"best": best}
 
         def write_numbers() -> None:
@@ -179,43 +176,41 @@ class Checkpointer:
             if self._world.is_master:
                 (folder / RUN_NAME).write_text(json.dumps(run, indent=1), encoding="utf-8")
 
-        self._together(write_numbers)
+        self._on_all(write_numbers)
         return dcp.async_save(
             state.tensors(),
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
             process_group=self._world.background_group,
-            async_stager=DefaultStager(_IN_MAIN_THREAD),
+            async_stager=DefaultStager(StagingOptions(False, False, False, False)),  # copy before this returns
             no_dist=self._world.size == 1,
         )
 
-    def _complete(self, aside: Path, final: Path, export: _Export, written: Future | None, best: bool) -> None:
-        """On rank 0, in the background: waits for all ranks' state, then makes the checkpoint visible at once."""
+    def _complete(self, temporary: Path, final: Path, export: _Export, written: Future | None, best: bool) -> None:
+        """On rank 0, in the background: wait for the state of all ranks, then rename the checkpoint."""
         try:
             if written is not None:
                 written.result()
             if self._args.save_adapters:
-                self._write_export(aside, export)
-            seal(aside)
-            _remove(final)
-            os.replace(aside, final)
-            sync_folder(self.folder)
+                self._write_export(temporary, export)
+            write_manifest(temporary)
+            replace_folder(temporary, final)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        if fault := damage(final, hashes=False):
-            raise UserError(f"it is not whole on the disk ({fault})")
+            shutil.rmtree(temporary, ignore_errors=True)
+        if problem := find_corruption(final, hashes=False):
+            raise UserError(f"verification failed ({problem})")
         self._link_and_prune(final, best)
-        logger.info("Saved %s", final / WEIGHTS_NAME)
+        logger.info("Checkpoint saved: %s", final / WEIGHTS_NAME)
 
-    def _write_merged(self, aside: Path, export: _Export) -> None:
+    def _write_merged(self, checkpoint: Path, export: _Export) -> None:
         try:
             if self._world.is_master:
-                self._write_export(aside, export)
+                self._write_export(checkpoint, export)
         finally:
             for _ in export:
-                pass  # gathering takes all ranks: those that write nothing, and rank 0 for the rest after a failure
+                pass  # gathering is collective: ranks that write nothing take part, and so does rank 0 after a failure
 
-    def _write_export(self, aside: Path, tensors: _Export) -> None:
-        folder = aside / WEIGHTS_NAME
+    def _write_export(self, checkpoint: Path, tensors: _Export) -> None:
+        folder = checkpoint / WEIGHTS_NAME
         plan = {name: (tuple(parameter.shape), self._dtype) for name, parameter in self._saved_parameters()}
         with SafetensorsWriter(folder / (ADAPTER_NAME if self._args.save_adapters else SAFETENSORS_NAME), plan) as file:
             for name, tensor in tensors:
@@ -228,12 +223,12 @@ class Checkpointer:
         return [(name, parameter) for name, parameter in named if (".lora_" in name) == self._args.save_adapters]
 
     def _gathered(self) -> _Export:
-        """Yields what is saved, whole and in the saved dtype; every rank must go through all of it."""
+        """Yield the saved tensors, unsharded and in the saved dtype; every rank must exhaust the iterator."""
         adapted = {} if self._args.save_adapters else dict(lora_layers(self._model))
         for name, parameter in self._saved_parameters():
-            tensor = _whole(parameter)
+            tensor = _unsharded(parameter)
             if layer := adapted.get(name.removesuffix(".weight")):
-                lora_a, lora_b = _whole(layer.lora_A.weight), _whole(layer.lora_B.weight)
+                lora_a, lora_b = _unsharded(layer.lora_A.weight), _unsharded(layer.lora_B.weight)
                 tensor = merged_weight(tensor, lora_a, lora_b, layer.scaling)
             yield name, tensor.to(self._dtype)
 
@@ -243,60 +238,51 @@ class Checkpointer:
         lora = None
         if self._args.save_adapters:
             lora = {key: getattr(self._args.lora, key) for key in ("enable", "rank", "dropout", "scaling")}
-            lora["base_model"] = self._args.model_id_or_path  # an adapter is of no use without it
+            lora["base_model"] = self._args.model_id_or_path  # an adapter is useless without its base model
         return params | {"lora": lora, "moe": moe}
 
-    def _link_and_prune(self, newest: Path, best: bool) -> None:
-        _link(self.folder / LAST_NAME, newest)
+    def _link_and_prune(self, latest: Path, best: bool) -> None:
+        _link(self.folder / LAST_NAME, latest)
         if best:
-            _link(self.folder / BEST_NAME, newest)
+            _link(self.folder / BEST_NAME, latest)
         if self._args.num_ckpt_keep is not None:
             kept = (self.folder / BEST_NAME).resolve()
             for path in saved_checkpoints(self.folder)[: -self._args.num_ckpt_keep]:
                 if path.resolve() != kept:
-                    _remove(path)
+                    remove_folder(path)
 
 
-def _start_folder(aside: Path, parts: list[str]) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
+def _start_folder(checkpoint: Path, parts: list[str]) -> None:
+    shutil.rmtree(checkpoint, ignore_errors=True)
     for part in parts:
-        (aside / part).mkdir(parents=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint that may or may not be there; at no moment is half of one to be seen."""
-    if checkpoint.exists():
-        hidden = checkpoint.with_name(f"tmp.old_{checkpoint.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(checkpoint, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        (checkpoint / part).mkdir(parents=True)
 
 
 def _reason(error: BaseException) -> str:
-    """What one of the ranks met; torch.distributed.checkpoint wraps it in the tracebacks of all."""
+    """Return the error of one rank; torch.distributed.checkpoint wraps it in the tracebacks of all ranks."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     return str(error)
 
 
 def _link(link: Path, target: Path) -> None:
-    """Points `link` at `target`, a neighbour; there is no moment without a link. Some file systems have none."""
-    aside = link.with_name(f"tmp.{link.name}")
     try:
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(target.name, target_is_directory=True)
-        os.replace(aside, link)
-    except OSError as error:
-        logger.warning("No link %s could be made (%s); the checkpoint itself is saved.", link, error.strerror)
+        replace_symlink(link, target.name)
+    except OSError as error:  # some file systems have no symlinks
+        logger.warning("Symlink %s could not be created (%s); the checkpoint itself is saved.", link, error.strerror)
 
 
 def tokenizer_file_name(tokenizer: InstructTokenizerBase) -> str:
-    """The name under which Mistral's tools look for a tokenizer: its version is part of it, or of a tekken.json."""
+    """Return the file name that Mistral's tools expect: it contains the version, unless it is `tekken.json`."""
     if isinstance(tokenizer.tokenizer, Tekkenizer):
         return "tekken.json"
     return f"tokenizer.model.{tokenizer.tokenizer.version.value}"
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a parameter that may be sharded; a collective operation where it is."""
+def _unsharded(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the full tensor of a parameter; a collective operation if it is sharded."""
+    from torch.distributed.tensor import DTensor
+
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()

@@ -1,5 +1,6 @@
-"""How commands fail. Imports nothing heavy, so that text tools start at once."""
+"""What all commands share: error handling, and the --step option. Imports nothing heavy, so commands start quickly."""
 
+import argparse
 import json
 import os
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from model.errors import UserError
 
 from .redaction import redacted
+from .run_dir import BEST_NAME
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Runs a command; a user's mistake becomes one line on stderr and exit code 1, never a traceback.
+    """Run a command; a UserError becomes one line on stderr and exit code 1, without a traceback.
 
-    No secret is printed, not even in the traceback of a defect.
+    Secrets are redacted, in tracebacks of bugs too.
     """
     one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     code = 0
@@ -25,7 +27,7 @@ def run_cli(main: Callable[[], object]) -> None:
     except UserError as error:
         message = redacted(str(error))
         print(f"error: {message}", file=sys.stderr)
-        _tell_torchrun(message)
+        _report_to_torchrun(message)
         code = 1
     except SystemExit as exit:
         if not one_of_several:
@@ -37,27 +39,38 @@ def run_cli(main: Callable[[], object]) -> None:
     except Exception:
         report = redacted(traceback.format_exc())
         print(report, end="", file=sys.stderr)
-        _tell_torchrun(report.splitlines()[-1])
+        _report_to_torchrun(report.splitlines()[-1])
         code = 1
     if one_of_several:
-        _leave_at_once(code)
+        _exit_immediately(code)
     if code:
         sys.exit(code)
 
 
-def _leave_at_once(code: int) -> None:
-    """Ends one of several processes without Python's shutdown.
+def add_step_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--step`, which selects a checkpoint of a run: an int, "best", or None."""
+    parser.add_argument("--step", type=_parse_step, help="checkpoint of a run: step number or best (default: latest)")
 
-    gloo's threads outlive the process group while a sharded model refers to it; one that wants the interpreter while
-    that shuts down aborts the process (torch 2.13), and a finished run would count as failed.
+
+def _parse_step(value: str) -> int | str:
+    if value != BEST_NAME and not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a step number nor `{BEST_NAME}`")
+    return value if value == BEST_NAME else int(value)
+
+
+def _exit_immediately(code: int) -> None:
+    """End one of several processes without Python's shutdown.
+
+    gloo's threads outlive the process group as long as a sharded model refers to it. A thread that requests the
+    interpreter during shutdown aborts the process (torch 2.13), and a finished run would count as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _tell_torchrun(message: str) -> None:
-    """Has torchrun repeat the message at the end of its own report, which otherwise buries it."""
+def _report_to_torchrun(message: str) -> None:
+    """Make torchrun repeat the message at the end of its own report, which would otherwise hide it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": report}), encoding="utf-8")

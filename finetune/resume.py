@@ -32,9 +32,9 @@ from .data.data_loader import TrainLoader
 from .distributed import World
 from .eval import EarlyStopping
 from .guards import AnomalyDetector
-from .manifest import damage
+from .manifest import find_corruption
 from .mixed_precision import LossScaler
-from .run_dir import ARGS_ASIDE, WEIGHTS_NAME, find_checkpoint, saved_checkpoints
+from .run_dir import TEMPORARY_ARGS_NAME, WEIGHTS_NAME, find_checkpoint, saved_checkpoints
 from .utils import TrainState
 from .wrapped_model import ADAPTER_NAME
 
@@ -177,7 +177,7 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
 
 def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
     # os.path.exists is not put off by names that no file can have.
-    inhabited = os.path.exists(run_dir) and not (run_dir.is_dir() and set(os.listdir(run_dir)) <= {ARGS_ASIDE})
+    inhabited = os.path.exists(run_dir) and not (run_dir.is_dir() and set(os.listdir(run_dir)) <= {TEMPORARY_ARGS_NAME})
     seed = None if resume in ("never", "auto") else Path(resume)
     if inhabited and resume == "never":
         raise UserError(
@@ -196,7 +196,7 @@ def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
 def _sound(chosen: Path) -> Path:
     if not (chosen / STATE_NAME / RUN_NAME).is_file():
         raise UserError(f"`resume`: {chosen} is no checkpoint to go on from: it holds no {STATE_NAME}/{RUN_NAME}.")
-    if fault := damage(chosen):
+    if fault := find_corruption(chosen):
         raise UserError(f"`resume`: the checkpoint {chosen} is damaged: {fault}. Name an earlier one.")
     return chosen
 
@@ -206,7 +206,7 @@ def _newest_sound_checkpoint(run_dir: Path) -> Path | None:
     for checkpoint in reversed(saved):
         if not (checkpoint / STATE_NAME).is_dir():
             continue  # weights alone, as mistral-finetune saves them
-        if not (fault := damage(checkpoint)):
+        if not (fault := find_corruption(checkpoint)):
             return checkpoint
         logger.warning("The checkpoint %s is damaged (%s); trying the one before.", checkpoint, fault)
     if saved:

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.cli import run_cli
-from finetune.run_dir import find_weights, step_option
+from finetune.cli import add_step_option, run_cli
+from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import load_model_args, read_params
 from model.atomic import new_folder
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--merged", action="store_true", help="merge the adapter into its base")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--base", type=Path, help="base model's folder; default: the one the checkpoint names")
-    parser.add_argument("--step", type=step_option, help="of a run: a step's number, or best; default: the newest")
+    add_step_option(parser)
     args = parser.parse_args()
     export(args.source, args.to, args.out, args.merged, args.base, args.step)
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from finetune.cli import run_cli
+from finetune.cli import add_step_option, run_cli
 from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder, parse_conversation
 from finetune.inference import load_trained, token_bytes
-from finetune.run_dir import find_checkpoint, run_of, step_option
+from finetune.run_dir import find_checkpoint, run_of
 from model.errors import UserError
 from model.generate import generate
 from utils.icd10.answers import parse_answer
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, required=True, help="jsonl or csv")
     parser.add_argument("--out", type=Path, required=True, help="jsonl, or csv (which keeps the jsonl beside it)")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="answers may name only codes of this CIM-10 table")
-    parser.add_argument("--step", type=step_option, help="of a run: a step's number, or best (default: the newest)")
+    add_step_option(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="notes at a time (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     options = parser.parse_args()

@@ -23,7 +23,7 @@ import torch.utils.tensorboard
 
 import train
 from finetune.cli import run_cli
-from finetune.manifest import damage
+from finetune.manifest import find_corruption
 from finetune.monitoring.metrics_logger import read_metrics
 from finetune.run_dir import saved_checkpoints
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
@@ -129,7 +129,7 @@ def trial(folder: Path, name: str, ranks: int, instant: float, expected: dict[st
     first.wait()
     doing = stage(first.log, run_dir)
     for checkpoint in saved_checkpoints(run_dir / "checkpoints"):
-        assert damage(checkpoint) is None, f"{checkpoint}: {damage(checkpoint)}"
+        assert find_corruption(checkpoint) is None, f"{checkpoint}: {find_corruption(checkpoint)}"
     second = ForkedRun(config, ranks)
     assert second.wait() == [0] * ranks, second.log
     assert curve(run_dir) == expected, second.log

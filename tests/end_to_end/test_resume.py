@@ -20,7 +20,7 @@ import train
 from finetune import preflight
 from finetune.args import EarlyStoppingArgs, load_train_args
 from finetune.eval import EarlyStopping
-from finetune.manifest import MANIFEST_NAME, damage, seal
+from finetune.manifest import MANIFEST_NAME, find_corruption, write_manifest
 from finetune.run_dir import saved_checkpoints
 from model.errors import UserError
 from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, folder):
     assert curve(run_dir) == curve(finished)
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert left == {"checkpoint_000016", "superseded_checkpoint_000016", "last"}
-    assert damage(run_dir / "checkpoints" / "last") is None
+    assert find_corruption(run_dir / "checkpoints" / "last") is None
 
 
 def test_nothing_sound_to_go_on_from_is_an_error(finished, folder):
@@ -311,7 +311,7 @@ def test_fp16_that_overflows_stops_with_sound_weights(folder):
             assert tensor.isfinite().all()
     again, log = start(config)  # the state goes on, too, where the optimizer may not have taken a single step
     assert again == [1] and "Goes on from" in log and "Traceback" not in log, log
-    kept = sorted((run_dir / "rescue").iterdir())
+    kept = sorted((run_dir / "anomalies").iterdir())
     assert len(kept) == 30
     record = json.loads(kept[-1].read_text())
     assert record["rows"] and all(re.fullmatch(r".*train_icd\.jsonl:\d+", row) for row in record["rows"])
@@ -329,7 +329,7 @@ def test_a_loss_that_jumps_is_reported_or_stops_the_run(stop, folder):
     config = kill_test_config(folder, f"jump_{stop}", guards=guards, optim={"lr": 1e-9})
     codes, log = start(config)
     assert "times the usual" in log and codes == [int(stop)], log
-    kept = next((config.with_suffix("") / "rescue").iterdir())
+    kept = next((config.with_suffix("") / "anomalies").iterdir())
     assert json.loads(kept.read_text())["rows"]
 
 
@@ -364,7 +364,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "could not be saved: " in done.stderr and "No space left on device" in done.stderr
     left = saved_checkpoints(kept / "checkpoints")
-    assert left and all(damage(checkpoint) is None for checkpoint in left)
+    assert left and all(find_corruption(checkpoint) is None for checkpoint in left)
     assert load_file(left[-1] / "consolidated" / "lora.safetensors")
 
 
@@ -398,16 +398,16 @@ def test_a_manifest_tells_damage(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.bin").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"")
-    seal(tmp_path)
-    assert damage(tmp_path) is None
+    write_manifest(tmp_path)
+    assert find_corruption(tmp_path) is None
     (tmp_path / "a" / "b.bin").write_bytes(b"12346")
-    assert "sha256" in damage(tmp_path) and damage(tmp_path, hashes=False) is None
+    assert "SHA-256" in find_corruption(tmp_path) and find_corruption(tmp_path, hashes=False) is None
     (tmp_path / "a" / "b.bin").write_bytes(b"123")
-    assert "has 3 bytes instead of 5" in damage(tmp_path)
+    assert "has 3 bytes instead of 5" in find_corruption(tmp_path)
     (tmp_path / "a" / "b.bin").unlink()
-    assert "No such file" in damage(tmp_path)
+    assert "No such file" in find_corruption(tmp_path)
     (tmp_path / MANIFEST_NAME).write_text("[]")
-    assert "cannot be read" in damage(tmp_path)
+    assert "cannot be read" in find_corruption(tmp_path)
 
 
 def test_trackers_go_on_with_the_same_run(finished, folder):

@@ -488,15 +488,15 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_checkpoints_that_cannot_be_put_in_order_are_a_message(models, tmp_path, monkeypatch):
+def test_failed_recovery_of_checkpoints_is_a_user_error(models, tmp_path, monkeypatch):
     config, model = trained(tmp_path, models["dense"])
     run_dir = save(config, model, 1, 2)
     args = load_train_args(config)
     tokenizer = load_instruct_tokenizer(Path(args.model_id_or_path), model.args.vocab_size)
     checkpointer = Checkpointer(model, tokenizer, args, run_dir, model.compute_dtype, CPU)
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(UserError, match=r"checkpoints cannot be put in order: .*No space left on device"):
-        checkpointer.settle(1)  # the second lies ahead
+    with pytest.raises(UserError, match=r"cannot be cleaned up: .*No space left on device"):
+        checkpointer.recover(1)  # the second checkpoint is later
     assert saved_checkpoints(run_dir / "checkpoints") == [weights_folder(run_dir, step).parent for step in (1, 2)]
 
 

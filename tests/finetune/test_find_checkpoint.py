@@ -1,4 +1,4 @@
-"""What a user may name where weights are asked for: a run, a checkpoint, or the folder inside that holds them."""
+"""Paths that name a checkpoint: a run folder, a checkpoint, or the weights folder in it; and the option --step."""
 
 import argparse
 import os
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run_dir import find_checkpoint, find_weights, run_of, step_option
+from finetune.cli import add_step_option
+from finetune.run_dir import find_checkpoint, find_weights, run_of
 from model.errors import UserError
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run with two checkpoints, the first of which was the best."""
+    """A run with two checkpoints; the first is the best."""
     checkpoints = tmp_path / "run" / "checkpoints"
     for name in ("checkpoint_000008", "checkpoint_000010"):
         (checkpoints / name / "consolidated").mkdir(parents=True)
@@ -35,14 +36,14 @@ def run_dir(tmp_path: Path) -> Path:
         ("checkpoints/last/consolidated", None, "checkpoint_000010"),
     ],
 )
-def test_all_ways_lead_to_the_checkpoint(inside: str, step: int | str | None, name: str, run_dir: Path):
+def test_every_path_finds_the_checkpoint(inside: str, step: int | str | None, name: str, run_dir: Path):
     expected = run_dir / "checkpoints" / name
     found = find_checkpoint(run_dir / inside, step)
     assert found.samefile(expected) and run_of(found) == run_dir
     assert find_weights(run_dir / inside, step).samefile(expected / "consolidated")
 
 
-def test_where_one_stands_does_not_matter(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_relative_to_the_weights_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
     weights = run_dir / "checkpoints" / "checkpoint_000008" / "consolidated"
     monkeypatch.chdir(weights)
     for path in (".", "..", "../consolidated"):
@@ -51,7 +52,7 @@ def test_where_one_stands_does_not_matter(run_dir: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("file", ["params.json", "lora.safetensors"])
 @pytest.mark.parametrize("name", ["mine", "consolidated"])
-def test_a_model_or_an_adapter_alone_stands_for_itself(file: str, name: str, tmp_path: Path):
+def test_folder_of_a_model_or_adapter_is_returned_as_it_is(file: str, name: str, tmp_path: Path):
     folder = tmp_path / name
     folder.mkdir()
     (folder / file).touch()
@@ -59,27 +60,30 @@ def test_a_model_or_an_adapter_alone_stands_for_itself(file: str, name: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("inside", "step", "sentence"),
+    ("inside", "step", "message"),
     [
         ("nowhere", None, "does not exist"),
-        ("checkpoints", None, "neither a run folder .* nor a checkpoint"),
-        ("", 9, "holds no checkpoint of step 9"),
-        ("checkpoints/checkpoint_000008", 8, "--step chooses among the checkpoints of a run"),
+        ("checkpoints", None, "is not a run folder .*, a checkpoint or a model folder"),
+        ("", 9, "has no checkpoint of step 9"),
+        ("checkpoints/checkpoint_000008", 8, "--step selects a checkpoint of a run"),
     ],
 )
-def test_what_is_not_there_is_named(inside: str, step: int | None, sentence: str, run_dir: Path):
-    with pytest.raises(UserError, match=sentence):
+def test_missing_checkpoint_is_named(inside: str, step: int | None, message: str, run_dir: Path):
+    with pytest.raises(UserError, match=message):
         find_checkpoint(run_dir / inside, step)
 
 
-def test_a_run_without_a_best_checkpoint(run_dir: Path):
+def test_run_without_a_best_checkpoint(run_dir: Path):
     os.unlink(run_dir / "checkpoints" / "best")
-    with pytest.raises(UserError, match=r"holds no best checkpoint .*keep_best: true"):
+    with pytest.raises(UserError, match=r"has no best checkpoint .*keep_best: true"):
         find_checkpoint(run_dir, "best")
 
 
-def test_the_option_is_a_number_or_best():
-    assert (step_option("12"), step_option("best")) == (12, "best")
-    for text in ("newest", "-1", "1.5", ""):
-        with pytest.raises(argparse.ArgumentTypeError, match="neither the number of a step nor `best`"):
-            step_option(text)
+def test_step_option_is_a_number_or_best(capsys: pytest.CaptureFixture[str]):
+    parser = argparse.ArgumentParser()
+    add_step_option(parser)
+    assert [parser.parse_args(args).step for args in ([], ["--step", "12"], ["--step=best"])] == [None, 12, "best"]
+    for value in ("latest", "-1", "1.5", ""):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--step={value}"])
+        assert "neither a step number nor `best`" in capsys.readouterr().err

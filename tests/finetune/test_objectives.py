@@ -15,7 +15,7 @@ from finetune.args import load_train_args
 from finetune.data.data_loader import Batch
 from finetune.inference import load_trained
 from finetune.loss import batch_loss
-from finetune.manifest import MANIFEST_NAME, seal
+from finetune.manifest import MANIFEST_NAME, write_manifest
 from finetune.optim import build_optimizer
 from finetune.wrapped_model import trainable_parameters
 from model.errors import UserError
@@ -197,7 +197,7 @@ def test_these_settings_make_another_run_but_their_absence_does_not(tmp_path):
     del saved["args"]["loss_normalization"], saved["args"]["optim"]["schedule"], saved["args"]["lora"]["targets"]
     state.write_text(json.dumps(saved))
     (checkpoint / MANIFEST_NAME).unlink()
-    seal(checkpoint)
+    write_manifest(checkpoint)
     later = kill_test_config(tmp_path, "later", resume=str(checkpoint))
     run = ForkedRun(later, 1)
     assert run.wait() == [0], run.log

@@ -237,12 +237,12 @@ def test_sources_that_hold_nothing(tmp_path):
     out = tmp_path / "out"
     refused("does not exist", tmp_path / "none", "peft", out)
     (tmp_path / "empty").mkdir()
-    refused("neither a run folder .* nor a checkpoint", tmp_path / "empty", "peft", out)
+    refused("is not a run folder .*, a checkpoint or a model folder", tmp_path / "empty", "peft", out)
     (tmp_path / "empty" / "args.yaml").touch()
-    refused("holds no checkpoint; train it first", tmp_path / "empty", "peft", out)
+    refused("has no checkpoint; train it first", tmp_path / "empty", "peft", out)
     run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
-    refused("holds no checkpoint of step 7", run, "peft", out, step=7)
-    refused("--step chooses among the checkpoints of a run", checkpoint_of(run), "peft", out, step=1)
+    refused("has no checkpoint of step 7", run, "peft", out, step=7)
+    refused("--step selects a checkpoint of a run", checkpoint_of(run), "peft", out, step=1)
 
 
 def test_requests_that_do_not_fit(tmp_path):

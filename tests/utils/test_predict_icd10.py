@@ -180,7 +180,7 @@ def test_ids_may_be_zero_and_lines_name_the_others(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, notes: Path) -> None:
-    with pytest.raises(UserError, match="neither a run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         code_notes(tmp_path, notes, tmp_path / "p.jsonl")
     assert not list(tmp_path.iterdir())
 
