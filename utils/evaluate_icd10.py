@@ -13,6 +13,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from finetune.cli import run_cli
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
 from utils.icd10.metrics import evaluate_codings, rule_rates
-from utils.icd10.predictions import Prediction, read_gold, read_predictions
+from utils.icd10.predictions import Prediction, describe_origin, read_gold, read_predictions
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, warnings
 from utils.tables.jsonl import require_own_names, save
 from utils.tables.named_rows import match_names
@@ -170,7 +171,8 @@ def main() -> None:
     result = evaluate(gold, predictions, table, training, args.seed)
     contents = {args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"}
     if args.html:
-        contents[args.html] = html_page(result, f"ICD-10 codes of {args.predictions.name} against {args.gold.name}")
+        about = {"Predictions": args.predictions.name, "Gold": args.gold.name, **describe_origin(args.predictions)}
+        contents[args.html] = html_page(result, about | {"Evaluated": f"{datetime.now():%Y-%m-%d %H:%M}"})
     if args.csv:
         contents[args.csv] = _csv_text(note_rows(gold, predictions))
     save(contents)

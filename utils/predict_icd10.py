@@ -156,6 +156,7 @@ def code_notes(
     checkpoint = find_checkpoint(folder, step)
     about = {"run": _fingerprint(checkpoint), "notes": _sha256(notes_file.read_bytes()), "max_tokens": max_tokens}
     about["cim10"] = None if table is None else _sha256(repr(list(table)).encode())
+    about["checkpoint"] = str(checkpoint)
     with file_errors():
         lines.parent.mkdir(parents=True, exist_ok=True)
         done = read_journal(lines)
@@ -183,7 +184,7 @@ def _require_same(lines: Path, about: dict[str, Any], begun: bool) -> None:
     path = lines.with_suffix(".about.json")
     if begun:
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if other := [key for key in about if before.get(key) != about[key]]:
+        if other := [key for key in about if key != "checkpoint" and before.get(key) != about[key]]:
             raise UserError(
                 f"{lines} holds answers that came from another {' and another '.join(other)}. Remove it to have all "
                 "notes coded anew, or give --out another name."

@@ -15,9 +15,12 @@ from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.generate_notes import save_notes, table_of
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
+from utils.icd10.codes import chapter
+from utils.icd10.metrics import NO_CHAPTER
 from utils.icd10.predictions import Prediction
 from utils.icd10.prompts import instruct_row
-from utils.reports.evaluation_page import Bar, bar_chart
+from utils.reports.charts import Bar, BarGroup, bar_chart
+from utils.reports.evaluation_page import CHAPTER_NAMES
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
 CATALOGUE = load_catalogue()
@@ -116,8 +119,8 @@ def test_missing_and_unexpected_predictions_are_counted_and_named(gold, jsonl, e
     assert counts["missing_ids"] == [NOTES[0].id, NOTES[1].id] and counts["missing_predictions"] == 2
     assert counts["unexpected_ids"] == ["nobody"] and counts["answers_without_code"] == 0
     assert result["exact"]["micro"]["precision"] == 1 and result["exact"]["exact_match"] == 38 / 40
-    assert "notes without a prediction, which count as empty: 2" in said and NOTES[0].id in said
-    assert "predictions for no gold note, which were left out: 1" in said
+    assert "notes without a prediction (scored as no codes): 2" in said and NOTES[0].id in said
+    assert "predictions without a gold note (ignored): 1" in said
 
 
 def test_repeated_codes_count_once_and_are_counted(gold, jsonl, evaluate):
@@ -197,34 +200,83 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_else_and_shows_the_scores(jsonl, evaluate, tmp_path):
+@pytest.fixture
+def page(jsonl, evaluate, tmp_path):
+    """Evaluate predictions for some of the notes: the scores, the page's source and the parsed page."""
+
+    def make(*options, rows=ROWS, predictions=ANSWERS, name="predictions.jsonl"):
+        path = tmp_path / "report.html"
+        code, said, result = evaluate(jsonl("g.jsonl", rows), jsonl(name, predictions), "--html", path, *options)
+        assert code == 0, said
+        parsed = Page()
+        parsed.feed(path.read_text(encoding="utf-8"))
+        return result, path.read_text(encoding="utf-8"), parsed
+
+    return make
+
+
+def test_page_needs_nothing_else_and_shows_the_scores(page):
     rows = [{**row, "id": f"<b>{row['id']}"} for row in ROWS]
     predictions = [{"id": f"<b>{row['id']}", "answer": row["answer"]} for row in ANSWERS[:30]]
-    path = tmp_path / "report.html"
-    result = evaluate(jsonl("g.jsonl", rows), jsonl("p & <q>.jsonl", predictions), "--html", path)[2]
-    source = path.read_text(encoding="utf-8")
-    page = Page()
-    page.feed(source)
-    assert not page.open and not page.addresses and not {"script", "link", "img", "b", "q"} & set(page.tags)
-    assert set(re.findall(r"https?://[^\"' ]+", source)) == {"http://www.w3.org/2000/svg"} and "url(" not in source
-    assert page.tags.count("svg") == 3 and "p & <q>.jsonl" in page.text and f"<b>{NOTES[-1].id}" in page.text
-    assert f"{result['exact']['micro']['f1']:.3f} [" in page.text
+    result, source, parsed = page(rows=rows, predictions=predictions, name="p & <q>.jsonl")
+    assert not parsed.open and not {"script", "link", "img", "b", "q"} & set(parsed.tags)
+    assert "http" not in source and not parsed.addresses
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style and "@font-face" not in style
+    assert parsed.tags.count("svg") == 3 and "p & <q>.jsonl" in parsed.text and f"<b>{NOTES[-1].id}" in parsed.text
+    assert f"{result['exact']['micro']['f1']:.3f} [" in parsed.text
+
+
+def test_page_names_chapters_and_roles(page):
+    result, source, parsed = page()
+    for numeral in result["exact"]["by_chapter"]:
+        assert f"{numeral}  {CHAPTER_NAMES[numeral]}" in parsed.text
+    assert "DP, main diagnosis" in parsed.text and "DAS, associated diagnoses" in parsed.text
     for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
         ElementTree.fromstring(svg)
-    assert sum(chapter in page.text for chapter in result["exact"]["by_chapter"]) == len(result["exact"]["by_chapter"])
+
+
+def test_every_chapter_of_the_classification_has_a_name():
+    firsts = [f"{letter}{number:02}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for number in range(100)]
+    assert {chapter(code) for code in firsts if chapter(code)} | {NO_CHAPTER} == set(CHAPTER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("about", "facts"),
+    [
+        (None, ["Checkpoint", "not recorded", "Answers", "not recorded"]),
+        ({"cim10": None, "checkpoint": "runs/a/checkpoint_000300"}, ["runs/a/checkpoint_000300", "not constrained to"]),
+        ({"cim10": "hash", "checkpoint": "x"}, ["Answers", "constrained to codes of the CIM-10 table"]),
+        ({"cim10": "hash"}, ["not recorded", "constrained to codes of the CIM-10 table"]),
+        ([], ["not recorded", "not recorded"]),
+    ],
+)
+def test_page_says_where_the_predictions_come_from(about, facts, page, tmp_path):
+    if about is not None:
+        (tmp_path / "predictions.about.json").write_text(json.dumps(about), encoding="utf-8")
+    text = re.sub(r"\s+", " ", page()[2].text)
+    assert re.search(r".*".join(map(re.escape, facts)), text)
+    assert re.search(r"Evaluated \d{4}-\d\d-\d\d \d\d:\d\d ", text) and "Notes 40" in text and "Gold g.jsonl" in text
+    if about and about["cim10"]:
+        assert "not constrained" not in text
 
 
 def test_bars_are_as_long_as_their_values():
-    svg = ElementTree.fromstring(bar_chart("<F1>", {"a&b": [Bar(0.5, 0.4, 0.75), None]}, ("one", "two")))
-    name = "{http://www.w3.org/2000/svg}"
-    bars = [bar for bar in svg.findall(f"{name}rect") if float(bar.get("height")) < 12]
-    lines = {float(line.get("x1")) for line in svg.findall(f"{name}line")}
-    start, end = min(lines), max(lines)
-    assert [float(bar.get("x")) for bar in bars] == [start]
-    assert float(bars[0].get("width")) == pytest.approx((end - start) / 2)
-    whisker = [float(x) for x in re.match(r"M([\d.]+) [\d.]+H([\d.]+)", svg.find(f"{name}path").get("d")).groups()]
-    assert whisker == pytest.approx([start + 0.4 * (end - start), start + 0.75 * (end - start)])
-    assert {text.text for text in svg.findall(f"{name}text")} >= {"one", "two", "a&b", "0.500"}
+    groups = [BarGroup("a&b", "(12)", [Bar(0.5, 0.4, 0.75), None]), BarGroup("c", "(3)", [None, Bar(1, 1, 1)])]
+    svg = ElementTree.fromstring(bar_chart("bars", "<F1>", groups))
+    bars = {
+        path.find("title").text: [float(x) for x in re.findall(r"[ML] ([\d.]+)", path.get("d"))]
+        for path in svg.iter("path")
+        if path.find("title") is not None
+    }
+    assert list(bars) == ["a&b: 0.500 [0.400, 0.750]", "c: 1.000 [1.000, 1.000]"]
+    (start, half), (_, end) = ((min(xs), max(xs)) for xs in bars.values())
+    assert half - start == pytest.approx((end - start) / 2)
+    whiskers = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d")) for path in svg.iter("path")]
+    places = [start + share * (end - start) for share in (0.4, 0.75)]
+    assert any([float(x) for x, _ in line] == pytest.approx(places) for line in whiskers if len(line) == 2)
+    text = [element.text for element in svg.iter("text")]
+    assert "a&b" in text and "(12)   0.500 / –" in text and "(3)   – / 1.000" in text
 
 
 def test_no_output_holds_text_of_a_note(gold, jsonl, evaluate, tmp_path):

@@ -17,6 +17,8 @@ from utils.icd10.codes import CODE_PATTERN, ROLES, normalise_code
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.named_rows import last_answer, read_named_rows
 
+NOT_RECORDED = "not recorded"
+
 
 class Prediction(NamedTuple):
     """What was predicted for a note; `repeated` is how many codes were given again."""
@@ -37,6 +39,20 @@ class Prediction(NamedTuple):
     def of_codes(cls, diagnoses: Sequence[Diagnosis]) -> "Prediction":
         """Takes a list of codes."""
         return cls(list(diagnoses), len(diagnoses) - len({item.code for item in diagnoses}))
+
+
+def describe_origin(predictions: Path) -> dict[str, str]:
+    """Return the checkpoint of a predictions file and whether its codes were limited to the CIM-10 table.
+
+    `utils.predict_icd10` records both in `NAME.about.json`; without that file they are "not recorded".
+    """
+    try:
+        about = json.loads(predictions.with_suffix(".about.json").read_text(encoding="utf-8"))
+        checkpoint, limited = about.get("checkpoint", NOT_RECORDED), about["cim10"] is not None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"Checkpoint": NOT_RECORDED, "Answers": NOT_RECORDED}
+    answers = "constrained to codes of the CIM-10 table" if limited else "not constrained to codes of the CIM-10 table"
+    return {"Checkpoint": str(checkpoint), "Answers": answers}
 
 
 def read_gold(path: Path) -> dict[str, list[Diagnosis]]:

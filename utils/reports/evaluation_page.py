@@ -1,78 +1,79 @@
-"""The evaluation as one HTML page that needs nothing else: no script, no font, no address."""
+"""The scores of an evaluation, as text and as an HTML page."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from utils.reports.html import COLOURS, page, svg, svg_text, table
+from utils.icd10.metrics import NO_CHAPTER
+
+if TYPE_CHECKING:
+    from utils.reports.charts import Figure
 
 LEVEL_NAMES = {"exact": "exact code", "category": "category (3 characters)"}
 RULE_NAMES = {
     "unknown": "codes that are not in the table",
-    "category": "codes that have children and must be specified",
+    "category": "codes with children, which must be more specific",
     "closed": "codes that are closed",
-    "forbidden_DP": "main diagnoses that are forbidden as DP",
-    "forbidden_DR": "related diagnoses that are forbidden as DR",
-    "forbidden_DAS": "associated diagnoses that are forbidden as DAS",
+    "forbidden_DP": "main diagnoses that are not allowed as DP",
+    "forbidden_DR": "related diagnoses that are not allowed as DR",
+    "forbidden_DAS": "associated diagnoses that are not allowed as DAS",
     "no_DP": "notes without a DP",
     "several_DP": "notes with several DP",
     "several_DR": "notes with several DR",
 }
 COUNT_NAMES = {
     "notes": "notes",
-    "missing_predictions": "notes without a prediction, which count as empty",
+    "missing_predictions": "notes without a prediction (scored as no codes)",
     "answers_without_code": "answers without any code",
-    "codes_without_role": "codes whose answer does not tell their role",
-    "repeated_codes": "codes given more than once, which count once",
-    "unexpected_predictions": "predictions for no gold note, which were left out",
+    "codes_without_role": "predicted codes without a role",
+    "repeated_codes": "codes given more than once (counted once)",
+    "unexpected_predictions": "predictions without a gold note (ignored)",
 }
+CHAPTER_NAMES = {
+    "I": "Infectious and parasitic diseases",
+    "II": "Neoplasms",
+    "III": "Blood and immune mechanism",
+    "IV": "Endocrine, nutrition, metabolism",
+    "V": "Mental and behavioral disorders",
+    "VI": "Nervous system",
+    "VII": "Eye",
+    "VIII": "Ear",
+    "IX": "Circulatory system",
+    "X": "Respiratory system",
+    "XI": "Digestive system",
+    "XII": "Skin",
+    "XIII": "Musculoskeletal system",
+    "XIV": "Genitourinary system",
+    "XV": "Pregnancy and childbirth",
+    "XVI": "Perinatal period",
+    "XVII": "Congenital malformations",
+    "XVIII": "Symptoms and abnormal findings",
+    "XIX": "Injury and poisoning",
+    "XX": "External causes",
+    "XXI": "Factors influencing health",
+    "XXII": "Special purposes",
+    NO_CHAPTER: "Outside every chapter",
+}
+ROLE_NAMES = {"DP": "DP, main diagnosis", "DR": "DR, related diagnosis", "DAS": "DAS, associated diagnoses"}
 
-_NAMED = 20  # notes without prediction that the summary names
-
-
-class Bar(NamedTuple):
-    """A value between 0 and 1 with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def html_page(result: Mapping[str, Any], title: str) -> str:
-    """The page of what `evaluate` of `utils.evaluate_icd10` returns."""
-    counts = result["counts"]
-    counted = "gold" if counts["training_notes"] is None else f"of {counts['training_notes']:,} training"
-    parts = [
-        f"<p>{counts['notes']:,} notes, {result['exact']['gold']:,} codes in gold, {result['exact']['predicted']:,} "
-        f"predicted, {result['exact']['correct']:,} of them right. Intervals hold 95 % of bootstrap samples of the "
-        "notes.</p>",
-        _scores_table(result),
-        _chart_section(result, "by_role", "F1 by role"),
-        _chart_section(result, "by_chapter", "F1 by chapter of the CIM-10"),
-        _chart_section(result, "by_frequency", f"F1 by how many {counted} notes hold the code"),
-        *([_rules_table(result["rates"])] if result["rates"] else []),
-        _errors_table(result["errors"]),
-        _counts_table(counts),
-    ]
-    return page(title, parts)
+_NAMED = 20  # notes without a prediction that the summary names
+_MEASURES = {"precision": "precision", "recall": "recall", "f1": "F1"}
 
 
 def score_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The main scores with their intervals: a name, then a cell per level."""
-    names = [(mean, name) for mean in ("micro", "macro") for name in ("precision", "recall", "f1")]
+    """Return the rows of the main table: a measure's name, then its score and interval for each level."""
     rows = [
-        (
-            f"{mean} {name.replace('f1', 'F1')}",
-            *(_cell(result[level][mean][name], result[level]["intervals"][mean][name]) for level in LEVEL_NAMES),
-        )
-        for mean, name in names
+        (f"{mean} {name}", *(_score(result[level], mean, key) for level in LEVEL_NAMES))
+        for mean in ("micro", "macro")
+        for key, name in _MEASURES.items()
     ]
-    exact = (_cell(result[level]["exact_match"], result[level]["intervals"]["exact_match"]) for level in LEVEL_NAMES)
+    exact = (
+        _with_interval(result[level]["exact_match"], result[level]["intervals"]["exact_match"]) for level in LEVEL_NAMES
+    )
     return [*rows, ("exact match of the set", *exact)]
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
-    """What a reader of the scores should know, one sentence per fact."""
+    """Return what a reader of the scores should know, one sentence per fact."""
     counts = result["counts"]
     lines = [f"{name}: {counts[key]:,}" for key, name in COUNT_NAMES.items() if key != "notes" and counts[key]]
     if counts["missing_ids"]:
@@ -81,90 +82,103 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     return lines + [f"{RULE_NAMES[name]}: {rate['count']:,} of {rate['of']:,}" for name, rate in rates if rate["count"]]
 
 
-def _cell(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def _score(scores: Mapping[str, Any], mean: str, name: str) -> str:
+    return _with_interval(scores[mean][name], scores["intervals"][mean][name])
 
 
-def _scores_table(result: Mapping[str, Any]) -> str:
-    return table(("", *LEVEL_NAMES.values()), score_rows(result))
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.3f} {_interval(interval)}"
 
 
-def _chart_section(result: Mapping[str, Any], key: str, title: str) -> str:
-    bars: dict[str, list[Bar | None]] = {}
-    groups = dict.fromkeys(
-        group for level in LEVEL_NAMES for group, scores in result[level][key].items() if scores["gold"]
-    )
-    for group in groups:
-        found = [result[level][key].get(group) for level in LEVEL_NAMES]
-        gold = " / ".join(str(scores["gold"]) if scores else "0" for scores in found)
-        bars[f"{group} ({gold})"] = [
-            Bar(scores["micro"]["f1"], *scores["intervals"]["micro"]["f1"]) if scores else None for scores in found
-        ]
-    note = '<p class="small">Micro-F1; in parentheses how many codes gold holds, exact / category.</p>'
-    return f"<h2>{escape(title)}</h2>\n{bar_chart(title, bars, tuple(LEVEL_NAMES.values()))}\n{note}"
+def _interval(interval: Sequence[float]) -> str:
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _rules_table(rates: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [
-        (RULE_NAMES[name], f"{rate['count']:,} of {rate['of']:,}", f"{rate['rate']:.1%}")
-        for name, rate in rates.items()
-    ]
-    return f"<h2>Against the CIM-10 table</h2>\n{table(('', 'found', 'rate'), rows)}"
-
-
-def _errors_table(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    sections = []
-    for kind, name in (("missed", "Codes most often missed"), ("added", "Codes most often added")):
-        rows = [(f"{error['code']} {error['label']}", f"{error['notes']:,}") for error in errors[kind]]
-        sections.append(f"<h2>{name}</h2>\n{table(('', 'notes'), rows)}" if rows else f"<h2>{name}</h2>\n<p>None.</p>")
-    return "\n".join(sections)
-
-
-def _counts_table(counts: Mapping[str, Any]) -> str:
-    rows = [(name, f"{counts[key]:,}") for key, name in COUNT_NAMES.items()]
-    named = ", ".join(counts["missing_ids"])
-    missing = f'<p class="small">Without a prediction: {escape(named)}</p>' if named else ""
-    return f"<h2>What was compared</h2>\n{table(('', 'count'), rows)}\n{missing}"
-
-
-_LABEL, _PLOT, _VALUE = 190, 460, 60  # widths in px: names, bars, figures
-_BAR, _GAP, _TOP, _AXIS = 13, 12, 28, 20  # heights in px: a bar, between groups, legend, axis
-
-
-def bar_chart(title: str, groups: Mapping[str, Sequence[Bar | None]], series: Sequence[str]) -> str:
-    """Horizontal bars with their intervals as an SVG element, from 0 to 1.
+def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
+    """Return the page of an evaluation.
 
     Args:
-        title: what screen readers say.
-        groups: for each name a bar per series; None: no bar.
-        series: names of the series, at most two.
+        result: what `evaluate` of `utils.evaluate_icd10` returns.
+        about: facts to show above the scores, such as the files and the checkpoint.
     """
-    bottom = _TOP + len(groups) * (len(series) * _BAR + _GAP)
-    width, height = _LABEL + _PLOT + _VALUE, bottom + _AXIS
-    parts = []
-    for number, name in enumerate(series):
-        left = _LABEL + number * 140
-        parts.append(f'<rect x="{left}" y="4" width="12" height="12" fill="{COLOURS[number]}"/>')
-        parts.append(svg_text(left + 18, 14, name))
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x = _LABEL + tick * _PLOT
-        parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 4}" x2="{x:.1f}" y2="{bottom}" stroke="#ddd"/>')
-        parts.append(svg_text(x, bottom + 14, f"{tick:g}", "middle"))
-    top = _TOP
-    for name, bars in groups.items():
-        parts.append(svg_text(_LABEL - 8, top + len(series) * _BAR / 2 + 4, name, "end"))
-        for number, bar in enumerate(bars):
-            parts += _draw_bar(bar, top + number * _BAR, COLOURS[number]) if bar else []
-        top += len(series) * _BAR + _GAP
-    return svg(title, width, height, parts)
+    from utils.reports.pages import render_page  # loads matplotlib and jinja2
+
+    counts, exact = result["counts"], result["exact"]
+    codes = f"{exact['gold']:,} in gold, {exact['predicted']:,} predicted, {exact['correct']:,} of them correct"
+    return render_page(
+        "evaluation.html",
+        title="ICD-10 coding: evaluation",
+        about={**about, "Notes": f"{counts['notes']:,}", "Codes": codes},
+        cards=_cards(result),
+        levels=list(LEVEL_NAMES.values()),
+        score_header=("", *LEVEL_NAMES.values()),
+        score_rows=score_rows(result),
+        charts=_charts(result),
+        rules=[
+            (RULE_NAMES[name], f"{rate['count']:,} of {rate['of']:,}", f"{100 * rate['rate']:.1f} %")
+            for name, rate in result["rates"].items()
+        ],
+        errors=[
+            {"title": title, "rows": [(error["code"], error["label"], f"{error['notes']:,}") for error in errors]}
+            for title, errors in (
+                ("Codes most often missed", result["errors"]["missed"]),
+                ("Codes most often added", result["errors"]["added"]),
+            )
+        ],
+        counts=[(name, f"{counts[key]:,}") for key, name in COUNT_NAMES.items()],
+        missing=", ".join(counts["missing_ids"]),
+    )
 
 
-def _draw_bar(bar: Bar, top: float, colour: str) -> list[str]:
-    value, low, high = (_LABEL + _PLOT * x for x in bar)
-    middle = top + _BAR / 2
-    return [
-        f'<rect x="{_LABEL}" y="{top + 1}" width="{value - _LABEL:.1f}" height="{_BAR - 2}" fill="{colour}"/>',
-        f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6" '
-        'stroke="#1c1c1c" fill="none"/>',
-        svg_text(_LABEL + _PLOT + 10, middle + 4, f"{bar.value:.3f}"),
-    ]
+def _cards(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the four scores that sum up the evaluation."""
+    exact, category = result["exact"], result["category"]
+    chosen = (
+        ("Micro-F1, exact code", exact["micro"]["f1"], exact["intervals"]["micro"]["f1"]),
+        ("Micro-F1, category", category["micro"]["f1"], category["intervals"]["micro"]["f1"]),
+        ("Precision, exact code", exact["micro"]["precision"], exact["intervals"]["micro"]["precision"]),
+        ("Recall, exact code", exact["micro"]["recall"], exact["intervals"]["micro"]["recall"]),
+        ("Notes with all codes right", exact["exact_match"], exact["intervals"]["exact_match"]),
+    )
+    return [{"name": name, "value": f"{value:.3f}", "interval": _interval(bounds)} for name, value, bounds in chosen]
+
+
+def _charts(result: Mapping[str, Any]) -> "dict[str, Figure]":
+    training = result["counts"]["training_notes"]
+    notes = "gold notes" if training is None else f"of {training:,} training notes"
+    return {
+        "by_chapter": _chart(
+            result, "by_chapter", "F1 by chapter of the CIM-10", lambda key: f"{key}  {CHAPTER_NAMES[key]}"
+        ),
+        "by_role": _chart(result, "by_role", "F1 by role", ROLE_NAMES.__getitem__),
+        "by_frequency": _chart(
+            result,
+            "by_frequency",
+            f"F1 by how many {notes} have the code",
+            lambda key: f"{key} notes",
+        ),
+    }
+
+
+def _chart(result: Mapping[str, Any], key: str, title: str, name: Callable[[str], str]) -> "Figure":
+    """Return a chart of micro-F1 by group.
+
+    Args:
+        result: of the evaluation.
+        key: of the groups in `result`.
+        title: of the chart.
+        name: turns a group's key into its name.
+    """
+    from utils.reports.charts import Bar, BarGroup, Figure, bar_chart
+
+    # In the order of the exact codes' groups, then of those that only categories have.
+    keys = dict.fromkeys(
+        group for level in LEVEL_NAMES for group, scores in result[level][key].items() if scores["gold"]
+    )
+    groups = []
+    for group in keys:
+        found = [result[level][key].get(group) for level in LEVEL_NAMES]
+        bars = [Bar(each["micro"]["f1"], *each["intervals"]["micro"]["f1"]) if each else None for each in found]
+        gold = " / ".join(dict.fromkeys(f"{each['gold']:,}" if each else "0" for each in found))
+        groups.append(BarGroup(name(group), f"({gold})", bars))
+    return Figure(title, "", bar_chart(key, title, groups))
