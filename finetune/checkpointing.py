@@ -80,7 +80,9 @@ class Checkpointer:
         Raises:
             UserError: a file system error, on every rank.
         """
-        self._world.run_everywhere(lambda: self._recover(step) if self._world.is_master else None)
+        with self._world.synchronized_errors():
+            if self._world.is_master:
+                self._recover(step)
 
     def _recover(self, step: int) -> None:
         try:

@@ -1,4 +1,4 @@
-"""How many optimizer steps a number of epochs comes to."""
+"""Epochs to optimizer steps."""
 
 import logging
 import math
@@ -10,19 +10,20 @@ from .distributed import World
 logger = logging.getLogger("train")
 
 
-def count_steps(args: TrainArgs, batches: TrainLoader, world: World) -> int:
-    """The steps of `args.epochs`, the same on every rank. Every row is read once for it.
+def count_steps(args: TrainArgs, data_loader: TrainLoader, world: World) -> int:
+    """Return the number of steps of `args.epochs`, the same on every rank. Reads every row once.
 
-    An epoch is as many positions as it takes to pack each row of all ranks and sources once. So a source whose weight
-    is above its share of the rows comes round more often, and another one less.
+    An epoch is the number of positions needed to pack each row of all ranks and sources once. A source whose weight
+    exceeds its share of the rows is repeated more often within an epoch, and the others less.
 
     Raises:
-        UserError, SystemExit: on every rank, for a row on any that cannot be trained on.
+        UserError, SystemExit: on every rank, if any rank has a row that cannot be trained on.
     """
-    assert args.epochs is not None, "there are epochs to count"
-    own = world.run_everywhere(lambda: batches.count_epoch(show_progress=world.is_master))
+    assert args.epochs is not None, "`epochs` is not set"
+    with world.synchronized_errors():
+        positions = data_loader.count_epoch(show_progress=world.is_master)
     step_positions = args.batch_size * args.num_microbatches * args.seq_len * world.size
-    epoch_steps = sum(world.gather(own)) / step_positions
+    epoch_steps = sum(world.gather(positions)) / step_positions
     steps = max(1, math.ceil(args.epochs * epoch_steps))
     logger.info("Epochs: %g, which is max_steps: %d (an epoch takes %.1f steps)", args.epochs, steps, epoch_steps)
     return steps

@@ -1,22 +1,21 @@
-"""Evaluation: the loss on every rank's own rows, and answers to a sample of questions."""
+"""Evaluation: the loss on held-out rows, and generated answers to a sample of prompts."""
 
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from model.errors import UserError
 from model.generate import generate
 from model.transformer import Transformer
 
 from .args import EarlyStoppingArgs, GenerationArgs, TrainArgs
-from .data.data_loader import Batch, build_data_loader
+from .data.data_loader import Batch, EvalLoader, build_data_loader
 from .data.dataset import read_rows
 from .data.tokenize import SampleEncoder, parse_conversation
 from .distributed import World
@@ -25,27 +24,30 @@ from .monitoring.metrics_logger import answers_log_message, eval_log_message, ev
 from .utils import TrainState
 from .wrapped_model import reshard
 
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
 logger = logging.getLogger("train")
 
-Scoring = Callable[[list[str], list[str]], dict[str, float]]
+Scoring = Callable[[list[str], list[str]], dict[str, float]]  # (expected answers, generated answers) -> scores
 
 _PLACEHOLDER = Batch(x=np.zeros(1, dtype=np.int64), y=np.zeros(1, dtype=np.int64), sizes=[1])
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_tokens: bool = False) -> float | None:
-    """Mean over all ranks' batches of the batch's loss, in nats per token; None where no rank has a batch.
+def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_tokens: bool = False) -> float:
+    """Return the mean over all ranks' batches of the batch loss, in nats per token; NaN if no rank has a batch.
 
-    With `by_tokens` a batch counts as much as its trained tokens do: the mean over all of them.
+    With `by_tokens` a batch is weighted by its trained tokens, which gives the mean over all tokens.
 
-    A sharded model needs all ranks in every forward, so a rank whose rows are used up runs along on a token of its
-    own, which does not count.
+    A sharded model needs all ranks in every forward pass, so a rank without batches left computes a placeholder,
+    which does not count.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of batches (or of tokens)
-    rows = iter(batches)
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses; number of batches, or of tokens
+    remaining = iter(batches)
     while True:
-        batch = next(rows, None)
+        batch = next(remaining, None)
         if not world.any(batch is not None):
             break
         loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
@@ -55,29 +57,30 @@ def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_toke
     reshard(model)
     model.train()
     loss_sum, count = world.sum(total).tolist()
-    return loss_sum / count if count else None
+    return loss_sum / count if count else math.nan
 
 
 def check_eval_batches(batches: Iterable[Batch], world: World) -> None:
-    """Reads every evaluation row once, so that a bad one is known before training and not at its first evaluation.
+    """Read every evaluation row once, so that an invalid one is reported before training, not at an evaluation.
 
     Raises:
-        UserError, SystemExit: on every rank, for a bad row on any, or none on all that could be evaluated.
+        UserError, SystemExit: on every rank, if any rank has an invalid row, or none has a row to evaluate.
     """
-    count = world.run_everywhere(lambda: sum(1 for _ in batches))
-    nothing = "`data.eval_instruct_data` holds nothing to evaluate: no row has a token that is trained."
-    world.raise_on_all(None if world.any(count > 0) else nothing)
+    with world.synchronized_errors():
+        count = sum(1 for _ in batches)
+    if not world.any(count > 0):
+        world.raise_on_all("`data.eval_instruct_data` has nothing to evaluate: no row has a trained token.")
 
 
 class GenerationEval:
-    """A fixed sample of questions that a model answers now and then.
+    """A fixed sample of prompts that the model answers during training.
 
     Args:
-        args: which questions; the last message of each row is the answer expected.
-        encoder: that of training, so that prompts are the same.
+        args: which rows; the last message of each is the expected answer.
+        encoder: the one used for training, so that prompts are identical.
 
     Raises:
-        UserError: no rows, or a row that cannot be asked.
+        UserError: there are no rows, or a row does not end with an answer.
     """
 
     def __init__(self, args: GenerationArgs, encoder: SampleEncoder) -> None:
@@ -93,16 +96,20 @@ class GenerationEval:
             self.expected.append(answer.content)
             self._prompts.append(encoder.encode_prompt(question, conversation.tools))
         if not self._prompts:
-            raise UserError(f"`eval_generation.file`: {args.file} holds no rows.")
+            raise UserError(f"`eval_generation.file`: {args.file} has no rows.")
 
-    def ask(self, model: Transformer, world: World) -> tuple[list[str], float]:
-        """The answers, on every rank, and the share of them that came to an end; each rank writes its part."""
+    def generate_answers(self, model: Transformer, world: World) -> tuple[list[str], float]:
+        """Generate the answers, distributed over the ranks.
+
+        Returns:
+            All answers and the share of them that end before the token limit, on every rank.
+        """
         args, tokenizer = self._args, self._tokenizer
         own = self._prompts[world.rank :: world.size]
         written: list[list[int]] = []
         for start in range(0, -(-len(self._prompts) // world.size), args.batch_size):
             batch = own[start : start + args.batch_size]
-            # A rank without questions runs along: a sharded model needs all ranks in every forward.
+            # A sharded model needs all ranks in every forward pass: a rank without prompts left gets a placeholder.
             prompts = batch or [[tokenizer.bos_id]]
             outputs = generate(
                 model, prompts, args.max_tokens, tokenizer.eos_id, any_active=world.any, device=world.device
@@ -116,7 +123,7 @@ class GenerationEval:
         return [tokenizer.decode(answer).strip() for answer in answers], ended
 
     def save(self, answers: list[str], path: Path) -> None:
-        """Writes expected and given answers, a jsonl row each; a disk that refuses them does not end the run."""
+        """Write expected and generated answers as jsonl. A failed write is logged and does not end the run."""
         rows = (
             {"expected": expected, "answer": answer} for expected, answer in zip(self.expected, answers, strict=True)
         )
@@ -128,55 +135,64 @@ class GenerationEval:
 
 
 class Evaluator:
-    """All evaluations of a run: the loss on its evaluation data, and answers to a sample of questions.
+    """All evaluations of a run: the loss on its evaluation data, and generated answers.
 
     Args:
         args: of the run.
         tokenizer: of the model.
-        score: what is measured of (expected answers, given answers).
+        score: computes metrics from expected and generated answers.
         world: every rank takes part.
 
     Raises:
-        UserError, SystemExit: on every rank, for data or questions that cannot be used.
+        UserError, SystemExit: on every rank, if the data or the prompts cannot be used.
     """
 
-    def __init__(self, args: TrainArgs, tokenizer: InstructTokenizerBase, score: Scoring, world: World) -> None:
+    def __init__(self, args: TrainArgs, tokenizer: "InstructTokenizerBase", score: Scoring, world: World) -> None:
         self._args = args
         self._score = score
         self._world = world
-        self._batches, self._questionnaire = None, None
+        self._batches: EvalLoader | None = None
+        self._generation: GenerationEval | None = None
         if not args.no_eval:
-            loader = (tokenizer, args.data, args.batch_size, args.seq_len, None, world.rank, world.size)
-            self._batches = world.run_everywhere(lambda: build_data_loader(*loader, is_eval=True))
+            with world.synchronized_errors():
+                self._batches = build_data_loader(
+                    tokenizer, args.data, args.batch_size, args.seq_len, None, world.rank, world.size, is_eval=True
+                )
             check_eval_batches(self._batches, world)
         if args.eval_generation.file:
-            encoder = SampleEncoder(tokenizer)
-            self._questionnaire = world.run_everywhere(lambda: GenerationEval(args.eval_generation, encoder))
+            with world.synchronized_errors():
+                self._generation = GenerationEval(args.eval_generation, SampleEncoder(tokenizer))
 
     def loss_due(self, state: TrainState) -> bool:
-        """Whether the loss on the evaluation data is due."""
+        """Return whether the evaluation loss is due after this step."""
         return self._batches is not None and state.due(self._args.eval_freq)
 
-    def examine(self, model: Transformer, state: TrainState) -> dict[str, float]:
-        """What is due at this step, logged; empty where nothing is. Questions are also asked before the first step."""
+    def evaluate_if_due(self, model: Transformer, state: TrainState) -> dict[str, float]:
+        """Run and log the evaluations due after this step; answers are also generated before the first step.
+
+        Returns:
+            Their metrics; empty if none is due.
+        """
         metrics: dict[str, float] = {}
-        if state.step > 0 and self.loss_due(state):
+        if self._batches is not None and state.step > 0 and self.loss_due(state):
             by_tokens = self._args.loss_normalization == "tokens"
-            state.eval_losses[state.step] = evaluate(model, self._batches, self._world, by_tokens)
-            metrics = eval_metrics(step=state.step, train_loss=state.last_loss, eval_loss=state.eval_losses[state.step])
+            eval_loss = evaluate(model, self._batches, self._world, by_tokens)
+            state.eval_losses[state.step] = eval_loss
+            assert state.last_loss is not None, "the training loss of this step has not been recorded"
+            metrics = eval_metrics(step=state.step, train_loss=state.last_loss, eval_loss=eval_loss)
             logger.info(eval_log_message(metrics))
-        if self._questionnaire and (state.step == 0 or state.due(self._args.eval_generation.freq)):
-            answers, ended = self._questionnaire.ask(model, self._world)
+        if self._generation and (state.step == 0 or state.due(self._args.eval_generation.freq)):
+            answers, ended = self._generation.generate_answers(model, self._world)
             if self._args.eval_generation.keep_answers and self._world.is_master:
-                self._questionnaire.save(answers, Path(self._args.run_dir) / "answers" / f"step_{state.step:06d}.jsonl")
-            scores = self._score(self._questionnaire.expected, answers) | {"ended": ended}
+                self._generation.save(answers, Path(self._args.run_dir) / "answers" / f"step_{state.step:06d}.jsonl")
+            scores = self._score(self._generation.expected, answers) | {"ended": ended}
             logger.info(answers_log_message(state.step, scores))
             metrics = {"step": state.step} | metrics | scores
         return metrics
 
 
 class EarlyStopping:
-    """Watches one metric over the evaluations of a run."""
+    """Track the best value of one metric, and whether it has stopped improving."""
 
     def __init__(self, args: EarlyStoppingArgs) -> None:
         self._metric = args.metric
@@ -185,8 +201,8 @@ class EarlyStopping:
         self._best: float | None = None
         self._worse_since = 0
 
-    def improved(self, metrics: dict[str, float]) -> bool:
-        """Takes note of an evaluation and says whether it is the best so far."""
+    def update(self, metrics: dict[str, float]) -> bool:
+        """Record an evaluation. Return whether it is the best so far."""
         value = metrics.get(self._metric)
         if value is None:
             return False
@@ -197,14 +213,15 @@ class EarlyStopping:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run takes over."""
+        """Return the JSON-serializable state needed to resume."""
         return {"metric": self._metric, "best": self._best, "worse_since": self._worse_since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`, unless another metric is watched now."""
+        """Restore `state`, unless it is of another metric."""
         if state["metric"] == self._metric:
             self._best, self._worse_since = state["best"], state["worse_since"]
 
     @property
     def should_stop(self) -> bool:
+        """Whether the last `patience` evaluations brought no improvement; patience 0 disables early stopping."""
         return 0 < self._patience <= self._worse_since

@@ -1,16 +1,22 @@
-"""Being asked to stop: SIGTERM (Slurm, spot machines, torchrun), SIGUSR1 (what Slurm warns with), Ctrl-C."""
+"""Signals that ask a run to stop: SIGTERM (Slurm, spot instances, torchrun), SIGUSR1 (Slurm's warning), Ctrl-C."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be started again
+logger = logging.getLogger("train")
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, can be started again
+MARKER_NAME = "interrupted"  # file in the run folder
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop."""
+    """Whether this process has been asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -19,10 +25,10 @@ class StopRequest:
         return self.signal is not None
 
     def __str__(self) -> str:
-        return self.signal.name if self.signal else "another process's signal"
+        return self.signal.name if self.signal else "a signal to another process"
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler; a second Ctrl-C does not wait for the step and the checkpoint."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal. A second Ctrl-C does not wait for the step and the checkpoint."""
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
@@ -30,11 +36,39 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Takes note of signals instead of dying of them, for as long as the block runs; in the main thread only."""
+    """Record signals instead of being terminated by them while the block runs; in the main thread only."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in _SIGNALS}
+    previous = {number: signal.signal(number, request.handle) for number in _SIGNALS}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def exit_interrupted(run_dir: Path, step: int, checkpoint: Path | None, stop: StopRequest) -> NoReturn:
+    """End a run that a signal interrupted, after its last checkpoint is complete.
+
+    Creates `run_dir/interrupted`, by which a job script recognizes that the run can be requeued: torchrun does not
+    pass on exit codes. Every rank creates it, so that no node has to wait for a shared file system to show it.
+
+    Raises:
+        SystemExit: always, with EXIT_INTERRUPTED.
+    """
+    logger.warning(
+        "Stopped by %s after step %d. Checkpoint: %s. Rerun the same command with `resume: auto` to continue.",
+        stop,
+        step,
+        checkpoint,
+    )
+    if checkpoint is not None:
+        try:
+            (run_dir / MARKER_NAME).touch()
+        except OSError as error:
+            logger.warning("%s cannot be created: %s.", run_dir / MARKER_NAME, error.strerror)
+    raise SystemExit(EXIT_INTERRUPTED)
+
+
+def clear_interrupted(run_dir: Path) -> None:
+    """Remove the marker of an earlier interruption, since the run has started again."""
+    (run_dir / MARKER_NAME).unlink(missing_ok=True)

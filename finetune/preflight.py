@@ -54,10 +54,12 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     Raises:
         UserError: on every rank, with what is missing.
     """
-    world.run_everywhere(lambda: check_optimizer(args.optim, world.size))
+    with world.synchronized_errors():
+        check_optimizer(args.optim, world.size)
     world.sum(torch.ones((), device=world.device))  # where ranks cannot reach each other, it shows here
     if args.compile:
-        world.run_everywhere(lambda: check_compile(hardware.device))
+        with world.synchronized_errors():
+            check_compile(hardware.device)
     if args.base_dtype != "same" and (world.size > 1 or args.cpu_offload) and not _shards_bytes():
         world.raise_on_all(
             f"`base_dtype: {args.base_dtype}` on several processes or with `cpu_offload` needs PyTorch 2.12 or later, "
@@ -72,11 +74,10 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
     memory = training.memory()
     held = memory.frozen + memory.trained + memory.gradients + memory.moments
-    world.run_everywhere(lambda: check_memory(hardware.device, memory.unsharded if args.cpu_offload else held))
-    if not args.no_ckpt:
-        world.run_everywhere(
-            lambda: check_disk(run_dir, checkpoint_bytes, _planned(args, run_dir)) if world.is_master else None
-        )
+    with world.synchronized_errors():
+        check_memory(hardware.device, memory.unsharded if args.cpu_offload else held)
+        if world.is_master and not args.no_ckpt:
+            check_disk(run_dir, checkpoint_bytes, _planned(args, run_dir))
 
 
 def _shards_bytes() -> bool:

@@ -1,4 +1,4 @@
-"""Seeds, and how far a run is."""
+"""Seeds and training progress."""
 
 import dataclasses
 import random
@@ -15,28 +15,28 @@ from .data.data_loader import Batch
 
 
 def set_seed(seed: int) -> None:
-    """Seeds every generator that dropout or library code may draw from."""
+    """Seed every generator that dropout or library code may draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
-_CONTINUED = ("step", "tokens", "seconds", "trained_tokens", "skipped_steps", "first_loss", "last_loss")
+_SAVED = ("step", "tokens", "seconds", "trained_tokens", "skipped_steps", "first_loss", "last_loss")
 
 
 @dataclasses.dataclass
 class TrainState:
-    """How far a run is, how fast it went and what came of it."""
+    """Progress, speed and losses of a run."""
 
     max_steps: int
     started: float = dataclasses.field(default_factory=time.perf_counter)
     step: int = 0
     tokens: int = 0  # of all ranks
-    seconds: float = 0.0  # in training steps, data included; evaluations and checkpoints are not
+    seconds: float = 0.0  # in training steps, data loading included, evaluations and checkpoints excluded
     step_tokens: int = 0
     step_seconds: float = 0.0
-    trained_tokens: int = 0  # of this rank: positions that carried loss
-    skipped_steps: int = 0  # whose gradient was not finite
+    trained_tokens: int = 0  # of this rank: positions with loss
+    skipped_steps: int = 0  # gradient not finite
     first_loss: float | None = None
     last_loss: float | None = None
     eval_losses: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -44,7 +44,7 @@ class TrainState:
 
     @contextmanager
     def timed_step(self, tokens: int) -> Iterator[None]:
-        """Counts a step of `tokens` tokens and the time it takes."""
+        """Count one step of `tokens` tokens and measure its time."""
         start = time.perf_counter()
         yield
         self.step_seconds = time.perf_counter() - start
@@ -53,38 +53,38 @@ class TrainState:
         self.tokens += tokens
         self.step += 1
 
-    def note(self, batches: list[Batch], skipped: bool) -> None:
-        """Takes note of what a step trained on and whether it was skipped."""
+    def record_step(self, batches: list[Batch], skipped: bool) -> None:
+        """Record the batches of a step and whether it was skipped."""
         self.trained_tokens += sum(batch.trained_tokens for batch in batches)
         self.skipped_steps += skipped
 
     def record_loss(self, loss: float) -> None:
-        """Takes note of a step's training loss, the mean over ranks."""
+        """Record a step's training loss, the mean over ranks."""
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run takes over, as JSON can hold it."""
-        state = {name: getattr(self, name) for name in _CONTINUED}
+        """Return the JSON-serializable state needed to resume."""
+        state = {name: getattr(self, name) for name in _SAVED}
         return state | {"eval_losses": [list(item) for item in self.eval_losses.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`."""
-        for name in _CONTINUED:
+        """Restore `state`."""
+        for name in _SAVED:
             setattr(self, name, state[name])
         self.eval_losses = dict(state["eval_losses"])
 
     def due(self, freq: int) -> bool:
-        """Whether something done every `freq` steps, and always after the last one, is due; 0: only after the last."""
+        """Return whether an action is due: every `freq` steps and after the last one; with 0 only after the last."""
         return self.step == self.max_steps or (freq > 0 and self.step % freq == 0)
 
     def progress(self) -> dict[str, Any]:
-        """What a training step's metrics are made of."""
+        """Return the arguments of `train_metrics` that depend on progress."""
         names = ("step", "max_steps", "step_tokens", "step_seconds", "tokens", "seconds")
         return {name: getattr(self, name) for name in names} | {"loss": self.last_loss}
 
     def totals(self) -> dict[str, Any]:
-        """What the closing summary is made of."""
+        """Return the arguments of `summary` that depend on progress."""
         names = ("max_steps", "skipped_steps", "tokens", "first_loss", "last_loss", "eval_losses", "checkpoint")
         wall_seconds = time.perf_counter() - self.started
         return {name: getattr(self, name) for name in names} | {

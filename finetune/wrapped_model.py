@@ -1,6 +1,6 @@
-"""Builds the model a run trains: meta device -> adapters -> recomputation -> shards -> weights.
+"""Build the model of a run: meta device -> adapters -> activation checkpointing -> shards -> weights.
 
-Parameters are filled one at a time and each rank reads only the rows it keeps, so host memory never holds a second
+Parameters are loaded one at a time and each rank reads only the rows it keeps, so host memory never contains a second
 copy of the model.
 """
 
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model.args import LoraArgs, ModelArgs, load_model_args, read_params
@@ -23,7 +21,7 @@ from model.transformer import Recompute, Transformer
 from model.weights import WeightsReader, open_safetensors
 
 from .args import TrainArgs
-from .distributed import World
+from .distributed import World, is_sharded
 from .hardware import Hardware
 from .run_dir import find_weights
 
@@ -31,24 +29,24 @@ logger = logging.getLogger("wrapped_model")
 
 _RECOMPUTE: dict[bool | str, Recompute] = {True: "block", "selective": "feed_forward", False: "nothing"}
 ADAPTER_NAME = "lora.safetensors"
-_MAX_FAULTS_NAMED = 12
+_MAX_FAULTS_LISTED = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A checked model folder: what a run starts from, before anything is loaded."""
+    """A checked model folder, before any weights are loaded."""
 
     folder: Path
     args: ModelArgs
     weights: WeightsReader
-    adapter: WeightsReader | None  # where `lora.from_adapter` names one
+    adapter: WeightsReader | None  # of `lora.from_adapter`
 
 
 def open_base_model(args: TrainArgs) -> BaseModel:
-    """Opens the model folder and the adapter to start from; compares every tensor's name and shape, reads none.
+    """Open the model folder and the initial adapter; compare every tensor's name and shape without reading weights.
 
     Raises:
-        UserError: shapes, files or vocabulary do not fit.
+        UserError: shapes, files or vocabulary do not match.
     """
     folder = Path(args.model_id_or_path)
     model_args = load_model_args(folder)
@@ -60,8 +58,9 @@ def open_base_model(args: TrainArgs) -> BaseModel:
         )
     if model_args.sliding_window is not None and args.seq_len > model_args.sliding_window:
         raise UserError(
-            f"The model in {folder} attends to {model_args.sliding_window} tokens at a time (`sliding_window`), which "
-            f"this code does not compute: set `seq_len` ({args.seq_len}) to at most {model_args.sliding_window}."
+            f"The model in {folder} uses sliding-window attention over {model_args.sliding_window} tokens "
+            f"(`sliding_window`), which is not supported: set `seq_len` ({args.seq_len}) to at most "
+            f"{model_args.sliding_window}."
         )
     weights = open_model_weights(folder)
     with torch.device("meta"):
@@ -77,7 +76,7 @@ def open_base_model(args: TrainArgs) -> BaseModel:
         path = Path(args.lora.from_adapter)
         adapter = _open_adapter(find_weights(path) if path.is_dir() else path, args.lora, expected)
     if args.base_dtype != "same":
-        quantize_linears(model, args.base_dtype)  # for its complaints
+        quantize_linears(model, args.base_dtype)  # on the meta device, for its checks only
     return BaseModel(folder, model_args, weights, adapter)
 
 
@@ -89,14 +88,14 @@ def _open_adapter(path: Path, lora: LoraArgs, expected: dict[str, tuple[int, ...
     recorded = (read_params(path.parent).get("lora") or {}) if (path.parent / "params.json").is_file() else {}
     if recorded.get("scaling", lora.scaling) != lora.scaling:
         raise UserError(
-            f"{path} was trained with `lora.scaling: {recorded['scaling']}` but the YAML says {lora.scaling}: "
-            "the same adapter would be another model. Use the adapter's own."
+            f"{path} was trained with `lora.scaling: {recorded['scaling']}` but the YAML sets {lora.scaling}, with "
+            "which the adapter gives a different model. Use the adapter's value."
         )
     return adapter
 
 
 def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]], what: str) -> None:
-    """Raises UserError naming every tensor that is missing, unexpected or of another shape."""
+    """Raise UserError listing the tensors that are missing, unexpected or of the wrong shape."""
     faults = [f"{name} is missing" for name in expected if name not in weights.shapes]
     faults += [f"{name} is not part of the model" for name in weights.shapes if name not in expected]
     faults += [
@@ -105,16 +104,16 @@ def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]]
         if weights.shapes.get(name, shape) != shape
     ]
     if faults:
-        more = f" ... and {len(faults) - _MAX_FAULTS_NAMED} more" if len(faults) > _MAX_FAULTS_NAMED else ""
-        named = "; ".join(faults[:_MAX_FAULTS_NAMED])
-        raise UserError(f"{weights.source} does not fit {what}: {named}{more}.")
+        more = f" ... and {len(faults) - _MAX_FAULTS_LISTED} more" if len(faults) > _MAX_FAULTS_LISTED else ""
+        listed = "; ".join(faults[:_MAX_FAULTS_LISTED])
+        raise UserError(f"{weights.source} does not match {what}: {listed}{more}.")
 
 
 def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World, trains: bool = True) -> Transformer:
-    """Builds, shards and loads the model.
+    """Build, shard and load the model.
 
-    Parameters that train are fp32, the others `hardware.dtype`; with several ranks each holds its rows of all of them,
-    with `cpu_offload` in host memory. Unless it `trains`, no parameter does.
+    Trainable parameters are fp32, frozen ones `hardware.dtype`. With several ranks each keeps its rows of every
+    parameter; with `cpu_offload` they are in host memory. With `trains=False` every parameter is frozen.
     """
     with torch.device("meta"):
         model = Transformer(base.args, hardware.attention, hardware.dtype)
@@ -135,26 +134,23 @@ def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: Wor
 
 
 def shard_count(args: TrainArgs, world: World) -> int:
-    """How many processes hold one copy of the model together."""
+    """Return the number of processes that share one copy of the model."""
     return world.local_size if args.sharding == "hybrid" else world.size
 
 
 def _shard(model: Transformer, args: TrainArgs, hardware: Hardware, world: World) -> None:
-    mesh = world.mesh(shard_count(args, world))
-    # Inputs are left alone: the model casts its own, and the rotary phases are complex.
+    # Imported here: it takes a second, which a single process need not wait for.
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    has_gpu = hardware.device.type == "cuda"
+    if args.cpu_offload and not has_gpu:
+        logger.info("`cpu_offload: true` has no effect here: the model is in host memory anyway.")
+    offload = CPUOffloadPolicy(pin_memory=has_gpu) if args.cpu_offload else OffloadPolicy()
+    # Inputs are not cast: the model casts its own, and the rotary phases are complex.
     policy = MixedPrecisionPolicy(param_dtype=hardware.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload = _offload_policy(args, hardware)
+    mesh = world.mesh(shard_count(args, world))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
-
-
-def _offload_policy(args: TrainArgs, hardware: Hardware) -> OffloadPolicy:
-    if not args.cpu_offload:
-        return OffloadPolicy()
-    has_gpu = hardware.device.type == "cuda"
-    if not has_gpu:
-        logger.info("`cpu_offload: true` does nothing here: the model is in host memory anyway.")
-    return CPUOffloadPolicy(pin_memory=has_gpu)
 
 
 def _load(model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> None:
@@ -176,7 +172,7 @@ def _load(model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardwa
 def _tensors(
     model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardware
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter's name and this rank's rows of it."""
+    """Yield every parameter's name and this rank's rows of it."""
     rows = {name: _local_rows(parameter) for name, parameter in model.named_parameters()}
     quantized = dict(quantizable_linears(model)) if args.base_dtype != "same" else {}
     for name in base.weights.shapes:
@@ -195,33 +191,35 @@ def _tensors(
 
 
 def reshard(model: Transformer) -> None:
-    """Gives back what a forward pass without a backward pass leaves unsharded: embeddings, last norm and head."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Reshard what stays unsharded after a forward pass without a backward pass: embeddings, last norm and head."""
+    if (reshard_module := getattr(model, "reshard", None)) is not None:  # only an FSDPModule has it
+        reshard_module()
 
 
 def _local_rows(parameter: nn.Parameter) -> slice:
-    """The rows of a parameter that this rank holds."""
-    if not isinstance(parameter, DTensor):
+    """Return the rows of a parameter that this rank keeps."""
+    if not is_sharded(parameter):
         return slice(0, len(parameter))
     shards = parameter.device_mesh["shard"]
     return shard_rows(len(parameter), shards.get_local_rank(), shards.size())
 
 
 def shard_rows(rows: int, shard: int, shards: int) -> slice:
-    """The rows that a shard of a parameter holds: equal chunks, the last ones shorter or empty."""
+    """Return the rows of one shard of a parameter: chunks of equal size, the last ones shorter or empty."""
     chunk = -(-rows // shards)
     return slice(min(chunk * shard, rows), min(chunk * (shard + 1), rows))
 
 
 def _sharded_like(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return local
     # DTensor.from_local would move an offloaded shard to the GPU.
     sharded = torch.empty_like(parameter, dtype=local.dtype, device=local.device, requires_grad=False)
+    assert is_sharded(sharded)
     sharded.to_local().copy_(local)
     return sharded
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that the optimizer updates."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

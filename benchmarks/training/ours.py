@@ -1,4 +1,4 @@
-"""This project, put together from its own parts as `train.run` does."""
+"""This project, put together from its own parts as `train.run_training` does."""
 
 from pathlib import Path
 

@@ -280,7 +280,7 @@ def test_bad_evaluation_data_are_named_before_training(name, settings):
     rows, _ = BAD_DATA[name]
     file_with(*rows)
     message = refusal(merged(settings, {"no_eval": False, "data": {"eval_instruct_data": "bad.jsonl"}}))
-    assert "bad.jsonl" in message or "`data.eval_instruct_data` holds nothing to evaluate" in message
+    assert "bad.jsonl" in message or "`data.eval_instruct_data` has nothing to evaluate" in message
 
 
 @pytest.mark.parametrize("key", ["instruct_data", "data", "eval_instruct_data"])

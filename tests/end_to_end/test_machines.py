@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from finetune.args import load_train_args
 from finetune.distributed import World
 from finetune.hardware import Hardware
 from finetune.memory_estimate import MemoryConfig
+from finetune.preemption import MARKER_NAME
 from finetune.preflight import check_preflight
 from finetune.wrapped_model import open_base_model
 from model.errors import UserError
@@ -97,7 +99,7 @@ def test_a_run_goes_on_with_another_sharding(before, after, full, hybrid, folder
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     half_of({"full": full[4], "hybrid": hybrid}[before], folder, f"{before}_to_{after}")
     run_dir, log = train_in(folder, f"{before}_to_{after}", 4, sharding=after)
-    assert "behind step 2" in log
+    assert "(step 2)" in log
     assert_same_run(run_dir, full[4])
 
 
@@ -123,14 +125,14 @@ def test_hybrid_sharding_wants_machines_alike(folder, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_model_in_host_memory_learns_the_same(ranks, full, folder):
     run_dir, log = train_in(folder, f"offload_{ranks}", ranks, cpu_offload=True)
-    assert log.count("`cpu_offload: true` does nothing here") == 1
+    assert log.count("`cpu_offload: true` has no effect here") == 1
     assert_same_run(run_dir, full[ranks])
 
 
 def test_a_run_goes_on_with_its_model_in_host_memory(full, folder):
     half_of(full[1], folder, "offload_later")
     run_dir, log = train_in(folder, "offload_later", 1, cpu_offload=True)
-    assert "behind step 2" in log
+    assert "(step 2)" in log
     assert_same_run(run_dir, full[1])
 
 
@@ -176,7 +178,7 @@ def test_a_node_that_dies_and_comes_back_finishes_the_run(folder):
     assert ForkedRun(reference, 4).wait() == [0] * 4
     config = kill_test_config(folder, "died")
     nodes = two_nodes(config)
-    assert any("Goes on from" in node.log for node in nodes)
+    assert any("Resuming from" in node.log for node in nodes)
     assert curve(config.with_suffix("")) == curve(reference.with_suffix(""))
 
 
@@ -192,29 +194,37 @@ def test_nodes_that_find_each_other_by_rank_and_address(full, folder):
 
 STUBS = {
     "scontrol": '[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" >> scontrol.txt',
-    # Two tasks, each on a node of its own, whose output goes where srun is told.
+    # Two tasks, each on its own node, with output to the file that --output names.
     "srun": """
         while [ "$1" != bash ]; do
             case $1 in --output=*) log=${1#--output=} ;; esac
             shift
         done
         "$@" > "$log" 2>&1 && "$@" >> "$log" 2>&1""",
-    # Takes Slurm's signal as torchrun does, and lives on.
-    "torchrun": 'echo "$@" >> torchrun.txt; kill -USR1 $$; echo "$SAID"; exit "$CODE"',
+    # Ignores Slurm's signal, as torchrun does; its workers may be interrupted.
+    "torchrun": 'echo "$@" >> torchrun.txt; kill -USR1 $$; [ -z "$MARKER" ] || touch "$MARKER"; exit "$CODE"',
 }
 
 
 @pytest.mark.parametrize(
-    "code, said, requeued",
-    [(0, "Done", False), (1, "Stopped by SIGUSR1 behind step 7.", True), (1, "error: no such file", False)],
+    "code, interrupted, requeued",
+    [(0, "never", False), (1, "now", True), (1, "never", False), (1, "before", False), (1, "unreadable", False)],
 )
-def test_the_slurm_script_starts_every_node_and_requeues_what_was_interrupted(code, said, requeued, tmp_path):
+def test_the_slurm_script_starts_every_node_and_requeues_an_interrupted_run(code, interrupted, requeued, tmp_path):
+    """A run that was interrupted in an earlier job and fails now is not requeued."""
     for name, script in STUBS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"JOB_ID": "40123", "JOB_NODELIST": "node[7-8]", "NNODES": "2", "CPUS_PER_TASK": "32", "GPUS_ON_NODE": "8"}
-    environment = {f"SLURM_{key}": value for key, value in slurm.items()} | {"SAID": said, "CODE": str(code)}
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {f"SLURM_{key}": value for key, value in slurm.items()} | {"CODE": str(code)}
+    environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (tmp_path / "the run").mkdir()
+    marker = Path("the run") / MARKER_NAME
+    environment["MARKER"] = str(marker) if interrupted == "now" else ""
+    if interrupted == "before":
+        (tmp_path / marker).touch()
+    settings = "{broken" if interrupted == "unreadable" else "max_steps: 7\nrun_dir: 'the run' # quoted\n"
+    (tmp_path / "my run.yaml").write_text(settings)
     script = [str(ROOT / "example" / "slurm.sbatch"), "my run.yaml"]
     done = subprocess.run(["bash", *script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "")

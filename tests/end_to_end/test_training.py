@@ -399,7 +399,7 @@ def test_the_loss_scale_changes_neither_the_step_nor_the_clipping(models, tmp_pa
 
 
 def test_skipped_steps_are_counted_in_the_metrics(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "LossScaler", lambda dtype: LossScaler(dtype, scale=2.0**40))
+    monkeypatch.setattr("finetune.run.LossScaler", lambda dtype: LossScaler(dtype, scale=2.0**40))
     run_dir = run_here(small_config(tmp_path, models["dense"], param_dtype="fp16", max_steps=30))
     steps = read_jsonl(run_dir / "metrics.train.jsonl")
     skipped = [step["skipped_steps"] for step in steps]

@@ -184,7 +184,7 @@ def one_node_left(config: Path) -> Node:
         try:
             wait_for_checkpoint(config, nodes)
             nodes[1].kill()
-            assert nodes[0].wait() == 0 and "with 4 processes and goes on with 2" in nodes[0].log, nodes[0].log
+            assert nodes[0].wait() == 0 and "Resuming a 4-process run with 2 processes" in nodes[0].log, nodes[0].log
         finally:
             nodes[0].kill()
     return nodes[0]

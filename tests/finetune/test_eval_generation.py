@@ -52,7 +52,7 @@ def run(tmp_path: Path, model_folder: Path, rows: Path, **settings: Any) -> Path
         no_eval=False,
         **settings,
     )
-    train.run(args, WORLD)
+    train.run_training(args, WORLD)
     return tmp_path / "run"
 
 
@@ -134,13 +134,13 @@ def test_a_run_that_gets_no_better_stops_with_a_checkpoint(
 )
 def test_better_means_lower_loss_and_higher_scores(metric: str, values: list[float]) -> None:
     best = EarlyStopping(EarlyStoppingArgs(metric=metric, patience=1))
-    assert [best.improved({metric: value}) for value in values[:2]] == [True, True]
+    assert [best.update({metric: value}) for value in values[:2]] == [True, True]
     assert not best.should_stop
-    assert not best.improved({})  # nothing measured, nothing worse
+    assert not best.update({})  # nothing measured, nothing worse
     assert not best.should_stop
-    assert not best.improved({metric: values[2]})
+    assert not best.update({metric: values[2]})
     assert best.should_stop
-    assert best.improved({metric: values[3]})
+    assert best.update({metric: values[3]})
     assert not best.should_stop
 
 

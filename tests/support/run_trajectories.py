@@ -93,7 +93,7 @@ def main(configs: list[str]) -> None:
     with init_world() as world:
         set_up_logging(world.rank)
         for config in configs:
-            train.run(load_train_args(Path(config)), world)
+            train.run_training(load_train_args(Path(config)), world)
 
 
 if __name__ == "__main__":

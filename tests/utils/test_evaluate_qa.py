@@ -122,7 +122,7 @@ def test_a_run_answers_the_questions(jsonl, command, tmp_path, capsys):
         seq_len=64,
         max_steps=1,
     )
-    train.run(args, World(0, 1, torch.device("cpu")))
+    train.run_training(args, World(0, 1, torch.device("cpu")))
     capsys.readouterr()  # what training said, where other tests have set up its log lines
     code, said = command("--gold", gold, "--run", tmp_path / "run")
     (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")

@@ -47,7 +47,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         max_steps=1,
         save_adapters=request.param,
     )
-    train.run(args, World(0, 1, torch.device("cpu")))
+    train.run_training(args, World(0, 1, torch.device("cpu")))
     return folder / "run"
 
 

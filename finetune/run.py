@@ -1,0 +1,135 @@
+"""Everything before the first step: settings resolved, inputs checked, the model built, a saved state restored."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .anomalies import AnomalyDetector
+from .args import TrainArgs
+from .checkpointing import Checkpointer
+from .data.data_loader import TrainLoader, build_data_loader
+from .data.tokenize import load_instruct_tokenizer
+from .distributed import World
+from .epochs import count_steps
+from .eval import EarlyStopping, Evaluator, Scoring
+from .hardware import Hardware, choose_hardware
+from .mixed_precision import LossScaler
+from .monitoring.metrics_logger import MetricsLogger
+from .optim import build_optimizer
+from .preemption import clear_interrupted
+from .preflight import check_preflight, check_shared, resolve_checkpoint
+from .resume import RunState, SavedState, find_saved_state
+from .run_dir import create_run_dir
+from .utils import TrainState, set_seed
+from .wrapped_model import BaseModel, build_model, open_base_model, trainable_parameters
+
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
+logger = logging.getLogger("train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run trains on: checked and opened, but no weights loaded yet."""
+
+    args: TrainArgs  # complete: `auto` and `epochs` are resolved
+    base: BaseModel
+    hardware: Hardware
+    tokenizer: "InstructTokenizerBase"
+    data_loader: TrainLoader
+    evaluator: Evaluator
+    saved: SavedState | None  # to resume from
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(RunState):
+    """A run in progress: the state that a checkpoint restores, and what observes and saves it."""
+
+    args: TrainArgs
+    world: World
+    evaluator: Evaluator
+    checkpointer: Checkpointer
+    train_log: MetricsLogger
+    eval_log: MetricsLogger
+
+
+def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
+    """Check and open everything a run needs, so that a user's mistake is found before the run folder exists.
+
+    Raises:
+        UserError, SystemExit: on every rank, for the first mistake found on any.
+    """
+    set_seed(args.seed)
+    with world.synchronized_errors():
+        base = open_base_model(args)
+        hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
+        tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
+    chosen = hardware.settings()
+    args = dataclasses.replace(
+        args, world_size=world.size, param_dtype=chosen["param_dtype"], attention=chosen["attention"]
+    )
+    args = resolve_checkpoint(base, args, hardware, world)
+    check_preflight(base, args, hardware, Path(args.run_dir), world)
+
+    saved = find_saved_state(args, Path(args.run_dir), world)
+    with world.synchronized_errors():
+        data_loader = build_data_loader(
+            tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size, is_eval=False
+        )
+        if saved and (own := saved.of_rank(world)):
+            data_loader.load_state_dict(own["data"])
+    if args.epochs is not None:
+        max_steps = saved.max_steps if saved else count_steps(args, data_loader, world)
+        args = dataclasses.replace(args, max_steps=max_steps)
+    with world.synchronized_errors():
+        data_loader.wait_for_first()
+    evaluator = Evaluator(args, tokenizer, score, world)
+    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved)
+
+
+@contextlib.contextmanager
+def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
+    """Create the run folder, build the model, restore the saved state if there is one; close everything at the end."""
+    args, hardware, saved, run_dir = inputs.args, inputs.hardware, inputs.saved, Path(inputs.args.run_dir)
+    with world.synchronized_errors():
+        if world.is_master:
+            create_run_dir(run_dir, args)
+            clear_interrupted(run_dir)
+    with world.synchronized_errors():
+        check_shared(run_dir)
+    if world.is_master:
+        logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
+        for remark in args.remarks():
+            logger.warning(remark)
+
+    model = build_model(inputs.base, args, hardware, world)
+    optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
+    with contextlib.ExitStack() as stack:
+        stack.callback(inputs.data_loader.close)
+        trackers = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
+        purge_step = saved.step + 1 if saved else None
+        run = Run(
+            model,
+            optimizer,
+            schedule,
+            LossScaler(hardware.dtype),
+            TrainState(args.max_steps),
+            EarlyStopping(args.early_stopping),
+            AnomalyDetector(args.guards, run_dir / "anomalies", world.rank),
+            inputs.data_loader,
+            args,
+            world,
+            inputs.evaluator,
+            Checkpointer(model, inputs.tokenizer, args, run_dir, hardware.dtype, world),
+            train_log=stack.enter_context(MetricsLogger(run_dir, "train", *trackers, purge_step=purge_step)),
+            eval_log=stack.enter_context(MetricsLogger(run_dir, "eval", *trackers)),
+        )
+        stack.push(world.report_failure)  # called first on exit: closing the trackers may take long
+        if saved:
+            run.restore(saved, args, world)
+        run.checkpointer.recover(run.state.step)
+        yield run
