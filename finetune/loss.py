@@ -102,4 +102,4 @@ def batch_loss(model: Transformer, batch: Batch, device: torch.device) -> torch.
         if batch.y_mask.dtype != bool:
             loss_weights = torch.from_numpy(batch.y_mask[batch.y_mask > 0]).to(device, torch.float32)
     inputs = torch.from_numpy(batch.x).to(device, non_blocking=True)
-    return model(inputs, batch.sizes, head=cross_entropy_head(targets, loss_weights), wanted=trained)
+    return model(inputs, batch.sizes, head=cross_entropy_head(targets, loss_weights), output_positions=trained)

@@ -1,10 +1,11 @@
 """Causal attention over packed documents: one signature, several engines.
 
 Shapes: T packed tokens, H query heads, K key/value heads, Dh head width, N documents. An engine takes q [T, H, Dh],
-k and v [T, K, Dh] and the document boundaries, and returns [T, H, Dh]. A token sees itself and the earlier tokens of
-its own document, none of any other; scores are scaled by Dh ** -0.5.
+k and v [T, K, Dh] and the document boundaries, and returns [T, H, Dh]. A token attends to itself and to earlier tokens
+of its own document; scores are scaled by Dh ** -0.5.
 
-To add an engine: write the function, enter it in ENGINES, and it is chosen, forced and tested like the others.
+To add an engine, write the function and add it to ENGINES and to `model.args.ATTENTION_ENGINES`; selection and tests
+cover it automatically.
 """
 
 import dataclasses
@@ -22,11 +23,11 @@ from .errors import UserError
 
 @dataclasses.dataclass
 class PackedDocuments:
-    """Where the documents of a packed batch lie."""
+    """The document boundaries of a packed batch."""
 
     lengths: list[int]  # N document lengths in order; their sum is T
     positions: torch.Tensor  # [T] int64, position of each token within its document
-    cu_seqlens: torch.Tensor  # [N + 1] int32, document starts and the end
+    cu_seqlens: torch.Tensor  # [N + 1] int32, start of each document, and T
     max_length: int
 
     @classmethod
@@ -52,43 +53,45 @@ Engine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedDocuments], t
 
 
 def expand_heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Repeats each of K heads for its group of query heads: [T, K, ...] -> [T, H, ...]."""
+    """Repeat each of K heads for its group of query heads: [T, K, ...] -> [T, H, ...]."""
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-    """PyTorch's scaled_dot_product_attention, document by document: any device, any dtype."""
+    """PyTorch's scaled_dot_product_attention, one document at a time: any device, any dtype."""
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type != "cpu":
-        # The kernels for cards before Ampere know no grouped heads; the fallback would build the score matrix.
+        # Kernels for GPUs before Ampere do not support grouped heads; the fallback would build the score matrix.
         k, v, grouped = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1]), False
     outputs = []
     for q_doc, k_doc, v_doc in zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True):
-        # [t, H, Dh] -> [1, H, t, Dh], the layout SDPA wants
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q_doc, k_doc, v_doc))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
+        # [t, H, Dh] -> [1, H, t, Dh], the layout that SDPA expects
+        q_doc, k_doc, v_doc = (x.transpose(0, 1).unsqueeze(0) for x in (q_doc, k_doc, v_doc))
+        out = F.scaled_dot_product_attention(q_doc, k_doc, v_doc, is_causal=True, enable_gqa=grouped)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-    """PyTorch's own variable-length flash attention: CUDA, Ampere and later, fp16 and bf16."""
+    """PyTorch's variable-length flash attention: CUDA, Ampere and later, fp16 and bf16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # every earlier token, no later one: causal
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # all earlier tokens, no later ones: causal
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     else:  # torch 2.11
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     bounds, longest = documents.cu_seqlens, documents.max_length
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    assert isinstance(out, torch.Tensor)  # a tuple only with `return_aux`
+    return out
 
 
 def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-    """xformers' memory-efficient attention with a block-diagonal causal mask, the original's engine (CUDA)."""
+    """xformers' memory-efficient attention with a block-diagonal causal mask, as in mistral-finetune (CUDA)."""
     from xformers.ops.fmha import memory_efficient_attention
 
-    # No xformers backward takes grouped heads, so keys and values are repeated.
+    # No backward kernel of xformers supports grouped heads, so keys and values are repeated.
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     batched = (x.unsqueeze(0) for x in (q, k, v))  # [1, T, H, Dh]
     return memory_efficient_attention(*batched, attn_bias=documents.xformers_bias).squeeze(0)
@@ -98,7 +101,7 @@ ENGINES: dict[str, Engine] = {"xformers": xformers, "varlen": varlen, "sdpa": sd
 
 
 def engine_works(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Tries an engine forward and backward on two small documents: kernels depend on card, dtype and build alike."""
+    """Try an engine forward and backward on two small documents: support depends on GPU, dtype and build."""
     documents = PackedDocuments.from_lengths([3, 5], device)
     q, k, v = (torch.zeros(8, 2, head_dim, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
     try:
@@ -109,10 +112,10 @@ def engine_works(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
 
 
 def choose_engine(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Resolves the setting `attention: auto|xformers|varlen|sdpa` for a device and dtype.
+    """Resolve the setting `attention: auto|xformers|varlen|sdpa` for a device and dtype.
 
     Raises:
-        UserError: the named engine is unknown or does not run here.
+        UserError: the engine is unknown or does not run on this device in this dtype.
     """
     if name == "auto":
         candidates = ["sdpa"] if device.type == "cpu" else list(ENGINES)
@@ -122,7 +125,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     if not engine_works(name, device, dtype, head_dim):
         works = [engine for engine in ENGINES if engine_works(engine, device, dtype, head_dim)]
         raise UserError(
-            f"`attention: {name}` does not run here ({device.type}, {str(dtype).removeprefix('torch.')}); "
-            f"what does: {', '.join(works)}. Set `attention: auto` to have one chosen."
+            f"`attention: {name}` does not run here ({device.type}, {str(dtype).removeprefix('torch.')}). "
+            f"Supported: {', '.join(works)}. Set `attention: auto` to select one automatically."
         )
     return name

@@ -1,6 +1,6 @@
-"""What a file of the wrong kind is, told by its first bytes."""
+"""Recognize files of the wrong type by their first bytes."""
 
-_BEGINNINGS = {
+_SIGNATURES = {
     b"PK\x03\x04": "a zip archive",
     b"PK\x05\x06": "an empty zip archive",
     b"\x1f\x8b": "a gzip archive",
@@ -17,14 +17,14 @@ _BEGINNINGS = {
     b"\xd0\xcf\x11\xe0": "an old Office document",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
-    b"version https://git-lfs": "a pointer of git-lfs (run `git lfs pull`)",
+    b"version https://git-lfs": "a git-lfs pointer (run `git lfs pull`)",
 }
 _MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 
 
 def looks_like(beginning: bytes) -> str | None:
-    """What begins with these bytes, as "a zip archive"; None where nothing is recognised."""
-    for signature, kind in _BEGINNINGS.items():
+    """Return the type of a file with this beginning, such as "a zip archive", or None if it is not recognized."""
+    for signature, kind in _SIGNATURES.items():
         if beginning.startswith(signature):
             return kind
     if beginning[:200].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_MARKUP):

@@ -1,13 +1,13 @@
-"""How the frozen weight of a linear layer is stored: as it is, in 4 bits (NF4) or in 8 (FP8); and its two products.
+"""Storage formats for the frozen weight of a linear layer (dense, 4-bit NF4, 8-bit FP8) and its two matrix products.
 
-A format replaces the parameter `weight` [out, in] by a few uint8 tensors with `out` as their first dimension. Rows are
-independent of each other, so that a rank quantises only its own. Scales too are stored as bytes, for FSDP2's mixed
-precision would round them to the dtype it computes in. At each use the layer lays a view over its tensors:
+A format replaces the parameter `weight` [out, in] with a few uint8 tensors whose first dimension is `out`. Rows are
+independent, so each rank quantizes only its own. Scales are also stored as bytes, because FSDP2's mixed precision would
+round them to the compute dtype. At each use the layer wraps its tensors in a view:
 
     weight = FORMATS["nf4"](**{name: getattr(layer, name) for name in FORMATS["nf4"].shapes_of(out, in)})
     y = weight.product(x)
 
-Nothing that a product makes outlives it: the backward pass dequantises anew.
+Products keep no intermediate results: the backward pass dequantizes again.
 
 | name   | bits per weight, in = 4096 | |
 |--------|------|---|
@@ -22,6 +22,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -31,24 +32,25 @@ from .errors import UserError
 
 # The 16 levels of NF4: the quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al., 2023, appendix E).
 _NF4_LEVELS = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 _NF4_BLOCK = 64  # weights that share a scale
-_NF4_AT_A_TIME = 1 << 20  # weights quantised in one go: bounds what stands beside the result
+_NF4_CHUNK = 1 << 20  # weights quantized at a time, which bounds the temporary memory
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
-_FP8_MULTIPLE = 16  # of both dimensions: what the tensor cores' products ask for
+_FP8_MULTIPLE = 16  # both dimensions must be multiples, as the tensor cores' products require
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 Shapes = dict[str, tuple[tuple[int, int], torch.dtype]]  # tensor name -> shape, dtype
 
 
+@dataclass(frozen=True)
 class FrozenWeight(ABC):
-    """A matrix W [out, in] that does not train, and its products. Cheap to make: a view of a layer's tensors."""
+    """A matrix W [out, in] that does not train, and its products. Cheap to create: a view of a layer's tensors."""
 
     weight: Tensor  # [out, ...]
 
@@ -58,26 +60,26 @@ class FrozenWeight(ABC):
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """W [out, in] in `dtype`."""
+        """Return W [out, in] in `dtype`."""
 
     def product(self, x: Tensor) -> Tensor:
-        """X W^T: x [T, in] -> [T, out], in x's dtype. Knows no gradient: `input_gradient` is its backward pass."""
+        """Return x W^T: x [T, in] -> [T, out], in x's dtype. Not differentiable; its backward is `input_gradient`."""
         return F.linear(x, self.dense(x.dtype))
 
-    @staticmethod
-    def products(weights: Sequence["FrozenWeight"], x: Tensor) -> list[Tensor]:
-        """`product` of each of several weights of this format with the same x."""
+    @classmethod
+    def products(cls, weights: Sequence[Self], x: Tensor) -> list[Tensor]:
+        """Return `product(x)` of several weights of this format."""
         return [weight.product(x) for weight in weights]
 
     def input_gradient(self, g: Tensor, total: Tensor | None = None) -> Tensor:
-        """G W, added in place to `total` where that is given: g [T, out] -> [T, in], in g's dtype."""
+        """Return g W, added in place to `total` if given: g [T, out] -> [T, in], in g's dtype."""
         weight = self.dense(g.dtype)
         return g @ weight if total is None else total.addmm_(g, weight)
 
 
 @dataclass(frozen=True)
 class DenseWeight(FrozenWeight):
-    """`weight` [out, in], any floating dtype."""
+    """`weight` [out, in], any floating-point dtype."""
 
     weight: Tensor
 
@@ -86,15 +88,15 @@ class DenseWeight(FrozenWeight):
 
 
 class QuantizedWeight(FrozenWeight):
-    """A format: a dataclass whose fields are the tensors that stand in the place of the parameter `weight`."""
+    """A format: a dataclass whose fields are the tensors that replace the parameter `weight`."""
 
     @staticmethod
     @abstractmethod
     def shapes_of(out_features: int, in_features: int, layer: str = "A layer") -> Shapes:
-        """Names, shapes and dtypes of the tensors that store a weight.
+        """Return names, shapes and dtypes of the tensors that store a weight.
 
         Args:
-            layer: the layer's name, for the message.
+            layer: name of the layer, for the error message.
 
         Raises:
             UserError: the format cannot store a matrix of this shape.
@@ -103,17 +105,17 @@ class QuantizedWeight(FrozenWeight):
     @staticmethod
     @abstractmethod
     def quantize(rows: Tensor) -> dict[str, Tensor]:
-        """The same rows of every tensor of `shapes_of`: rows [n, in] of the weight, n >= 0, in any floating dtype."""
+        """Quantize rows [n, in] of a weight, n >= 0, any floating-point dtype: the n rows of each stored tensor."""
 
 
 @dataclass(frozen=True)
 class NF4Weight(QuantizedWeight):
-    """QLoRA's 4-bit NormalFloat: 64 neighbours of a row share a scale, their largest magnitude.
+    """4-bit NormalFloat as in QLoRA: 64 consecutive weights of a row share a scale, their largest magnitude.
 
-    Codes and scales are bit for bit those of bitsandbytes (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314).
+    Codes and scales are bit-identical to bitsandbytes (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314).
 
     Attributes:
-        weight: [out, in / 2] uint8, two codes in a byte, the first one in the high half.
+        weight: [out, in / 2] uint8, two codes per byte, the first in the high four bits.
         weight_scales: [out, in / 64 * 4] uint8, the bytes of fp32.
     """
 
@@ -139,15 +141,15 @@ class NF4Weight(QuantizedWeight):
 
 @dataclass(frozen=True)
 class DoubleQuantizedNF4Weight(QuantizedWeight):
-    """NF4 whose scales are quantised in their turn: 8 bits between the smallest and the largest scale of the row.
+    """NF4 with double quantization: scales are quantized to 8 bits between the smallest and largest scale of their row.
 
-    QLoRA quantises blocks of 256 scales about the mean of the whole matrix (0.127 bits per weight instead of 0.141 with
-    in = 4096, 0.129 with 14336). Here a row stands alone, and its offset saves the range that the mean saves there.
+    QLoRA quantizes blocks of 256 scales around the mean of the whole matrix (0.127 bits per weight instead of 0.141 for
+    in = 4096, 0.129 for 14336). Here rows are independent, and a row's offset saves as much range as the mean does.
 
     Attributes:
         weight: as in `NF4Weight`.
         weight_scales: [out, in / 64] uint8.
-        weight_scale_ranges: [out, 8] uint8, the bytes of two numbers in fp32: the smallest scale, and one step.
+        weight_scale_ranges: [out, 8] uint8, the bytes of two fp32 numbers: the smallest scale and the step.
     """
 
     weight: Tensor
@@ -181,18 +183,18 @@ class DoubleQuantizedNF4Weight(QuantizedWeight):
 
 @dataclass(frozen=True)
 class FP8Weight(QuantizedWeight):
-    """W = diag(s) Wq with Wq in e4m3 and one scale per output channel; both products in FP8 where the GPU can.
+    """W = diag(s) Wq with Wq in e4m3 and one scale per output channel. Both products run in FP8 if the GPU supports it.
 
-    The other factor is rounded row by row at each use. One Wq serves both products: in the input's gradient G W =
-    (G diag(s)) Wq, the scales fold into G before it is rounded. G too is rounded to e4m3 and not to e5m2: its rows have
-    scales of their own, so that the range of e4m3 (2^18 from its largest to its smallest number) is enough and the bit
-    is better spent on precision.
+    The other factor is quantized row by row at each use. A single Wq serves both products: in the input's gradient
+    G W = (G diag(s)) Wq, the scales are folded into G before it is quantized. G is also stored in e4m3, not e5m2: each
+    of its rows has its own scale, so the range of e4m3 (2^18 from smallest to largest) suffices, and the bit is better
+    spent on precision.
 
-    All scales are powers of two. That costs a floating format next to no precision, and dividing by a scale,
-    multiplying by it and folding it into G are exact in bf16.
+    All scales are powers of two. This costs a floating-point format almost no precision and makes dividing by a scale,
+    multiplying by it and folding it into G exact in bf16.
 
-    Where there are no such products (CPUs, GPUs before Hopper) the same numbers are rounded in the same way and
-    multiplied in the input's dtype.
+    Without FP8 products (CPUs, GPUs before Hopper), the same numbers are rounded in the same way and multiplied in the
+    input's dtype.
 
     Attributes:
         weight: [out, in] uint8, the bytes of e4m3.
@@ -221,9 +223,9 @@ class FP8Weight(QuantizedWeight):
     def product(self, x: Tensor) -> Tensor:
         return self.products([self], x)[0]
 
-    @staticmethod
-    def products(weights: Sequence["FP8Weight"], x: Tensor) -> list[Tensor]:
-        """As `FrozenWeight.products`; x is rounded once."""
+    @classmethod
+    def products(cls, weights: Sequence[Self], x: Tensor) -> list[Tensor]:
+        """Return `product(x)` of each weight; x is quantized once."""
         codes, scales = _quantize_fp8(x)
         if not _has_fp8_products(x.device):
             rounded = _dequantize_fp8(codes, scales, x.dtype)
@@ -244,12 +246,12 @@ class FP8Weight(QuantizedWeight):
         if not _has_fp8_products(g.device):
             rounded = _dequantize_fp8(codes, scales, wide) / weight_scales
             return rounded.to(g.dtype) @ self.dense(g.dtype)
-        # The second factor of an FP8 product has to lie column by column, which for this one takes a copy.
+        # The second factor of an FP8 product must be column-major, which requires a copy here.
         columns = self.weight.t().contiguous().t().view(_FP8)
         return _fp8_product(codes, scales, columns, scales.new_ones(1, columns.shape[1])).to(g.dtype)
 
     def _scales(self) -> Tensor:
-        """fp32 [out, 1]."""
+        """Return the scales, fp32 [out, 1]."""
         return self.weight_scales.view(torch.float32)
 
 
@@ -264,10 +266,10 @@ def _check_multiple(name: str, layer: str, shape: tuple[int, int], multiples: tu
     if any(size % multiple for size, multiple in zip(shape, multiples)):
         out_multiple, in_multiple = multiples
         needed = f"an input width that is a multiple of {in_multiple}"
-        needed += f" and an output width that is one of {out_multiple}" if out_multiple > 1 else ""
+        needed += f" and an output width that is a multiple of {out_multiple}" if out_multiple > 1 else ""
         raise UserError(
-            f"{layer} has a weight of {list(shape)} (output, input width), which `base_dtype: {name}` cannot store: it "
-            f"needs {needed}. Use another `base_dtype`; `same` fits every model."
+            f"{layer} has a weight of shape {list(shape)} (output, input width), which `base_dtype: {name}` cannot "
+            f"store: it needs {needed}. Use another `base_dtype`; `same` works with every model."
         )
 
 
@@ -275,7 +277,7 @@ def _quantize_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [n, in] -> codes uint8 [n, in / 2], scales fp32 [n, in / 64]."""
     levels = torch.tensor(_NF4_LEVELS, device=rows.device)
     boundaries = (levels[1:] + levels[:-1]) / 2
-    parts = [_nearest_levels(part, boundaries) for part in rows.split(max(1, _NF4_AT_A_TIME // rows.shape[1]))]
+    parts = [_nearest_levels(part, boundaries) for part in rows.split(max(1, _NF4_CHUNK // rows.shape[1]))]
     codes, scales = zip(*parts)
     return torch.cat(codes), torch.cat(scales)
 
@@ -293,13 +295,13 @@ def _dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     if _HAS_BITSANDBYTES and codes.is_cuda:
         return _dequantize_nf4_by_bitsandbytes(codes, scales, dtype)
     levels = torch.tensor(_NF4_LEVELS, device=codes.device)
-    pairs = torch.cartesian_prod(levels, levels)  # [256, 2]: what each byte stands for
+    pairs = torch.cartesian_prod(levels, levels)  # [256, 2]: the two levels of each byte
     blocks = F.embedding(codes.int(), pairs).view(*scales.shape, _NF4_BLOCK)
     return blocks.mul_(scales[..., None]).flatten(1).to(dtype)
 
 
 def _dequantize_nf4_by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in one kernel."""
+    """Compute the same numbers in one kernel."""
     import bitsandbytes  # noqa: F401  registers the operator
 
     shape = (codes.shape[0], codes.shape[1] * 2)
@@ -307,7 +309,7 @@ def _dequantize_nf4_by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.
 
 
 def _quantize_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [n, K] -> codes e4m3 [n, K], scales fp32 [n, 1], powers of two. A row that is not finite becomes NaN."""
+    """rows [n, K] -> codes e4m3 [n, K], scales fp32 [n, 1], powers of two. Rows that are not finite become NaN."""
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
     scales = _next_power_of_two((largest / _FP8_MAX).clamp_min(_SMALLEST_NORMAL))
     wide = _with_wide_exponents(rows.dtype)
@@ -320,12 +322,12 @@ def _dequantize_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _with_wide_exponents(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to scale in: fp16 lacks the exponents for scales, bf16 has those of fp32."""
+    """Return the dtype to scale in: fp16's exponents are too few for the scales, bf16 has those of fp32."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def _next_power_of_two(x: Tensor) -> Tensor:
-    """The smallest powers of two not below x, normal positive fp32: a mantissa over zero carries into the exponent."""
+    """Round normal positive fp32 up to powers of two: any mantissa above zero carries into the exponent."""
     return (x.view(torch.int32) + 0x007FFFFF & 0x7F800000).view(torch.float32)
 
 
@@ -334,8 +336,9 @@ def _has_fp8_products(device: torch.device) -> bool:
 
 
 def _fp8_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    """a [T, K] by rows, a_scales [T, 1], b [K, N] by columns, b_scales [1, N] -> bf16 [T, N], for any T.
+    """a [T, K] row-major, a_scales [T, 1], b [K, N] column-major, b_scales [1, N] -> bf16 [T, N], for any T.
 
-    Fast accumulation: without it the row-wise kernels lose most of their speed, and rounding to e4m3 costs far more.
+    With fast accumulation: without it, row-wise kernels lose most of their speed, and its error is far smaller than
+    that of rounding to e4m3.
     """
     return torch._scaled_mm(a, b, scale_a=a_scales, scale_b=b_scales, out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -1,15 +1,16 @@
-"""Frozen linear layers that share an input, with their adapters, as one step of differentiation.
+"""Frozen linear layers that share an input, with their adapters, as a single autograd function.
 
-y_i = W_i x + scaling_i * B_i A_i x. Left to autograd, every layer and every adapter would keep its input and pass over
-it and over its gradient again. Here the input is not kept at all: it is computed anew from what is kept anyway (see
-`Source`). The A of all layers are multiplied as one matrix, and what adds up is added where it is multiplied.
+y_i = W_i x + scaling_i * B_i A_i x. With plain autograd, every layer and every adapter would save its input and read it
+and its gradient again. Here the input is not saved at all: the backward pass recomputes it from tensors that are saved
+anyway (see `InputFn`). The A matrices of all layers are multiplied as one, and sums are accumulated inside the matrix
+products.
 
 Shapes: T tokens, I input width, O_i output width of a layer, R_i rank of its adapter.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -18,27 +19,30 @@ from torch.autograd.function import once_differentiable
 
 from .frozen_weights import FrozenWeight
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    a: torch.Tensor  # [R, I], in the dtype that computes
+    a: torch.Tensor  # [R, I], in the compute dtype
     b: torch.Tensor  # [O, R]
     scaling: float
 
 
-class Source(Protocol):
-    """Where the layers' input x comes from: a cheap function of tensors that are kept for the backward pass anyway."""
+class InputFn(Protocol):
+    """A cheap function that computes the layers' input x from tensors that are saved for the backward pass anyway."""
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """x [T, I]."""
+    @property
+    def forward(self) -> Callable[..., torch.Tensor]:
+        """(*tensors) -> x [T, I]."""
 
-    def gradients(self, grad: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Those of the tensors, given that of x, which may be overwritten."""
+    @property
+    def gradients(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """(gradient of x, which may be overwritten, *tensors) -> gradients of the tensors."""
 
 
-class Given:
+class Identity:
     """x itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,54 +75,54 @@ def _swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) 
 
 
 def elementwise(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
-    """A function of no matrix products, or the one kernel that torch.compile makes of it for any number of tokens."""
+    """Return a function without matrix products as it is, or compiled into one kernel for any number of tokens."""
     return _compiled(function) if compiled else function
 
 
 @functools.cache
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+def _compiled(function: Callable[..., R]) -> Callable[..., R]:
     return torch.compile(function, dynamic=True)
 
 
 def project(
-    source: Source,
+    input_fn: InputFn,
     tensors: Sequence[torch.Tensor],
     weights: Sequence[FrozenWeight],
     adapters: Sequence[Adapter | None],
-    output_matters: bool = True,
+    needs_output: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """The layers' outputs [T, O_i] for the input that `source` makes of `tensors`.
+    """Return the layers' outputs [T, O_i] for the input `input_fn(*tensors)`.
 
     Args:
-        output_matters: False where a step is repeated for its backward pass alone: what is returned then has the right
-            shape and no meaning.
+        needs_output: False when the call is repeated for its backward pass only: the outputs then have the right shape
+            and undefined values.
     """
     factors = [factor for adapter in adapters if adapter for factor in (adapter.a, adapter.b)]
     scalings = [adapter and adapter.scaling for adapter in adapters]
-    return _Project.apply(source, weights, scalings, output_matters, len(tensors), *tensors, *factors)
+    return _Project.apply(input_fn, weights, scalings, needs_output, len(tensors), *tensors, *factors)
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        source: Source,
+        input_fn: InputFn,
         weights: Sequence[FrozenWeight],
         scalings: Sequence[float | None],
-        output_matters: bool,
+        needs_output: bool,
         n_tensors: int,
-        *saved: torch.Tensor,
+        *saved: torch.Tensor,  # the tensors, then a and b of each adapter
     ) -> tuple[torch.Tensor, ...]:
-        x = source.forward(*saved[:n_tensors])
+        x = input_fn.forward(*saved[:n_tensors])
         a, b = saved[n_tensors::2], saved[n_tensors + 1 :: 2]
         low = x @ torch.cat(a).T if a else None  # [T, sum of R_i]
-        ctx.source, ctx.weights, ctx.scalings, ctx.n_tensors = source, weights, scalings, n_tensors
+        ctx.input_fn, ctx.weights, ctx.scalings, ctx.n_tensors = input_fn, weights, scalings, n_tensors
         ctx.save_for_backward(low, *saved)
-        if not output_matters:
+        if not needs_output:
             return tuple(x.new_empty(len(x), weight.out_features) for weight in weights)
-        outputs = weights[0].products(weights, x)  # layers that share an input are stored alike
-        for i, part, factor in _adapted(scalings, low, a, b):
-            outputs[i].addmm_(part, factor.T, alpha=scalings[i])
+        outputs = weights[0].products(weights, x)  # layers that share an input use the same storage format
+        for i, scaling, part, factor in _adapted(scalings, low, a, b):
+            outputs[i].addmm_(part, factor.T, alpha=scaling)
         return tuple(outputs)
 
     @staticmethod
@@ -129,26 +133,29 @@ class _Project(torch.autograd.Function):
         grad_factors: list[torch.Tensor] = []
         if a:
             grad_low = torch.empty_like(low)
-            for i, part, factor in _adapted(ctx.scalings, grad_low, a, b):
-                torch.mm(grads[i], factor, out=part).mul_(ctx.scalings[i])
-            grads_b = [grads[i].T @ part * ctx.scalings[i] for i, part, _ in _adapted(ctx.scalings, low, a, b)]
-            grads_a = (grad_low.T @ ctx.source.forward(*tensors)).split([len(factor) for factor in a])
+            for i, scaling, part, factor in _adapted(ctx.scalings, grad_low, a, b):
+                torch.mm(grads[i], factor, out=part).mul_(scaling)
+            grads_b = [grads[i].T @ part * scaling for i, scaling, part, _ in _adapted(ctx.scalings, low, a, b)]
+            grads_a = (grad_low.T @ ctx.input_fn.forward(*tensors)).split([len(factor) for factor in a])
             grad_factors = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
-        if not any(ctx.needs_input_grad[5 : 5 + ctx.n_tensors]):  # behind frozen embeddings
-            return *[None] * (5 + ctx.n_tensors), *grad_factors
-        total = None
-        for grad, weight in zip(grads, ctx.weights, strict=True):
-            total = weight.input_gradient(grad, total)
+        no_gradients = (None,) * 5  # the arguments before `saved`
+        if not any(ctx.needs_input_grad[5 : 5 + ctx.n_tensors]):  # directly after frozen embeddings
+            return (*no_gradients, *[None] * ctx.n_tensors, *grad_factors)
+        grad_x = ctx.weights[0].input_gradient(grads[0])
+        for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
+            grad_x = weight.input_gradient(grad, grad_x)
         if a:
-            total.addmm_(grad_low, torch.cat(a))
-        return *[None] * 5, *ctx.source.gradients(total, *tensors), *grad_factors
+            grad_x.addmm_(grad_low, torch.cat(a))
+        return (*no_gradients, *ctx.input_fn.gradients(grad_x, *tensors), *grad_factors)
 
 
 def _adapted(
     scalings: Sequence[float | None], low: torch.Tensor | None, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]
-) -> zip:
-    """Of each layer with an adapter: its index, its columns of `low` [T, sum of R_i], and its B."""
+) -> Iterator[tuple[int, float, torch.Tensor, torch.Tensor]]:
+    """Yield each adapted layer's index, its scaling, its columns of `low` [T, sum of R_i], and its B."""
     if low is None:
-        return zip((), (), ())
-    layers = (i for i, scaling in enumerate(scalings) if scaling is not None)
-    return zip(layers, low.split([len(factor) for factor in a], dim=1), b, strict=True)
+        return
+    adapted = [(i, scaling) for i, scaling in enumerate(scalings) if scaling is not None]
+    parts = low.split([len(factor) for factor in a], dim=1)
+    for (i, scaling), part, factor in zip(adapted, parts, b, strict=True):
+        yield i, scaling, part, factor

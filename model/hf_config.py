@@ -1,4 +1,4 @@
-"""Hugging Face's config.json and Mistral's params.json, one from the other."""
+"""Convert between Hugging Face's config.json and Mistral's params.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,20 +21,20 @@ _SHAPES = {
 _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
 _DEFAULT_THETAS = {"mistral": 1e4, "mixtral": 1e6}
-# params.json rarely says how long a sequence may become; rotary embeddings have no table, but engines plan by it.
+# params.json rarely states a maximum sequence length. Our rotary embeddings need none, but inference engines do.
 _DEFAULT_MAX_POSITIONS = 32768
-_BOS, _EOS = 1, 2  # in every tokenizer of Mistral's
+_BOS, _EOS = 1, 2  # in all of Mistral's tokenizers
 
 
 def params_from_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Says in the words of params.json what a config.json says.
+    """Convert a config.json to the keys of params.json.
 
     Args:
-        path: of the config.json, for messages.
+        path: of the config.json, for error messages.
         config: its content.
 
     Raises:
-        UserError: another architecture, a variant this code does not compute, or missing keys.
+        UserError: another architecture, an unsupported variant, or missing keys.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _ARCHITECTURES:
@@ -69,8 +69,8 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
     ):
         if value != expected:
             raise UserError(
-                f"{path}: `{key}` is {value!r}; this code computes models with {expected!r} only "
-                "and would quietly make another one of it."
+                f"{path}: `{key}` is {value!r}; only {expected!r} is supported. This code would silently "
+                "compute a different model."
             )
 
 
@@ -82,16 +82,16 @@ def _default_head_dim(path: Path, config: Mapping[str, Any]) -> int:
 
 
 def _rope_theta(config: Mapping[str, Any]) -> Any:
-    """It moved into `rope_parameters` with transformers 5."""
+    """Return `rope_theta`, which transformers 5 moved into `rope_parameters`."""
     return (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
 
 
 def config_from_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config.json of a model whose weights are stored in `dtype` ("bfloat16"), with the head's own weights.
+    """Return the config.json of a model with untied output weights.
 
     Args:
-        params: what `model.args.read_params` returns.
-        dtype: as PyTorch writes it.
+        params: as returned by `model.args.read_params`.
+        dtype: of the stored weights, in PyTorch's spelling ("bfloat16").
     """
     kind = "mixtral" if params.get("moe") else "mistral"
     config = {
@@ -113,5 +113,5 @@ def config_from_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def generation_config() -> dict[str, Any]:
-    """The generation_config.json: where an answer ends."""
+    """Return the generation_config.json, which tells inference engines where an answer ends."""
     return {"bos_token_id": _BOS, "eos_token_id": _EOS}

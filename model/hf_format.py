@@ -1,8 +1,8 @@
 """Weights in Hugging Face's layout (transformers' Mistral and Mixtral): names, channel order, files.
 
-The two layouts hold the same numbers under other names, except that the rows of the query and key projections stand in
-another order within a head: Mistral's rotary embeddings turn neighbouring channels (2j, 2j + 1), transformers' turn
-channels (j, j + Dh/2). Shapes: Dh head width, E experts, D model width, F inner width of an expert.
+The two layouts hold the same numbers under different names, except that the rows of query and key projections are
+ordered differently within a head: Mistral's rotary embeddings rotate adjacent channels (2j, 2j + 1), those of
+transformers channels (j, j + Dh/2). Shapes: Dh head width, E experts, D model width, F inner width of an expert.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from .weights import (
     safetensors_shards,
 )
 
-HF_STEM = "model"  # of the files' names: model.safetensors or model-00001-of-0000N.safetensors
-INDEX_NAME = "model.safetensors.index.json"  # which shard holds what; reading needs only the shards' own headers
+HF_STEM = "model"  # file names: model.safetensors or model-00001-of-0000N.safetensors
+INDEX_NAME = "model.safetensors.index.json"  # maps tensors to shards; written only, shard headers suffice for reading
 MAX_SHARD_BYTES = 5_000_000_000
 
 _OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -46,16 +46,16 @@ _IN_LAYER = {
     "feed_forward.experts": "block_sparse_moe.experts",
 }
 _FROM_OUTSIDE = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-# transformers 5 computes with all experts in one tensor and says "mlp"; it may save them so.
+# transformers 5 keeps all experts of a layer in one tensor, under the name "mlp", and may save them in this form.
 _FROM_LAYER = {theirs: ours for ours, theirs in _IN_LAYER.items()} | {"mlp.gate": "feed_forward.gate"}
 _FUSED_EXPERTS = {"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_proj": ("w2",)}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _ROTATED = re.compile(r"\.attention\.w[qk]\.(lora_B\.)?weight$")
-_ROTARY_TABLE = "rotary_emb.inv_freq"  # old files store it; it follows from head_dim and rope_theta
+_ROTARY_TABLE = "rotary_emb.inv_freq"  # stored in old files; computed from head_dim and rope_theta
 
 
 def hf_name(name: str) -> str:
-    """transformers' name of a tensor, of its adapter's parts too: `layers.0.attention.wq.lora_A.weight`."""
+    """Return transformers' name of a tensor, including adapters such as `layers.0.attention.wq.lora_A.weight`."""
     if not name.startswith("layers."):
         return _renamed(name, _OUTSIDE)
     _, layer, part = name.split(".", 2)
@@ -63,7 +63,7 @@ def hf_name(name: str) -> str:
 
 
 def mistral_name(name: str) -> str:
-    """The inverse of `hf_name`; a name that is not transformers' comes back as it is."""
+    """Return Mistral's name of a tensor (the inverse of `hf_name`); other names are returned unchanged."""
     if match := _LAYER.fullmatch(name):
         renamed = _renamed(match[2], _FROM_LAYER)
         return f"layers.{match[1]}.{renamed}" if renamed != match[2] else name
@@ -78,29 +78,29 @@ def _renamed(name: str, table: dict[str, str]) -> str:
 
 
 def to_hf(name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Orders the rows of a tensor [out, in], called `name` in Mistral's layout, as transformers wants them."""
+    """Reorder the rows of a tensor [out, in] for transformers; `name` is its name in Mistral's layout."""
     return _reordered(tensor, (head_dim // 2, 2)) if _ROTATED.search(name) else tensor
 
 
 def from_hf(name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The inverse of `to_hf`, for whole heads."""
+    """Reorder the rows of a tensor from transformers: the inverse of `to_hf`, for complete heads."""
     return _reordered(tensor, (2, head_dim // 2)) if _ROTATED.search(name) else tensor
 
 
 def _reordered(tensor: torch.Tensor, pairs: tuple[int, int]) -> torch.Tensor:
-    """Transposes each head's rows, read as a matrix of this shape."""
+    """Transpose each head's rows, viewed as a matrix of shape `pairs`."""
     return tensor.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 class HFWeightsReader(WeightsReader):
-    """Reads Hugging Face files under Mistral's names and in Mistral's order of channels."""
+    """Read Hugging Face files under Mistral's names and in Mistral's channel order."""
 
     def __init__(self, source: Path, locations: dict[str, TensorLocation], head_dim: int) -> None:
         super().__init__(source, locations)
         self._head_dim = head_dim
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """As `WeightsReader.read`; to turn some rows of a query or key projection, their whole heads are read."""
+        """Read a tensor or some of its rows, see `WeightsReader.read`. Reordered tensors are read in complete heads."""
         if not _ROTATED.search(name):
             return super().read(name, rows)
         start, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
@@ -126,9 +126,11 @@ def _mistral_locations(source: Path, locations: dict[str, TensorLocation]) -> di
 def _expert_locations(
     source: Path, prefix: str, parts: tuple[str, ...], fused: TensorLocation
 ) -> dict[str, TensorLocation]:
-    """Cuts a tensor of all experts, [E, 2F, D] for w1 above w3 or [E, D, F] for w2, into theirs: each is one piece."""
+    """Locate each expert's weights in a fused tensor: [E, 2F, D] with w1 above w3, or [E, D, F] with w2."""
     if len(fused.shape) != 3 or fused.shape[1] % len(parts):
-        raise UserError(f"{source}: a tensor of all experts for {prefix} has the shape {list(fused.shape)}.")
+        raise UserError(
+            f"{source}: the tensor of all experts of {prefix} has an unexpected shape: {list(fused.shape)}."
+        )
     shape = (fused.shape[1] // len(parts), fused.shape[2])
     size = math.prod(shape) * fused.dtype.itemsize
     names = [f"{prefix}.{expert}.{part}.weight" for expert in range(fused.shape[0]) for part in parts]
@@ -141,13 +143,13 @@ def _expert_locations(
 def write_hf_weights(
     folder: Path, weights: TensorSource, head_dim: int, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes weights in Hugging Face's layout, one tensor at a time: model.safetensors, or shards and their index.
+    """Write weights in Hugging Face's layout, one tensor at a time: model.safetensors, or shards and their index.
 
     Args:
-        folder: where to.
+        folder: existing folder to write to.
         weights: all tensors, under Mistral's names.
         head_dim: width of one attention head.
-        max_shard_bytes: size of a file, unless one tensor alone is larger.
+        max_shard_bytes: maximum size of a file; a single larger tensor gets its own file.
     """
     sizes = {name: math.prod(shape) * weights.dtypes[name].itemsize for name, shape in weights.shapes.items()}
     shards = _split(sizes, max_shard_bytes)
@@ -169,7 +171,7 @@ def write_hf_weights(
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups that exceed the limit only where one alone does."""
+    """Group names in order, so that a group exceeds the limit only if it is a single tensor."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -182,10 +184,10 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def open_model_weights(path: Path) -> WeightsReader:
-    """Opens the weights of a model, under Mistral's names: a folder in either layout, or a file in Mistral's.
+    """Open the weights of a model under Mistral's names: a folder in either layout, or a file in Mistral's layout.
 
     Raises:
-        UserError: there are no weights, more than one set of them, or a file is damaged.
+        UserError: there are no weights, several sets of weights, or a corrupt file.
     """
     files = _hf_files(path)
     weights = WeightsReader(path, _mistral_locations(path, joint_locations(files))) if files else open_weights(path)
@@ -198,7 +200,7 @@ def open_model_weights(path: Path) -> WeightsReader:
 
 
 def _hf_files(path: Path) -> list[Path]:
-    """The weights in Hugging Face's layout; none where Mistral's stand beside them, as they may."""
+    """Return the weight files in Hugging Face's layout; none if the folder also has them in Mistral's layout."""
     if not path.is_dir() or any(path.glob("consolidated*")):
         return []
     single = path / f"{HF_STEM}.safetensors"

@@ -11,17 +11,17 @@ from torch import nn
 from .args import BLOCK_LINEARS, LoraArgs
 from .errors import UserError
 from .frozen_weights import FORMATS, DenseWeight, FrozenWeight
-from .fused_lora import Adapter, Given, Source, project
+from .fused_lora import Adapter, Identity, InputFn, project
 
 
 class Linear(nn.Linear):
     """A bias-free linear layer that computes in its input's dtype.
 
-    Parameters that train are kept in fp32 and are their own master copy; the cast gives the working copy. A frozen
-    weight may be stored in another format, see `quantize_linears`.
+    Trainable parameters are fp32 master weights, cast at each use. A frozen weight may be stored in another format, see
+    `quantize_linears`.
     """
 
-    format: type[FrozenWeight] = DenseWeight
+    format: type[FrozenWeight] = DenseWeight  # `quantize_linears` sets another
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -31,24 +31,24 @@ class Linear(nn.Linear):
 
     @property
     def is_fusible(self) -> bool:
-        """Whether `project` can stand for the layer as it is now."""
+        """Whether `project` computes what the layer does in its current state."""
         return not self.weight.requires_grad
 
     def frozen_weight(self) -> FrozenWeight:
         return self.format(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self.format)})
 
     def adapter(self, dtype: torch.dtype) -> Adapter | None:
-        """The adapter, with factors in the dtype that computes."""
+        """Return the adapter, if there is one, with its factors cast to the compute dtype."""
         return None
 
     def unfused(self, x: torch.Tensor) -> torch.Tensor:
-        """forward, by autograd's own means where the layer trains."""
+        """Compute the layer on its own, with plain autograd for whatever trains."""
         if self.weight.requires_grad:
             return F.linear(x, self.weight.to(x.dtype))
-        return project(Given(), [x], [self.frozen_weight()], [None])[0]
+        return project(Identity(), [x], [self.frozen_weight()], [None])[0]
 
     def as_product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors u [T, K] and M [out, K] of forward(x) = u M^T, for who wants some rows or columns of it at a time."""
+        """Return factors u [T, K] and M [out, K] of forward(x) = u M^T, to compute it in parts."""
         return x, self.weight
 
 
@@ -60,6 +60,7 @@ class LoRALinear(Linear):
         self.lora_A = Linear(in_features, lora.rank)
         self.lora_B = Linear(lora.rank, out_features)
         self.dropout = nn.Dropout(lora.dropout)
+        assert lora.scaling is not None, "LoraArgs derives it from alpha"
         self.scaling = lora.scaling
 
     @property
@@ -73,28 +74,29 @@ class LoRALinear(Linear):
         return super().unfused(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
 
     def as_product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Linear.as_product`, of [x, scaling * A(dropout(x))] and [W, B]: K = in + R."""
+        """Return the factors [x, scaling * A(dropout(x))] and [W, B], see `Linear.as_product`: K = in + R."""
         low = self.lora_A(self.dropout(x)) * self.scaling  # [T, R]
         return torch.cat([x, low], dim=-1), torch.cat([self.weight, self.lora_B.weight.to(self.weight.dtype)], dim=-1)
 
 
 def fused_linear(
-    layers: Sequence[Linear], *tensors: torch.Tensor, source: Source | None = None, output_matters: bool = True
+    layers: Sequence[Linear], *tensors: torch.Tensor, input_fn: InputFn | None = None, needs_output: bool = True
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs of layers whose common input `source` makes of `tensors`; without a source it is the tensor itself.
+    """Return the outputs of layers that share the input `input_fn(*tensors)`, by default the tensor itself.
 
-    See `model.fused_lora.project`, which does the work wherever the layers allow it.
+    Fused by `model.fused_lora.project` if every layer allows it.
     """
-    source = source or Given()
+    fn = input_fn or Identity()
     if all(layer.is_fusible for layer in layers):
         weights = [layer.frozen_weight() for layer in layers]
-        return project(source, tensors, weights, [layer.adapter(tensors[0].dtype) for layer in layers], output_matters)
-    x = source.forward(*tensors)
+        adapters = [layer.adapter(tensors[0].dtype) for layer in layers]
+        return project(fn, tensors, weights, adapters, needs_output)
+    x = fn.forward(*tensors)
     return tuple(layer.unfused(x) for layer in layers)
 
 
 def add_lora(model: nn.Module, lora: LoraArgs) -> None:
-    """Gives the linear layers that `lora.targets` names an adapter and freezes all else. Works on the meta device.
+    """Add an adapter to each linear layer named in `lora.targets` and freeze everything else; also on the meta device.
 
     Raises:
         UserError: the model has no such layer.
@@ -114,27 +116,28 @@ def add_lora(model: nn.Module, lora: LoraArgs) -> None:
 
 
 def quantize_linears(model: nn.Module, base_dtype: str) -> None:
-    """Gives the frozen linear layers of the blocks the parameters of a format, empty. For the meta device.
+    """Replace the weights of `quantizable_linears` with the empty parameters of a format. For the meta device.
 
     Raises:
         UserError: the format cannot store one of the weights.
     """
+    weight_format = FORMATS[base_dtype]
     for name, layer in quantizable_linears(model):
-        layer.format = FORMATS[base_dtype]
-        for part, (shape, dtype) in layer.format.shapes_of(layer.out_features, layer.in_features, name).items():
+        layer.format = weight_format
+        for part, (shape, dtype) in weight_format.shapes_of(layer.out_features, layer.in_features, name).items():
             empty = torch.empty(shape, dtype=dtype, device=layer.weight.device)
             layer.register_parameter(part, nn.Parameter(empty, requires_grad=False))
 
 
 def quantizable_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """Yields (checkpoint name, layer): all but the head and the gates, which are small and tell much apart."""
+    """Yield (checkpoint name, frozen layer) of the blocks, except gates, which are small and sensitive to rounding."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in BLOCK_LINEARS and not module.weight.requires_grad:
+        if isinstance(module, Linear) and name.rpartition(".")[2] in BLOCK_LINEARS and not module.weight.requires_grad:
             yield name, module
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Puts plain linear layers with the merged weights in the place of adapters: the inverse of `add_lora`."""
+    """Replace adapted layers with plain linear layers that hold the merged weights: the inverse of `add_lora`."""
     for name, layer in list(lora_layers(model)):
         parent_name, _, attribute = name.rpartition(".")
         with torch.device("meta"):
@@ -145,17 +148,17 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Yields (checkpoint name, layer) in module order."""
+    """Yield (checkpoint name, layer) in module order."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             yield name, module
 
 
 def initial_lora_tensors(model: nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Draws the adapter a run starts from: A Kaiming-uniform (a = sqrt 5), B zero, full size, on the CPU.
+    """Initialize an adapter: A Kaiming-uniform (a = sqrt 5), B zero, unsharded, on the CPU.
 
-    All of A is drawn from one generator in module order and in the dtype of the base weights, which is what the
-    original does: the same seed starts the same run, whatever the number of ranks.
+    All A matrices are drawn from one generator in module order and in the dtype of the base weights, as in
+    mistral-finetune: a seed gives the same adapter for any number of ranks.
 
     Yields:
         (parameter name, tensor)
@@ -169,10 +172,10 @@ def initial_lora_tensors(model: nn.Module, seed: int, dtype: torch.dtype) -> Ite
 
 
 def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + scaling * B A in W's dtype: weight [out, in], lora_a [R, in], lora_b [out, R].
+    """Return W + scaling * B A in W's dtype: weight [out, in], lora_a [R, in], lora_b [out, R].
 
-    The factors are rounded to W's dtype, as they are in the saved adapter; their product is taken in fp32, which CPUs
-    do ten times faster than fp16 and bf16.
+    The factors are rounded to W's dtype, as they are in the saved adapter. Their product is computed in fp32, which is
+    ten times faster on CPUs than fp16 and bf16.
     """
     product = lora_b.to(weight.dtype).float() @ lora_a.to(weight.dtype).float()
     return weight + product.to(weight.dtype) * scaling

@@ -1,8 +1,14 @@
 """The Mistral transformer, dense or mixture of experts, over packed documents.
 
-Module and parameter names are those of Mistral's own checkpoints. Shapes: T packed tokens, D model width, H query
-heads, K key/value heads, Dh head width, V vocabulary.
+Module and parameter names are those of Mistral's checkpoints. Shapes: T packed tokens, N output positions, D model
+width, H query heads, K key/value heads, Dh head width, V vocabulary.
 """
+
+# Execution options: attributes that are set after construction. By whom, and from which setting:
+#   TransformerBlock.recompute              finetune.wrapped_model, from `checkpoint`
+#   RMSNorm.compiled, FeedForward.swiglu    Transformer.compile_elementwise, from `compile`
+#   Linear.format                           model.lora.quantize_linears, from `base_dtype`
+#   Attention.engine                        model.generate, which puts its key/value cache in front for the duration
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,33 +22,33 @@ from torch.utils.checkpoint import checkpoint
 from .args import ModelArgs
 from .attention import ENGINES, Engine, PackedDocuments
 from .errors import UserError
-from .fused_lora import Source, SwiGLU, elementwise
+from .fused_lora import InputFn, SwiGLU, elementwise
 from .lora import Linear, fused_linear
 from .moe import MoeLayer
 from .rope import apply_rotary, rotary_phases
 
-# What to make of the final hidden states [T, D], given the output head's weight [V, D]. Where the head has an adapter,
-# both are wider (see LoRALinear.as_product); their product is the logits all the same.
+# Maps the final hidden states [N, D] and the output weight [V, D], whose product is the logits, to what `Transformer`
+# returns. If the output layer has an adapter, both are wider than D (see LoRALinear.as_product).
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# What a block computes again for the backward pass instead of keeping it.
+# The part of a block that the backward pass recomputes (activation checkpointing).
 Recompute = Literal["nothing", "feed_forward", "block"]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, then scaled (Zhang & Sennrich, 2019). A `Source` of the layers behind it."""
+    """x / rms(x) in fp32, cast back, then scaled (Zhang & Sennrich, 2019). An `InputFn` of the layers after it."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-        self.compiled = False  # set from outside
+        self.compiled = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return elementwise(_rms_norm, self.compiled)(x, self.weight, self.eps)
 
     def gradients(self, grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
-        """That of x; the scale is frozen where this is asked for."""
+        """Return the gradient of x. The scale gets none: wherever layers are fused, their norm is frozen."""
         return (elementwise(_rms_norm_gradient, self.compiled)(grad, x, self.weight, self.eps),)
 
 
@@ -52,9 +58,9 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 def _rms_norm_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x_fp32, grad_fp32 = x.float(), (grad * weight.to(grad.dtype)).float()
-    inverse = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
-    along = (grad_fp32 * x_fp32).mean(-1, keepdim=True) * inverse.square()
-    return ((grad_fp32 - x_fp32 * along) * inverse).to(x.dtype)
+    inverse_rms = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    along_x = (grad_fp32 * x_fp32).mean(-1, keepdim=True) * inverse_rms.square()
+    return ((grad_fp32 - x_fp32 * along_x) * inverse_rms).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -70,15 +76,15 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        norm: Source,
+        norm: InputFn,
         phases: torch.Tensor,
         documents: PackedDocuments,
-        wanted: torch.Tensor | None,
+        output_positions: torch.Tensor | None,
     ) -> torch.Tensor:
-        projected = fused_linear((self.wq, self.wk, self.wv), x, source=norm)
+        projected = fused_linear((self.wq, self.wk, self.wv), x, input_fn=norm)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         q, k = apply_rotary(q, phases), apply_rotary(k, phases)  # [T, H, Dh], [T, K, Dh]
-        return self.wo(_rows(self.engine(q, k, v, documents).flatten(-2), wanted))
+        return self.wo(_select(self.engine(q, k, v, documents).flatten(-2), output_positions))
 
 
 class FeedForward(nn.Module):
@@ -91,14 +97,23 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.hidden_dim)
 
         self.swiglu = SwiGLU()
-        self.output_matters = True
+        self._needs_output = True
 
-    def forward(self, x: torch.Tensor, norm: Source | None = None) -> torch.Tensor:
-        gate, up = fused_linear((self.w1, self.w3), x, source=norm)
-        return fused_linear((self.w2,), gate, up, source=self.swiglu, output_matters=self.output_matters)[0]
+    def forward(self, x: torch.Tensor, norm: InputFn | None = None) -> torch.Tensor:
+        gate, up = fused_linear((self.w1, self.w3), x, input_fn=norm)
+        return fused_linear((self.w2,), gate, up, input_fn=self.swiglu, needs_output=self._needs_output)[0]
+
+    @contextlib.contextmanager
+    def without_output(self) -> Iterator[None]:
+        """Skip the product with w2: forward returns undefined values, its backward pass is unchanged."""
+        self._needs_output = False
+        try:
+            yield
+        finally:
+            self._needs_output = True
 
 
-def _feed_forward(args: ModelArgs) -> nn.Module:
+def _feed_forward(args: ModelArgs) -> FeedForward | MoeLayer:
     if args.moe is None:
         return FeedForward(args)
     experts: list[nn.Module] = [FeedForward(args) for _ in range(args.moe.num_experts)]
@@ -112,46 +127,45 @@ class TransformerBlock(nn.Module):
         self.feed_forward = _feed_forward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-        self.recompute: Recompute = "nothing"  # set from outside
+        self.recompute: Recompute = "nothing"
 
     def forward(
         self,
         x: torch.Tensor,
         phases: torch.Tensor,
         documents: PackedDocuments,
-        wanted: torch.Tensor | None = None,
+        output_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, D] -> [T, D], or [N, D] where only N positions are `wanted` of the last block."""
+        """[T, D] -> [T, D], or [N, D] given `output_positions` [N]."""
         if self.recompute == "block" and torch.is_grad_enabled():
-            return self._recomputed(self._forward, x, phases, documents, wanted)
-        return self._forward(x, phases, documents, wanted)
+            return self._recomputed(self._forward, x, phases, documents, output_positions)
+        return self._forward(x, phases, documents, output_positions)
 
     def _forward(
-        self, x: torch.Tensor, phases: torch.Tensor, documents: PackedDocuments, wanted: torch.Tensor | None
+        self, x: torch.Tensor, phases: torch.Tensor, documents: PackedDocuments, output_positions: torch.Tensor | None
     ) -> torch.Tensor:
-        h = _rows(x, wanted) + self.attention(x, self.attention_norm, phases, documents, wanted)
+        attended = self.attention(x, self.attention_norm, phases, documents, output_positions)
+        h = _select(x, output_positions) + attended
         if self.recompute == "feed_forward" and torch.is_grad_enabled():
             return h + self._recomputed(self.feed_forward, h, self.ffn_norm)
         return h + self.feed_forward(h, self.ffn_norm)
 
     def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-        """Runs a function that ends in the feed-forward network, keeping its inputs alone."""
-        return checkpoint(
-            function, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), self._repeating())
-        )
+        """Call a function that ends in the feed-forward network, saving only its inputs for the backward pass.
 
-    @contextlib.contextmanager
-    def _repeating(self) -> Iterator[None]:
-        """The second time, the last product of a dense network is left out: no gradient needs it."""
-        self.feed_forward.output_matters = False
-        try:
-            yield
-        finally:
-            self.feed_forward.output_matters = True
+        The recomputation skips a dense network's last product: no gradient depends on it.
+        """
+
+        def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+            network = self.feed_forward
+            recomputing = network.without_output() if isinstance(network, FeedForward) else contextlib.nullcontext()
+            return contextlib.nullcontext(), recomputing
+
+        return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _rows(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
-    return x if wanted is None else x.index_select(0, wanted)
+def _select(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    return x if positions is None else x.index_select(0, positions)
 
 
 class Transformer(nn.Module):
@@ -159,24 +173,26 @@ class Transformer(nn.Module):
 
     Args:
         args: shapes.
-        attention: name of the engine, one of `model.attention.ENGINES`.
+        attention: name of an engine in `model.attention.ENGINES`.
         compute_dtype: dtype of activations and matrix products.
     """
+
+    layers: Sequence[TransformerBlock]
 
     def __init__(self, args: ModelArgs, attention: str = "sdpa", compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        engine = ENGINES[attention]
-        self.layers = nn.ModuleList(TransformerBlock(args, engine) for _ in range(args.n_layers))
+        blocks = (TransformerBlock(args, ENGINES[attention]) for _ in range(args.n_layers))
+        self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]  # ModuleList is not generic
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
 
     def compile_elementwise(self) -> None:
-        """Has torch.compile make kernels of the norms and activations, and leaves matrix products to the libraries.
+        """Compile norms and activations with torch.compile, and leave matrix products to the libraries.
 
-        Whole blocks would be compiled anew for other numbers of documents, and hardly be faster.
+        Whole blocks would be recompiled for each number of documents and hardly be faster.
         """
         for module in self.modules():
             if isinstance(module, RMSNorm):
@@ -189,30 +205,33 @@ class Transformer(nn.Module):
         input_ids: torch.Tensor,
         lengths: Sequence[int] | PackedDocuments,
         head: Head | None = None,
-        wanted: torch.Tensor | None = None,
+        output_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs packed documents through the model.
+        """Run packed documents through the model.
 
         Args:
             input_ids: [T] int64.
-            lengths: document lengths, in order; their sum is T. Or the documents themselves, for other positions.
-            head: what to make of the final hidden states and the head's weight, so that a loss need not build all
-                logits; it runs inside forward because a sharded head is whole only there.
-            wanted: [N] int64, the positions whose logits are asked for; None: all. Behind the last attention, nothing
-                is computed for the others.
+            lengths: document lengths, in order; their sum is T. Or `PackedDocuments`, to choose the positions.
+            head: computes the result from the final hidden states and the output weight, so that a loss need not
+                materialize all logits. Runs inside forward, the only place where a sharded output weight is complete.
+            output_positions: [N] int64, the positions to return logits for; default: all T. After the last attention,
+                nothing is computed for the others.
 
         Returns:
-            fp32 logits [T or N, V], or what `head` returns.
+            fp32 logits [N, V], or the result of `head`.
+
+        Raises:
+            UserError: a document is longer than the model's sliding window.
         """
         documents = lengths
         if not isinstance(documents, PackedDocuments):
             documents = PackedDocuments.from_lengths(documents, input_ids.device)
         window = self.args.sliding_window
         if window is not None and documents.positions.max() >= window:
-            raise UserError(f"A text is longer than the model's `sliding_window` of {window} tokens: shorten it.")
+            raise UserError(f"A document is longer than the model's `sliding_window` of {window} tokens: shorten it.")
         phases = rotary_phases(documents.positions, self.args.head_dim, self.args.rope_theta)
         h = self.tok_embeddings(input_ids).to(self.compute_dtype)
         for layer in self.layers:
-            h = layer(h, phases, documents, wanted if layer is self.layers[-1] else None)
+            h = layer(h, phases, documents, output_positions if layer is self.layers[-1] else None)
         h = self.norm(h)
         return self.output(h).float() if head is None else head(*self.output.as_product(h))

@@ -1,4 +1,4 @@
-"""Attention engines: each that runs here against a softmax in float64, forward and backward, and how one is chosen."""
+"""Attention engines: every engine that runs here against a softmax in float64, forward and backward; engine choice."""
 
 import math
 
@@ -10,7 +10,7 @@ from model.attention import ENGINES, PackedDocuments, choose_engine, engine_work
 from model.errors import UserError
 
 DEVICES = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of the largest value
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative to the largest value
 HEAD_DIMS = (16, 80, 128)
 AVAILABLE = [
     pytest.param(name, device, dtype, head_dim, id=f"{name}-{device.type}-{str(dtype)[6:]}-{head_dim}")
@@ -23,11 +23,11 @@ AVAILABLE = [
 
 
 def naive_attention(q, k, v, lengths):
-    """The definition: softmax(q k^T / sqrt(Dh)) v over the earlier tokens of one's own document."""
+    """softmax(q k^T / sqrt(Dh)) v over the earlier tokens of the same document."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    place = torch.arange(len(q), device=q.device)
-    visible = (document[:, None] == document) & (place[:, None] >= place)  # [T, T]
+    position = torch.arange(len(q), device=q.device)
+    visible = (document[:, None] == document) & (position[:, None] >= position)  # [T, T]
     scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
     return torch.einsum("hts,shd->thd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
 
@@ -35,7 +35,7 @@ def naive_attention(q, k, v, lengths):
 @pytest.mark.parametrize("name, device, dtype, head_dim", AVAILABLE)
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [7], [1, 13, 2, 1], [65, 3, 130]], ids=str)
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2)])
-def test_engine_equals_the_definition(name, device, dtype, head_dim, lengths, heads, kv_heads):
+def test_engine_matches_naive_attention(name, device, dtype, head_dim, lengths, heads, kv_heads):
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (
         torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)
@@ -49,12 +49,12 @@ def test_engine_equals_the_definition(name, device, dtype, head_dim, lengths, he
     assert out.dtype == dtype and out.shape == expected.shape
     grads = torch.autograd.grad(out, inputs, grad)
     expected_grads = torch.autograd.grad(expected, exact, grad.double())
-    for actual, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
-        scale = max(wanted.abs().max().item(), 1.0)
-        torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=TOLERANCES[dtype] * scale)
+    for actual, reference in zip((out, *grads), (expected, *expected_grads), strict=True):
+        scale = max(reference.abs().max().item(), 1.0)
+        torch.testing.assert_close(actual.double(), reference, rtol=0, atol=TOLERANCES[dtype] * scale)
 
 
-def test_documents_know_positions_and_bounds():
+def test_packed_documents_from_lengths():
     documents = PackedDocuments.from_lengths([3, 1, 2], torch.device("cpu"))
     assert documents.lengths == [3, 1, 2]
     assert documents.positions.tolist() == [0, 1, 2, 0, 0, 1]
@@ -64,13 +64,13 @@ def test_documents_know_positions_and_bounds():
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_an_engine_without_restrictions_runs_everywhere(device):
-    """V100 and T4 know neither bf16 kernels nor varlen attention: fp16 must still have a path."""
+def test_sdpa_runs_on_every_device_and_dtype(device):
+    """V100 and T4 support neither bf16 kernels nor varlen attention, but must still be able to train in fp16."""
     assert all(engine_works("sdpa", device, dtype, head_dim) for dtype in TOLERANCES for head_dim in HEAD_DIMS)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_auto_takes_sdpa_on_a_cpu(dtype):
+def test_auto_selects_sdpa_on_cpu(dtype):
     assert choose_engine("auto", torch.device("cpu"), dtype, 16) == "sdpa"
 
 
@@ -85,18 +85,20 @@ def test_auto_prefers_xformers_then_varlen_on_cuda(monkeypatch, works, expected)
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_forcing_takes_the_engine_or_says_what_runs(name, device):
+def test_named_engine_is_used_or_the_error_lists_supported_ones(name, device):
     if engine_works(name, device, torch.float32, 16):
         assert choose_engine(name, device, torch.float32, 16) == name
         return
-    with pytest.raises(UserError, match=rf"`attention: {name}` does not run here \({device.type}, float32\).*sdpa"):
+    with pytest.raises(
+        UserError, match=rf"`attention: {name}` does not run here \({device.type}, float32\). Supp.*sdpa"
+    ):
         choose_engine(name, device, torch.float32, 16)
 
 
-def test_an_unknown_engine_is_named():
+def test_unknown_engine_is_rejected():
     with pytest.raises(UserError, match="'flash'; expected auto, xformers, varlen, sdpa"):
         choose_engine("flash", torch.device("cpu"), torch.float32, 16)
 
 
-def test_settings_know_every_engine_in_order_of_preference():
+def test_settings_list_every_engine_in_order_of_preference():
     assert tuple(ENGINES) == ATTENTION_ENGINES

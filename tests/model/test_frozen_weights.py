@@ -1,4 +1,4 @@
-"""Storage of frozen weights: against naive roundings, bitsandbytes and the dense products; under FSDP2."""
+"""Storage formats of frozen weights: against naive rounding, bitsandbytes and dense products; under FSDP2."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def heavy_tailed(*shape: int) -> Tensor:
-    """Normal weights, of which one in a hundred is ten times larger."""
+    """Return normal weights, one in a hundred of them ten times larger."""
     return normal(*shape) * torch.where(normal(*shape, seed=1) > 2.33, 10.0, 1.0)
 
 
@@ -42,7 +42,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 class Product(torch.autograd.Function):
-    """How a layer uses a format: only the bytes are kept for the backward pass."""
+    """Uses a format as a layer does: only the bytes are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, name, *tensors):
@@ -55,11 +55,11 @@ class Product(torch.autograd.Function):
         return ctx.format(*ctx.saved_tensors).input_gradient(g), None, *[None] * len(ctx.saved_tensors)
 
 
-# What is stored
+# Stored tensors
 
 
 @pytest.mark.parametrize(("name", "bits"), [("nf4", 4.5), ("nf4-dq", 4.125 + 64 / 4096), ("fp8", 8 + 32 / 4096)])
-def test_tensors_are_bytes_of_the_announced_shape_and_size(name, bits):
+def test_stored_tensors_have_the_declared_shape_and_size(name, bits):
     shapes = FORMATS[name].shapes_of(32, 4096)
     tensors = FORMATS[name].quantize(normal(32, 4096))
     assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == shapes
@@ -69,10 +69,10 @@ def test_tensors_are_bytes_of_the_announced_shape_and_size(name, bits):
 
 @every_format
 @every_dtype
-def test_any_rows_are_quantised_as_within_the_whole(name, dtype, monkeypatch):
+def test_rows_are_quantized_independently(name, dtype, monkeypatch):
     weight = normal(16, 128).to(dtype)
     whole = FORMATS[name].quantize(weight)
-    monkeypatch.setattr(frozen_weights, "_NF4_AT_A_TIME", 3 * 128)
+    monkeypatch.setattr(frozen_weights, "_NF4_CHUNK", 3 * 128)
     for rows in (slice(0, 5), slice(5, 16), slice(16, 16)):
         part = FORMATS[name].quantize(weight[rows])
         assert all(torch.equal(part[key], whole[key][rows]) for key in whole)
@@ -83,17 +83,17 @@ def test_any_rows_are_quantised_as_within_the_whole(name, dtype, monkeypatch):
     ("name", "shape", "wrong"),
     [("nf4", (64, 96), "multiple of 64"), ("nf4-dq", (64, 32), "multiple of 64"), ("fp8", (40, 64), "multiple of 16")],
 )
-def test_a_shape_that_does_not_fit_is_named(name, shape, wrong):
+def test_unsupported_shape_is_rejected_by_layer_name(name, shape, wrong):
     with pytest.raises(UserError, match=wrong) as caught:
         FORMATS[name].shapes_of(*shape, layer="`layers.0.attention.wq`")
-    assert str(caught.value).startswith(f"`layers.0.attention.wq` has a weight of {list(shape)}")
+    assert str(caught.value).startswith(f"`layers.0.attention.wq` has a weight of shape {list(shape)}")
     assert f"`base_dtype: {name}`" in str(caught.value)
 
 
 @every_format
 @every_dtype
-def test_blocks_of_one_magnitude(name, dtype):
-    """Zero stays zero; equal magnitudes stay equal, and exact in NF4; so with the smallest and largest numbers."""
+def test_blocks_of_equal_magnitudes(name, dtype):
+    """Zero stays zero and equal magnitudes stay equal, in NF4 exactly, from the smallest to the largest numbers."""
     weight = torch.zeros(16, 128)
     magnitudes = [0, 1, 0.02, 6e4, 1e-3] + ([3e38, 1e-30, 2e-38] if dtype is not torch.float16 else [])
     for row, magnitude in enumerate(magnitudes):
@@ -109,7 +109,7 @@ def test_blocks_of_one_magnitude(name, dtype):
 
 @every_format
 @pytest.mark.parametrize("exponent", [-60, -7, 40])
-def test_scaling_the_weight_scales_what_is_stored(name, exponent):
+def test_scaling_the_weight_scales_the_stored_weight(name, exponent):
     weight = heavy_tailed(16, 256)
     expected = stored(name, weight).dense(torch.float32) * 2.0**exponent
     assert torch.equal(stored(name, weight * 2.0**exponent).dense(torch.float32), expected)
@@ -131,7 +131,7 @@ def test_nf4_levels_are_quantiles_of_the_normal_distribution():
 
 
 @every_dtype
-def test_nf4_takes_the_nearest_level(dtype):
+def test_nf4_rounds_to_the_nearest_level(dtype):
     weight = heavy_tailed(8, 192).to(dtype)
     levels = torch.tensor(frozen_weights._NF4_LEVELS)
     expected = torch.empty(8, 192)
@@ -144,14 +144,14 @@ def test_nf4_takes_the_nearest_level(dtype):
     assert torch.equal(stored("nf4", weight).dense(dtype), expected.to(dtype))
 
 
-def test_second_quantisation_costs_little():
+def test_double_quantization_adds_little_error():
     weight = heavy_tailed(16, 4096)
     single, double = stored("nf4", weight), stored("nf4-dq", weight)
     assert error(double.dense(torch.float32), single.dense(torch.float32)) < 0.02
     assert error(double.dense(torch.float32), weight) < 1.01 * error(single.dense(torch.float32), weight)
 
 
-def test_bitsandbytes_stores_the_same_bits():
+def test_nf4_is_bit_identical_to_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     for dtype in DTYPES:
         weight = torch.cat([heavy_tailed(8, 256), torch.zeros(1, 256)]).to(dtype)
@@ -164,7 +164,7 @@ def test_bitsandbytes_stores_the_same_bits():
         assert torch.equal(theirs, NF4Weight(**tensors).dense(dtype))
 
 
-def test_double_quantisation_is_no_worse_than_that_of_bitsandbytes():
+def test_double_quantization_is_at_least_as_accurate_as_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     for weight in (normal(64, 4096), heavy_tailed(64, 4096)):
         theirs = functional.dequantize_4bit(
@@ -177,9 +177,9 @@ def test_double_quantisation_is_no_worse_than_that_of_bitsandbytes():
 
 
 def rounded_rows(x: Tensor) -> Tensor:
-    """Each row to the nearest of all e4m3 numbers times the smallest power of two that lets its largest fit.
+    """Round each row to e4m3 numbers times the smallest power of two that fits its largest magnitude.
 
-    Of two that are as near, the even one.
+    Ties are rounded to the even code.
     """
     scales = 2.0 ** torch.ceil(torch.log2(x.double().abs().amax(dim=1, keepdim=True) / 448))
     distance = (x[..., None] / scales[..., None] - E4M3).abs()
@@ -187,7 +187,7 @@ def rounded_rows(x: Tensor) -> Tensor:
 
 
 @every_dtype
-def test_fp8_rounds_each_factor_by_rows(dtype):
+def test_fp8_rounds_each_factor_row_by_row(dtype):
     weight, x, g = (
         normal(32, 48, scale=0.02).to(dtype),
         normal(5, 48, seed=1).to(dtype),
@@ -204,8 +204,8 @@ def test_fp8_rounds_each_factor_by_rows(dtype):
 
 @pytest.mark.skipif(TORCH < (2, 12), reason="torch 2.11 has no row-wise FP8 product on the CPU")
 @pytest.mark.parametrize("tokens", [1, 7, 32])
-def test_fp8_products_of_the_hardware(tokens, monkeypatch):
-    """The calls that a Hopper GPU gets, which the CPU of recent torch takes too, and more layouts than the GPU."""
+def test_fp8_hardware_products_match_the_emulation(tokens, monkeypatch):
+    """Run the calls made on a Hopper GPU; recent torch supports them on the CPU too, and with more layouts."""
     frozen = stored("fp8", normal(64, 48, scale=0.02))
     x, g = normal(48, tokens, seed=1).to(torch.bfloat16).t(), normal(tokens, 64, seed=2).to(torch.bfloat16)
     emulated = frozen.product(x), frozen.input_gradient(g)
@@ -223,14 +223,14 @@ def test_fp8_products_of_the_hardware(tokens, monkeypatch):
         assert error(ours, expected) < 0.005
 
 
-def test_fp8_tokens_do_not_disturb_each_other():
+def test_fp8_tokens_are_independent():
     frozen = stored("fp8", normal(32, 64))
     x, g = normal(6, 64, seed=1), normal(6, 32, seed=2)
     y, gradient = frozen.product(x), frozen.input_gradient(g)
     x[2, 3], x[4, 5], g[2, 3], g[4, 5] = torch.inf, torch.nan, -torch.inf, torch.nan
-    sound = [0, 1, 3, 5]
+    finite = [0, 1, 3, 5]
     for found, before in ((frozen.product(x), y), (frozen.input_gradient(g), gradient)):
-        assert torch.equal(found[sound], before[sound])
+        assert torch.equal(found[finite], before[finite])
         assert found[[2, 4]].isnan().all()
     assert torch.equal(frozen.product(x[:2]), y[:2])
     assert frozen.product(x[:0]).shape == (0, 32)
@@ -242,8 +242,8 @@ def test_fp8_tokens_do_not_disturb_each_other():
 @every_format
 @every_dtype
 @pytest.mark.parametrize("width", [256, 2048])
-def test_products_are_near_the_dense_ones(name, dtype, width):
-    """The errors are independent of each other: they do not grow with the number of terms."""
+def test_products_are_close_to_the_dense_ones(name, dtype, width):
+    """Rounding errors are independent, so the relative error does not grow with the number of terms."""
     weight = normal(128, width, scale=0.02)
     x, g = normal(64, width, seed=1), normal(64, 128, seed=2, scale=1e-3)
     frozen = stored(name, weight)
@@ -254,20 +254,20 @@ def test_products_are_near_the_dense_ones(name, dtype, width):
 
 
 @every_format
-def test_gradient_is_that_of_the_stored_matrix(name):
+def test_input_gradient_uses_the_stored_matrix(name):
     weight, g = normal(32, 64), normal(5, 32, seed=2)
     x = normal(5, 64, seed=1).requires_grad_()
     tensors = FORMATS[name].quantize(weight)
     Product.apply(x, name, *tensors.values()).backward(g)
     dense = FORMATS[name](**tensors).dense(torch.float32)
     (expected,) = torch.autograd.grad(F.linear(x, dense), x, g)
-    if name == "fp8":  # but for the rounding of g
+    if name == "fp8":  # apart from the rounding of g
         assert 0 < error(x.grad, expected) < 0.04
     else:
         assert torch.equal(x.grad, expected)
 
 
-def test_a_dense_weight_computes_in_the_inputs_dtype():
+def test_dense_weight_computes_in_the_dtype_of_the_input():
     weight, x, g = normal(32, 64).to(torch.bfloat16), normal(5, 64, seed=1), normal(5, 32, seed=2)
     assert torch.equal(DenseWeight(weight).product(x), x @ weight.float().T)
     assert torch.equal(DenseWeight(weight).input_gradient(g), g @ weight.float())
@@ -277,7 +277,7 @@ def test_a_dense_weight_computes_in_the_inputs_dtype():
 
 
 class Layer(nn.Module):
-    """A frozen weight in some format beside a matrix that trains, as an adapter does."""
+    """A frozen weight in some format, plus a trainable matrix as a stand-in for an adapter."""
 
     def __init__(self, name: str, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class Layer(nn.Module):
 
 
 def check_sharded(name: str, rank: int) -> None:
-    """Quantises this rank's rows, and gets the products of the whole."""
+    """Quantize only this rank's rows and compare the products with those of the full matrix."""
     rows = 16 if name == "fp8" else 7  # 4 and 3
     weight, x = normal(rows, 64), normal(5, 64, seed=1).to(torch.bfloat16)
     alone = Layer(name, FORMATS[name].quantize(weight))
@@ -326,16 +326,16 @@ def one_of_two_ranks(rank: int, rendezvous: str) -> None:
 
 
 @pytest.mark.skipif(TORCH < (2, 12), reason="FSDP2 of torch 2.11 shards floating parameters only")
-def test_fsdp_shards_the_bytes_and_leaves_them_alone(tmp_path: Path):
+def test_fsdp_shards_the_bytes_without_changing_them(tmp_path: Path):
     torch.multiprocessing.spawn(one_of_two_ranks, args=(str(tmp_path / "rendezvous"),), nprocs=2)
 
 
 @every_format
-def test_layers_that_share_an_input_round_it_once(name, monkeypatch):
+def test_layers_that_share_an_input_quantize_it_once(name, monkeypatch):
     weights, x = [stored(name, normal(32, 64, seed=seed)) for seed in range(3)], normal(5, 64, seed=9)
     expected = [weight.product(x) for weight in weights]
-    rounded = []
+    quantized = []
     quantize = frozen_weights._quantize_fp8
-    monkeypatch.setattr(frozen_weights, "_quantize_fp8", lambda rows: rounded.append(rows) or quantize(rows))
+    monkeypatch.setattr(frozen_weights, "_quantize_fp8", lambda rows: quantized.append(rows) or quantize(rows))
     torch.testing.assert_close(type(weights[0]).products(weights, x), expected, rtol=0, atol=0)
-    assert len(rounded) == (name == "fp8")
+    assert len(quantized) == (name == "fp8")

@@ -1,4 +1,4 @@
-"""The fused projections against autograd's own way, in float64."""
+"""Fused linear layers against plain autograd, in float64."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from model.lora import Linear, LoRALinear, fused_linear
 from model.transformer import RMSNorm
 
 T, WIDTH, OUT = 7, 12, (5, 8, 3)
-SOURCES = {"given": 1, "norm": 1, "swiglu": 2}  # and how many tensors it takes
+INPUT_FNS = {"identity": 1, "norm": 1, "swiglu": 2}  # number of tensors each takes
 
 
 def make_layers(adapted: tuple[bool, ...]) -> list[Linear]:
@@ -25,35 +25,35 @@ def make_layers(adapted: tuple[bool, ...]) -> list[Linear]:
     return layers
 
 
-def make_source(kind: str) -> tuple[object, object]:
-    """What `fused_linear` takes, and the same as plain differentiable operations."""
+def make_input_fn(kind: str) -> tuple[object, object]:
+    """Return an input function, and the same function as plain differentiable operations."""
     if kind == "norm":
         norm = RMSNorm(WIDTH, 1e-3)
         torch.nn.init.normal_(norm.weight)
         norm.requires_grad_(False)
         scale = norm.weight.double()
         return norm, lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * scale
-    return (None, lambda x: x) if kind == "given" else (SwiGLU(), lambda gate, up: F.silu(gate) * up)
+    return (None, lambda x: x) if kind == "identity" else (SwiGLU(), lambda gate, up: F.silu(gate) * up)
 
 
-def plainly(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+def unfused(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     y = x @ layer.weight.T
     return y + 1.5 * (x @ layer.lora_A.weight.T) @ layer.lora_B.weight.T if isinstance(layer, LoRALinear) else y
 
 
 @pytest.mark.parametrize("adapted", [*itertools.product((True, False), repeat=3), (True,), (False,)])
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", INPUT_FNS)
 @pytest.mark.parametrize("rows", [T, 0])
-def test_outputs_and_gradients_are_autograds(adapted, kind, rows):
+def test_outputs_and_gradients_match_autograd(adapted, kind, rows):
     torch.manual_seed(0)
     layers = make_layers(adapted)
-    source, plain_source = make_source(kind)
-    tensors = [torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(SOURCES[kind])]
+    input_fn, plain_fn = make_input_fn(kind)
+    tensors = [torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(INPUT_FNS[kind])]
     trained = [*tensors, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
     results = []
     for outputs in (
-        fused_linear(layers, *tensors, source=source),
-        [plainly(layer, plain_source(*tensors)) for layer in layers],
+        fused_linear(layers, *tensors, input_fn=input_fn),
+        [unfused(layer, plain_fn(*tensors)) for layer in layers],
     ):
         loss = sum((i + 1) * output.sin().sum() for i, output in enumerate(outputs))
         results.append([*outputs, *torch.autograd.grad(loss, trained)])
@@ -62,35 +62,35 @@ def test_outputs_and_gradients_are_autograds(adapted, kind, rows):
     torch.testing.assert_close(*results, **tolerance)
 
 
-def test_an_output_without_a_gradient_and_an_input_without_one():
+def test_unused_output_and_input_without_gradient():
     layers = make_layers((True, True))
-    x = torch.randn(T, WIDTH, dtype=torch.float64)  # as behind frozen embeddings
+    x = torch.randn(T, WIDTH, dtype=torch.float64)  # as after frozen embeddings
     first, _ = fused_linear(layers, x)
     first.sum().backward()
     assert layers[0].lora_A.weight.grad.any() and not layers[1].lora_A.weight.grad.any()
 
 
-def test_the_input_is_not_kept():
+def test_input_is_not_saved_for_backward():
     layers = make_layers((True, True))
     gate, up = (torch.randn(50, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        fused_linear(layers, gate, up, source=SwiGLU())
-    large = [x for x in kept if x.numel() >= gate.numel()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        fused_linear(layers, gate, up, input_fn=SwiGLU())
+    large = [x for x in saved if x.numel() >= gate.numel()]
     assert {x.data_ptr() for x in large} == {gate.data_ptr(), up.data_ptr()}
 
 
-def test_an_output_that_does_not_matter_leaves_the_gradients_as_they_are():
+def test_skipping_the_output_keeps_the_gradients():
     layers = make_layers((True, True))
     x = torch.randn(T, WIDTH, dtype=torch.float64, requires_grad=True)
     upstream = [torch.randn(T, out, dtype=torch.float64) for out in OUT[:2]]
     trained = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
-    outputs = [fused_linear(layers, x, output_matters=matters) for matters in (True, False)]
+    outputs = [fused_linear(layers, x, needs_output=needed) for needed in (True, False)]
     assert [y.shape for y in outputs[0]] == [y.shape for y in outputs[1]]
     torch.testing.assert_close(*(torch.autograd.grad(y, trained, upstream) for y in outputs), rtol=0, atol=0)
 
 
-def test_a_layer_that_trains_itself_is_left_to_autograd():
+def test_trainable_layer_uses_plain_autograd():
     layer = Linear(WIDTH, 4).double()
     x = torch.randn(T, WIDTH, dtype=torch.float64, requires_grad=True)
     layer(x).square().sum().backward()
@@ -99,24 +99,24 @@ def test_a_layer_that_trains_itself_is_left_to_autograd():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
-def test_half_precision_stays_close(dtype, tolerance):
+def test_half_precision_is_close_to_float64(dtype, tolerance):
     torch.manual_seed(0)
     layers = make_layers((True, False, True))
     x = torch.randn(T, WIDTH, dtype=torch.float64, requires_grad=True)
     sum(y.sum() for y in fused_linear(layers, x)).backward()
     for layer in layers:
         layer.weight.data = layer.weight.data.to(dtype)
-        if isinstance(layer, LoRALinear):  # what trains is fp32
+        if isinstance(layer, LoRALinear):  # trainable parameters are fp32
             layer.lora_A.float(), layer.lora_B.float()
-    rough = x.detach().to(dtype).requires_grad_()
-    outputs = fused_linear(layers, rough)
+    half = x.detach().to(dtype).requires_grad_()
+    outputs = fused_linear(layers, half)
     assert all(y.dtype == dtype for y in outputs)
     sum(y.sum() for y in outputs).backward()
     assert layers[0].lora_A.weight.grad.dtype == torch.float32
-    assert (rough.grad.double() - x.grad).norm() / x.grad.norm() < tolerance
+    assert (half.grad.double() - x.grad).norm() / x.grad.norm() < tolerance
 
 
-def test_compiled_kernels_compute_the_same_for_any_number_of_tokens():
+def test_compiled_kernels_match_eager_for_any_number_of_tokens():
     torch.manual_seed(0)
     norm = RMSNorm(WIDTH, 1e-3).requires_grad_(False)
     torch.nn.init.normal_(norm.weight)

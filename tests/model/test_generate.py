@@ -1,4 +1,4 @@
-"""Generation with a cache equals generation without, and constraints hold whatever the model wants."""
+"""Generation with a cache matches generation without, and constraints hold for any model."""
 
 import random
 from pathlib import Path
@@ -55,7 +55,7 @@ def greedy_without_cache(model: Transformer, prompt: list[int], max_tokens: int)
 
 
 @pytest.mark.parametrize("moe", [False, True])
-def test_cache_changes_nothing(moe: bool) -> None:
+def test_generation_matches_generation_without_cache(moe: bool) -> None:
     model = tiny_model(moe)
     prompts = prompts_of([5, 17, 1, 40])
     expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
@@ -63,36 +63,36 @@ def test_cache_changes_nothing(moe: bool) -> None:
 
 
 @pytest.mark.parametrize("rests", [[3, 9, 1], [0, 4, 0], [0, 0]])
-def test_a_common_beginning_changes_nothing(rests: list[int]) -> None:
+def test_common_prefix_does_not_change_the_output(rests: list[int]) -> None:
     model = tiny_model()
-    beginning, *others = prompts_of([20, *(rest for rest in rests if rest)])
-    prompts = [beginning + (others.pop() if rest else []) for rest in rests]
+    prefix, *others = prompts_of([20, *(rest for rest in rests if rest)])
+    prompts = [prefix + (others.pop() if rest else []) for rest in rests]
     expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
     assert generate(model, prompts, 15, EOS) == expected
 
 
-def test_a_rank_without_a_common_beginning_runs_as_many_steps_as_the_others() -> None:
+def test_all_ranks_run_the_same_number_of_steps_with_or_without_common_prefix() -> None:
     model, steps = tiny_model(), []
     model.register_forward_hook(lambda *_: steps.append(1))
     for prompts in (prompts_of([20]), prompts_of([20, 5]), [prompts_of([20])[0]] * 2):
         expected = [greedy_without_cache(model, prompt, 8) for prompt in prompts]
         steps.clear()
-        assert generate(model, prompts, 8, -1, any_active=lambda here: True) == expected
+        assert generate(model, prompts, 8, -1, any_active=lambda _: True) == expected
         assert len(steps) == 9
 
 
-def test_each_sequence_stops_at_its_own_end() -> None:
+def test_each_sequence_stops_at_its_own_eos() -> None:
     model = tiny_model()
     prompts = prompts_of([4, 6, 9, 3, 12])
     free = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
-    eos = free[0][3]  # a token that the first sequence writes early
+    eos = free[0][3]  # a token that the first sequence generates early
     outputs = generate(model, prompts, 12, eos)
     for output, tokens in zip(outputs, free):
         cut = tokens.index(eos) + 1 if eos in tokens else len(tokens)
         assert output == tokens[:cut]
 
 
-def test_generation_leaves_the_model_as_it_was() -> None:
+def test_generation_restores_the_model() -> None:
     model = tiny_model().train()
     engines = [layer.attention.engine for layer in model.layers]
     generate(model, prompts_of([3]), 2, EOS)
@@ -100,7 +100,7 @@ def test_generation_leaves_the_model_as_it_was() -> None:
     assert [layer.attention.engine for layer in model.layers] == engines
 
 
-def test_a_prompt_is_what_stands_before_the_trained_answer() -> None:
+def test_prompt_equals_the_tokens_before_the_trained_answer() -> None:
     encoder = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer)
     row = instruct_row("Patient de 70 ans, HTA.", "Codes CIM 10", "1")
     sample = encoder.encode_conversation(parse_conversation(row))
@@ -145,7 +145,7 @@ def assert_allowed(answer: str, table: Cim10Table) -> None:
         assert table.allows(diagnosis.role, diagnosis.code), answer
 
 
-def test_a_thoughtless_writer_names_only_codes_of_the_table(vocabulary: Vocabulary) -> None:
+def test_random_tokens_form_only_codes_from_the_table(vocabulary: Vocabulary) -> None:
     grammar, rng = AnswerGrammar(TABLE), random.Random(0)
     answers = [random_answer(grammar, vocabulary, rng, limit=rng.choice([60, 150, 400])) for _ in range(60)]
     for answer in answers:
@@ -153,7 +153,7 @@ def test_a_thoughtless_writer_names_only_codes_of_the_table(vocabulary: Vocabula
     assert any(parse_answer(answer) for answer in answers)
 
 
-def test_hundreds_of_answers_of_an_untrained_model(vocabulary: Vocabulary) -> None:
+def test_hundreds_of_sampled_answers_are_valid_and_diverse(vocabulary: Vocabulary) -> None:
     grammar, model = AnswerGrammar(TABLE), tiny_model(vocab_size=len(vocabulary.pieces))
     constraints = [AnswerConstraint(grammar, vocabulary) for _ in range(300)]
     randomness = torch.Generator().manual_seed(0)
@@ -167,7 +167,7 @@ def test_hundreds_of_answers_of_an_untrained_model(vocabulary: Vocabulary) -> No
         assert_allowed(constraint.text, TABLE)
 
 
-def test_every_answer_that_preparation_writes_is_within_the_grammar(vocabulary: Vocabulary) -> None:
+def test_grammar_accepts_every_answer_of_data_preparation(vocabulary: Vocabulary) -> None:
     grammar = AnswerGrammar(TABLE)
     dp = Diagnosis("DP", "I10", "Hypertension essentielle (primitive)")
     dr = Diagnosis("DR", "Z511", "Séance de chimiothérapie pour tumeur")
@@ -183,8 +183,8 @@ def test_every_answer_that_preparation_writes_is_within_the_grammar(vocabulary: 
 
 
 @pytest.mark.skipif(GOLDEN is None, reason="needs the complete reference data")
-def test_answers_over_the_whole_cim10() -> None:
-    """The model's part is a random choice among what is allowed, as an untrained model's would be."""
+def test_random_answers_over_the_complete_cim10() -> None:
+    """Choose randomly among the allowed tokens, like an untrained model."""
     table = Cim10Table.from_file(Path(GOLDEN).parent / "icd" / "cim_10_atih_2019.tsv")
     tokenizer = MistralTokenizer.v3().instruct_tokenizer
     vocabulary = Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id)

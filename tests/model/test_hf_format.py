@@ -1,4 +1,4 @@
-"""Models in Hugging Face's layout: the same logits as transformers, whole or row by row, and what is refused."""
+"""Models in Hugging Face's layout: same logits as transformers, reading rows, rejected variants."""
 
 import json
 import os
@@ -37,7 +37,7 @@ KINDS = ("dense", "tied", "shards", "moe", "fused moe")
 
 
 def save_with_transformers(folder: Path, kind: str) -> Path:
-    """A random model as transformers itself saves it."""
+    """Save a random model with transformers."""
     import transformers
 
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def dense(tmp_path_factory) -> Path:
 
 
 def built(folder: Path) -> Transformer:
-    """What a run would start from."""
+    """Build the model that a run would start from."""
     args = TrainArgs(data=DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype="fp32")
     args.lora.enable = False
     base = open_base_model(args)
@@ -79,14 +79,14 @@ def logits_of(model: Transformer) -> torch.Tensor:
         return model(torch.tensor(TOKENS), [len(TOKENS)])
 
 
-def test_logits_are_those_of_transformers(hf_model):
+def test_logits_match_transformers(hf_model):
     expected = transformers_logits(hf_model, TOKENS)
     assert expected.abs().max() > 1
     torch.testing.assert_close(logits_of(built(hf_model)), expected, rtol=0, atol=1e-4)
 
 
-def test_files_are_as_this_test_wants_them(tmp_path):
-    """Were transformers to save otherwise, the tests above would test less than they say."""
+def test_transformers_saves_every_layout_this_file_tests(tmp_path):
+    """If transformers saved differently, the tests of this file would cover less than they claim."""
     names = {kind: set() for kind in KINDS}
     for kind in KINDS:
         files = list(save_with_transformers(tmp_path / kind, kind).glob("*.safetensors"))
@@ -98,7 +98,7 @@ def test_files_are_as_this_test_wants_them(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_rows_of_ranks_are_rows_of_the_whole(hf_model, ranks):
+def test_rows_of_all_ranks_form_the_tensor(hf_model, ranks):
     weights = open_model_weights(hf_model)
     for name, shape in weights.shapes.items():
         whole = weights.read(name)
@@ -108,31 +108,31 @@ def test_rows_of_ranks_are_rows_of_the_whole(hf_model, ranks):
 
 
 @pytest.mark.parametrize("rows", [slice(3, 9), slice(7, 8), slice(8, 16), slice(5, 5), slice(40, None), slice(None, 2)])
-def test_rows_across_heads(dense, rows):
+def test_rows_may_cross_heads(dense, rows):
     weights = open_model_weights(dense)
     name = "layers.1.attention.wq.weight"
     assert weights.read(name, rows).equal(weights.read(name)[rows])
 
 
-def test_row_order_has_an_inverse_and_leaves_the_others_alone():
+def test_from_hf_inverts_to_hf_and_other_tensors_are_unchanged():
     weight = torch.arange(2 * 6 * 3).view(12, 3)  # two heads of six channels
     for name in ("layers.0.attention.wq.weight", "layers.3.attention.wk.lora_B.weight"):
-        turned = to_hf(name, weight, 6)
-        assert turned[:6, 0].tolist() == [0, 6, 12, 3, 9, 15]  # channels 0, 2, 4, then 1, 3, 5
-        assert from_hf(name, turned, 6).equal(weight)
+        reordered = to_hf(name, weight, 6)
+        assert reordered[:6, 0].tolist() == [0, 6, 12, 3, 9, 15]  # channels 0, 2, 4, then 1, 3, 5
+        assert from_hf(name, reordered, 6).equal(weight)
     for name in ("layers.0.attention.wv.weight", "layers.0.attention.wq.lora_A.weight", "output.weight"):
         assert to_hf(name, weight, 6) is weight and from_hf(name, weight, 6) is weight
 
 
 @pytest.mark.parametrize("moe", [False, True])
-def test_names_have_an_inverse(tmp_path, moe):
+def test_mistral_name_inverts_hf_name(tmp_path, moe):
     names = list(load_file(make_tiny_checkpoint(tmp_path, moe=moe) / "consolidated.safetensors"))
     assert [mistral_name(hf_name(name)) for name in names] == names
     assert len({hf_name(name) for name in names}) == len(names)
     assert all(hf_name(name) != name for name in names)
 
 
-def test_both_layouts_of_a_model_hold_the_same_bits(tmp_path):
+def test_conversion_to_hugging_face_and_back_is_bit_identical(tmp_path):
     base = make_tiny_checkpoint(tmp_path / "base", dim=32, hidden_dim=48, vocab_size=64)
     weights = open_model_weights(base)
     for limit, sharded in ((10**9, False), (8_000, True)):
@@ -152,7 +152,7 @@ def test_both_layouts_of_a_model_hold_the_same_bits(tmp_path):
         assert name in load_file(folder / file)
 
 
-def test_mistrals_own_files_are_preferred_where_both_lie(dense, tmp_path):
+def test_mistrals_layout_is_preferred_if_a_folder_has_both(dense, tmp_path):
     base = make_tiny_checkpoint(tmp_path / "base", dim=32, hidden_dim=48, vocab_size=64)
     for file in dense.iterdir():
         os.link(file, base / file.name)
@@ -160,7 +160,7 @@ def test_mistrals_own_files_are_preferred_where_both_lie(dense, tmp_path):
     assert open_model_weights(base).source == base / "consolidated.safetensors"
 
 
-def test_tied_embeddings_of_mistrals_layout(tmp_path):
+def test_tied_embeddings_in_mistrals_layout(tmp_path):
     base = make_tiny_checkpoint(tmp_path, dim=32, hidden_dim=48, vocab_size=64)
     tensors = load_file(base / "consolidated.safetensors")
     del tensors["output.weight"]
@@ -174,7 +174,7 @@ def test_tied_embeddings_of_mistrals_layout(tmp_path):
     assert model.output.weight is not model.tok_embeddings.weight
 
 
-def test_old_files_hold_rotary_tables(dense, tmp_path):
+def test_rotary_tables_in_old_files_are_ignored(dense, tmp_path):
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
@@ -191,14 +191,14 @@ def changed_config(dense: Path, folder: Path, **changes) -> Path:
     return folder
 
 
-def test_rope_theta_stands_in_either_place(dense, tmp_path):
+def test_rope_theta_is_read_from_either_place(dense, tmp_path):
     old = changed_config(dense, tmp_path, rope_parameters="absent", rope_theta=5e5, rope_scaling=None)
     assert load_model_args(old).rope_theta == 5e5
     new = changed_config(dense, tmp_path, rope_parameters={"rope_theta": 7e5, "rope_type": "default"})
     assert load_model_args(new).rope_theta == 7e5
 
 
-def test_head_dim_is_derived_where_it_is_not_said(dense, tmp_path):
+def test_missing_head_dim_is_derived(dense, tmp_path):
     for absent in (None, "absent"):
         folder = changed_config(dense, tmp_path, head_dim=absent, num_attention_heads=4)
         assert load_model_args(folder).head_dim == 8
@@ -211,23 +211,23 @@ REFUSED = {
     "sliding window": ({"sliding_window": 1024}, r"1024 tokens at a time \(`sliding_window`\).* set `seq_len`"),
     "interleaved window": ({"layer_types": ["sliding_attention", "full_attention"]}, "`layer_types` is"),
     "activation": ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu'"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "`quantization_config` is"),
+    "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "`quantization_config` is"),
     "scaled rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "`rope_parameters` is 'yarn'"),
     "old scaled rope": ({"rope_scaling": {"type": "linear", "factor": 2}}, "`rope_parameters` is 'linear'"),
     "missing keys": ({"vocab_size": "absent", "hidden_size": None}, "lacks hidden_size, vocab_size"),
-    "a text": ({"vocab_size": "many"}, r"config.json: `vocab_size` is 'many'; expected a positive number"),
+    "a string": ({"vocab_size": "many"}, r"config.json: `vocab_size` is 'many'; expected a positive number"),
     "heads": ({"num_key_value_heads": 4}, "not a multiple"),
     "shapes": ({"intermediate_size": 40}, r"layers.0.feed_forward.w1.weight is \[48, 32\], expected \[40, 32\]"),
 }
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
-def test_other_models_are_refused_by_name(dense, tmp_path, changes, reason):
+def test_unsupported_models_are_rejected(dense, tmp_path, changes, reason):
     with pytest.raises(UserError, match=reason):
         built(changed_config(dense, tmp_path, **changes))
 
 
-def test_missing_shards_and_weights_are_named(tmp_path):
+def test_missing_shards_and_weights_are_reported(tmp_path):
     folder = save_with_transformers(tmp_path, "shards")
     lost = sorted(folder.glob("model-*.safetensors"))[1]
     lost.unlink()
@@ -239,7 +239,7 @@ def test_missing_shards_and_weights_are_named(tmp_path):
         built(folder)
 
 
-def test_unknown_tensors_are_named(dense, tmp_path):
+def test_missing_and_unknown_tensors_are_reported(dense, tmp_path):
     folder = changed_config(dense, tmp_path)
     tensors = load_file(dense / "model.safetensors") | {"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -249,7 +249,7 @@ def test_unknown_tensors_are_named(dense, tmp_path):
         built(folder)
 
 
-def test_config_says_what_params_say():
+def test_config_and_params_convert_into_each_other():
     params = {"dim": 32, "n_layers": 2, "head_dim": 8, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2}
     params |= {"norm_eps": 1e-5, "vocab_size": 64, "rope_theta": 1e6, "max_position_embeddings": 1024}
     for moe in ({}, {"moe": {"num_experts": 4, "num_experts_per_tok": 2}}):

@@ -1,4 +1,4 @@
-"""The transformer and its adapters: against a naive model in float64, invariances, and what the original computed."""
+"""The transformer and its adapters: against a naive float64 model, invariances, and mistral-finetune's results."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ moe_or_dense = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"
 
 
 def load_model(folder: Path, dtype=torch.float32, adapter: Path | None = None, lora: LoraArgs = LORA) -> Transformer:
-    """Strictly: the checkpoint's names and shapes are the model's."""
+    """Load strictly: the checkpoint's names and shapes must be the model's."""
     with torch.device("meta"):
         model = Transformer(load_model_args(folder), compute_dtype=dtype)
         if adapter:
@@ -52,7 +52,7 @@ def tokens() -> torch.Tensor:
 
 
 def naive_logits(folder: Path, adapter: Path | None, tokens: torch.Tensor, scaling: float) -> torch.Tensor:
-    """One document through the model as the papers write it, in float64, adapters merged: [T] -> [T, V]."""
+    """Run one document through the model as defined in the papers, in float64, adapters merged: [T] -> [T, V]."""
     params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
     w = {name.removesuffix(".weight"): t.double() for name, t in load_file(folder / "consolidated.safetensors").items()}
     for name, tensor in (load_file(adapter) if adapter else {}).items():
@@ -67,8 +67,8 @@ def naive_logits(folder: Path, adapter: Path | None, tokens: torch.Tensor, scali
         frequencies = params.get("rope_theta", 1e4) ** -(torch.arange(0, width, 2).double() / width)
         angles = torch.arange(len(x))[:, None, None] * frequencies
         even, odd = x[..., ::2], x[..., 1::2]
-        turned = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
-        return torch.stack(turned, -1).flatten(-2)
+        rotated = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
+        return torch.stack(rotated, -1).flatten(-2)
 
     def attention(x, layer):
         q, k, v = ((x @ w[f"{layer}.{name}"].T).unflatten(-1, (-1, width)) for name in ("wq", "wk", "wv"))
@@ -99,7 +99,7 @@ def naive_logits(folder: Path, adapter: Path | None, tokens: torch.Tensor, scali
 
 
 @moe_or_dense
-def test_packed_documents_give_what_the_naive_model_gives_for_each_alone(base, adapter, tokens):
+def test_packed_documents_match_the_naive_model_on_each_document(base, adapter, tokens):
     for used in (None, adapter):
         logits = load_model(base, adapter=used)(tokens, LENGTHS)
         alone = [naive_logits(base, used, document, LORA.scaling) for document in tokens.split(LENGTHS)]
@@ -108,7 +108,7 @@ def test_packed_documents_give_what_the_naive_model_gives_for_each_alone(base, a
 
 
 @moe_or_dense
-def test_gradients_of_packed_documents_are_the_sum_of_each_alone(base, adapter, tokens):
+def test_gradients_of_packed_documents_are_the_sum_over_documents(base, adapter, tokens):
     model = load_model(base, adapter=adapter)
     weights = torch.randn(len(tokens), SMALL["vocab_size"], generator=torch.Generator().manual_seed(1))
 
@@ -125,7 +125,7 @@ def test_gradients_of_packed_documents_are_the_sum_of_each_alone(base, adapter, 
 
 
 @moe_or_dense
-def test_only_adapters_of_attention_and_feed_forward_train(base, adapter):
+def test_only_attention_and_feed_forward_adapters_are_trainable(base, adapter):
     model = load_model(base, adapter=adapter)
     adapted = {name for name, _ in lora_layers(model)}
     checkpoint = {name.removesuffix(".weight") for name in load_file(base / "consolidated.safetensors")}
@@ -142,7 +142,7 @@ def moe_layer(k: int) -> MoeLayer:
 
 @pytest.mark.parametrize("tokens_count", [1, 3, 17])
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_experts_equal_a_dense_sum_over_all_of_them(tokens_count, k):
+def test_moe_layer_matches_a_dense_sum_over_all_experts(tokens_count, k):
     torch.manual_seed(0)
     layer = moe_layer(k)
     x = torch.randn(tokens_count, SMALL["dim"], requires_grad=True)
@@ -156,12 +156,12 @@ def test_experts_equal_a_dense_sum_over_all_of_them(tokens_count, k):
     expected = torch.autograd.grad(dense, parameters, grad, materialize_grads=True)
     mixed = layer(x)
     torch.testing.assert_close(mixed, dense)
-    for actual, wanted in zip(torch.autograd.grad(mixed, parameters, grad), expected, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    for actual, reference in zip(torch.autograd.grad(mixed, parameters, grad), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
-def test_an_expert_that_no_token_chose_gets_zero_gradients():
-    """Not none at all: ranks must agree on which gradients there are."""
+def test_unused_experts_get_zero_gradients():
+    """Zero, not None: all ranks must have the same set of gradients."""
     layer = moe_layer(k=2)
     layer(torch.randn(1, SMALL["dim"])).sum().backward()
     used = [any(p.grad.any() for p in expert.parameters()) for expert in layer.experts]
@@ -171,7 +171,7 @@ def test_an_expert_that_no_token_chose_gets_zero_gradients():
 
 @moe_or_dense
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)], ids=str)
-def test_a_merged_adapter_gives_the_same_logits(base, adapter, tokens, dtype, tolerance):
+def test_merged_adapter_gives_the_same_logits(base, adapter, tokens, dtype, tolerance):
     model, merged = load_model(base, dtype, adapter), load_model(base, dtype)
     with torch.no_grad():
         for name, layer in lora_layers(model):
@@ -182,7 +182,7 @@ def test_a_merged_adapter_gives_the_same_logits(base, adapter, tokens, dtype, to
 
 
 @moe_or_dense
-def test_dropout_acts_on_the_adapter_and_only_while_training(base, adapter, tokens):
+def test_dropout_affects_only_the_adapter_and_only_in_training(base, adapter, tokens):
     plain = load_model(base, adapter=adapter)(tokens, LENGTHS)
     dropping = load_model(base, adapter=adapter, lora=LoraArgs(rank=LORA.rank, scaling=LORA.scaling, dropout=0.5))
     assert dropping.eval()(tokens, LENGTHS).equal(plain)
@@ -194,7 +194,7 @@ def test_dropout_acts_on_the_adapter_and_only_while_training(base, adapter, toke
 
 
 @moe_or_dense
-def test_recomputation_changes_no_gradient_even_with_dropout(base, adapter, tokens):
+def test_recomputation_gives_the_same_gradients_even_with_dropout(base, adapter, tokens):
     results = []
     for recompute in ("nothing", "feed_forward", "block"):
         model = load_model(base, adapter=adapter, lora=LoraArgs(rank=LORA.rank, dropout=0.3)).train()
@@ -209,7 +209,7 @@ def test_recomputation_changes_no_gradient_even_with_dropout(base, adapter, toke
 
 
 @moe_or_dense
-def test_recomputation_keeps_only_the_blocks_inputs(base, adapter, tokens):
+def test_recomputation_saves_fewer_activations(base, adapter, tokens):
     saved = []
     for recompute in ("nothing", "feed_forward", "block"):
         model = load_model(base, adapter=adapter)
@@ -225,11 +225,14 @@ def test_recomputation_keeps_only_the_blocks_inputs(base, adapter, tokens):
 
 @moe_or_dense
 @pytest.mark.parametrize("recompute", ["nothing", "feed_forward", "block"])
-def test_what_is_wanted_of_some_positions_is_what_all_would_give(base, adapter, tokens, recompute):
+def test_output_positions_give_the_same_results_as_selecting_from_all(base, adapter, tokens, recompute):
     model = load_model(base, adapter=adapter)
-    wanted = torch.tensor([0, 3, 4, len(tokens) - 1])
+    positions = torch.tensor([0, 3, 4, len(tokens) - 1])
     results = []
-    for logits in (lambda: model(tokens, LENGTHS)[wanted], lambda: model(tokens, LENGTHS, wanted=wanted)):
+    for logits in (
+        lambda: model(tokens, LENGTHS)[positions],
+        lambda: model(tokens, LENGTHS, output_positions=positions),
+    ):
         for block in model.layers:
             block.recompute = recompute
         model.zero_grad()
@@ -240,29 +243,29 @@ def test_what_is_wanted_of_some_positions_is_what_all_would_give(base, adapter, 
 
 
 @pytest.mark.parametrize("moe", [False])
-def test_the_last_product_is_not_computed_again(base, adapter, tokens, monkeypatch):
+def test_last_product_is_not_recomputed(base, adapter, tokens, monkeypatch):
     model = load_model(base, adapter=adapter)
     products = []
     product = DenseWeight.product
     monkeypatch.setattr(DenseWeight, "product", lambda self, x: products.append(self.weight) or product(self, x))
-    for recompute, computed_again in (("nothing", 0), ("feed_forward", 2), ("block", 6)):
+    for recompute, recomputed in (("nothing", 0), ("feed_forward", 2), ("block", 6)):
         for block in model.layers:
             block.recompute = recompute
         loss = model(tokens, LENGTHS, head=lambda hidden, weight: hidden.square().mean())
         products.clear()
         loss.backward()
-        assert len(products) == computed_again * len(model.layers)
+        assert len(products) == recomputed * len(model.layers)
         assert not any(weight is block.feed_forward.w2.weight for weight in products for block in model.layers)
 
 
-def test_positions_have_no_end():
-    """The original's table ended at 128,000."""
+def test_positions_are_unlimited():
+    """In mistral-finetune, the table of phases ended at 128,000."""
     width, theta = SMALL["head_dim"], 1e6
     positions = torch.tensor([0, 1, 127_999, 128_000, 1_000_000])
     phases = rotary_phases(positions, width, theta)
     angles = positions.double()[:, None] * theta ** -(torch.arange(0, width, 2).double() / width)
     assert phases.shape == (5, width // 2)
-    # An angle of a million radians is known to 0.06 in fp32, as in the original's table.
+    # An angle of a million radians has a precision of 0.06 in fp32, as in mistral-finetune's table.
     torch.testing.assert_close(
         phases.to(torch.complex128), torch.polar(torch.ones_like(angles), angles), rtol=0, atol=0.1
     )
@@ -281,7 +284,7 @@ def lora_init(folder: Path, lora: LoraArgs, seed: int, dtype: torch.dtype) -> di
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_an_adapter_starts_without_effect_and_as_its_seed_says(tmp_path, dtype):
+def test_new_adapter_has_no_effect_and_depends_on_the_seed(tmp_path, dtype):
     base = make_tiny_checkpoint(tmp_path, moe=True, **SMALL)
     first, again, other = (lora_init(base, LoraArgs(rank=3), seed, dtype) for seed in (1, 1, 2))
     for name, tensor in first.items():
@@ -307,7 +310,7 @@ if GOLDEN:
 
 
 @pytest.mark.parametrize("name, shapes, lora, seed", LORA_INITS, ids=[case[0] for case in LORA_INITS])
-def test_an_adapter_starts_from_the_originals_numbers(tmp_path, name, shapes, lora, seed):
+def test_new_adapter_equals_mistral_finetunes(tmp_path, name, shapes, lora, seed):
     expected = load_file((GOLDEN or fixture("")) / f"expected/train/tensors/lora_init_{name}.safetensors")
     base = make_tiny_checkpoint(tmp_path, **(shapes | {"vocab_size": 8}))
     actual = lora_init(base, lora, seed, next(iter(expected.values())).dtype)
@@ -317,7 +320,7 @@ def test_an_adapter_starts_from_the_originals_numbers(tmp_path, name, shapes, lo
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, Path]:
-    """golden's checkpoints."""
+    """The checkpoints of the golden data."""
     folder = tmp_path_factory.mktemp("models")
     return {name: make_tiny_checkpoint(folder / name, moe=name == "moe") for name in ("dense", "moe")}
 
@@ -331,7 +334,7 @@ if GOLDEN:
     @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 0.1)])
     @pytest.mark.parametrize("kind", ["base", "lora"])
     @pytest.mark.parametrize("name", ["dense", "moe"])
-    def test_logits_equal_the_originals(tiny, name, kind, dtype, tolerance, length):
+    def test_logits_equal_mistral_finetunes(tiny, name, kind, dtype, tolerance, length):
         adapter = TENSORS / f"{name}_lora_float32_mb4_w1_checkpoint_000020_lora.safetensors" if kind == "lora" else None
         model = load_model(tiny[name], getattr(torch, dtype), adapter, GOLDEN_LORA)
         with torch.no_grad():
@@ -346,7 +349,7 @@ if GOLDEN:
             "cols_0_32767_step_331": logits[:, :32767:331],
             "logits": logits,
         }
-        # In bf16 a token whose gate rates two experts alike may go to the other one.
+        # In bf16 a token with two nearly equal gate scores may be routed to the other expert.
         may_differ = 1 / 500 if (name, dtype) == ("moe", "bfloat16") else 0
         for key, value in expected.items():
             error = (actual[key] - torch.from_numpy(value)).abs().flatten(1 if value.ndim > 1 else 0)
@@ -354,7 +357,7 @@ if GOLDEN:
             assert differs.float().mean() <= may_differ, f"{key}: {error.max()}"
 
     @pytest.mark.parametrize("name", ["dense", "moe"])
-    def test_rotary_phases_equal_the_originals(tiny, name):
+    def test_rotary_phases_equal_mistral_finetunes(tiny, name):
         args = load_model_args(tiny[name])
         golden = np.load(GOLDEN / f"expected/forward/tiny_{name}.npz")
         for key, positions in (("first64", torch.arange(64)), ("last2", torch.tensor([127_998, 127_999]))):
@@ -364,7 +367,7 @@ if GOLDEN:
 
     @pytest.mark.parametrize("kind", ["lora", "full"])
     @pytest.mark.parametrize("name", ["dense", "moe"])
-    def test_losses_and_gradients_equal_the_originals(tiny, name, kind):
+    def test_losses_and_gradients_equal_mistral_finetunes(tiny, name, kind):
         recipe, recorded = INFO["models"][f"tiny_{name}"]["grad_batch"], INFO["models"][f"tiny_{name}"]
         adapter = GOLDEN / "expected" / recipe["lora"].partition(",")[0] if kind == "lora" else None
         model = load_model(tiny[name], adapter=adapter, lora=GOLDEN_LORA)
@@ -373,13 +376,13 @@ if GOLDEN:
         for case, trained in (("unmasked", None), ("masked", masked)):
             model.zero_grad()
             targets = ids[1:] if trained is None else ids[1:][trained]
-            loss = model(ids[:-1], recipe["seqlens"], head=cross_entropy_head(targets), wanted=trained)
+            loss = model(ids[:-1], recipe["seqlens"], head=cross_entropy_head(targets), output_positions=trained)
             loss.backward()
             assert loss.item() == pytest.approx(recorded[f"loss.{kind}.{case}"]["loss"], rel=1e-6)
             for key, norm in recorded[f"loss.{kind}.{case}"]["grad_l2"].items():
                 assert model.get_parameter(key).grad.double().norm().item() == pytest.approx(norm, rel=1e-4), key
         gradients = load_file(GOLDEN / f"expected/forward/tiny_{name}_grads_{kind}_masked_float32.safetensors")
-        rows = gradients.pop("rows", None)  # of the two vocabulary matrices only these are kept
+        rows = gradients.pop("rows", None)  # the golden data has only these rows of the two vocabulary matrices
         for key, expected in gradients.items():
             actual = model.get_parameter(key.removesuffix(".rows")).grad
             actual = actual[rows] if key.endswith(".rows") else actual

@@ -1,4 +1,4 @@
-"""Mistral's published models: each builds at full size on the meta device, and small with its proportions it trains."""
+"""Mistral's published models: each builds at full size on the meta device, and trains as a scaled-down copy."""
 
 import json
 from pathlib import Path
@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 
 def params_json(name: str) -> dict:
-    """params.json of a published model, as far as it says shapes."""
+    """Return the shape entries of a published model's params.json."""
     return {key: value for key, value in KNOWN_MODELS[name].to_dict().items() if value is not None}
 
 
-def side_by_side(params: dict) -> dict:
-    """The keys of a mixture of experts beside the others, as some folders have them."""
+def flat_keys(params: dict) -> dict:
+    """Move the keys of `moe` to the top level, as in some published folders."""
     return {key: value for key, value in params.items() if key != "moe"} | params["moe"]
 
 
@@ -46,7 +46,7 @@ PARAMETERS = {
 }
 # params.json and the number of parameters
 MODELS = {name: (params_json(name), count) for name, count in PARAMETERS.items()}
-MODELS["mixtral-8x7b, keys side by side"] = (side_by_side(MODELS["mixtral-8x7b"][0]), PARAMETERS["mixtral-8x7b"])
+MODELS["mixtral-8x7b, flat keys"] = (flat_keys(MODELS["mixtral-8x7b"][0]), PARAMETERS["mixtral-8x7b"])
 every_model = pytest.mark.parametrize(("params", "count"), MODELS.values(), ids=MODELS)
 
 
@@ -61,8 +61,8 @@ def train_args(folder: Path, **changes) -> TrainArgs:
     )
 
 
-def small_twin(folder: Path, params: dict) -> Path:
-    """A checkpoint with the model's proportions, its widths a sixty-fourth (its heads' a sixteenth) and two layers."""
+def scaled_down(folder: Path, params: dict) -> Path:
+    """Create a checkpoint with a model's proportions: 1/64 of its width, heads of width 8, two layers."""
     scaled = {"dim": params["dim"] // 64, "hidden_dim": params["hidden_dim"] // 64, "head_dim": 8, "n_layers": 2}
     scaled |= {"n_heads": params["n_heads"] // 4, "n_kv_heads": 2, "vocab_size": 256}
     experts = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -79,8 +79,8 @@ def test_builds_at_full_size(tmp_path, params, count):
 
 
 @every_model
-def test_a_small_twin_learns(tmp_path, params, count):
-    args = train_args(small_twin(tmp_path, params))
+def test_scaled_down_model_trains(tmp_path, params, count):
+    args = train_args(scaled_down(tmp_path, params))
     base = open_base_model(args)
     model = build_model(base, args, choose_hardware(CPU, "fp32", "sdpa", base.args), World(0, 1, CPU))
     assert base.args.head_dim * base.args.n_heads == base.args.dim or params["vocab_size"] == 131072
@@ -96,27 +96,27 @@ def test_a_small_twin_learns(tmp_path, params, count):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_experts_are_the_same_under_both_spellings(tmp_path):
-    together, apart = MODELS["mixtral-8x7b"][0], MODELS["mixtral-8x7b, keys side by side"][0]
-    args = load_model_args(write_params(tmp_path, together))
-    assert args.moe.num_experts == 8 and args == load_model_args(write_params(tmp_path, apart))
+def test_nested_and_flat_moe_keys_are_equivalent(tmp_path):
+    nested, flat = MODELS["mixtral-8x7b"][0], MODELS["mixtral-8x7b, flat keys"][0]
+    args = load_model_args(write_params(tmp_path, nested))
+    assert args.moe.num_experts == 8 and args == load_model_args(write_params(tmp_path, flat))
     with pytest.raises(UserError, match=r"`moe.num_experts_per_tok` is 9 but must lie between 1 and"):
-        load_model_args(write_params(tmp_path, apart | {"num_experts_per_tok": 9}))
+        load_model_args(write_params(tmp_path, flat | {"num_experts_per_tok": 9}))
 
 
 # Sliding windows
 
 
-def test_a_window_that_does_not_matter_is_accepted(tmp_path):
-    folder = small_twin(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16})
+def test_sliding_window_is_accepted_if_sequences_fit_into_it(tmp_path):
+    folder = scaled_down(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16})
     with pytest.raises(UserError, match=r"16 tokens at a time .*set `seq_len` \(17\) to at most 16"):
         open_base_model(train_args(folder, seq_len=17))
     base = open_base_model(train_args(folder, seq_len=16))
     assert base.args.sliding_window == 16
 
 
-def test_no_text_is_longer_than_the_window(tmp_path):
-    args = load_model_args(small_twin(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16}))
+def test_document_longer_than_the_window_is_rejected(tmp_path):
+    args = load_model_args(scaled_down(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16}))
     model = Transformer(args)
     tokens = torch.zeros(33, dtype=torch.int64)
     model(tokens[:32], [16, 16])
@@ -133,7 +133,7 @@ def test_no_text_is_longer_than_the_window(tmp_path):
         {"yarn": {"beta": 32}},
     ],
 )
-def test_what_would_quietly_be_another_model_is_refused_by_name(tmp_path, window):
+def test_unsupported_variants_are_rejected_by_key(tmp_path, window):
     with pytest.raises(UserError, match=rf"params.json: `{next(iter(window))}` is "):
         load_model_args(write_params(tmp_path, MODELS["ministral-8b"][0] | window))
 
@@ -141,8 +141,8 @@ def test_what_would_quietly_be_another_model_is_refused_by_name(tmp_path, window
 # Files
 
 
-def test_weights_in_several_files(tmp_path):
-    folder = small_twin(tmp_path, MODELS["mistral-7b"][0])
+def test_sharded_weights_are_loaded(tmp_path):
+    folder = scaled_down(tmp_path, MODELS["mistral-7b"][0])
     tensors = load_file(folder / "consolidated.safetensors")
     (folder / "consolidated.safetensors").unlink()
     names = sorted(tensors)

@@ -1,4 +1,4 @@
-"""Mixture of experts: the sorted slots against the plain loop over experts, and what the benchmark counts of them."""
+"""Mixture of experts: sorted slots against a plain loop over experts, and the benchmark's FLOP counts."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def loop_over_experts(layer: MoeLayer, x: torch.Tensor) -> torch.Tensor:
-    """The definition: each expert on the tokens that chose it, weighted and added up."""
+    """Run each expert on the tokens routed to it, and add up the weighted outputs."""
     scores, chosen = torch.topk(layer.gate(x), layer.num_experts_per_tok)
     weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
     mixed = torch.zeros_like(x)
@@ -30,7 +30,7 @@ def loop_over_experts(layer: MoeLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def moe_layer(k: int, dtype: torch.dtype = torch.float32, targets: list[str] | None = None) -> MoeLayer:
-    """With `targets`, only adapters of random numbers train; without, all does."""
+    """Return a random layer: with `targets`, only adapters are trainable, otherwise everything."""
     torch.manual_seed(0)
     experts: list[nn.Module] = [FeedForward(SHAPES) for _ in range(EXPERTS)]
     layer = MoeLayer(experts, Linear(SHAPES.dim, EXPERTS), MoeArgs(EXPERTS, k))
@@ -43,7 +43,7 @@ def moe_layer(k: int, dtype: torch.dtype = torch.float32, targets: list[str] | N
     return layer
 
 
-def trained(layer: MoeLayer) -> list[nn.Parameter]:
+def trainable(layer: MoeLayer) -> list[nn.Parameter]:
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
@@ -51,29 +51,29 @@ def trained(layer: MoeLayer) -> list[nn.Parameter]:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 3, EXPERTS])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_experts_on_sorted_slots_equal_the_loop(tokens, k, dtype, targets):
+def test_sorted_slots_match_the_loop_over_experts(tokens, k, dtype, targets):
     layer = moe_layer(k, dtype, targets)
     x, grad = (torch.randn(tokens, SHAPES.dim).to(dtype) for _ in range(2))
     x.requires_grad_()
     mixed, expected = layer(x), loop_over_experts(layer, x)
     assert mixed.dtype == dtype
-    gradients, wanted = (torch.autograd.grad(y, [x, *trained(layer)], grad) for y in (mixed, expected))
-    for actual, reference in zip((mixed, *gradients), (expected, *wanted), strict=True):
+    gradients, expected_gradients = (torch.autograd.grad(y, [x, *trainable(layer)], grad) for y in (mixed, expected))
+    for actual, reference in zip((mixed, *gradients), (expected, *expected_gradients), strict=True):
         error = (actual.double() - reference.double()).norm()
         assert error <= TOLERANCES[dtype] * reference.double().norm()
 
 
-def test_an_adapter_whose_expert_no_token_chose_gets_zero_gradients():
-    """Not none at all: ranks must agree on which gradients there are."""
+def test_adapters_of_unused_experts_get_zero_gradients():
+    """Zero, not None: all ranks must have the same set of gradients."""
     layer = moe_layer(k=2, targets=["w1", "w2", "w3"])
     layer(torch.randn(1, SHAPES.dim)).sum().backward()
-    gradients = [[parameter.grad for parameter in trained(expert)] for expert in layer.experts]
+    gradients = [[parameter.grad for parameter in trainable(expert)] for expert in layer.experts]
     assert all(gradient is not None for expert in gradients for gradient in expert)
     assert sum(any(gradient.any() for gradient in expert) for expert in gradients) == 2
 
 
 @pytest.mark.parametrize("tokens, k", [(1, 1), (1, 3), (40, 2)])
-def test_slots_are_sorted_by_expert_and_then_by_token(tokens, k):
+def test_slots_are_sorted_by_expert_then_token(tokens, k):
     chosen = torch.rand(tokens, EXPERTS + 2).argsort()[:, :k]
     order, ends = slots_by_expert(chosen, EXPERTS + 2)
     pairs = [(expert, slot) for slot, expert in enumerate(chosen.flatten().tolist())]
@@ -82,7 +82,7 @@ def test_slots_are_sorted_by_expert_and_then_by_token(tokens, k):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_benchmark_counts_the_weights_that_a_token_goes_through(rank):
+def test_benchmark_counts_the_active_weights_of_a_token(rank):
     with torch.device("meta"):
         model = Transformer(SHAPES)
         if rank:
@@ -95,10 +95,10 @@ def test_the_benchmark_counts_the_weights_that_a_token_goes_through(rank):
     assert recomputed_flops(SHAPES, rank, work) == 2 * work.positions * active
 
 
-def test_the_dense_twin_has_the_same_active_parameters():
+def test_dense_and_moe_presets_have_the_same_active_parameters():
     moe, dense = PRESETS["moe-cpu"], PRESETS["cpu-60m"]
     work = Work(positions=100, trained=10, pairs=1000, documents=1, complete=1)
     gates = 4 * work.positions * moe.shapes.n_layers * moe.shapes.dim * moe.shapes.moe.num_experts
     assert model_flops(moe.shapes, 0, work) - gates == model_flops(dense.shapes, 0, work)
-    twins = {"shapes": None, "steps": 0}
-    assert dataclasses.replace(moe, **twins) == dataclasses.replace(dense, **twins)
+    other_settings = {"shapes": None, "steps": 0}
+    assert dataclasses.replace(moe, **other_settings) == dataclasses.replace(dense, **other_settings)
