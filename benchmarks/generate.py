@@ -15,7 +15,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tqdm import tqdm
 
 from benchmarks.measure import measure, print_table, spread
-from finetune.data.tokenize import SampleEncoder, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from model.generate import generate
 from model.transformer import Transformer

@@ -15,9 +15,10 @@ from model.generate import generate
 from model.transformer import Transformer
 
 from .args import EarlyStoppingArgs, GenerationArgs, TrainArgs
+from .data.conversation import parse_conversation
 from .data.data_loader import Batch, EvalLoader, build_data_loader
-from .data.dataset import read_rows
-from .data.tokenize import SampleEncoder, parse_conversation
+from .data.rows import read_rows
+from .data.tokenize import SampleEncoder
 from .distributed import World
 from .loss import batch_loss
 from .monitoring.metrics_logger import answers_log_message, eval_log_message, eval_metrics

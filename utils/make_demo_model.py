@@ -19,7 +19,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tqdm import tqdm
 
 from finetune.cli import run_cli
-from finetune.data.tokenize import V3_VOCABULARY, SampleEncoder, TokenSample, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import V3_VOCABULARY, SampleEncoder, TokenSample
 from model.args import ModelArgs
 from model.atomic import new_folder
 from model.errors import UserError

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from finetune.cli import add_step_option, run_cli
+from finetune.data.conversation import parse_conversation
 from finetune.data.exceptions import RowError
-from finetune.data.tokenize import SampleEncoder, parse_conversation
+from finetune.data.tokenize import SampleEncoder
 from finetune.inference import load_trained, token_bytes
 from finetune.run_dir import find_checkpoint, run_of
 from model.errors import UserError

@@ -1,11 +1,11 @@
-"""Sequences -> batches, made ahead of the step that needs them."""
+"""Sequences -> batches, prepared ahead of the step that needs them."""
 
 import copy
 import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
@@ -23,23 +23,24 @@ _BATCHES_AHEAD = 4
 
 @dataclasses.dataclass
 class Batch:
-    """`batch_size` packed sequences laid flat. T = batch_size * seq_len."""
+    """`batch_size` packed sequences, concatenated. T = batch_size * seq_len."""
 
-    x: np.ndarray  # [T] int64, tokens to read
+    x: np.ndarray  # [T] int64, input tokens
     y: np.ndarray  # [T] int64, tokens to predict
-    sizes: list[int]  # document lengths over all sequences; their sum is T
-    y_mask: np.ndarray | None = None  # [T] bool, true where trained; None where every position is. Where a message has
-    # a weight between 0 and 1: [T] float, how much each position counts
+    sizes: list[int]  # document lengths of all sequences; their sum is T
+    # [T] bool, true where trained; None if every position is. If a message has a weight between 0 and 1: [T] float,
+    # the loss weight of each position.
+    y_mask: np.ndarray | None = None
     rows: list[str] = dataclasses.field(default_factory=list)  # FILE:LINE of each document, padding left out
 
     @property
     def trained_tokens(self) -> int:
-        """Positions that carry loss."""
-        return len(self.x) if self.y_mask is None else np.count_nonzero(self.y_mask)
+        """Number of positions with a loss."""
+        return len(self.x) if self.y_mask is None else int(np.count_nonzero(self.y_mask))
 
     @property
     def loss_weight(self) -> float:
-        """What the trained positions count together: as many as they are, unless messages have weights."""
+        """Sum of the loss weights of all positions: `trained_tokens`, unless messages have weights."""
         return len(self.x) if self.y_mask is None else self.y_mask.sum().item()
 
     @classmethod
@@ -66,7 +67,7 @@ def _batches(stream: MixedStream | EvalStream, batch_size: int) -> Iterator[Batc
 
 
 class EvalLoader:
-    """All evaluation batches of a rank, anew at each iteration; nothing is kept in memory."""
+    """All evaluation batches of a rank. Each iteration reads them again; nothing is kept in memory."""
 
     def __init__(self, stream: EvalStream, batch_size: int) -> None:
         self._stream = stream
@@ -76,13 +77,13 @@ class EvalLoader:
         return _batches(self._stream, self._batch_size)
 
 
-_Item = tuple[Batch, dict[str, Any]] | Exception  # a batch with the state behind it, or why there is none
+_Item = tuple[Batch, dict[str, Any]] | Exception  # a batch and the state after it, or why there is none
 
 
 class TrainLoader:
-    """Endless training batches. A background thread tokenises and packs some of them ahead.
+    """Endless training batches. A background thread tokenizes and packs some of them ahead.
 
-    `state_dict` is the place behind the last batch handed out, whatever has been prepared beyond it.
+    `state_dict` is the position after the last batch returned, however many are prepared beyond it.
     """
 
     def __init__(self, stream: MixedStream, batch_size: int) -> None:
@@ -90,7 +91,7 @@ class TrainLoader:
         self._batch_size = batch_size
         self._state = copy.deepcopy(stream.state_dict())
         self._ready: queue.Queue[_Item] = queue.Queue(_BATCHES_AHEAD)
-        self._first: _Item | None = None  # taken from the queue, not yet handed out
+        self._first: _Item | None = None  # taken from the queue, not yet returned
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
 
@@ -98,31 +99,33 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        """Raises whatever the worker met, at the batch where it met it."""
-        self.wait_for_first()
-        item, self._first = self._first, None
+        """Return the next batch, or raise the error that the background thread met at this batch, every time."""
+        item = self._wait()
         if isinstance(item, Exception):
-            self._first = item  # asked again, it fails again
             raise item
         batch, self._state = item
+        self._first = None
         return batch
 
     def wait_for_first(self) -> "TrainLoader":
-        """Starts the worker and waits until the next batch is there, so that bad data is known before training.
+        """Start the background thread and wait for the next batch, so that bad data is reported before training.
 
         Raises:
             UserError: what is wrong with the data.
         """
+        if isinstance(item := self._wait(), UserError):
+            raise item
+        return self
+
+    def _wait(self) -> _Item:
         if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="data loader", daemon=True)
+            self._worker = threading.Thread(target=self._fill_queue, name="data loader", daemon=True)
             self._worker.start()
         if self._first is None:
             self._first = self._ready.get()
-        if isinstance(self._first, UserError):
-            raise self._first
-        return self
+        return self._first
 
-    def _work(self) -> None:
+    def _fill_queue(self) -> None:
         try:
             for batch in _batches(self._stream, self._batch_size):
                 self._put((batch, self._stream.state_dict()))
@@ -140,11 +143,11 @@ class TrainLoader:
 
     @property
     def counts(self) -> PackingCounts:
-        """What was read and packed for the batches handed out, from the first one on."""
+        """The counts of all batches returned so far, including those before a resume."""
         return sum((PackingCounts(**source["counts"]) for source in self._state["sources"]), PackingCounts())
 
     def count_epoch(self, show_progress: bool) -> int:
-        """Positions that it takes to pack every sample of this rank once. Call it before the first batch.
+        """Count the positions that packing every sample of this rank once takes. Call it before the first batch.
 
         Raises:
             BadRowError: a row that cannot be trained on.
@@ -155,20 +158,46 @@ class TrainLoader:
             return self._stream.count_epoch(progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; nothing of the texts."""
+        """Return the position as plain numbers and lists, without any text of the data."""
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on behind the batch after which `state` was taken. Call it before the first batch."""
+        """Continue after the batch at which `state` was saved. Call it before the first batch."""
         assert self._worker is None, "the loader has already started"
         self._stream.load_state_dict(state)
         self._state = copy.deepcopy(state)
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """Stop the background thread."""
         self._stop.set()
         if self._worker is not None:
             self._worker.join()
+
+
+@overload
+def build_data_loader(
+    instruct_tokenizer: InstructTokenizerBase,
+    args: DataArgs,
+    batch_size: int,
+    seq_len: int,
+    seed: int | None,
+    rank: int,
+    world_size: int,
+    is_eval: Literal[False],
+) -> TrainLoader: ...
+
+
+@overload
+def build_data_loader(
+    instruct_tokenizer: InstructTokenizerBase,
+    args: DataArgs,
+    batch_size: int,
+    seq_len: int,
+    seed: int | None,
+    rank: int,
+    world_size: int,
+    is_eval: Literal[True],
+) -> EvalLoader: ...
 
 
 def build_data_loader(
@@ -181,7 +210,7 @@ def build_data_loader(
     world_size: int,
     is_eval: bool,
 ) -> TrainLoader | EvalLoader:
-    """Builds a rank's loader: endless batches for training, one pass for evaluation (where `seed` is not used).
+    """Build a rank's loader: endless batches for training, one pass for evaluation (which does not use `seed`).
 
     Raises:
         UserError: bad sources, a bad seed, or nothing for this rank to train on.

@@ -1,7 +1,7 @@
-"""What can be wrong with a row of training data.
+"""Errors of training data.
 
-`RowError`s are raised where the fault is seen and say only the reason; `BadRowError` adds the file and the line where
-the row was read. Each kind carries a hint, so that a report can say once how to mend many rows.
+A `RowError` is raised where the problem is found and contains only the reason; `BadRowError` adds the file and the
+line. Each kind has a hint, so that a report can explain once how to fix many rows.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ class RowError(UserError):
     """A row that cannot be trained on."""
 
     kind = "Tokenization errors"
-    hint = "The text cannot be encoded; look for control characters or broken encodings in it."
+    hint = "The text cannot be encoded; look for control characters and encoding errors in it."
 
 
 class JsonError(RowError):
@@ -25,7 +25,7 @@ class ConversationFormatError(RowError):
     kind = "Conversation format errors"
     hint = (
         "A row has `messages` (or `interactions`), ends with the assistant, and its tools, calls and answers fit "
-        "together; `python -m utils.reformat_data FILE` mends common layouts."
+        "together; `python -m utils.reformat_data FILE` converts common layouts."
     )
 
 
@@ -40,7 +40,7 @@ class PretrainFormatError(RowError):
 
 
 class BadRowError(UserError):
-    """A faulty row, with where it stands."""
+    """A row that cannot be trained on, with its file and line."""
 
     def __init__(self, path: Path, line: int, error: RowError) -> None:
         super().__init__(f"The data in line {line} of dataset {path} is incorrectly formatted. {error}")

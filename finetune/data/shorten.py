@@ -1,4 +1,4 @@
-"""Makes samples fit a sequence by shortening the note, never the instruction or the answer."""
+"""Make samples fit a sequence by shortening the note, never the instruction or the answer."""
 
 import bisect
 import dataclasses
@@ -10,15 +10,16 @@ from typing import Any
 from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.messages import FinetuningMessage, ToolMessage, UserMessage
 
+from .conversation import Conversation, parse_conversation, pretrain_text
 from .exceptions import RowError
-from .tokenize import Conversation, SampleEncoder, SampleType, TokenSample, parse_conversation, pretrain_text
+from .tokenize import SampleEncoder, SampleType, TokenSample
 
 OVERLONG = ("shorten", "drop", "error")
 
-_ENDS = 256  # characters at both ends of a text that stay: instructions stand there
-_SLACK = 0.02  # share of a sequence that may stay free after shortening, rather than trying once more
-_ROUNDS = 6  # of trying; two or three usually do
-_WORD = re.compile(r"\s*(\S+)")  # with the blanks before it, so that a word taken away glues nothing together
+_ENDS = 256  # characters kept at both ends of a text, where instructions are
+_SLACK = 0.02  # share of a sequence that may stay free after shortening
+_ROUNDS = 6  # attempts to reach that share; two or three are usually enough
+_WORD = re.compile(r"\s*(\S+)")  # with the blanks before it, so that removing a word does not join its neighbors
 # "Motif d'hospitalisation :", "II - ANTECEDENTS" or "**Conclusion :** ...", at the start of a line
 _TITLE = re.compile(
     r"^[ \t#*]*(?:(?:\d{1,2}|[IVX]{1,4})[ \t]*[.)/°-][ \t*]*)?"  # Markdown and numbering
@@ -29,14 +30,14 @@ _TITLE = re.compile(
 
 
 class FittingEncoder:
-    """Encodes rows so that each fits in `seq_len` positions; what was removed is counted in each sample.
+    """Encode rows so that each fits into `seq_len` positions; each sample counts the tokens removed from it.
 
     Args:
-        encoder: the encoder of rows as they stand.
-        seq_len: positions of a sequence; a sample of n tokens takes n - 1.
-        overlong: `shorten` removes text inside the longest user or tool message (or pretrain text), `drop` leaves the
-            sample out, as `shorten` does where that message is too short to help, and `error` refuses it.
-        keep_sections: titles whose sections are shortened only when nothing else is left.
+        encoder: encodes complete rows.
+        seq_len: positions of a sequence; a sample of n tokens has n - 1.
+        overlong: `shorten` removes words inside the longest user or tool message (or pretrain text) and drops the
+            sample if that is not enough, `drop` drops it, `error` raises an error.
+        keep_sections: titles of sections that are shortened only when nothing else is left.
     """
 
     def __init__(self, encoder: SampleEncoder, seq_len: int, overlong: str, keep_sections: list[str]) -> None:
@@ -46,7 +47,7 @@ class FittingEncoder:
         self._keep_sections = tuple(map(_folded, keep_sections))
 
     def encode(self, row: dict[str, Any], sample_type: SampleType) -> TokenSample:
-        """As `SampleEncoder.encode`; a dropped sample has no tokens.
+        """Encode a row like `SampleEncoder.encode`; a dropped sample has no tokens.
 
         Raises:
             RowError: why the row cannot be trained on.
@@ -57,7 +58,11 @@ class FittingEncoder:
         return self._fit(self._encoder.encode_text(text), text, self._encoder.encode_text)
 
     def encode_conversation(self, conversation: Conversation) -> TokenSample:
-        """As `SampleEncoder.encode_conversation`; a dropped sample has no tokens."""
+        """Encode a conversation like `SampleEncoder.encode_conversation`; a dropped sample has no tokens.
+
+        Raises:
+            RowError: why the conversation cannot be trained on.
+        """
         sample = self._encoder.encode_conversation(conversation)
         longest = max(_texts(conversation.messages), key=lambda found: len(found.text), default=_Text(0, None, ""))
 
@@ -78,7 +83,11 @@ class FittingEncoder:
         return dataclasses.replace(fitted, removed=length - len(fitted.tokens))
 
     def _shortened(self, length: int, text: str, encode_with: Callable[[str], TokenSample]) -> TokenSample | None:
-        """Removes little more of `text` than makes the sample of `length` tokens fit; None where all is not enough."""
+        """Remove little more of `text` than necessary to fit a sample of `length` tokens.
+
+        Returns:
+            The shortened sample; None if it does not fit even without all removable words.
+        """
         words = removable_words(text, self._keep_sections)
         enough = sum(end - start for group in words for start, end in group)
         fitting = encode_with(without_middle(text, words, enough)) if enough else None
@@ -102,8 +111,8 @@ class FittingEncoder:
 class _Text:
     """A text of a user or tool message."""
 
-    message: int  # its index in the conversation
-    chunk: int | None  # index in the message's content where that is a list of chunks
+    message: int  # index in the conversation
+    chunk: int | None  # index in the message's content if that is a list of chunks
     text: str
 
 
@@ -113,26 +122,30 @@ def _texts(messages: list[FinetuningMessage]) -> Iterator[_Text]:
             if isinstance(message.content, str):
                 yield _Text(index, None, message.content)
             else:
-                yield from (_Text(index, part, chunk.text) for part, chunk in enumerate(message.content))
+                for part, chunk in enumerate(message.content):
+                    if isinstance(chunk, TextChunk):
+                        yield _Text(index, part, chunk.text)
 
 
 def _with_text(messages: list[FinetuningMessage], new: _Text) -> list[FinetuningMessage]:
-    content: str | list[TextChunk] = new.text
-    if new.chunk is not None:
-        content = list(messages[new.message].content)
-        content[new.chunk] = TextChunk(text=new.text)
+    content = messages[new.message].content
+    if isinstance(content, list) and new.chunk is not None:
+        content = [*content[: new.chunk], TextChunk(text=new.text), *content[new.chunk + 1 :]]
+    else:
+        content = new.text
     changed = messages[new.message].model_copy(update={"content": content})
     return [*messages[: new.message], changed, *messages[new.message + 1 :]]
 
 
 Span = tuple[int, int]  # characters [start, end) of a text
-Words = tuple[list[Span], list[Span]]  # what may be removed first, and what only after it
+Words = tuple[list[Span], list[Span]]  # words to remove first, and words of sections to keep, removed only after them
 
 
 def removable_words(text: str, keep_sections: tuple[str, ...]) -> Words:
-    """What may be removed from a text: words of sections nobody asked to keep, then of those to keep; never the ends.
+    """Return the words that may be removed: those of other sections, and those of sections to keep; never the ends.
 
     Args:
+        text: a note.
         keep_sections: beginnings of titles, folded (lower case, no accents).
     """
     words: Words = ([], [])
@@ -145,9 +158,9 @@ def removable_words(text: str, keep_sections: tuple[str, ...]) -> Words:
 
 
 def _sections(text: str, keep_sections: tuple[str, ...]) -> list[tuple[int, bool]]:
-    """Where the sections of a text start, and whether they are to be kept.
+    """Return where the sections of a text start, and whether they are to be kept.
 
-    A section whose title stands alone on its line goes on to the next such title (or one to keep): a line such as
+    A section whose title is alone on its line extends to the next such title (or one to keep): a line such as
     "HTA : depuis 2010" belongs to it.
     """
     sections = [(0, False)]
@@ -169,7 +182,7 @@ def _folded(title: str) -> str:
 
 
 def without_middle(text: str, words: Words, count: int) -> str:
-    """Removes words that hold about `count` characters: from the middle of the first list, then of the second."""
+    """Remove words of about `count` characters in total: from the middle of the first list, then of the second."""
     cuts: list[Span] = []
     for group in words:
         available = sum(end - start for start, end in group)
@@ -184,7 +197,7 @@ def without_middle(text: str, words: Words, count: int) -> str:
 
 
 def _middle(words: list[Span], skip: int, take: int) -> Iterator[Span]:
-    """The words that hold any of the characters [skip, skip + take) of all of them together."""
+    """Yield the words that overlap characters [skip, skip + take) of all the words joined together."""
     position = 0
     for start, end in words:
         length = end - start

@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from finetune.cli import run_cli
-from finetune.data.tokenize import SampleEncoder, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder
 from finetune.inference import load_trained
 from model.errors import UserError
 from model.generate import generate

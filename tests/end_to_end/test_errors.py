@@ -260,7 +260,7 @@ ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 UNTRAINED = ROW.replace('"b"', '"b", "weight": 0')
 BAD_DATA = {
     "bad_line_in_training_file": ([ROW, '{"messages": ', ROW], "The data in line 2 of dataset bad.jsonl"),
-    "empty file": ([], "bad.jsonl holds no rows"),
+    "empty file": ([], "bad.jsonl contains no rows"),
     "blank line": ([ROW, "", ROW], "The data in line 2 of dataset bad.jsonl"),
     "nothing to train on": ([UNTRAINED, UNTRAINED], "bad.jsonl"),
     "last message is the user's": ([ROW.replace("assistant", "user")], "The data in line 1 of dataset bad.jsonl"),

@@ -20,7 +20,8 @@ from finetune.args import load_train_args, read_train_args
 from finetune.data.args import DataArgs, parse_sources
 from finetune.data.dataset import build_eval_stream
 from finetune.data.exceptions import RowError
-from finetune.data.tokenize import SampleEncoder, SampleType, parse_row
+from finetune.data.rows import parse_row
+from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import Problem, UserError
 from model.weights import open_weights
 from tests.finetune.test_tokenize import TOOL_ROW, paths

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 
 from finetune.args import TrainArgs, load_train_args
 from finetune.data.args import DataArgs, InstructArgs, parse_sources
-from finetune.data.dataset import JsonlFile, build_training_stream, read_rows
+from finetune.data.dataset import JsonlFile, build_training_stream
 from finetune.data.exceptions import BadRowError, JsonError
-from finetune.data.tokenize import MAX_ROW_BYTES, SampleEncoder, SampleType, load_instruct_tokenizer, parse_row
+from finetune.data.rows import MAX_ROW_BYTES, parse_row, read_rows
+from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
 from finetune.inference import token_bytes
 from finetune.wrapped_model import open_base_model
 from model.args import load_model_args
@@ -329,7 +330,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "deep objects": (b'{"a":' * 100_000, "nested too deeply"),
     "deep objects that end": (b'{"a":' * 200 + b"1" + b"}" * 200, "nested too deeply"),
     "a number of 5,000 digits": (b'{"a":' + b"9" * 5000 + b"}", "too many digits"),
-    "half a surrogate pair": (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+    "unpaired surrogate": (b'{"text": "\\ud83d"}', "unpaired surrogate"),
     "a raw NUL": (b'{"text": "\0"}', "control character"),
     "NULs": (bytes(1000), "Expecting value"),
     "UTF-16": (json.dumps(ROW).encode("utf-16"), "begins like text in UTF-16"),
@@ -339,8 +340,8 @@ LINES: dict[str, tuple[bytes, str]] = {
     "zip": (zipped(b"{}"), "begins like a zip archive"),
     "parquet": (b"PAR1\x15\x04\x15", "begins like a parquet table"),
     "HTML": (b" <!doctype HTML><html>", "begins like a web page"),
-    "a key twice": (b'{"text": "a", "text": "b"}', "'text' stands twice"),
-    "many keys": (b'{"a": 1, ' * 1 + b", ".join(b'"%d": 1' % i for i in range(50_000)) + b', "a": 1}', "stands twice"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "'text' is repeated"),
+    "many keys": (b'{"a": 1, ' * 1 + b", ".join(b'"%d": 1' % i for i in range(50_000)) + b', "a": 1}', "is repeated"),
     "a list": (b'[{"messages": []}]', "found a list"),
 }
 

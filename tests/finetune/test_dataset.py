@@ -1,4 +1,4 @@
-"""jsonl files -> batches: the original's, in its order, from any place, and nothing for what is wrong."""
+"""jsonl files -> batches: equal to mistral-finetune's, in its order, resumable anywhere; bad data is an error."""
 
 import functools
 import io
@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
-from finetune.data import dataset
 from finetune.data.args import DataArgs, InstructArgs, Source
 from finetune.data.data_loader import Batch, EvalLoader, TrainLoader, build_data_loader
-from finetune.data.dataset import JsonlFile, line_offsets
+from finetune.data.dataset import JsonlFile
 from finetune.data.exceptions import BadRowError, JsonError
+from finetune.data.rows import line_offsets
 from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture, instruct_tokenizer, load_json_gz
@@ -89,7 +89,7 @@ def as_digests(batches: Iterable[Batch]) -> dict[str, list[str | None]]:
 
 
 def documents(batches: Iterable[Batch]) -> Iterator[tuple[list[int], list[bool]]]:
-    """The tokens and masks of every document that trains anything."""
+    """The tokens and masks of every document with a trained token."""
     for batch in batches:
         mask = np.ones(len(batch.x), dtype=bool) if batch.y_mask is None else batch.y_mask
         ends = np.cumsum(batch.sizes)
@@ -106,7 +106,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], newline: str = "\n") 
 
 
 def conversations(n: int, name: str = "", turns: int = 1, **keys: Any) -> list[dict[str, Any]]:
-    """Rows of different lengths, none like another."""
+    """Distinct rows of different lengths."""
     return [
         {
             "messages": [
@@ -130,13 +130,13 @@ def texts(n: int, name: str = "t") -> list[dict[str, str]]:
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
 
 
-# ---- what mistral-finetune computed ----
+# ---- mistral-finetune's batches ----
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=[setting["name"] for setting in SETTINGS])
-def test_batches_are_those_of_the_original(monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]):
+def test_batches_equal_those_of_mistral_finetune(monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]):
     monkeypatch.chdir(fixture("inputs"))
-    # The original reads a folder in the file system's order, we read it in sorted order.
+    # mistral-finetune reads a folder in file system order, we read it in sorted order.
     sorted_files = Source.files
     folder = [Path(file) for file in DIGESTS["folder_order_used"]]
     monkeypatch.setattr(
@@ -157,7 +157,7 @@ def test_batches_are_those_of_the_original(monkeypatch: pytest.MonkeyPatch, sett
     n = len(expected["x"])
     if setting["is_eval"]:
         batches = list(loader)
-        # The original drops an incomplete last batch.
+        # mistral-finetune drops an incomplete last batch.
         assert all(len(batch.x) < setting["batch_size"] * setting["seq_len"] for batch in batches[n:])
         assert len(batches[n:]) <= 1
         assert as_digests(batches[:n]) == expected
@@ -168,7 +168,7 @@ def test_batches_are_those_of_the_original(monkeypatch: pytest.MonkeyPatch, sett
 
 if GOLDEN is not None:
 
-    def test_committed_digests_are_those_of_golden():
+    def test_committed_digests_equal_those_of_golden():
         assert condense_batches(GOLDEN) == DIGESTS
 
 
@@ -191,7 +191,7 @@ def test_lines_end_as_in_python(tmp_path_factory: pytest.TempPathFactory, data: 
     path.write_bytes(data)
     lines = list(io.TextIOWrapper(io.BytesIO(data), encoding="latin-1", newline=""))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "_BLOCK", block)
+        patch.setattr("finetune.data.rows._BLOCK", block)
         offsets = line_offsets(path)
     assert offsets.dtype == np.int64
     assert offsets.tolist() == [0, *np.cumsum([len(line) for line in lines], dtype=int)]
@@ -200,7 +200,7 @@ def test_lines_end_as_in_python(tmp_path_factory: pytest.TempPathFactory, data: 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("final_newline", [True, False])
-def test_every_way_to_end_a_line_gives_the_same_batches(
+def test_all_line_ends_give_the_same_batches(
     tmp_path: Path, tiny: InstructTokenizerBase, newline: str, bom: bytes, final_newline: bool
 ):
     rows = conversations(5) + conversations(1, name="\u2028\u0085é")
@@ -213,17 +213,19 @@ def test_every_way_to_end_a_line_gives_the_same_batches(
     assert as_digests(eval_loader(tiny, other)) == expected
 
 
-def test_a_missing_file_is_a_users_mistake(tmp_path: Path):
+def test_a_folder_in_place_of_a_file_is_a_user_error(tmp_path: Path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path} cannot be read")):
         line_offsets(tmp_path)
 
 
-def test_a_large_file_is_never_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: InstructTokenizerBase):
+def test_a_large_file_is_not_loaded_into_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: InstructTokenizerBase
+):
     path = tmp_path / "large.jsonl"
-    line = json.dumps(conversations(1)[0] | {"note": "x" * 2000}).encode() + b"\n"
+    line = json.dumps(conversations(1)[0] | {"padding": "x" * 2000}).encode() + b"\n"
     path.write_bytes(line * 10_000)
     assert path.stat().st_size > 20e6
-    monkeypatch.setattr(dataset, "_BLOCK", 1 << 16)
+    monkeypatch.setattr("finetune.data.rows._BLOCK", 1 << 16)
     tracemalloc.start()
     try:
         first_batches(5, tiny, data_args(shuffle=True, chunk=True, instruct_data=str(path)))
@@ -260,22 +262,22 @@ def test_ranks_evaluate_every_row_once(tmp_path: Path, tiny: InstructTokenizerBa
         assert sum((rows_of(rank, world_size) for rank in range(world_size)), Counter()) == everything
 
 
-def test_a_rank_trains_on_its_rows_and_their_chunks_alone(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_a_rank_trains_only_on_its_rows_and_their_chunks(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", conversations(6, turns=3, tools=TOOLS))
     args = data_args(shuffle=True, chunk=True, instruct_data=str(path))
     for rank in range(2):
         *whole, _ = documents(first_batches(1, tiny, args, seq_len=10_000, rank=rank, world_size=2))
-        learnt = set()
+        trained = set()
         for tokens, mask in whole:
             answer = tiny.tokenizer.decode([token for token, is_target in zip(tokens[1:], mask) if is_target])
-            learnt.add(answer.rstrip("!"))
-        assert learnt == {f"{i}.{turn}" for i in range(rank, 6, 2) for turn in range(3)}
+            trained.add(answer.rstrip("!"))
+        assert trained == {f"{i}.{turn}" for i in range(rank, 6, 2) for turn in range(3)}
 
 
 # ---- order and weights ----
 
 
-def test_unshuffled_rows_come_in_line_order_again_and_again(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_unshuffled_rows_repeat_in_line_order(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", texts(5))
     encoder = SampleEncoder(tiny)
     tokens = [token for row in texts(5) for token in encoder.encode(row, SampleType.PRETRAIN).tokens[:-1]]
@@ -286,7 +288,7 @@ def test_unshuffled_rows_come_in_line_order_again_and_again(tmp_path: Path, tiny
     assert all(batch.y_mask is None for batch in batches)
 
 
-def test_every_epoch_has_all_rows_in_an_order_of_its_own(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_every_epoch_has_all_rows_in_a_new_order(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{i:04}"} for i in range(12)])
     args = data_args(shuffle=True, data=str(path))
     batches = first_batches(36, tiny, args, seq_len=5)  # a row a sequence
@@ -307,7 +309,7 @@ def test_sources_are_drawn_by_weight(tmp_path: Path, tiny: InstructTokenizerBase
         assert abs(drawn[name] / 1000 - share) < 0.05
 
 
-def test_one_trained_row_among_many_is_found_in_any_order(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_a_single_trained_row_is_found_in_any_order(tmp_path: Path, tiny: InstructTokenizerBase):
     rows = conversations(12)
     for row in rows[1:]:
         row["messages"][1]["weight"] = 0
@@ -316,10 +318,10 @@ def test_one_trained_row_among_many_is_found_in_any_order(tmp_path: Path, tiny: 
         first_batches(30, tiny, data_args(shuffle=True, instruct_data=str(path)), seq_len=8, seed=seed)
 
 
-# ---- what is wrong ----
+# ---- invalid data ----
 
 
-def wrong_training_args(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
+def invalid_training_args(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
     good, other = write_rows(folder / "good.jsonl", conversations(3)), write_rows(folder / "other.jsonl", texts(3))
     (folder / "empty.jsonl").touch()
     (folder / "nothing").mkdir()
@@ -337,27 +339,27 @@ def wrong_training_args(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
         "none": ({}, "both empty: name at least one training source"),
         "commas": ({"instruct_data": " , ,"}, "both empty: name at least one training source"),
         "empty folder": ({"instruct_data": f"{folder}/nothing"}, "holds no file whose name ends in 'jsonl'"),
-        "empty file": ({"instruct_data": f"{folder}/empty.jsonl"}, "empty.jsonl holds no rows"),
-        "empty among others": ({"instruct_data": f"{good},{folder}/empty.jsonl"}, "empty.jsonl holds no rows"),
+        "empty file": ({"instruct_data": f"{folder}/empty.jsonl"}, "empty.jsonl contains no rows"),
+        "empty among others": ({"instruct_data": f"{good},{folder}/empty.jsonl"}, "empty.jsonl contains no rows"),
     }
 
 
-def test_wrong_sources_are_one_sentence(tmp_path: Path, tiny: InstructTokenizerBase):
-    for name, (sources, reason) in wrong_training_args(tmp_path).items():
+def test_invalid_sources_give_a_one_line_error(tmp_path: Path, tiny: InstructTokenizerBase):
+    for name, (sources, reason) in invalid_training_args(tmp_path).items():
         with pytest.raises(UserError, match=re.escape(reason)) as caught:
             train_loader(tiny, data_args(**sources))
         assert "\n" not in str(caught.value), name
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_numpy_refuses_is_one_sentence(tmp_path: Path, tiny: InstructTokenizerBase, seed: int):
+def test_a_seed_out_of_range_gives_a_clear_error(tmp_path: Path, tiny: InstructTokenizerBase, seed: int):
     path = write_rows(tmp_path / "rows.jsonl", conversations(3))
     with pytest.raises(UserError, match=f"`seed` is {seed}; it must lie between 0 and"):
         train_loader(tiny, data_args(instruct_data=str(path)), seed=seed)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_more_ranks_than_rows_is_one_sentence(tmp_path: Path, tiny: InstructTokenizerBase, shuffle: bool):
+def test_more_ranks_than_rows_gives_a_clear_error(tmp_path: Path, tiny: InstructTokenizerBase, shuffle: bool):
     path = write_rows(tmp_path / "rows.jsonl", conversations(2))
     args = data_args(shuffle=shuffle, instruct_data=str(path))
     first_batches(1, tiny, args, rank=1, world_size=2)
@@ -367,7 +369,7 @@ def test_more_ranks_than_rows_is_one_sentence(tmp_path: Path, tiny: InstructToke
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_rows_that_train_nothing_are_one_sentence(
+def test_rows_without_trained_tokens_give_a_clear_error(
     tmp_path: Path, tiny: InstructTokenizerBase, shuffle: bool, rows: int
 ):
     masked = conversations(rows)
@@ -384,16 +386,16 @@ def test_rows_that_train_nothing_are_one_sentence(
             outcome.put(error)
 
     threading.Thread(target=attempt, daemon=True).start()
-    reason = str(outcome.get(timeout=30))  # the original searches for ever
-    assert re.match(r"Not one of the rows of .*masked\.jsonl .* has a token to train on", reason)
+    reason = str(outcome.get(timeout=30))  # mistral-finetune loops forever
+    assert re.match(r"No row of .*masked\.jsonl assigned to this process has a trainable token", reason)
 
 
-def test_no_evaluation_source_is_one_sentence(tiny: InstructTokenizerBase):
+def test_no_evaluation_source_gives_a_clear_error(tiny: InstructTokenizerBase):
     with pytest.raises(UserError, match=r"`data\.eval_instruct_data` is empty"):
         build_data_loader(tiny, DataArgs(), 1, 8, None, 0, 1, is_eval=True)
 
 
-def test_a_bad_row_is_named_when_its_turn_comes(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_a_bad_row_is_reported_after_the_batches_before_it(tmp_path: Path, tiny: InstructTokenizerBase):
     rows = texts(12)
     good = write_rows(tmp_path / "good.jsonl", rows)
     lines = good.read_bytes().splitlines(keepends=True)
@@ -406,7 +408,7 @@ def test_a_bad_row_is_named_when_its_turn_comes(tmp_path: Path, tiny: InstructTo
         expected = as_digests(first_batches(n, tiny, data_args(data=str(good)), seq_len=8))
         assert as_digests(take(loader, n)) == expected
         state = loader.state_dict()
-        for _ in range(2):  # and it stays so
+        for _ in range(2):  # every time
             with pytest.raises(BadRowError) as caught:
                 next(loader)
             assert (caught.value.path, caught.value.line) == (bad, 8)
@@ -426,7 +428,7 @@ def test_the_line_of_a_bad_row_does_not_depend_on_rank_and_order(tmp_path: Path,
         list(eval_loader(tiny, path))
 
 
-def test_a_bad_row_with_tools_is_named_before_training(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_a_bad_row_with_tools_is_reported_before_training(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", [*conversations(3), {"messages": [{}], "tools": TOOLS}])
     with pytest.raises(BadRowError, match="line 4 of"):
         train_loader(tiny, data_args(shuffle=True, chunk=True, instruct_data=str(path)))
@@ -435,7 +437,7 @@ def test_a_bad_row_with_tools_is_named_before_training(tmp_path: Path, tiny: Ins
 if GOLDEN is not None:
 
     @pytest.mark.parametrize("path", sorted((GOLDEN / "inputs/bad").glob("*.jsonl")), ids=lambda path: path.stem)
-    def test_a_bad_file_is_read_or_ends_in_one_sentence(tiny: InstructTokenizerBase, path: Path):
+    def test_a_bad_file_is_read_or_gives_a_one_line_error(tiny: InstructTokenizerBase, path: Path):
         try:
             list(eval_loader(tiny, path))
         except BadRowError as error:
@@ -443,7 +445,7 @@ if GOLDEN is not None:
             assert "\n" not in str(error)
 
 
-# ---- going on from a state ----
+# ---- resuming ----
 
 
 def mixed_sources(folder: Path) -> dict[str, str]:
@@ -467,7 +469,7 @@ def mixed_sources(folder: Path) -> dict[str, str]:
         (True, True, ("data", "instruct_data")),
     ],
 )
-def test_a_fresh_loader_goes_on_where_another_stopped(
+def test_a_new_loader_resumes_where_another_stopped(
     tmp_path: Path,
     tiny: InstructTokenizerBase,
     packing: str,
@@ -501,7 +503,7 @@ def place_of(state: dict[str, Any]) -> tuple[int, ...]:
     return tuple(source[key] for key in ("epoch", "file", "place", "offset"))
 
 
-def test_a_state_inside_a_row_longer_than_a_sequence(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_resuming_inside_a_row_longer_than_a_sequence(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "0123456789" * 10}, {"text": "end"}])
     args = data_args(data=str(path))
     expected = as_digests(first_batches(20, tiny, args, seq_len=16))
@@ -522,33 +524,33 @@ def strings(value: Any) -> set[str]:
     return {value} if isinstance(value, str) else set()
 
 
-def test_a_state_is_plain_json_without_texts(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_a_state_is_plain_json_without_any_text_of_the_data(tmp_path: Path, tiny: InstructTokenizerBase):
     args = data_args(shuffle=True, chunk=True, **mixed_sources(tmp_path))
     with closing(train_loader(tiny, args, seq_len=23)) as loader:
         take(loader, 7)
         state = loader.state_dict()
     assert json.loads(json.dumps(state)) == state
-    assert {text for text in strings(state) if not re.fullmatch("[a-z_]+", text)} == {"MT19937"}  # no row is like that
+    assert {text for text in strings(state) if not re.fullmatch("[a-z_]+", text)} == {"MT19937"}  # no text of a row
     state["sources"].clear()
     assert loader.state_dict() != state  # it is a copy
 
 
-def test_the_state_is_that_of_the_last_batch_handed_out(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_the_state_is_that_of_the_last_batch_returned(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{i:04}"} for i in range(12)])
     with closing(train_loader(tiny, data_args(data=str(path)), seq_len=5)) as loader:
         take(loader, 2)
         deadline = time.monotonic() + 30
         while not loader._ready.full() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert loader._ready.full()  # others are ready
+        assert loader._ready.full()  # further batches are ready
         assert place_of(loader.state_dict()) == (0, 0, 1, 5)
 
 
-def test_close_ends_the_thread(tmp_path: Path, tiny: InstructTokenizerBase):
+def test_close_stops_the_thread(tmp_path: Path, tiny: InstructTokenizerBase):
     path = write_rows(tmp_path / "rows.jsonl", texts(3))
     before = threading.active_count()
     loaders = [train_loader(tiny, data_args(data=str(path))) for _ in range(3)]
-    assert threading.active_count() == before  # nothing runs before it is asked for
+    assert threading.active_count() == before  # no thread before the first batch
     loaders[0].wait_for_first()
     take(loaders[1], 9)
     assert threading.active_count() == before + 2
@@ -562,7 +564,7 @@ def test_close_ends_the_thread(tmp_path: Path, tiny: InstructTokenizerBase):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_evaluation_counts_an_incomplete_last_batch(tmp_path: Path, tiny: InstructTokenizerBase, batch_size: int):
+def test_evaluation_includes_an_incomplete_last_batch(tmp_path: Path, tiny: InstructTokenizerBase, batch_size: int):
     path = write_rows(tmp_path / "rows.jsonl", conversations(9))
     sequences = list(eval_loader(tiny, path, seq_len=40))
     batches = list(eval_loader(tiny, path, seq_len=40, batch_size=batch_size))
@@ -587,7 +589,7 @@ def test_evaluation_can_be_repeated(tmp_path: Path, tiny: InstructTokenizerBase)
         write_rows(tmp_path / f"{name}.jsonl", conversations(4, name))
     loader = eval_loader(tiny, tmp_path)
     once = as_digests(loader)
-    next(iter(loader))  # one left unfinished
+    next(iter(loader))  # an unfinished iteration
     assert as_digests(loader) == once
     assert len(once["x"]) > 2
 

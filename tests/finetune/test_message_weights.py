@@ -1,4 +1,4 @@
-"""A `weight` between 0 and 1 on an assistant message: its tokens count that much, from the row to the logged loss."""
+"""A `weight` between 0 and 1 scales the loss of an assistant message's tokens, from the row to the logged loss."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def conversation(*weights: float | None) -> dict:
 
 @pytest.fixture
 def weighted(tmp_path) -> Path:
-    """golden's rows, whose answers weigh differently."""
+    """Rows of golden/ whose answers have different weights."""
     rows = read_jsonl(INPUTS / "train_icd.jsonl")[:24]
     for index, row in enumerate(rows):
         for message in row["messages"]:
@@ -60,7 +60,7 @@ def weighted(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("version", ["v3", "v7", "v13"])
-def test_the_tokens_of_a_message_have_its_weight(version, tmp_path):
+def test_tokens_have_the_weight_of_their_message(version, tmp_path):
     encoder = SampleEncoder(load_tiny_tekken(tmp_path, version).instruct_tokenizer)
     plain = encoder.encode(conversation(None, None, None), SampleType.INSTRUCT)
     spans = np.split(np.array(plain.masks), np.flatnonzero(np.diff(plain.masks)) + 1)
@@ -70,19 +70,19 @@ def test_the_tokens_of_a_message_have_its_weight(version, tmp_path):
     assert sample.masks == expected.tolist()
 
 
-def test_whole_weights_stay_a_mask(tokenizer):
+def test_weights_0_and_1_give_a_bool_mask(tokenizer):
     for row in (conversation(0, 1), conversation(None, 1.0), conversation(0.0, True)):
         masks = SampleEncoder(tokenizer).encode(row, SampleType.INSTRUCT).masks
         assert {type(trained) for trained in masks} == {bool}
 
 
 @pytest.mark.parametrize("weight", [-0.5, 1.5, float("nan"), float("inf")])
-def test_other_weights_are_refused(weight, tokenizer):
+def test_weights_out_of_range_are_an_error(weight, tokenizer):
     with pytest.raises(RowError, match=r"The `weight` of an assistant message is .*; expected 0 to 1"):
         SampleEncoder(tokenizer).encode(conversation(1, weight), SampleType.INSTRUCT)
 
 
-def test_the_validator_takes_them_for_trained(tokenizer):
+def test_the_validator_counts_weighted_tokens_as_trained(tokenizer):
     encoder = ObservingEncoder(tokenizer, DataArgs(), 100, chunk=False)
     for weights in ((0.5, 0.25), (1, 1)):
         encoder.encode(conversation(*weights), SampleType.INSTRUCT)
@@ -108,18 +108,18 @@ def test_weights_are_packed_with_their_tokens(packing, weighted, tokenizer):
 
 
 def losses(model: Transformer, batches: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """The naive sum of weighted losses, and of weights."""
+    """The naive sums of the weighted losses and of the weights."""
     total, weight = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for batch in batches:
         each = F.cross_entropy(
             model(torch.from_numpy(batch.x), batch.sizes).double(), torch.from_numpy(batch.y), reduction="none"
         )
-        shares = torch.from_numpy(np.asarray(batch.y_mask, dtype=np.float64))
-        total, weight = total + (each * shares).sum(), weight + shares.sum()
+        weights = torch.from_numpy(np.asarray(batch.y_mask, dtype=np.float64))
+        total, weight = total + (each * weights).sum(), weight + weights.sum()
     return total, weight
 
 
-def test_loss_and_gradients_are_those_of_the_weighted_mean(weighted, model, tmp_path, monkeypatch):
+def test_loss_and_gradients_equal_those_of_the_weighted_mean(weighted, model, tmp_path, monkeypatch):
     config = small_config(tmp_path, model, data={"instruct_data": str(weighted)}, seq_len=512, lora={"enable": False})
     config.write_text(config.read_text() + "save_adapters: false\n")
     (source,) = loaders(config, world_size=1, is_eval=False)
@@ -132,14 +132,14 @@ def test_loss_and_gradients_are_those_of_the_weighted_mean(weighted, model, tmp_
     assert loss.item() == pytest.approx((total / weight).item(), rel=1e-6)
     trained = [p for p in parameters.parameters() if p.requires_grad]
     expected = torch.autograd.grad(total / weight, trained)
-    for found, wanted in zip(torch.autograd.grad(loss, trained), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)
+    for found, reference in zip(torch.autograd.grad(loss, trained), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-7)
     batch.y_mask = batch.y_mask > 0
     assert batch_loss(parameters, batch, CPU.device).item() != pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_steps_and_evaluations_by_tokens_weigh_them(ranks, weighted, model, tmp_path):
+def test_loss_normalization_by_tokens_uses_weights(ranks, weighted, model, tmp_path):
     config = small_config(
         tmp_path,
         model,

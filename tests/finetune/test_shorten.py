@@ -1,4 +1,4 @@
-"""Notes that are too long: what goes, what never goes, and that it is counted."""
+"""Notes that are too long: what is removed, what is always kept, and what is counted."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import load_tiny_tekken
 from train import run
 
-ENDS = 256  # characters that stay at both ends of a text
+ENDS = 256  # characters kept at both ends of a text
 WORD = re.compile(r"\s*\S+")
 
 SYSTEM = "Vous codez les séjours selon la CIM-10."
@@ -82,7 +82,7 @@ def icd_row(text: str, answer: str = ANSWER) -> dict:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> InstructTokenizerBase:
-    """One token per byte; what it encodes it decodes."""
+    """A reversible tokenizer with one token per byte."""
     return load_tiny_tekken(tmp_path_factory.mktemp("tekken"), "v3").instruct_tokenizer
 
 
@@ -102,7 +102,7 @@ def whole(tokenizer: InstructTokenizerBase, item: dict, kind: SampleType = Sampl
 
 
 def trained(sample: TokenSample) -> list[int]:
-    return [token for token, learnt in zip(sample.tokens, sample.masks, strict=True) if learnt]
+    return [token for token, is_trained in zip(sample.tokens, sample.masks, strict=True) if is_trained]
 
 
 def is_subsequence(part: list, of: list) -> bool:
@@ -111,7 +111,7 @@ def is_subsequence(part: list, of: list) -> bool:
 
 
 def assert_shortened(new: TokenSample, old: TokenSample, seq_len: int) -> None:
-    """It fits, its answer is all there, and what is gone is counted."""
+    """The sample fits, its answer is complete, and the removed tokens are counted."""
     assert 0 < len(new.tokens) - 1 <= seq_len
     assert len(new.tokens) == len(new.masks)
     assert trained(new) == trained(old)
@@ -130,12 +130,12 @@ TEXTS = st.lists(st.tuples(SEPARATORS, WORDS), max_size=250).map(lambda parts: "
 
 @given(TEXTS, st.integers(0, 2000), st.sampled_from([(), ("motif",), ("conclusion", "antecedents")]))
 @settings(max_examples=200, deadline=None)
-def test_whole_words_go_from_inside_and_nothing_else_changes(text, count, keep):
+def test_only_whole_words_inside_the_text_are_removed(text, count, keep):
     words = removable_words(text, keep)
     removable = sum(end - start for group in words for start, end in group)
     left = without_middle(text, words, count)
     assert left.startswith(text[:ENDS]) and left.endswith(text[-ENDS:])
-    # Each word that stays keeps the blanks before it: nothing is invented, nothing glued together.
+    # Each remaining word keeps the blanks before it: no word is new, no words are joined.
     assert is_subsequence(WORD.findall(left), WORD.findall(text))
     longest = max(map(len, WORD.findall(text)), default=0)
     assert min(count, removable) <= len(text) - len(left) <= count + 4 * longest
@@ -152,14 +152,14 @@ def test_whole_words_go_from_inside_and_nothing_else_changes(text, count, keep):
         (["antécédents", "évolution"], ["Antécédents", "Évolution"]),
     ],
 )
-def test_sections_to_keep_go_last(tiny, style, keep, titles):
-    """Accents and case do not count; all else is used up before a word of them goes."""
+def test_sections_to_keep_are_shortened_last(tiny, style, keep, titles):
+    """Accents and case are ignored; all other words are removed before the first word of a section to keep."""
     folded = FittingEncoder(SampleEncoder(tiny), 1, "shorten", keep)._keep_sections
     text = note(style)
     others, kept = removable_words(text, folded)
     first = sum(end - start for start, end in others)
     sections = [section(title, style) for title in titles]
-    if style == "inline":  # there a line of its own is a section of its own
+    if style == "inline":  # there each line is a section
         sections = [body.splitlines()[0] for body in sections]
     for count in range(0, first + 1, 97):
         left = without_middle(text, (others, kept), count)
@@ -169,7 +169,7 @@ def test_sections_to_keep_go_last(tiny, style, keep, titles):
     assert not all(body in without_middle(text, (others, kept), first + 100) for body in sections)
 
 
-def test_without_sections_to_keep_the_middle_goes():
+def test_without_sections_to_keep_the_middle_is_removed():
     text = note()
     left = without_middle(text, removable_words(text, ()), 2000)
     start = next(index for index, (old, new) in enumerate(zip(text, left)) if old != new)
@@ -178,7 +178,7 @@ def test_without_sections_to_keep_the_middle_goes():
     assert abs((start + removed / 2) - len(text) / 2) < 100
 
 
-def test_a_text_without_blanks_or_shorter_than_its_ends_stays():
+def test_a_text_without_blanks_or_shorter_than_both_ends_is_unchanged():
     for text in ("x" * 5000, "un mot " * 60, "", "mot"):
         assert without_middle(text, removable_words(text, ()), 400) == text
 
@@ -188,7 +188,7 @@ def test_a_text_without_blanks_or_shorter_than_its_ends_stays():
 
 @given(seq_len=st.integers(1300, 7000), style=st.sampled_from(list(STYLES)), keep=st.sampled_from([(), ("Motif",)]))
 @settings(max_examples=40, deadline=None)
-def test_the_note_alone_is_shortened(tiny, seq_len, style, keep):
+def test_only_the_note_is_shortened(tiny, seq_len, style, keep):
     item = icd_row(note(style))
     old, new = whole(tiny, item), encode(tiny, item, seq_len, keep=keep)
     if len(old.tokens) - 1 <= seq_len:
@@ -202,7 +202,7 @@ def test_the_note_alone_is_shortened(tiny, seq_len, style, keep):
 
 
 @pytest.mark.parametrize("seq_len", [600, 1000, 1500, 2000])
-def test_little_more_goes_than_must(seq_len):
+def test_little_more_is_removed_than_necessary(seq_len):
     tokenizer = instruct_tokenizer("v3")
     new = encode(tokenizer, icd_row(note()), seq_len, keep=("Conclusion", "Motif"))
     assert_shortened(new, whole(tokenizer, icd_row(note())), seq_len)
@@ -212,7 +212,7 @@ def test_little_more_goes_than_must(seq_len):
 
 
 def test_a_note_that_is_a_small_part_of_its_conversation_is_shortened(tiny):
-    """Most of the tokens stand elsewhere, so the first estimate of what must go is far too small."""
+    """Most tokens are elsewhere, so the first estimate of what to remove is far too small."""
     others = [user("Une question de plus ? " * 40), assistant("Une réponse. " * 400)] * 3
     item = row(*others, user(note()), assistant(ANSWER))
     old = whole(tiny, item)
@@ -254,7 +254,7 @@ def test_a_long_tool_result_is_shortened_inside(tiny):
         assert kept in text
 
 
-def test_the_longest_chunk_of_a_users_content_is_shortened(tiny):
+def test_the_longest_chunk_of_user_content_is_shortened(tiny):
     chunks = [{"type": "text", "text": text} for text in ("Consigne. " * 20, note(), "Rappel de la consigne. " * 20)]
     item = row(user(chunks), assistant(ANSWER))
     new = encode(tiny, item, 3000)
@@ -280,7 +280,7 @@ def test_a_pretrain_text_is_shortened(tiny):
         row(*[user("Question courte ? " * 20), assistant(ANSWER)] * 20),  # none of many messages is long
     ],
 )
-def test_what_cannot_be_shortened_is_dropped_and_counted(tiny, item):
+def test_samples_that_cannot_be_shortened_are_dropped_and_counted(tiny, item):
     assert encode(tiny, item, 1500) == TokenSample([], [], removed=len(whole(tiny, item).tokens))
 
 
@@ -290,7 +290,7 @@ def test_drop_and_error_shorten_nothing(tiny):
     assert encode(tiny, item, length - 2, "drop") == TokenSample([], [], removed=length)
     with pytest.raises(RowError, match=rf"It has {length} tokens, more than `seq_len` \({length - 2}\) can hold"):
         encode(tiny, item, length - 2, "error")
-    for overlong in ("shorten", "drop", "error"):  # n tokens take n - 1 positions
+    for overlong in ("shorten", "drop", "error"):  # n tokens have n - 1 positions
         assert encode(tiny, item, length - 1, overlong) == whole(tiny, item)
 
 
@@ -319,20 +319,20 @@ def row_numbers(batch, tokenizer: InstructTokenizerBase) -> list[int]:
     return [int(number) for number in re.findall(r"<(\d+)>", tokenizer.tokenizer.decode(batch.x.tolist()))]
 
 
-def test_an_evaluation_has_each_row_once_but_those_that_cannot_fit(tiny, rows_file):
+def test_an_evaluation_has_each_row_that_fits_once(tiny, rows_file):
     batches = loader(tiny, rows_file, is_eval=True)
     for _ in range(2):
         assert sorted(n for batch in batches for n in row_numbers(batch, tiny)) == list(range(FITTING + LONG))
 
 
-def test_training_counts_warns_once_and_goes_on_from_its_state(tiny, rows_file, caplog):
+def test_training_counts_warns_once_and_resumes(tiny, rows_file, caplog):
     batches = loader(tiny, rows_file)
     taken = [(batch.x.tolist(), batch.sizes, batches.counts, batches.state_dict()) for batch in batches_of(batches, 30)]
     batches.close()
 
     counts = taken[-1][2]
     assert counts.positions == 30 * 1500 and 0.9 < counts.filled / counts.positions < 1
-    # What is read ahead are whole epochs more or less, so the shares are those of the file.
+    # Reading ahead covers about whole epochs, so the shares are those of the file.
     rows = FITTING + LONG + IMPOSSIBLE
     assert counts.samples > 10 * rows
     assert counts.shortened == pytest.approx(counts.samples * LONG / rows, abs=LONG)
@@ -358,8 +358,8 @@ def batches_of(batches: TrainLoader, count: int):
     return itertools.islice(batches, count)
 
 
-def test_counts_are_those_of_the_batches_handed_out(tiny, rows_file):
-    """However far the background thread has prepared."""
+def test_counts_are_those_of_the_batches_returned(tiny, rows_file):
+    """However many batches the background thread has prepared."""
     batches = loader(tiny, rows_file)
     assert batches.wait_for_first().counts == PackingCounts()
     next(batches)
@@ -367,16 +367,16 @@ def test_counts_are_those_of_the_batches_handed_out(tiny, rows_file):
     batches.close()
 
 
-def test_a_source_of_which_nothing_fits_is_one_sentence(tiny, tmp_path):
+def test_a_source_without_a_fitting_row_gives_a_clear_error(tiny, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(icd_row(note())) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"has a token to train on: .* every sample longer than `seq_len`"):
+    with pytest.raises(UserError, match=r"has a trainable token: .* every sample longer than `seq_len`"):
         loader(tiny, path, overlong="drop").wait_for_first()
     with pytest.raises(UserError, match=r"line 1 of dataset .*rows.jsonl .* more than `seq_len` \(1500\)"):
         loader(tiny, path, overlong="error").wait_for_first()
 
 
-def test_a_run_ends_with_what_packing_did(rows_file, tmp_path, caplog):
+def test_the_run_summary_reports_packing(rows_file, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     args = TrainArgs(
         data=DataArgs(instruct_data=str(rows_file), packing="best_fit"),

@@ -1,7 +1,6 @@
-"""Rows -> tokens and loss masks: against the original, against mistral-common, and for every way a row can be wrong."""
+"""Rows -> tokens and loss masks: equal to mistral-finetune and mistral-common; every kind of invalid row."""
 
 import copy
-import dataclasses
 import itertools
 import json
 import shutil
@@ -15,6 +14,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from finetune.data.conversation import chunk_ends, parse_conversation
 from finetune.data.exceptions import (
     ConversationFormatError,
     JsonError,
@@ -22,15 +22,8 @@ from finetune.data.exceptions import (
     PretrainFormatError,
     RowError,
 )
-from finetune.data.tokenize import (
-    SampleEncoder,
-    SampleType,
-    TokenSample,
-    chunk_ends,
-    load_instruct_tokenizer,
-    parse_conversation,
-    parse_row,
-)
+from finetune.data.rows import parse_row
+from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample, load_instruct_tokenizer
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture, instruct_tokenizer, load_json_gz, load_jsonl_gz, unfold_mask
 from tests.support.tiny_tekken import load_tiny_tekken, write_tiny_tekken
@@ -49,8 +42,8 @@ GOLDEN_FILES = (
     "folder/sub/c.jsonl",
     "folder/odd_name_jsonl",
 )
-# Wrong or refused for mistral-finetune, sound for us or for the mistral-common of today.
-SOUND_BAD_FILES = {"system_content_empty", "user_after_tool", "only_last_null", "tool_call_parallel_then_answer"}
+# Invalid for mistral-finetune, valid for us or for current mistral-common.
+VALID_BAD_FILES = {"system_content_empty", "user_after_tool", "only_last_null", "tool_call_parallel_then_answer"}
 
 CALL = {"id": "abcdefghi", "function": {"name": "meteo", "arguments": '{"ville": "Brest"}'}}
 TOOL = {"type": "function", "function": {"name": "meteo", "description": "Le temps", "parameters": {}}}
@@ -93,17 +86,17 @@ def text(tokenizer: MistralTokenizer, tokens: list[int]) -> str:
 
 
 def trained(tokenizer: MistralTokenizer, raw: dict[str, Any]) -> list[str]:
-    """The texts of the runs of trained tokens, control tokens included."""
+    """The text of each run of trained tokens, including control tokens."""
     sample = encode(tokenizer, raw)
     runs = itertools.groupby(zip(sample.tokens, sample.masks), key=lambda pair: pair[1])
     return [text(tokenizer, [token for token, _ in run]) for is_trained, run in runs if is_trained]
 
 
-# ---- what mistral-finetune computed ----
+# ---- mistral-finetune's tokens ----
 
 
 def golden_rows(name: str) -> list[dict[str, Any]]:
-    """Every row's tokens; those that newer versions of mistral-common encode otherwise as these do."""
+    """Every row's tokens, with the rows replaced that newer versions of mistral-common encode differently."""
     file = GOLDEN_TOKENS[name]
     newer = load_json_gz(fixture("expected/tokens/rows_that_differ_under_mistral_common_1.5.4.json.gz"))[file]
     replaced = {(item["file"], item["line"]): item for item in newer}
@@ -121,7 +114,7 @@ def as_sample(item: dict[str, Any]) -> TokenSample:
 
 @pytest.mark.parametrize("name", GOLDEN_TOKENS)
 @pytest.mark.parametrize("file", GOLDEN_FILES)
-def test_rows_are_encoded_as_the_original_does(name: str, file: str):
+def test_tokens_and_masks_equal_those_of_mistral_finetune(name: str, file: str):
     encoder = SampleEncoder(instruct_tokenizer(name))
     sample_type = SampleType.PRETRAIN if file == "pretrain.jsonl" else SampleType.INSTRUCT
     expected = {item["line"]: as_sample(item) for item in golden_rows(name) if item["file"] == file}
@@ -136,23 +129,20 @@ def test_rows_are_encoded_as_the_original_does(name: str, file: str):
 
 
 @pytest.mark.parametrize("name", GOLDEN_TOKENS)
-def test_chunks_are_those_of_the_original(name: str):
+def test_chunks_equal_those_of_mistral_finetune(name: str):
     encoder = SampleEncoder(instruct_tokenizer(name))
     chunks = 0
     for item in golden_rows(name):
         if item["file"] == "pretrain.jsonl":
             continue
         conversation = parse_conversation(parse_row(golden_line(item["file"], item["line"])))
-        shorter = [
-            encoder.encode_conversation(dataclasses.replace(conversation, messages=conversation.messages[:end]))
-            for end in chunk_ends(conversation)
-        ]
+        shorter = [encoder.encode_conversation(conversation.up_to(end)) for end in chunk_ends(conversation)]
         assert shorter == [as_sample(extra) for extra in item["chunk_extra"]], (item["file"], item["line"])
         chunks += len(shorter)
     assert chunks > 50
 
 
-def test_only_last_is_recognised_as_the_original_does():
+def test_only_last_is_recognized_as_in_mistral_finetune():
     for item in golden_rows("v3"):
         if item["file"] != "pretrain.jsonl":
             conversation = parse_conversation(parse_row(golden_line(item["file"], item["line"])))
@@ -166,7 +156,7 @@ def bad_files() -> dict[str, dict[str, Any]]:
     return {name: kind for name, kind in kinds.items() if "bad_line" in kind}
 
 
-def test_every_bad_file_is_refused_at_its_bad_line():
+def test_every_bad_file_is_rejected_at_its_bad_line():
     encoder = SampleEncoder(instruct_tokenizer("v3"))
     for name, kind in bad_files().items():
         refused = []
@@ -177,28 +167,28 @@ def test_every_bad_file_is_refused_at_its_bad_line():
             except RowError as error:
                 refused.append(number)
                 assert str(error).strip(), name
-        assert refused == ([] if name in SOUND_BAD_FILES else [kind["bad_line"]]), name
+        assert refused == ([] if name in VALID_BAD_FILES else [kind["bad_line"]]), name
 
 
-# ---- what a loss mask covers ----
+# ---- loss masks ----
 
 
-def test_tokens_are_those_of_mistral_common(tiny: MistralTokenizer):
+def test_tokens_equal_those_of_mistral_common(tiny: MistralTokenizer):
     conversation = parse_conversation(TOOL_ROW)
     request = ChatCompletionRequest(messages=conversation.messages, tools=conversation.tools)
     assert encode(tiny, TOOL_ROW).tokens == tiny.encode_chat_completion(request).tokens
 
 
-def test_tokens_are_those_of_mistral_common_where_neighbours_have_one_role(tiny: MistralTokenizer):
+def test_tokens_equal_those_of_mistral_common_for_consecutive_messages_of_one_role(tiny: MistralTokenizer):
     if tiny.version.version_num < 7:
-        return  # the original keeps them apart there, see test_neighbours_of_one_role_stay_apart_up_to_v3
+        return  # see test_consecutive_messages_of_one_role_are_not_merged_up_to_v3
     raw = row(("user", "un"), ("user", "deux"), ("assistant", "trois"))
     request = ChatCompletionRequest(messages=parse_conversation(raw).messages)
     assert encode(tiny, raw).tokens == tiny.encode_chat_completion(request).tokens
     assert trained(tiny, raw) == ["trois</s>"]
 
 
-def test_neighbours_of_one_role_stay_apart_up_to_v3(tiny_v3: MistralTokenizer):
+def test_consecutive_messages_of_one_role_are_not_merged_up_to_v3(tiny_v3: MistralTokenizer):
     sample = encode(tiny_v3, row(("user", "un"), ("user", "deux"), ("assistant", "trois")))
     assert text(tiny_v3, sample.tokens) == "<s>[INST]un[/INST][INST]deux[/INST]trois</s>"
 
@@ -214,11 +204,11 @@ def test_every_answer_without_weight_0_is_trained(tiny: MistralTokenizer):
         assert trained(tiny, raw | {"tools": [TOOL]}) == is_last
 
 
-def test_tool_rows_train_the_last_answer_alone(tiny: MistralTokenizer):
+def test_tool_rows_train_only_the_last_answer(tiny: MistralTokenizer):
     assert trained(tiny, TOOL_ROW) == ["Il fait beau.</s>"]
 
 
-def test_ids_of_the_last_tool_calls_are_not_learnt(tiny: MistralTokenizer):
+def test_ids_of_the_last_tool_calls_are_not_trained(tiny: MistralTokenizer):
     calls = [CALL, CALL | {"id": "ihgfedcba"}]
     raw = {"messages": [*TOOL_ROW["messages"], {"role": "user", "content": "Et Nice ?"}], "tools": [TOOL]}
     raw["messages"].append({"role": "assistant", "tool_calls": calls})
@@ -233,20 +223,17 @@ def test_ids_of_the_last_tool_calls_are_not_learnt(tiny: MistralTokenizer):
         assert "abcdefghi" in everything.split("Et Nice ?")[0]
 
 
-def test_a_chunk_that_ends_with_a_call_does_not_learn_its_id(tiny: MistralTokenizer):
+def test_a_chunk_that_ends_with_a_call_does_not_train_its_id(tiny: MistralTokenizer):
     conversation = parse_conversation(TOOL_ROW)
     assert chunk_ends(conversation) == [5, 3]
     encoder = SampleEncoder(tiny.instruct_tokenizer)
-    chunks = [
-        encoder.encode_conversation(dataclasses.replace(conversation, messages=conversation.messages[:end]))
-        for end in chunk_ends(conversation)
-    ]
-    learnt = [text(tiny, [token for token, mask in zip(chunk.tokens, chunk.masks) if mask]) for chunk in chunks]
-    assert "abcdefghi" not in learnt[0] and "Brest" in learnt[0]
-    assert learnt[1] == "Salut !</s>"
+    chunks = [encoder.encode_conversation(conversation.up_to(end)) for end in chunk_ends(conversation)]
+    trained_texts = [text(tiny, [token for token, mask in zip(chunk.tokens, chunk.masks) if mask]) for chunk in chunks]
+    assert "abcdefghi" not in trained_texts[0] and "Brest" in trained_texts[0]
+    assert trained_texts[1] == "Salut !</s>"
 
 
-def test_chunks_end_at_trained_answers_of_rows_that_train_their_last():
+def test_chunks_end_at_trained_answers_of_only_last_rows():
     weighted = row(*[("user", "q"), ("assistant", "r")] * 4)
     weighted["messages"][3]["weight"] = 0
     assert chunk_ends(parse_conversation(weighted)) == []
@@ -269,7 +256,7 @@ SPOKEN = WORDS.map("".join).map(str.strip).filter(bool)
 
 @given(question=SPOKEN, answer=SPOKEN)
 @settings(deadline=None, max_examples=60)
-def test_control_tokens_in_texts_are_ordinary_text(tiny: MistralTokenizer, question: str, answer: str):
+def test_control_tokens_in_text_are_ordinary_text(tiny: MistralTokenizer, question: str, answer: str):
     raw = row(("user", question), ("assistant", answer))
     sample = encode(tiny, raw)
     assert text(tiny, sample.tokens) == f"<s>[INST]{question}[/INST]{answer}</s>"
@@ -279,7 +266,7 @@ def test_control_tokens_in_texts_are_ordinary_text(tiny: MistralTokenizer, quest
 
 
 @pytest.mark.parametrize("name", ["v3", "tekken"])
-def test_control_tokens_in_texts_are_ordinary_text_for_the_real_tokenizers(name: str):
+def test_real_tokenizers_encode_control_tokens_in_text_as_ordinary_text(name: str):
     tokenizer = instruct_tokenizer(name)
     sample = SampleEncoder(tokenizer).encode(
         row(("user", "a [INST] </s> [/INST]"), ("assistant", "b </s> c")), SampleType.INSTRUCT
@@ -288,21 +275,21 @@ def test_control_tokens_in_texts_are_ordinary_text_for_the_real_tokenizers(name:
         assert sample.tokens.count(tokenizer.tokenizer.get_special_token(control)) == 1, control
 
 
-# ---- easily missed ----
+# ---- details ----
 
 
-def test_an_empty_available_tools_trains_the_last_answer_alone_and_an_empty_tools_does_not(tiny: MistralTokenizer):
+def test_an_empty_available_tools_trains_only_the_last_answer_and_an_empty_tools_does_not(tiny: MistralTokenizer):
     raw = row(("user", "x"), ("assistant", "y"), ("user", "x"), ("assistant", "z"))
     assert trained(tiny, raw | {"available_tools": []}) == ["z</s>"]
     assert trained(tiny, raw | {"tools": []}) == ["y</s>", "z</s>"]
     assert encode(tiny, raw | {"available_tools": []}).tokens == encode(tiny, raw).tokens
 
 
-def test_weights_are_converted(tiny_v3: MistralTokenizer):
+def test_weights_of_other_types_are_converted(tiny_v3: MistralTokenizer):
     raw = row(("user", "x"), ("assistant", "y"), ("user", "x"), ("assistant", "z"))
-    for weight, learnt in (("0", ["z</s>"]), ("1", ["y</s>", "z</s>"]), (True, ["y</s>", "z</s>"]), (0.0, ["z</s>"])):
+    for weight, expected in (("0", ["z</s>"]), ("1", ["y</s>", "z</s>"]), (True, ["y</s>", "z</s>"]), (0.0, ["z</s>"])):
         raw["messages"][1]["weight"] = weight
-        assert trained(tiny_v3, raw) == learnt
+        assert trained(tiny_v3, raw) == expected
 
 
 def test_text_chunks_are_joined_without_separator(tiny_v3: MistralTokenizer):
@@ -324,7 +311,7 @@ def test_system_prompt_is_a_system_message(tiny: MistralTokenizer):
     assert encode(tiny, row(*turns, system_prompt="Réponds.")) == encode(tiny, row(("system", "Réponds."), *turns))
 
 
-def test_either_name_of_a_key_will_do(tiny: MistralTokenizer):
+def test_both_names_of_a_key_are_accepted(tiny: MistralTokenizer):
     other = {
         "interactions": [
             {("text" if key == "content" else key): value for key, value in message.items()}
@@ -335,7 +322,7 @@ def test_either_name_of_a_key_will_do(tiny: MistralTokenizer):
     assert encode(tiny, other) == encode(tiny, TOOL_ROW)
 
 
-# ---- rows that are wrong ----
+# ---- invalid rows ----
 
 
 def changed(*path: Any, to: Any) -> bytes:
@@ -363,33 +350,37 @@ MALFORMED = {
     "cut short": (changed("only_last", to=True)[:-9], JsonError, "line 1 column"),
     "blank": (b"", JsonError, "The line is blank"),
     "not UTF-8": (b'{"messages": "\xe9"}', JsonError, "Byte 15 is not valid UTF-8"),
-    "half a surrogate pair": (rb'{"messages": "\ud83d"}', JsonError, "half of a surrogate pair"),
+    "unpaired surrogate": (rb'{"messages": "\ud83d"}', JsonError, "unpaired surrogate"),
     "nested too deeply": (b"[" * 100_000, JsonError, "nested too deeply"),
     "a list": (b"[]", JsonError, "Expected a JSON object, found a list"),
     "null": (b"null", JsonError, "Expected a JSON object, found null"),
-    "a key twice": (b'{"messages": [], "messages": []}', JsonError, "'messages' stands twice"),
+    "a key twice": (b'{"messages": [], "messages": []}', JsonError, "'messages' is repeated"),
     "no messages": (without("messages"), ConversationFormatError, "neither a 'messages' nor a 'interactions'"),
     "both names": (changed("interactions", to=[]), ConversationFormatError, "both a 'messages' and a 'interactions'"),
-    "messages no list": (changed("messages", to="x"), ConversationFormatError, "must be a list, found a text"),
+    "messages no list": (changed("messages", to="x"), ConversationFormatError, "must be a list, found a string"),
     "no message": (changed("messages", to=[]), ConversationFormatError, "at least one message"),
-    "message no object": (changed("messages", 1, to="x"), MessageFormatError, "must be an object, found a text"),
+    "message no object": (changed("messages", 1, to="x"), MessageFormatError, "must be an object, found a string"),
     "no role": (without("messages", 1, "role"), MessageFormatError, "does not contain a 'role' key; its keys: content"),
     "unknown role": (changed("messages", 1, "role", to="human"), MessageFormatError, "'human'; expected system"),
     "role no text": (changed("messages", 1, "role", to={}), MessageFormatError, "the role {}; expected system"),
     "no content": (without("messages", 1, "content"), MessageFormatError, "neither a 'content' nor a 'text'"),
     "content and text": (changed("messages", 1, "text", to="x"), MessageFormatError, "both a 'content' and a 'text'"),
-    "content a number": (changed("messages", 2, "content", to=3), MessageFormatError, "must be a text, found a number"),
+    "content a number": (
+        changed("messages", 2, "content", to=3),
+        MessageFormatError,
+        "must be a string, found a number",
+    ),
     "image": (changed("messages", 1, "content", to=[{"type": "image_url"}]), MessageFormatError, "text chunks"),
     "weight 2": (changed("messages", 2, "weight", to=2), ConversationFormatError, "is 2; expected 0 to 1"),
-    "weight no number": (changed("messages", 2, "weight", to="un"), MessageFormatError, "wrong `weight`"),
+    "weight no number": (changed("messages", 2, "weight", to="un"), MessageFormatError, "invalid `weight`"),
     "last is user": (changed("messages", 6, to={"role": "user", "content": "x"}), ConversationFormatError, "last role"),
     "two system messages": (changed("system_prompt", to="x"), MessageFormatError, "only one is allowed"),
     "user calls": (
         changed("messages", 1, "tool_calls", to=[CALL]),
         MessageFormatError,
-        "only an assistant message may",
+        "only an assistant message can",
     ),
-    "call without id": (without(*CALL_PATH, "id"), MessageFormatError, "must have an 'id' that is a text"),
+    "call without id": (without(*CALL_PATH, "id"), MessageFormatError, "must have an 'id' that is a string"),
     "call id too short": (changed(*CALL_PATH, "id", to="abc"), ConversationFormatError, "Tool call id was abc"),
     "call id with newline": (
         changed(*CALL_PATH, "id", to="abcdefghi\n"),
@@ -426,7 +417,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("line", "kind", "reason"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_row_is_refused_with_its_reason(
+def test_a_malformed_row_is_rejected_with_its_reason(
     tiny_v3: MistralTokenizer, line: bytes, kind: type[RowError], reason: str
 ):
     with pytest.raises(kind, match=reason) as caught:
@@ -438,20 +429,20 @@ MALFORMED_PRETRAIN = {
     "no text": ({"body": "x"}, "neither a 'text' nor a 'content' key with a value; its keys: body"),
     "null": ({"text": None}, "neither a 'text' nor a 'content'"),
     "both": ({"text": "x", "content": "x"}, "both a 'text' and a 'content'"),
-    "a number": ({"text": 3}, "must be a text, found a number"),
+    "a number": ({"text": 3}, "must be a string, found a number"),
     "a conversation": (TOOL_ROW, "its keys: messages, tools"),
 }
 
 
 @pytest.mark.parametrize(("raw", "reason"), MALFORMED_PRETRAIN.values(), ids=MALFORMED_PRETRAIN)
-def test_a_malformed_pretrain_row_is_refused_with_its_reason(
+def test_a_malformed_pretrain_row_is_rejected_with_its_reason(
     tiny_v3: MistralTokenizer, raw: dict[str, Any], reason: str
 ):
     with pytest.raises(PretrainFormatError, match=reason):
         SampleEncoder(tiny_v3.instruct_tokenizer).encode(raw, SampleType.PRETRAIN)
 
 
-def test_a_schema_nested_too_deeply_is_refused(tiny_v3: MistralTokenizer):
+def test_a_schema_nested_too_deeply_is_rejected(tiny_v3: MistralTokenizer):
     schema: dict[str, Any] = {}
     for _ in range(300):
         schema = {"type": "object", "properties": {"inner": schema}}
@@ -460,7 +451,7 @@ def test_a_schema_nested_too_deeply_is_refused(tiny_v3: MistralTokenizer):
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where every value of a JSON value stands."""
+    """The path of every value inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path for path in [path] if path] + [inner for key, item in items for inner in paths(item, (*path, key))]
 
@@ -474,9 +465,7 @@ VALUES = st.recursive(
 
 @given(path=st.sampled_from(paths(TOOL_ROW)), value=VALUES, remove=st.booleans())
 @settings(deadline=None, max_examples=250)
-def test_a_row_is_encoded_or_refused_whatever_stands_in_it(
-    tiny: MistralTokenizer, path: tuple[Any, ...], value: Any, remove: bool
-):
+def test_any_row_is_encoded_or_rejected(tiny: MistralTokenizer, path: tuple[Any, ...], value: Any, remove: bool):
     line = without(*path) if remove else changed(*path, to=value)
     try:
         encode(tiny, parse_row(line))
@@ -484,11 +473,11 @@ def test_a_row_is_encoded_or_refused_whatever_stands_in_it(
         assert str(error)
 
 
-# ---- which tokenizer ----
+# ---- choice of the tokenizer ----
 
 
 @pytest.mark.parametrize(("vocab_size", "is_tekken"), [(32000, False), (32768, False), (32769, True), (131072, True)])
-def test_without_a_tokenizer_the_vocabulary_decides(
+def test_without_a_tokenizer_file_the_vocabulary_size_decides(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_v3: MistralTokenizer, vocab_size: int, is_tekken: bool
 ):
     asked = []
@@ -497,26 +486,26 @@ def test_without_a_tokenizer_the_vocabulary_decides(
     assert asked == [is_tekken]
 
 
-def test_the_models_own_tokenizer_is_taken(tmp_path: Path):
+def test_the_models_own_tokenizer_is_used(tmp_path: Path):
     write_tiny_tekken(tmp_path / "tekken.json", "v7")
     tokenizer = load_instruct_tokenizer(tmp_path, 1000).tokenizer
     assert (tokenizer.version.value, tokenizer.n_words) == ("v7", 256 + tokenizer.num_special_tokens)
 
 
-def test_a_sentencepiece_tokenizer_is_taken(tmp_path: Path):
+def test_a_sentencepiece_tokenizer_is_used(tmp_path: Path):
     shutil.copyfile(instruct_tokenizer("v3").tokenizer.file_path, tmp_path / "tokenizer.model.v3")
     tokenizer = load_instruct_tokenizer(tmp_path, 32768).tokenizer
     assert (tokenizer.version.value, tokenizer.n_words) == ("v3", 32768)
 
 
-def test_two_tokenizers_are_refused(tmp_path: Path):
+def test_two_tokenizers_are_an_error(tmp_path: Path):
     write_tiny_tekken(tmp_path / "tekken.json", "v7")
     (tmp_path / "tokenizer.model.v3").touch()
     with pytest.raises(UserError, match=r"several tokenizers \(tekken.json, tokenizer.model.v3\)"):
         load_instruct_tokenizer(tmp_path, 32768)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path):
+def test_a_tokenizer_larger_than_the_model_is_an_error(tmp_path: Path):
     write_tiny_tekken(tmp_path / "tekken.json", "v7")
     with pytest.raises(UserError, match="tokens but the model's vocabulary is 256"):
         load_instruct_tokenizer(tmp_path, 256)
@@ -524,7 +513,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v99"])
 @pytest.mark.parametrize("content", ["", "nothing", "[]", "{}", "null", '{"config": 1}'])
-def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: str):
+def test_a_tokenizer_that_cannot_be_read_is_an_error(tmp_path: Path, name: str, content: str):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=f"{name} cannot be read"):
         load_instruct_tokenizer(tmp_path, 32768)

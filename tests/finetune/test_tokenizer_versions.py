@@ -1,4 +1,4 @@
-"""Every version of Mistral's tokenizers, from the model's own folder: the right encoder, the right loss mask."""
+"""Every version of Mistral's tokenizers, from the model's folder: the right encoder, the right loss mask."""
 
 import itertools
 import shutil
@@ -12,8 +12,9 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from finetune.data.conversation import parse_conversation
 from finetune.data.exceptions import ConversationFormatError
-from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer, parse_conversation
+from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
 from tests.finetune.test_tokenize import TOOL_ROW
 from tests.support.tiny_tekken import write_tiny_tekken
 
@@ -41,7 +42,7 @@ ROW = {
 
 @pytest.fixture(scope="module", params=NAMES)
 def tokenizer(request, tmp_path_factory) -> tuple[InstructTokenizerBase, MistralTokenizer]:
-    """As a model's folder gives it, and mistral-common's own."""
+    """Loaded from a model's folder, and by mistral-common itself."""
     kind, version = request.param.split(" ", 1)
     folder = tmp_path_factory.mktemp("model")
     if kind == "tiny":
@@ -56,7 +57,7 @@ def tokenizer(request, tmp_path_factory) -> tuple[InstructTokenizerBase, Mistral
 
 
 def runs(tokenizer: InstructTokenizerBase, row: dict) -> list[tuple[bool, str]]:
-    """Trained and untrained stretches of a row's tokens, as text with its control tokens."""
+    """Runs of trained and untrained tokens of a row, as text with control tokens."""
     sample = SampleEncoder(tokenizer).encode(row, SampleType.INSTRUCT)
     return [
         (trains, _text(tokenizer, [token for token, _ in pairs]))
@@ -69,7 +70,7 @@ def _text(tokenizer: InstructTokenizerBase, tokens: list[int]) -> str:
     return text.replace("▁", " ").replace("<0x0A>", "\n")
 
 
-def test_answers_alone_are_trained(tokenizer):
+def test_only_answers_are_trained(tokenizer):
     ours, _ = tokenizer
     found = runs(ours, ROW)
     assert [trains for trains, _ in found] == [False, True, False, True]
@@ -78,14 +79,14 @@ def test_answers_alone_are_trained(tokenizer):
     version = ours.tokenizer.version.version_num
     if version >= 7:
         assert first == "<s>[SYSTEM_PROMPT]Tucodes.[/SYSTEM_PROMPT][INST]Fièvre[/INST]" and last == "[INST]Toux[/INST]"
-    elif version == 1:  # a text like any other, before the first question
+    elif version == 1:  # ordinary text before the first question
         assert first == "<s>[INST]Tucodes.\n\nFièvre[/INST]" and last == "[INST]Toux[/INST]"
     else:  # before the last question
         assert first == "<s>[INST]Fièvre[/INST]" and last == "[INST]Tucodes.\n\nToux[/INST]"
 
 
 @pytest.mark.parametrize("row", [ROW, TOOL_ROW], ids=["plain", "tools"])
-def test_tokens_are_those_of_mistral_common(tokenizer, row):
+def test_tokens_equal_those_of_mistral_common(tokenizer, row):
     ours, theirs = tokenizer
     if row is TOOL_ROW and theirs.version.value == "v1":
         with pytest.raises(ConversationFormatError, match="Tools not implemented for tokenizer V1"):
@@ -109,10 +110,10 @@ def test_a_trained_call_is_trained_with_its_control_token(tokenizer):
 
 
 @pytest.mark.parametrize(("file", "version"), [("v1", "v1"), ("v3", "v3"), ("v7", "v7")])
-def test_a_file_name_without_a_version_as_hugging_face_has_it(tmp_path, file, version):
+def test_hugging_face_file_name_without_a_version(tmp_path, file, version):
     shutil.copyfile(SHIPPED / SENTENCEPIECE[file], tmp_path / "tokenizer.model")
     plain = load_instruct_tokenizer(tmp_path, 32768)
     shutil.copyfile(SHIPPED / SENTENCEPIECE[file], tmp_path / f"tokenizer.model.{version}")
-    versioned = load_instruct_tokenizer(tmp_path, 32768)  # both files lie side by side in some repositories
+    versioned = load_instruct_tokenizer(tmp_path, 32768)  # some repositories contain both files
     assert plain.tokenizer.version == versioned.tokenizer.version
     assert type(plain) is type(versioned) and runs(plain, ROW) == runs(versioned, ROW)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.data.tokenize import SampleEncoder, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from model.args import ModelArgs, MoeArgs
 from model.generate import generate

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer
 from model.args import BLOCK_LINEARS, LoraArgs, load_model_args
 from model.errors import UserError
 from model.hf_format import open_model_weights

@@ -10,7 +10,8 @@ import pytest
 import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.data.tokenize import SampleEncoder, TokenSample, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder, TokenSample
 from finetune.inference import load_trained
 from model.errors import UserError
 from model.transformer import Transformer

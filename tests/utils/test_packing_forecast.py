@@ -1,4 +1,4 @@
-"""The forecasts say what the real packers do."""
+"""The forecasts agree with what training packs."""
 
 import dataclasses
 import random
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import LOOKAHEAD, best_fit, concat
+from finetune.data.packing import LOOKAHEAD, BestFit, Concat, LocatedSample, Sequence, pack
 from finetune.data.tokenize import TokenSample
 from utils.validation.packing_forecast import BestFitForecast, ConcatForecast, PackedSample
 
@@ -22,27 +22,29 @@ class Cursor:
 
 @st.composite
 def masks(draw, longest: int) -> list[bool]:
-    """Prompts and answers in turn, some of them empty."""
+    """Prompts alternating with answers, some of them empty."""
     spans = draw(st.lists(st.tuples(st.integers(0, longest), st.integers(0, 6)), min_size=1, max_size=3))
     mask = [trained for prompt, answer in spans for trained in [False] * prompt + [True] * answer]
     return mask or [False]
 
 
 def sample_of(mask: list[bool]) -> PackedSample:
-    """Positions of `mask`, spans found the naive way."""
+    """Positions of `mask`, spans found in the naive way."""
     edges = [i for i, (a, b) in enumerate(zip([False, *mask], [*mask, False])) if a != b]
     return PackedSample(len(mask), tuple(zip(edges[::2], edges[1::2])), len(mask))
 
 
 def tokens_of(number: int, mask: list[bool]) -> TokenSample:
-    """A sample whose tokens say where they stand: position p of sample n reads n * _MANY + p."""
+    """A sample whose tokens encode their position: position p of sample n reads n * _MANY + p."""
     return TokenSample([number * _MANY + position for position in range(len(mask) + 1)], [False, *mask])
 
 
-def packed_positions(samples: list[list[bool]], pack):
-    """(sample, position, positions before it in its document, trained) of all that the real packer keeps."""
+def packed_positions(samples: list[list[bool]], packer):
+    """(sample, position, positions before it in its document, trained) of everything that training keeps."""
     found, fills = [], []
-    for sequence, _ in pack(((Cursor(), tokens_of(n, mask)) for n, mask in enumerate(samples)), SEQ_LEN):
+    items = [LocatedSample(Cursor(), tokens_of(n, mask)) for n, mask in enumerate(samples)]
+    for packed in pack(packer(SEQ_LEN), items):
+        sequence = Sequence.of(packed.pieces, SEQ_LEN)
         fills.append(SEQ_LEN - sequence.padding)
         start = 0
         for size in sequence.sizes:
@@ -56,53 +58,52 @@ def packed_positions(samples: list[list[bool]], pack):
 
 @settings(max_examples=300, deadline=None)
 @given(samples=st.lists(masks(longest=40), min_size=1, max_size=20))
-def test_concat(samples):
+def test_concat_forecast_matches_packing(samples):
     forecast = ConcatForecast(SEQ_LEN)
     for mask in samples:
         forecast.add(sample_of(mask))
     figures = forecast.figures()
-    kept, _ = packed_positions(samples, concat)
+    kept, _ = packed_positions(samples, Concat)
     prompted = {number for number, mask in enumerate(samples) if not mask[0]}
     answers = [row for row in kept if row[3] and row[0] in prompted]
     assert figures.samples == sum(any(mask) for mask in samples)
     assert figures.positions == sum(map(len, samples))
     assert figures.trained == sum(map(sum, samples))
     assert figures.lost == figures.positions - len(kept)
-    assert figures.severed == len({number for number, position, seen, _ in answers if seen < position})
-    assert figures.blind == sum(seen + 1 < (position + 1) / 2 for _, position, seen, _ in answers)
+    assert figures.split_samples == len({number for number, position, seen, _ in answers if seen < position})
+    assert figures.truncated_context_tokens == sum(seen + 1 < (position + 1) / 2 for _, position, seen, _ in answers)
     assert figures.sequences == pytest.approx(len(kept) / SEQ_LEN)
     assert figures.fill == 1 or not kept
 
 
 @settings(max_examples=300, deadline=None)
 @given(samples=st.lists(masks(longest=3).filter(lambda mask: len(mask) <= SEQ_LEN), min_size=1, max_size=60))
-def test_best_fit(samples):
-    with pytest.MonkeyPatch.context() as patch:  # few samples to choose from, so that short lists meet the limit
+def test_best_fit_forecast_matches_packing(samples):
+    with pytest.MonkeyPatch.context() as patch:  # a short look-ahead, so that short lists reach it
         patch.setattr("finetune.data.packing.LOOKAHEAD", 5)
-        patch.setattr("utils.validation.packing_forecast.LOOKAHEAD", 5)
         forecast = BestFitForecast(SEQ_LEN)
         for mask in samples:
             forecast.add(sample_of(mask))
         figures = forecast.figures()
-        kept, fills = packed_positions(samples, best_fit)
-    assert figures.severed == figures.blind == 0
+        kept, fills = packed_positions(samples, BestFit)
+    assert figures.split_samples == figures.truncated_context_tokens == 0
     assert figures.lost == figures.positions - len(kept)
     assert figures.filled == pytest.approx(sum(fills) / SEQ_LEN)
-    counted = fills[:-1] or fills  # the last one goes on with the next epoch
+    counted = fills[:-1] or fills  # the next epoch continues the last one
     assert figures.fill == pytest.approx(sum(counted) / len(counted) / SEQ_LEN if fills else 0)
 
 
-def test_best_fit_counts_what_does_not_fit():
+def test_best_fit_counts_shortened_and_dropped_samples():
     forecast = BestFitForecast(SEQ_LEN)
     forecast.add(PackedSample(20, ((18, 20),), SEQ_LEN))  # shortened
     forecast.add(PackedSample(30, ((28, 30),), 0))  # left out
-    forecast.add(PackedSample(10, (), 10))  # nothing to learn
+    forecast.add(PackedSample(10, (), 10))  # not trained
     figures = forecast.figures()
     assert (figures.shortened, figures.left_out, figures.lost) == (1, 1, 4 + 30 + 10)
     assert figures.samples == 2
 
 
-def test_icd_like_notes_fill_sequences_and_concat_severs_them():
+def test_best_fit_fills_sequences_of_icd_like_notes_and_concat_splits_them():
     chance = random.Random(0)
     forecasts = ConcatForecast(8192), BestFitForecast(8192)
     for _ in range(20 * LOOKAHEAD):
@@ -111,9 +112,9 @@ def test_icd_like_notes_fill_sequences_and_concat_severs_them():
         for forecast in forecasts:
             forecast.add(sample)
     concat_figures, best_fit_figures = (forecast.figures() for forecast in forecasts)
-    assert best_fit_figures.severed == best_fit_figures.lost == 0
+    assert best_fit_figures.split_samples == best_fit_figures.lost == 0
     assert best_fit_figures.fill >= 0.97
-    assert concat_figures.severed > 0.15 * concat_figures.samples
+    assert concat_figures.split_samples > 0.15 * concat_figures.samples
 
 
 def test_figures_add_up():

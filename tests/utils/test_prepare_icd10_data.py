@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.tokenize import parse_conversation, pretrain_text
+from finetune.data.conversation import parse_conversation, pretrain_text
 from utils import prepare_icd10_data
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes

@@ -20,7 +20,8 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from finetune.cli import run_cli
-from finetune.data.tokenize import SampleEncoder, SampleType, parse_conversation
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from utils import reformat_data, reformat_data_glaive
 from utils.reformat_data import reformat_row

@@ -117,9 +117,9 @@ BAD_ROWS = {
     "not JSON": ("{", "Data load errors", "Expecting property name"),
     "blank line": ("", "Data load errors", ""),
     "no object": ("[1]", "Data load errors", "found a list"),
-    "key twice": ('{"messages": [], "messages": []}', "Data load errors", "'messages' stands twice"),
+    "key twice": ('{"messages": [], "messages": []}', "Data load errors", "'messages' is repeated"),
     "Latin-1": (GOOD.replace("J459", "é").encode("latin-1"), "Data load errors", "not valid UTF-8"),
-    "half a surrogate": (row("a", "b").replace('"b"', '"\\ud800"'), "Data load errors", "surrogate"),
+    "unpaired surrogate": (row("a", "b").replace('"b"', '"\\ud800"'), "Data load errors", "surrogate"),
     "too deep": ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "Data load errors", "nested too deeply"),
     "no messages": ('{"dialogue": []}', "Conversation format errors", "dialogue"),
     "last role user": (row("a", "b", "c"), "Conversation format errors", "Expected last role"),  # V11
@@ -534,18 +534,18 @@ def test_lengths_and_shares(command):
     assert command.figure("trained tokens  ").startswith(f"{101 * answer:,} (")
 
 
-def test_best_fit_severs_nothing_where_concat_does(command):
+def test_best_fit_splits_no_sample_where_concat_does(command):
     icd_like(command.folder, 300)
     data = {"instruct_data": "notes.jsonl", "packing": "best_fit"}
     assert command(data=data, seq_len=4096) == 0
-    severed = re.findall(r"([\d,]+) \(", command.figure("samples severed"))
-    assert int(severed[0]) > 30
-    assert severed[1] == "0"
+    split = re.findall(r"([\d,]+) \(", command.figure("samples split"))
+    assert int(split[0]) > 30
+    assert split[1] == "0"
     assert command.figure("positions filled").split()[-2:] > ["97.0", "%"]
     assert "best_fit (configured)" in command.out
     assert "`data.packing: concat`" not in command.out
     assert command(train="notes.jsonl", seq_len=4096) == 0
-    assert f"Warning: `data.packing: concat` (the default) cuts {severed[0]} of 300 samples" in command.out
+    assert f"Warning: `data.packing: concat` (the default) splits {split[0]} of 300 samples" in command.out
 
 
 @pytest.mark.parametrize("overlong", ["shorten", "drop"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.exceptions import JsonError
-from finetune.data.tokenize import MAX_ROW_BYTES, parse_row
+from finetune.data.rows import MAX_ROW_BYTES, parse_row
 from model.atomic import new_files
 from model.errors import UserError
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from finetune.data.conversation import parse_conversation
 from finetune.data.exceptions import RowError
-from finetune.data.tokenize import parse_conversation
 from model.errors import UserError
 from utils.tables.jsonl import Row, SkippedRowError, load_row, read_lines, require_file
 

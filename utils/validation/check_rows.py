@@ -17,18 +17,11 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMess
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.data.args import DataArgs
+from finetune.data.conversation import Conversation, chunk_ends, parse_conversation, pretrain_text
 from finetune.data.dataset import JsonlFile
 from finetune.data.exceptions import BadRowError, RowError
 from finetune.data.shorten import FittingEncoder
-from finetune.data.tokenize import (
-    Conversation,
-    SampleEncoder,
-    SampleType,
-    TokenSample,
-    chunk_ends,
-    parse_conversation,
-    pretrain_text,
-)
+from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample
 from model.errors import UserError
 from utils.validation.packing_forecast import PackedSample
 

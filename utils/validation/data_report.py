@@ -101,8 +101,8 @@ def describe_data(name: str, statistics: DataStatistics, seq_len: int) -> str:
 def describe_packing(statistics: DataStatistics, packing: str, seq_len: int) -> str:
     """What `concat` severs, and what `best_fit` does instead."""
     labels = (
-        "samples severed from (part of) their prompt",
-        "trained tokens that see less than half of it",
+        "samples split from (part of) their prompt",
+        "trained tokens that see less than half of their context",
         "tokens left out",
         "samples shortened, samples left out",
         "positions filled",
@@ -111,8 +111,8 @@ def describe_packing(statistics: DataStatistics, packing: str, seq_len: int) -> 
     columns = [
         (
             f"{name} (configured)" if name == packing else name,
-            _share(figures.severed, figures.samples),
-            _share(figures.blind, figures.trained),
+            _share(figures.split_samples, figures.samples),
+            _share(figures.truncated_context_tokens, figures.trained),
             _share(figures.lost, figures.positions),
             f"{figures.shortened:,}, {figures.left_out:,}",
             f"{100 * figures.fill:.1f} %",
@@ -122,10 +122,11 @@ def describe_packing(statistics: DataStatistics, packing: str, seq_len: int) -> 
     ]
     text = _table(title(f"Packing into sequences of {seq_len:,} tokens"), *zip(("", *labels), *columns, strict=True))
     configured = statistics.packings[packing]
-    if packing == "concat" and configured.severed:
+    if packing == "concat" and configured.split_samples:
         text += (
-            f"\nWarning: `data.packing: concat` (the default) cuts {configured.severed:,} of {configured.samples:,} "
-            "samples, so that an answer is trained without (part of) its prompt; `data.packing: best_fit` severs none."
+            f"\nWarning: `data.packing: concat` (the default) splits {configured.split_samples:,} of "
+            f"{configured.samples:,} samples, so that their answers are trained without their complete prompts; "
+            "`data.packing: best_fit` splits none."
         )
     return text
 
