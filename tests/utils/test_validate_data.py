@@ -232,7 +232,7 @@ def test_file_in_train_and_eval_is_reported_once_and_named(command):
     assert command.out.count("Saved bad.jsonl.corrected.") == 1
     write(command.folder / "bad.jsonl")
     assert command(data={"instruct_data": "bad.jsonl", "eval_instruct_data": "bad.jsonl"}) == 1
-    assert command.out.count("bad.jsonl holds no rows") == 1
+    assert command.out.count("bad.jsonl contains no rows") == 1
 
 
 def test_many_errors_are_cut_short_on_screen_only(command):
@@ -250,7 +250,7 @@ def test_many_errors_are_cut_short_on_screen_only(command):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "holds no rows"),
+        (b"", "contains no rows"),
         (GOOD.replace('"J459."', '"J459.", "weight": 0').encode(), "Not one row of the dataset a.jsonl trains"),
     ],
 )

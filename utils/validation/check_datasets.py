@@ -114,7 +114,7 @@ class Validation:
         """Says which files and datasets cannot be trained on for lack of rows; call it after `check_rows`."""
         for file in filter(lambda file: file.reported, self.files):
             if not len(file.rows):
-                self.errors.add(*_DATASET_ERRORS, f"The dataset {file.rows.path} holds no rows.")
+                self.errors.add(*_DATASET_ERRORS, f"The dataset {file.rows.path} contains no rows.")
             elif not file.training and not file.bad_rows:
                 self.errors.add(*_DATASET_ERRORS, f"Not one row of the dataset {file.rows.path} trains anything.")
         for dataset in self.datasets:
