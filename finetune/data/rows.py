@@ -124,7 +124,7 @@ def json_type(value: Any) -> str:
 
 def _not_json(line: bytes, reason: str) -> JsonError:
     kind = looks_like(line)
-    return JsonError(f"It looks like {kind}, not like a row of jsonl." if kind else reason)
+    return JsonError(f"It begins like {kind}, not like a row of jsonl." if kind else reason)
 
 
 def _depth(value: Any) -> int:
