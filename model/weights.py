@@ -1,7 +1,7 @@
-"""Reads and writes weight files one tensor at a time, so that no second copy of a model stands in memory.
+"""Read and write weight files one tensor at a time, so that memory never holds a second copy of a model.
 
-Both formats reduce to a table "this tensor lies at that offset of that file". Reads go through plain file I/O and not
-through a memory map, whose touched pages would count as memory of the process until the map is closed.
+Both formats reduce to a table of file and offset per tensor. Reads use plain file I/O and not a memory map, whose
+touched pages would count as memory of the process until the map is closed.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from .file_kinds import looks_like
 SAFETENSORS_NAME = "consolidated.safetensors"
 PTH_NAME = "consolidated.00.pth"
 
-# Names of https://github.com/huggingface/safetensors#format. Its own writer lays tensors out by falling alignment, that
-# is in the reverse of this order, then by name; we do the same so that both write the same bytes.
+# Names from https://github.com/huggingface/safetensors#format. The reference writer orders tensors by decreasing
+# alignment, which is the reverse of this order, then by name; we do the same, so that both write identical bytes.
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -43,14 +43,14 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPE_RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES.values())}
-_MAX_HEADER_BYTES = 1 << 24  # Mistral's largest model has 200 kB, and each byte takes some 20 when it is read
+_MAX_HEADER_BYTES = 1 << 24  # Mistral's largest model has 200 kB; parsing needs about 20 bytes per byte
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 256  # characters
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where one contiguous tensor lies."""
+    """Where a contiguous tensor is stored."""
 
     file: Path
     offset: int  # bytes from the start of the file
@@ -59,29 +59,29 @@ class TensorLocation:
 
     @property
     def end(self) -> int:
-        """Where the tensor's last byte is followed by what is not its own."""
+        """The offset after the tensor's last byte."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorSource(Protocol):
-    """Named tensors that are made one at a time, when they are read."""
+    """Named tensors that are computed one at a time, when they are read."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, on the CPU."""
+        """Return a complete tensor on the CPU."""
 
 
 class WeightsReader:
-    """Named tensors on disk. Holds no file open, so it may be shared by threads and processes.
+    """Named tensors on disk. Keeps no file open, so threads and processes may share it.
 
     Attributes:
-        source: folder or file the weights were opened from, for messages.
-        locations: where each tensor lies.
+        source: folder or file that was opened, for error messages.
+        locations: where each tensor is stored.
         shapes: shape of each tensor.
         dtypes: dtype of each tensor.
-        size_bytes: size of all files together.
+        size_bytes: total size of all files.
     """
 
     def __init__(self, source: Path, locations: dict[str, TensorLocation]) -> None:
@@ -92,25 +92,25 @@ class WeightsReader:
         self.size_bytes = sum(file.stat().st_size for file in {location.file for location in locations.values()})
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Reads a tensor, or some rows of it, into fresh CPU memory.
+        """Read a tensor, or some of its rows, into newly allocated CPU memory.
 
         Args:
             name: one of `shapes`.
             rows: range of the first dimension; only these rows are read from disk.
 
         Returns:
-            The tensor, [rows, ...], in the dtype it is stored in.
+            The tensor, [rows, ...], in its stored dtype.
 
         Raises:
-            KeyError: there is no such tensor.
-            UserError: the file became shorter since it was opened.
+            KeyError: the tensor does not exist.
+            UserError: the file was truncated since it was opened.
         """
         location = self.locations[name]
         shape, offset = location.shape, location.offset
         if rows is not None:
             start, stop, step = rows.indices(shape[0])
             if step != 1:
-                raise ValueError(f"Rows are read in one piece, step {step} is not possible.")
+                raise ValueError(f"Rows must be contiguous, got step {step}.")
             offset += start * math.prod(shape[1:]) * location.dtype.itemsize
             shape = (max(stop - start, 0), *shape[1:])
         tensor = torch.empty(shape, dtype=location.dtype)
@@ -118,17 +118,17 @@ class WeightsReader:
         with open(location.file, "rb") as file:
             file.seek(offset)
             if file.readinto(buffer) != buffer.nbytes:
-                raise UserError(f"{location.file} ends inside `{name}`: the file was changed while it was read.")
+                raise UserError(f"{location.file} ends inside `{name}`: the file was changed while it was being read.")
         return tensor
 
 
 def open_weights(path: Path) -> WeightsReader:
-    """Opens the weights of a Mistral model: a folder as Mistral publishes it, or a single .safetensors or .pth file.
+    """Open the weights of a Mistral model: a folder in Mistral's layout, or a single .safetensors or .pth file.
 
-    All headers are checked, no tensor is read.
+    Checks all headers and reads no tensor.
 
     Raises:
-        UserError: there are no weights, more than one set of them, or a file is damaged.
+        UserError: there are no weights, several sets of weights, or a corrupt file.
     """
     if path.is_dir():
         return _open_folder(path)
@@ -138,10 +138,10 @@ def open_weights(path: Path) -> WeightsReader:
 
 
 def open_safetensors(path: Path) -> WeightsReader:
-    """Opens one safetensors file, such as an adapter's lora.safetensors.
+    """Open a safetensors file, such as an adapter's lora.safetensors.
 
     Raises:
-        UserError: there is no such file, it is no safetensors file, or it is truncated.
+        UserError: the file does not exist, is not a safetensors file, or is truncated.
     """
     return WeightsReader(path, _safetensors_locations(path))
 
@@ -151,22 +151,22 @@ def _open_folder(folder: Path) -> WeightsReader:
     shards = safetensors_shards(folder, Path(SAFETENSORS_NAME).stem)
     sets = [file.name for file in single] + ([f"{len(shards)} shards {shards[0].name} ..."] if shards else [])
     if len(sets) > 1:
-        raise UserError(f"{folder} holds {' and '.join(sets)}: keep one of them, so that it is clear which to load.")
+        raise UserError(f"{folder} contains {' and '.join(sets)}: keep only the weights to load.")
     if not sets:
         present = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
         raise UserError(
-            f"{folder} holds no weights in Mistral's layout: expected {SAFETENSORS_NAME}, {PTH_NAME} or "
-            f"consolidated-00001-of-0000N.safetensors, found {present}. (Of the Hugging Face layout, "
-            "model*.safetensors beside a config.json are read, pytorch_model*.bin are not.)"
+            f"{folder} contains no weights in Mistral's layout: expected {SAFETENSORS_NAME}, {PTH_NAME} or "
+            f"consolidated-00001-of-0000N.safetensors, found {present}. (In the Hugging Face layout, "
+            "model*.safetensors with a config.json are supported, pytorch_model*.bin are not.)"
         )
     return WeightsReader(folder, joint_locations(shards)) if shards else open_weights(single[0])
 
 
 def safetensors_shards(folder: Path, stem: str) -> list[Path]:
-    """The files {stem}-00001-of-0000N.safetensors of a folder, in order; none where it holds no such file.
+    """Return the files {stem}-00001-of-0000N.safetensors of a folder in order, or an empty list if there are none.
 
     Raises:
-        UserError: some of the N are missing.
+        UserError: some of the N files are missing.
     """
     pattern = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.safetensors")
     matches = [match for file in sorted(folder.iterdir()) if (match := pattern.fullmatch(file.name))]
@@ -177,56 +177,56 @@ def safetensors_shards(folder: Path, stem: str) -> list[Path]:
     present = [match[0] for match in matches]
     if present != expected:
         wrong = ", ".join(sorted(set(expected) ^ set(present)))
-        raise UserError(f"{folder} should hold {total} shards of the weights; missing or unexpected: {wrong}.")
+        raise UserError(f"{folder} should contain {total} shards of the weights; missing or unexpected: {wrong}.")
     return [folder / name for name in present]
 
 
 def joint_locations(files: Iterable[Path]) -> dict[str, TensorLocation]:
-    """Where the tensors of several safetensors files lie.
+    """Locate the tensors of several safetensors files.
 
     Raises:
-        UserError: a file is damaged, or two hold a tensor of the same name.
+        UserError: a file is corrupt, or two files contain a tensor of the same name.
     """
     locations: dict[str, TensorLocation] = {}
     for file in files:
         found = _safetensors_locations(file)
-        if twice := sorted(found.keys() & locations.keys()):
-            raise UserError(f"`{twice[0]}` stands both in {locations[twice[0]].file} and in {file}.")
+        if duplicates := sorted(found.keys() & locations.keys()):
+            raise UserError(f"`{duplicates[0]}` is in both {locations[duplicates[0]].file} and {file}.")
         locations |= found
     return locations
 
 
 def _safetensors_locations(path: Path) -> dict[str, TensorLocation]:
-    """Reads and checks the header: a little-endian u64 length, then that many bytes of JSON.
+    """Read and check the header: a little-endian u64 length, then that many bytes of JSON.
 
-    Tensors must follow each other without a gap or an overlap, from the header to the end of the file.
+    Tensors must fill the file from the header to its end, without gaps or overlaps.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist (or is no file).")
+        raise UserError(f"{path} does not exist or is not a file.")
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= header_bytes <= _MAX_HEADER_BYTES:
             file.seek(0)
             kind = f" (it looks like {kind})" if (kind := looks_like(file.read(512))) else ""
-            raise _damaged(path, f"has {size} bytes and does not begin with a safetensors header{kind}")
+            raise _corrupt(path, f"has {size} bytes and does not begin with a safetensors header{kind}")
         if 8 + header_bytes > size:
-            raise _damaged(path, f"has {size} bytes but its header alone should have {8 + header_bytes}")
+            raise _corrupt(path, f"has {size} bytes but its header alone should have {8 + header_bytes}")
         try:
             header = json.loads(file.read(header_bytes), object_pairs_hook=_unique_names)
             header.pop("__metadata__", None)
             if not all(map(_is_name, header)):
-                raise ValueError("a name that is no tensor's")
+                raise ValueError("an invalid tensor name")
             locations = {name: _location(path, 8 + header_bytes, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _damaged(path, f"has a header that cannot be read ({quoted(error)})") from error
+            raise _corrupt(path, f"has a header that cannot be read ({quoted(error)})") from error
     end = 8 + header_bytes
     for name, location in sorted(locations.items(), key=lambda item: (item[1].offset, item[1].end)):
         if location.offset != end:
-            raise _damaged(path, f"has a header that puts {quoted(name)} at byte {location.offset} instead of {end}")
+            raise _corrupt(path, f"has a header that puts {quoted(name)} at byte {location.offset} instead of {end}")
         end = location.end
     if end != size:
-        raise _damaged(path, f"has {size} bytes but its header announces {end}")
+        raise _corrupt(path, f"has {size} bytes but its header declares {end}")
     return locations
 
 
@@ -236,7 +236,7 @@ def _is_name(name: object) -> bool:
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a duplicate name")
     return unique
 
 
@@ -250,63 +250,62 @@ def _location(path: Path, data_start: int, entry: dict[str, Any]) -> TensorLocat
     return TensorLocation(path, data_start + begin, tuple(shape), dtype)
 
 
-def _damaged(path: Path, finding: str) -> UserError:
-    return UserError(f"{path} {finding}: it is damaged, cut short or of another format. Copy or download it again.")
+def _corrupt(path: Path, finding: str) -> UserError:
+    return UserError(f"{path} {finding}: it is corrupt, truncated or in another format. Copy or download it again.")
 
 
 def _open_pth(path: Path) -> WeightsReader:
-    """Opens what `torch.save` wrote: a zip without compression, so that each tensor can be read where it lies."""
+    """Open a file written by `torch.save`: an uncompressed zip, so each tensor can be read directly at its offset."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist (or is no file).")
+        raise UserError(f"{path} does not exist or is not a file.")
     _check_archive(path)
     try:
-        # "meta" loads the table only; each storage then carries its offset in the file.
+        # "meta" loads only the table; each storage then has its offset in the file.
         tensors = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # whatever the unpickler makes of damaged or forbidden content
+    except Exception as error:  # anything the unpickler raises on corrupt or forbidden content
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be read as a table of tensors: {quoted(reason)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} must hold a flat dict of tensors (a state dict), found {type(tensors).__name__}.")
+        raise UserError(f"{path} must contain a flat dict of tensors (a state dict), found {type(tensors).__name__}.")
     return WeightsReader(path, {name: _pth_location(path, name, tensor) for name, tensor in tensors.items()})
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses what is no zip of torch.save's kind, before anything of it is unpacked."""
+    """Raise UserError unless the file is a zip as torch.save writes it; nothing is unpacked."""
     size = path.stat().st_size
-    if not zipfile.is_zipfile(path):  # its table of contents stands at the end, so this finds truncated files too
-        raise _damaged(path, f"has {size} bytes and is no file of torch.save (a zip archive)")
+    if not zipfile.is_zipfile(path):  # its table of contents is at the end, so this also detects truncation
+        raise _corrupt(path, f"has {size} bytes and was not written by torch.save (not a zip archive)")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise _damaged(path, f"has {size} bytes and no table of contents that can be read") from error
+        raise _corrupt(path, f"has {size} bytes and an unreadable table of contents") from error
     if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
-        raise _damaged(path, "is a compressed zip archive, which torch.save does not write")
+        raise _corrupt(path, "is a compressed zip archive, which torch.save does not write")
     if any(member.filename.endswith("/data.pkl") and member.file_size > _MAX_HEADER_BYTES for member in members):
-        raise _damaged(path, f"has a table of contents of over {_MAX_HEADER_BYTES:,} bytes")
+        raise _corrupt(path, f"has a table of contents of more than {_MAX_HEADER_BYTES:,} bytes")
 
 
 def _pth_location(path: Path, name: Any, tensor: torch.Tensor) -> TensorLocation:
     if not _is_name(name) or tensor.layout is not torch.strided or tensor.dtype not in _DTYPE_NAMES:
-        raise UserError(f"{path}: {quoted(name)} is no plain tensor ({tensor.layout}, {tensor.dtype}) with a name.")
+        raise UserError(f"{path}: {quoted(name)} is not a plain, named tensor ({tensor.layout}, {tensor.dtype}).")
     if not tensor.is_contiguous():
         raise UserError(f"{path}: `{name}` was saved transposed; save it again after .contiguous().")
-    storage = tensor.untyped_storage()._checkpoint_offset  # None: not read from the file
-    location = TensorLocation(
-        path, (storage or 0) + tensor.storage_offset() * tensor.dtype.itemsize, tuple(tensor.shape), tensor.dtype
-    )
+    storage = tensor.untyped_storage()._checkpoint_offset  # None if the table lists no such storage
+    offset = (storage or 0) + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    location = TensorLocation(path, offset, tuple(tensor.shape), tensor.dtype)
     if storage is None or location.end > path.stat().st_size:
-        raise _damaged(path, f"ends before byte {location.end}, where its table says that {quoted(name)} does")
+        raise _corrupt(path, f"ends before byte {location.end}, the end of {quoted(name)} according to its table")
     return location
 
 
 class SafetensorsWriter:
-    """Writes a safetensors file tensor by tensor; the file appears under its name only when it is complete.
+    """Write a safetensors file one tensor at a time; the file appears under its name only when it is complete.
 
         with SafetensorsWriter(path, {"norm.weight": ((64,), torch.bfloat16)}) as writer:
             writer.write("norm.weight", tensor)
 
-    Tensors may come in any order. On any exception the unfinished file is removed and an existing one left as it was.
+    Tensors may be written in any order. On any exception, the partial file is removed and an existing one kept.
     """
 
     def __init__(
@@ -315,12 +314,12 @@ class SafetensorsWriter:
         tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Lays the file out.
+        """Compute the layout of the file.
 
         Args:
             path: file to write, in an existing folder.
             tensors: shape and dtype of every tensor that will be written.
-            metadata: what the header says besides; transformers asks for {"format": "pt"}.
+            metadata: additional entries of the header; transformers requires {"format": "pt"}.
         """
         self._path = path
         self._temporary = temporary_path(path)
@@ -332,21 +331,21 @@ class SafetensorsWriter:
     def __enter__(self) -> Self:
         free = shutil.disk_usage(self._path.parent).free
         if self._size > free:
-            raise UserError(f"{self._path} needs {self._size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left.")
+            raise UserError(f"{self._path} needs {self._size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
         self._file = open(self._temporary, "wb")
         self._file.write(self._header)
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one of the announced tensors, from any device.
+        """Write one of the declared tensors, from any device.
 
         Raises:
-            ValueError: it is not announced, already written, or of another shape or dtype.
+            ValueError: the tensor is not declared, already written, or of another shape or dtype.
         """
         if name not in self._missing:
-            raise ValueError(f"`{name}` is not announced or already written.")
+            raise ValueError(f"`{name}` is not declared or already written.")
         if (found := (tuple(tensor.shape), tensor.dtype)) != self._tensors[name]:
-            raise ValueError(f"`{name}` is {found}, announced as {self._tensors[name]}.")
+            raise ValueError(f"`{name}` is {found}, declared as {self._tensors[name]}.")
         self._file.seek(self._offsets[name])
         self._file.write(_as_bytes(tensor.detach().cpu().contiguous()))
         self._missing.remove(name)
@@ -357,11 +356,11 @@ class SafetensorsWriter:
         try:
             if kind is None:
                 if self._missing:
-                    raise ValueError(f"Announced but not written: {', '.join(sorted(self._missing))}.")
+                    raise ValueError(f"Declared but not written: {', '.join(sorted(self._missing))}.")
                 self._file.flush()
                 replace_file(self._temporary, self._path)
         finally:
-            with contextlib.suppress(OSError):  # a full disk: what counts was flushed above
+            with contextlib.suppress(OSError):  # disk full; a complete file was already flushed above
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -369,14 +368,15 @@ class SafetensorsWriter:
 def _layout(
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int], int]:
-    """Returns the header, the offset of each tensor in the file, and the size of the whole file."""
-    entries, end = {}, 0
+    """Return the header, the offset of each tensor in the file, and the size of the file."""
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
     for name in sorted(tensors, key=lambda name: (-_DTYPE_RANKS[tensors[name][1]], name)):
         shape, dtype = tensors[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    stated = {"__metadata__": dict(metadata)} | entries if metadata else entries
-    text = json.dumps(stated, separators=(",", ":"), ensure_ascii=False).encode()
+    content = {"__metadata__": dict(metadata)} | entries if metadata else entries
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     header = len(text).to_bytes(8, "little") + text
     offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
@@ -384,5 +384,5 @@ def _layout(
 
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """Return the memory of a contiguous CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

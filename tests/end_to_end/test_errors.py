@@ -178,7 +178,7 @@ BAD_MODELS = {
         ["output.weight is [32768, 16], expected [32769, 16]"],
     ),
     "model_both_files": (lambda: as_pth(keep_safetensors=True), ["consolidated.safetensors and consolidated.00.pth"]),
-    "model_no_file": (lambda: Path("model/consolidated.safetensors").unlink(), ["holds no weights"]),
+    "model_no_file": (lambda: Path("model/consolidated.safetensors").unlink(), ["contains no weights"]),
     "model_no_params": (lambda: Path("model/params.json").unlink(), ["model/params.json does not exist"]),
     "params_missing_dim": (lambda: edit_params(dim="-"), ["model/params.json lacks dim"]),
     "params_moe_extra_key": (

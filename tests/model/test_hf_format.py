@@ -208,7 +208,7 @@ def test_missing_head_dim_is_derived(dense, tmp_path):
 
 REFUSED = {
     "another architecture": ({"model_type": "llama"}, r"config.json: `model_type` is 'llama'; expected mistral or mix"),
-    "sliding window": ({"sliding_window": 1024}, r"1024 tokens at a time \(`sliding_window`\).* set `seq_len`"),
+    "sliding window": ({"sliding_window": 1024}, r"over 1024 tokens \(`sliding_window`\).* set `seq_len`"),
     "interleaved window": ({"layer_types": ["sliding_attention", "full_attention"]}, "`layer_types` is"),
     "activation": ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu'"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "`quantization_config` is"),
@@ -235,7 +235,7 @@ def test_missing_shards_and_weights_are_reported(tmp_path):
         built(folder)
     for file in folder.glob("model*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"holds no weights in Mistral's layout.*model\*.safetensors beside a config"):
+    with pytest.raises(UserError, match=r"contains no weights in Mistral's layout.*model\*.safetensors with a config"):
         built(folder)
 
 

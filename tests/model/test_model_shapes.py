@@ -109,7 +109,7 @@ def test_nested_and_flat_moe_keys_are_equivalent(tmp_path):
 
 def test_sliding_window_is_accepted_if_sequences_fit_into_it(tmp_path):
     folder = scaled_down(tmp_path, MODELS["mistral-7b-v0.1"][0] | {"sliding_window": 16})
-    with pytest.raises(UserError, match=r"16 tokens at a time .*set `seq_len` \(17\) to at most 16"):
+    with pytest.raises(UserError, match=r"over 16 tokens .*set `seq_len` \(17\) to at most 16"):
         open_base_model(train_args(folder, seq_len=17))
     base = open_base_model(train_args(folder, seq_len=16))
     assert base.args.sliding_window == 16

@@ -1,4 +1,4 @@
-"""Weight files: both formats, in pieces, against the reference libraries; damaged files; unfinished writes."""
+"""Weight files: both formats, complete and by rows, against the reference libraries; corruption; interrupted writes."""
 
 import hashlib
 import subprocess
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def sample_tensors():
-    """Every dtype, and the shapes that go wrong: scalar, empty, odd byte counts."""
+    """Return tensors of every dtype, including shapes that are easy to get wrong: scalar, empty, odd byte counts."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f'é.{index} "{dtype}"': (torch.randn(5, index + 1, 3, generator=generator) * 10).to(dtype)
@@ -56,7 +56,7 @@ def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors", "shards"])
-def test_reads_what_the_reference_libraries_wrote(tmp_path, kind):
+def test_reads_files_of_the_reference_libraries(tmp_path, kind):
     tensors = sample_tensors()
     reader = open_weights(save_in(tmp_path, tensors, kind))
     assert reader.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -76,7 +76,7 @@ def test_rows_are_a_slice_of_the_first_dimension(tmp_path, kind, rows):
             assert_identical(reader.read(name, rows), tensor[rows])
 
 
-def test_read_gives_memory_of_its_own(tmp_path):
+def test_read_returns_new_memory(tmp_path):
     file = tmp_path / "lora.safetensors"
     save_file({"a": torch.ones(3)}, file)
     reader = open_safetensors(file)
@@ -84,7 +84,7 @@ def test_read_gives_memory_of_its_own(tmp_path):
     assert_identical(reader.read("a"), torch.ones(3))
 
 
-def test_pth_views_share_storage(tmp_path):
+def test_pth_tensors_may_share_storage(tmp_path):
     whole = torch.arange(40.0).reshape(10, 4)
     torch.save({"part": whole[3:6], "whole": whole, "tied": whole}, tmp_path / "consolidated.00.pth")
     reader = open_weights(tmp_path)
@@ -92,7 +92,7 @@ def test_pth_views_share_storage(tmp_path):
     assert_identical(reader.read("tied", slice(1, 3)), whole[1:3])
 
 
-def test_writer_gives_the_bytes_of_the_reference_writer(tmp_path):
+def test_writer_output_is_identical_to_the_reference_writer(tmp_path):
     tensors = sample_tensors()
     save_file(tensors, tmp_path / "theirs.safetensors")
     write_all(tmp_path / "ours.safetensors", tensors)
@@ -100,7 +100,7 @@ def test_writer_gives_the_bytes_of_the_reference_writer(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ours.safetensors", "theirs.safetensors"]
 
 
-def test_writer_takes_tensors_in_any_order_and_layout(tmp_path):
+def test_writer_accepts_tensors_in_any_order_and_memory_layout(tmp_path):
     tensors = {"b": torch.randn(4, 6).T, "a": torch.nn.Parameter(torch.randn(3))}
     write_all(tmp_path / "x.safetensors", tensors)
     for name, tensor in load_file(tmp_path / "x.safetensors").items():
@@ -108,15 +108,15 @@ def test_writer_takes_tensors_in_any_order_and_layout(tmp_path):
 
 
 @pytest.mark.parametrize("moe, sha256", [(False, DENSE_SHA256), (True, MOE_SHA256)])
-def test_tiny_checkpoints_are_those_of_the_golden_data(tmp_path, moe, sha256):
+def test_tiny_checkpoints_equal_the_golden_data(tmp_path, moe, sha256):
     folder = make_tiny_checkpoint(tmp_path / "tiny", moe=moe)
     assert hashlib.sha256((folder / "consolidated.safetensors").read_bytes()).hexdigest() == sha256
 
 
-# Damage
+# Corruption
 
 
-def test_every_truncation_is_found_before_anything_is_read(tmp_path):
+def test_every_truncation_is_detected_on_open(tmp_path):
     file = tmp_path / "lora.safetensors"
     save_file({"a": torch.ones(4, 4), "b": torch.ones(3)}, file)
     whole = file.read_bytes()
@@ -126,7 +126,7 @@ def test_every_truncation_is_found_before_anything_is_read(tmp_path):
             open_safetensors(file)
 
 
-def test_truncated_pth(tmp_path):
+def test_truncated_pth_is_detected_on_open(tmp_path):
     file = save_in(tmp_path, {"a": torch.ones(100, 100)}, "pth") / "consolidated.00.pth"
     whole = file.read_bytes()
     for size in (0, 1000, len(whole) // 2, len(whole) - 1):
@@ -141,13 +141,13 @@ def test_truncated_pth(tmp_path):
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "does not begin with a safetensors header"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "does not begin with a safetensors"),
         ((500).to_bytes(8, "little") + b"{}", "has 10 bytes but its header alone should have 508"),
-        ((2).to_bytes(8, "little") + b"{}" + b"junk", "has 14 bytes but its header announces 10"),
+        ((2).to_bytes(8, "little") + b"{}" + b"junk", "has 14 bytes but its header declares 10"),
         ((2).to_bytes(8, "little") + b"{{", "header that cannot be read"),
         ((2).to_bytes(8, "little") + b"[]", "header that cannot be read"),
         ((2).to_bytes(8, "little") + b"\xff\xff", "header that cannot be read"),
     ],
 )
-def test_what_is_no_safetensors_file(tmp_path, content, sentence):
+def test_other_files_are_rejected(tmp_path, content, sentence):
     (tmp_path / "consolidated.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         open_weights(tmp_path)
@@ -164,14 +164,14 @@ def test_what_is_no_safetensors_file(tmp_path, content, sentence):
         "7",
     ],
 )
-def test_header_entries_that_make_no_sense(tmp_path, entry):
+def test_invalid_header_entries_are_rejected(tmp_path, entry):
     header = f'{{"norm.weight":{entry}}}'.encode()
     (tmp_path / "lora.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     with pytest.raises(UserError, match="header that cannot be read"):
         open_safetensors(tmp_path / "lora.safetensors")
 
 
-def test_file_that_shrinks_after_it_was_opened(tmp_path):
+def test_truncation_after_opening_is_detected(tmp_path):
     file = tmp_path / "lora.safetensors"
     save_file({"a": torch.ones(4)}, file)
     reader = open_safetensors(file)
@@ -194,21 +194,21 @@ class Evil:
         ({"a": torch.ones(2, 3).T}, "`a` was saved transposed"),
     ],
 )
-def test_pth_with_other_content(tmp_path, capsys, content, sentence):
+def test_pth_with_unsupported_content_is_rejected(tmp_path, capsys, content, sentence):
     torch.save(content, tmp_path / "consolidated.00.pth")
     with pytest.raises(UserError, match=sentence):
         open_weights(tmp_path)
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_folders_that_do_not_say_which_weights(tmp_path):
+def test_folder_without_weights_or_with_several_sets_is_rejected(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(UserError, match=r"holds no weights.*found model-00001.*Hugging Face layout"):
+    with pytest.raises(UserError, match=r"contains no weights.*found model-00001.*Hugging Face layout"):
         open_weights(tmp_path)
     save_in(tmp_path, {"a": torch.ones(1)}, "safetensors")
     open_weights(tmp_path)
     save_in(tmp_path, {"a": torch.ones(1)}, "pth")
-    with pytest.raises(UserError, match=r"consolidated\.safetensors and consolidated\.00\.pth: keep one"):
+    with pytest.raises(UserError, match=r"consolidated\.safetensors and consolidated\.00\.pth: keep only"):
         open_weights(tmp_path)
     (tmp_path / "consolidated.00.pth").unlink()
     save_in(tmp_path, {"a": torch.ones(1)}, "shards")
@@ -216,7 +216,7 @@ def test_folders_that_do_not_say_which_weights(tmp_path):
         open_weights(tmp_path)
 
 
-def test_paths_that_do_not_exist(tmp_path):
+def test_missing_paths_are_rejected(tmp_path):
     for name in ("no_folder", "no.pth", "no.safetensors"):
         with pytest.raises(UserError, match=f"{name} does not exist"):
             open_weights(tmp_path / name)
@@ -232,21 +232,21 @@ def test_shards_must_be_complete_and_disjoint(tmp_path):
         open_weights(tmp_path)
     second.write_bytes(kept)
     third.write_bytes(kept)
-    with pytest.raises(UserError, match=r"stands both in .*00002-of.* and in .*00003-of"):
+    with pytest.raises(UserError, match=r"is in both .*00002-of.* and .*00003-of"):
         open_weights(tmp_path)
 
 
-# Unfinished writes
+# Interrupted writes
 
 
-def test_interrupted_write_leaves_what_was_there(tmp_path):
+def test_interrupted_write_keeps_the_existing_file(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"old")
-    announced = {"a": ((2,), torch.float32), "b": ((2,), torch.float32)}
-    with pytest.raises(KeyboardInterrupt), SafetensorsWriter(file, announced) as writer:
+    declared = {"a": ((2,), torch.float32), "b": ((2,), torch.float32)}
+    with pytest.raises(KeyboardInterrupt), SafetensorsWriter(file, declared) as writer:
         writer.write("a", torch.ones(2))
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="not written: b"), SafetensorsWriter(file, announced) as writer:
+    with pytest.raises(ValueError, match="not written: b"), SafetensorsWriter(file, declared) as writer:
         writer.write("a", torch.ones(2))
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
@@ -255,17 +255,17 @@ def test_interrupted_write_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     "name, tensor", [("b", torch.ones(2)), ("a", torch.ones(3)), ("a", torch.ones(2).bfloat16()), ("a", torch.ones(()))]
 )
-def test_writer_refuses_what_was_not_announced(tmp_path, name, tensor):
+def test_writer_rejects_undeclared_tensors(tmp_path, name, tensor):
     with pytest.raises(ValueError), SafetensorsWriter(tmp_path / "x", {"a": ((2,), torch.float32)}) as writer:
         writer.write(name, tensor)
     assert not list(tmp_path.iterdir())
 
 
-def test_writer_refuses_a_file_larger_than_the_disk(tmp_path):
-    announced = {"a": ((2**40, 2**20), torch.float32)}
+def test_writer_rejects_a_file_larger_than_the_disk(tmp_path):
+    declared = {"a": ((2**40, 2**20), torch.float32)}
     with (
-        pytest.raises(UserError, match=r"needs .* GB, its disk has .* GB left"),
-        SafetensorsWriter(tmp_path / "x", announced),
+        pytest.raises(UserError, match=r"needs .* GB, but its disk has .* GB free"),
+        SafetensorsWriter(tmp_path / "x", declared),
     ):
         pass
     assert not list(tmp_path.iterdir())
@@ -290,7 +290,7 @@ print((kib("VmHWM") - before) * 1024 / reader.size_bytes)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory counters")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_reading_a_checkpoint_takes_little_more_than_its_size(tmp_path, kind):
+def test_reading_a_checkpoint_needs_little_more_memory_than_its_size(tmp_path, kind):
     save_in(tmp_path, {f"layers.{index}": torch.ones(4096, 1024).bfloat16() for index in range(12)}, kind)  # 96 MiB
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True

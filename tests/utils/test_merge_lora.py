@@ -228,7 +228,7 @@ def test_command_line(tmp_path, base, adapter):
     output = ["--dump_ckpt", str(tmp_path / "merged.safetensors")]
     failed = subprocess.run([*command, str(tmp_path / "none"), *output], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr == f"error: {tmp_path / 'none'} does not exist (or is no file).\n"
+    assert failed.stderr == f"error: {tmp_path / 'none'} does not exist or is not a file.\n"
     subprocess.run([*command, str(adapter), *output, "--scaling", "0.5"], cwd=ROOT, capture_output=True, check=True)
     assert_merged(base, adapter, tmp_path / "merged.safetensors", 0.5)
 
