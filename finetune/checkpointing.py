@@ -179,13 +179,15 @@ class Checkpointer:
                 (folder / RUN_NAME).write_text(json.dumps(run, indent=1), encoding="utf-8")
 
         self._on_all(write_numbers)
-        return dcp.async_save(
+        written = dcp.async_save(
             state.tensors(),
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
             process_group=self._world.background_group,
             async_stager=DefaultStager(StagingOptions(False, False, False, False)),  # copy before this returns
             no_dist=self._world.size == 1,
         )
+        assert isinstance(written, Future), "a stager that copies at once returns one"
+        return written
 
     def _complete(self, temporary: Path, final: Path, export: _Export, written: Future | None, best: bool) -> None:
         """On rank 0, in the background: wait for the state of all ranks, then rename the checkpoint."""

@@ -1,9 +1,11 @@
-"""A trained model, ready to answer."""
+"""Load a trained model for inference."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from model.args import LoraArgs
@@ -21,19 +23,21 @@ from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 
 def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transformer, InstructTokenizerBase]:
-    """Loads the model that a run trained, on the GPU where there is one: merged, or on a quantized base as it trained.
+    """Load a trained model and its tokenizer, on the GPU if there is one.
+
+    An adapter is merged into its base model, unless the base is quantized.
 
     Args:
-        folder: of the run, or of one of its checkpoints; or of a model, which is loaded as it stands.
-        step: which checkpoint of the run: its number, or "best"; None: the newest.
+        folder: a run folder, a checkpoint, or a model folder.
+        step: which checkpoint of the run: a step number or "best"; None: the latest.
 
     Raises:
-        UserError: no run, no such checkpoint, or the base model has moved.
+        UserError: the run, the checkpoint or the base model does not exist.
     """
     args = _args_of(find_weights(folder, step))
     base = open_base_model(args)
     device = choose_device(0)
-    # The dtype of the run; the engine is chosen anew, since this may be another machine.
+    # The dtype is the run's; the attention engine is chosen again, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
     args = dataclasses.replace(args, checkpoint=False, compile=False, cpu_offload=False)
     model = build_model(base, args, hardware, World(0, 1, device), trains=False)
@@ -43,11 +47,11 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
 
 
 def _args_of(weights: Path) -> TrainArgs:
-    """Settings that build a model again: those of the run its weights come from, or a model's own."""
+    """Return the settings to build the model with: those of the run, or defaults for a plain model folder."""
     run_dir = run_of(weights.parent)
     has_adapter = (weights / ADAPTER_NAME).is_file()
     if run_dir is None and has_adapter:
-        raise UserError(f"The adapter in {weights} lies in no run folder; merge it first (python -m utils.merge_lora).")
+        raise UserError(f"Adapter {weights} is not in a run folder; merge it first (python -m utils.merge_lora).")
     if run_dir is None:
         return TrainArgs(DataArgs(), str(weights), run_dir="", lora=LoraArgs(enable=False))
     args = read_train_args(run_dir / "args.yaml")
@@ -60,18 +64,19 @@ def _args_of(weights: Path) -> TrainArgs:
 
 
 def token_bytes(tokenizer: InstructTokenizerBase) -> list[bytes | None]:
-    """What each token writes; None for control tokens."""
+    """Return the bytes that each token decodes to; None for control tokens."""
     inner = tokenizer.tokenizer
     if isinstance(inner, Tekkenizer):
         specials = inner.num_special_tokens
         return [None] * specials + [inner.id_to_byte_piece(token) for token in range(specials, inner.n_words)]
+    assert isinstance(inner, SentencePieceTokenizer)
     return [_sentencepiece_bytes(inner._model, token) for token in range(inner.n_words)]
 
 
-def _sentencepiece_bytes(model: object, token: int) -> bytes | None:
-    if model.is_control(token) or model.is_unknown(token):
+def _sentencepiece_bytes(processor: Any, token: int) -> bytes | None:  # mistral-common's type lacks these methods
+    if processor.is_control(token) or processor.is_unknown(token):
         return None
-    piece = model.id_to_piece(token)
-    if model.is_byte(token):  # <0xE9>
+    piece: str = processor.id_to_piece(token)
+    if processor.is_byte(token):  # <0xE9>
         return bytes([int(piece[1:-1], 16)])
     return piece.replace("▁", " ").encode()

@@ -1,4 +1,4 @@
-"""What a run measures, how a log line says it, and where it is written."""
+"""Metrics of a run: their values, their log lines, and the files and trackers they are written to."""
 
 import json
 import logging
@@ -41,19 +41,19 @@ def train_metrics(
     peak_bytes: int,
     allocated_bytes: int,
 ) -> dict[str, float]:
-    """Returns one training step's metrics in the order of `metrics.train.jsonl`.
+    """Return the metrics of one training step, in the order of `metrics.train.jsonl`.
 
     Args:
-        step: steps done, this one included; counts from 1.
+        step: number of the step, from 1.
         max_steps: steps of the whole run.
-        lr: the learning rate this step used.
-        loss: mean over micro-batches and ranks.
-        step_tokens: tokens of this step, all ranks together.
-        step_seconds: time this step took.
-        tokens: tokens of steps 1 to `step`.
-        seconds: training time of steps 1 to `step`, without evaluations and checkpoints.
-        peak_bytes: most accelerator memory ever allocated; 0 on CPU.
-        allocated_bytes: accelerator memory allocated now; 0 on CPU.
+        lr: learning rate used by this step.
+        loss: mean over micro-batches and ranks, in nats per token.
+        step_tokens: tokens of this step, of all ranks.
+        step_seconds: duration of this step.
+        tokens: tokens of steps 1 to `step`, of all ranks.
+        seconds: duration of steps 1 to `step`, without evaluations and checkpoints.
+        peak_bytes: peak GPU memory allocated; 0 on CPU.
+        allocated_bytes: GPU memory allocated now; 0 on CPU.
     """
     return {
         "lr": lr,
@@ -69,12 +69,12 @@ def train_metrics(
 
 
 def eval_metrics(*, step: int, train_loss: float, eval_loss: float) -> dict[str, float]:
-    """Returns one evaluation's metrics in the order of `metrics.eval.jsonl`; losses in nats per token."""
+    """Return the metrics of one evaluation, in the order of `metrics.eval.jsonl`; losses in nats per token."""
     return {"step": step, "train_loss": train_loss, "perplexity": perplexity(eval_loss), "eval_loss": eval_loss}
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where a float cannot hold it."""
+    """Return exp(loss), or infinity if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -82,7 +82,7 @@ def perplexity(loss: float) -> float:
 
 
 def train_log_message(metrics: Mapping[str, float], now: datetime | None = None) -> str:
-    """The line a training step prints, from what `train_metrics` returns; `now` is the moment the ETA counts from."""
+    """Return the log line of a training step, given its `train_metrics`; the ETA is relative to `now`."""
     eta = (now or datetime.now()) + timedelta(seconds=metrics["eta_in_seconds"])
     return " - ".join(
         [
@@ -90,17 +90,17 @@ def train_log_message(metrics: Mapping[str, float], now: datetime | None = None)
             f"done (%): {metrics['percent_done']:.1f}",
             f"loss: {metrics['loss']:.3f}",
             f"lr: {metrics['lr']:.1e}",
-            f"peak_alloc_mem (GB): {metrics['peak_allocated_mem']:.1f}",
-            f"alloc_mem (GB): {metrics['allocated_mem']:.1f}",
-            f"words_per_second: {metrics['wps']:.1f}",
-            f"avg_words_per_second: {metrics['avg_wps']:.1f}",
+            f"peak_alloc_mem (GiB): {metrics['peak_allocated_mem']:.1f}",
+            f"alloc_mem (GiB): {metrics['allocated_mem']:.1f}",
+            f"tokens_per_second: {metrics['wps']:.1f}",
+            f"avg_tokens_per_second: {metrics['avg_wps']:.1f}",
             f"ETA: {eta:%Y-%m-%d %H:%M:%S}",
         ]
     )
 
 
 def eval_log_message(metrics: Mapping[str, float]) -> str:
-    """The line an evaluation prints, from what `eval_metrics` returns."""
+    """Return the log line of an evaluation, given its `eval_metrics`."""
     return " - ".join(
         [
             f"step: {metrics['step']:06}",
@@ -112,23 +112,25 @@ def eval_log_message(metrics: Mapping[str, float]) -> str:
 
 
 def answers_log_message(step: int, scores: Mapping[str, float]) -> str:
-    """The line that scored answers print."""
-    return " - ".join([f"step: {step:06}", *(f"{name}: {value:.3f}" for name, value in scores.items())])
+    """Return the log line of scored answers; `ended` is the share that ended within `max_tokens`."""
+    parts = [f"{name}: {value:.3f}" for name, value in scores.items() if name != "ended"]
+    return " - ".join([f"step: {step:06}", *parts, f"answers ended within max_tokens (%): {100 * scores['ended']:.1f}"])
 
 
 class MetricsLogger:
-    """Writes metrics to `run_dir/metrics.{tag}.jsonl`, TensorBoard and the trackers that are set.
+    """Write metrics to `run_dir/metrics.{tag}.jsonl`, TensorBoard and the configured trackers.
 
-    Only the jsonl is vital: a tracker that fails is reported and left behind. Loggers of several tags share one
-    wandb and one MLflow run, which the first of them starts and ends; so close it last (an ExitStack does).
+    Only the jsonl file is required: a failing tracker is reported, and training continues. Loggers with different tags
+    share one wandb run and one MLflow run. The first logger starts and ends them, so close it last, as an ExitStack
+    does.
 
     Args:
         run_dir: an existing folder.
-        tag: `train` or `eval`; also the prefix of every name in the trackers (`train.loss`).
-        wandb, mlflow: which trackers to use.
-        config: the resolved settings, shown by the trackers; API keys are taken out.
-        is_master: other ranks' loggers do nothing.
-        purge_step: where a run goes on: what all its loggers wrote of this step and later ones does not count.
+        tag: `train` or `eval`; in trackers, also the prefix of every name (`train.loss`).
+        wandb, mlflow: settings of the trackers.
+        config: the resolved settings, shown by the trackers; API keys are redacted.
+        is_master: whether this is rank 0; loggers of other ranks do nothing.
+        purge_step: for a resumed run: TensorBoard discards the events of this step and later ones.
     """
 
     def __init__(
@@ -158,12 +160,15 @@ class MetricsLogger:
         try:
             self._trackers.append(FaultTolerant(start(), name))
         except Exception as error:
-            logger.warning("%s could not start (%s); training goes on without it.", name, describe(error))
+            logger.warning("%s could not start (%s); training continues without it.", name, describe(error))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes one line, out of our hands when this returns; numbers that are not finite become null.
+        """Write and flush one line; non-finite numbers become null.
 
-        JSON has no NaN: null keeps every line readable by any tool, and pandas reads it back as NaN.
+        JSON has no NaN. Any tool can read null, and pandas reads it as NaN.
+
+        Raises:
+            UserError: the file cannot be written.
         """
         if self._file is None:
             return
@@ -180,7 +185,7 @@ class MetricsLogger:
             tracker.log(scalars, step)
 
     def close(self, failed: bool = False) -> None:
-        """Ends everything this logger started; `failed` marks the run as such in the trackers. May be called twice."""
+        """Close the file and the trackers, which record whether the run failed; a second call does nothing."""
         if self._file is None:
             return
         self._file.close()
@@ -198,15 +203,15 @@ class MetricsLogger:
 
 
 def metrics_path(run_dir: Path, tag: str) -> Path:
-    """Where the metrics of `tag` (`train` or `eval`) stand in a run folder."""
+    """Return the path of the metrics of `tag` (`train` or `eval`) in a run folder."""
     return run_dir / f"metrics.{tag}.jsonl"
 
 
 def read_metrics(run_dir: Path, tag: str) -> list[dict[str, Any]]:
-    """Returns the metrics of a run in order of steps; empty where nothing was logged.
+    """Return the metrics of a run in order of steps; empty if nothing was logged.
 
-    Lines that a crash cut short are passed over. Where a resumed run goes back to an earlier step, what the
-    interrupted one logged from there on is dropped.
+    Lines that a crash truncated are skipped. If the run was resumed from an earlier step, the lines that it logged
+    again replace the earlier ones.
     """
     path = metrics_path(run_dir, tag)
     if not path.exists():
@@ -226,7 +231,7 @@ def read_metrics(run_dir: Path, tag: str) -> list[dict[str, Any]]:
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    """Opens `path` for appending; a last line that a crash cut short is ended first, so that the next stands alone."""
+    """Open `path` for appending; a last line that a crash truncated gets its line break first."""
     with open(path, "a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

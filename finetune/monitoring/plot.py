@@ -1,12 +1,12 @@
-"""The picture of a run: losses above, learning rate below."""
+"""Plot of a run: losses above, learning rate below."""
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.atomic import new_file
 from model.errors import UserError
 
 from .metrics_logger import read_metrics
@@ -14,24 +14,24 @@ from .metrics_logger import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTH_FROM = 50  # with more points than this the raw curve is drawn thin under a smoothed one
-LOG_SCALE_FROM = 50.0  # a loss that spans more than this ratio is drawn on a logarithmic axis
+SMOOTH_FROM = 50  # with more points than this, a smoothed curve is drawn over a thin raw one
+LOG_SCALE_FROM = 50.0  # the loss axis is logarithmic if the ratio of largest to smallest loss is greater than this
 
 RAW, TRAIN, EVAL, LR, BAD = "#9dbbd8", "#1f5f99", "#d9622b", "#5b6b73", "#b3261e"
 
 
 def draw_loss_curve(run_dir: Path) -> Path:
-    """Draws `run_dir/loss.png` from the run's metrics files and returns its path.
+    """Plot the metrics of a run to `run_dir/loss.png` and return its path.
 
-    A run that has logged nothing yet gives a picture that says so.
+    If nothing has been logged yet, the plot says so.
 
     Raises:
-        UserError: `run_dir` is no folder.
+        UserError: `run_dir` is not a folder.
     """
-    from matplotlib.figure import Figure  # used without pyplot: no display, no global state
+    from matplotlib.figure import Figure  # slow to import; used without pyplot: no display, no global state
 
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no run folder: expected one that holds metrics.train.jsonl.")
+        raise UserError(f"{run_dir} is not a run folder; expected a folder with metrics.train.jsonl.")
     train, evals = read_metrics(run_dir, "train"), read_metrics(run_dir, "eval")
     figure = Figure(figsize=(9, 5.6), dpi=130, layout="constrained")
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -40,9 +40,8 @@ def draw_loss_curve(run_dir: Path) -> Path:
     _draw_learning_rate(lr_axes, train)
 
     path = run_dir / "loss.png"
-    unfinished = run_dir / ".loss.png.part"
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 
@@ -50,7 +49,7 @@ def _draw_losses(axes: "Axes", train: list[dict[str, Any]], evals: list[dict[str
     steps, losses = _series(train, "loss")
     eval_steps, eval_losses = _series(evals, "eval_loss")
     if len(steps) > SMOOTH_FROM:
-        axes.plot(steps, losses, color=RAW, linewidth=0.7, label="train, each step logged")
+        axes.plot(steps, losses, color=RAW, linewidth=0.7, label="train, logged steps")
         axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=1.9, label="train, smoothed")
     elif len(steps):
         axes.plot(steps, losses, color=TRAIN, linewidth=1.5, marker="o", markersize=3, label="train")
@@ -107,17 +106,17 @@ def _tidy(axes: "Axes") -> None:
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps [N] and values [N]; NaN where a number was not finite when it was logged."""
-    rows = [record for record in records if key in record]
-    steps = np.array([row["step"] for row in rows], dtype=float)
-    values = np.array([math.nan if row[key] is None else row[key] for row in rows], dtype=float)
+    """Return steps [N] and values [N]; NaN if a value was not finite."""
+    found = [record for record in records if key in record]
+    steps = np.array([record["step"] for record in found], dtype=float)
+    values = np.array([math.nan if record[key] is None else record[key] for record in found], dtype=float)
     return steps, np.where(np.isfinite(values), values, math.nan)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving average [N] of `values` [N], weighted by a Hann window; NaN stays NaN and counts nowhere else.
+    """Return the centered moving average [N] of `values` [N], weighted by a Hann window; NaN values are ignored.
 
-    The window covers about a tenth of the curve; at the ends it shrinks to what there is.
+    The window covers about a tenth of the curve and is truncated at both ends. Where a value is NaN, so is its average.
     """
     window = np.hanning(max(7, len(values) // 10) | 1)
     known = ~np.isnan(values)

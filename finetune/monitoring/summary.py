@@ -1,6 +1,7 @@
-"""What a run says when it ends."""
+"""The summary printed at the end of a run, and the commands to run next."""
 
 import math
+import shlex
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -22,34 +23,50 @@ def summary(
     checkpoint: Path | None,
     packing: Mapping[str, int] | None = None,
 ) -> str:
-    """Returns the closing block of a run, one aligned line per fact; facts that do not apply are left out.
+    """Return the summary of a run, one aligned line per fact; facts that do not apply are omitted.
 
     Args:
-        steps, max_steps: steps done and steps asked for.
-        skipped_steps: steps whose gradients overflowed and changed nothing (fp16).
-        tokens: tokens that went through the model, all ranks together.
-        trained_tokens: those of them that carried loss.
-        wall_seconds: from start to end of the command.
-        train_seconds: of which training steps took.
+        steps, max_steps: steps done, and steps configured.
+        skipped_steps: steps skipped because the gradient was not finite (fp16).
+        tokens: tokens processed, of all ranks.
+        trained_tokens: tokens with loss, of all ranks.
+        wall_seconds: duration of the command.
+        train_seconds: duration of the training steps.
         first_loss, last_loss: training loss of the first and the last step.
         eval_losses: evaluation loss by step, in the order of evaluation.
-        peak_bytes: most accelerator memory ever allocated; 0 on CPU.
+        peak_bytes: peak GPU memory allocated; 0 on CPU.
         checkpoint: folder of the last checkpoint.
-        packing: the numbers of `finetune.data.packing.PackingCounts`, all ranks together.
+        packing: the fields of `finetune.data.packing.PackingCounts`, of all ranks.
     """
     facts = {
         "steps": f"{steps:,} of {max_steps:,}" + (f", {skipped_steps:,} skipped" if skipped_steps else ""),
-        "tokens": f"{tokens:,}" + (f", {trained_tokens / tokens:.1%} of them with loss" if tokens else ""),
+        "tokens": f"{tokens:,}" + (f" ({trained_tokens / tokens:.1%} with loss)" if tokens else ""),
         "packing": _packing(**packing) if packing else "",
-        "time": f"{_duration(wall_seconds)}, of which training {_duration(train_seconds)}",
+        "time": f"{_duration(wall_seconds)} (training steps {_duration(train_seconds)})",
         "speed": f"{tokens / train_seconds:,.0f} tokens/s" if train_seconds else "",
         "train loss": _change(first_loss, last_loss),
         "eval loss": _evaluations(eval_losses),
         "peak memory": f"{peak_bytes / 1024**3:.1f} GiB" if peak_bytes else "",
         "checkpoint": str(checkpoint) if checkpoint else "none saved",
     }
-    width = max(map(len, facts))
-    return "\n".join(["Training finished", *(f"  {name:<{width}}  {fact}" for name, fact in facts.items() if fact)])
+    return "\n".join(["Training finished", *_aligned({name: fact for name, fact in facts.items() if fact})])
+
+
+def next_commands(run_dir: Path) -> str:
+    """Return the commands that use a finished run, one aligned line each; words in capitals are to be replaced."""
+    run = shlex.quote(str(run_dir))
+    commands = {
+        "predict": f"python -m utils.predict_icd10 --run {run} --notes NOTES.csv --out predictions.jsonl",
+        "evaluate": f"python -m utils.evaluate_icd10 --run {run} --gold TEST.jsonl --json scores.json",
+        "report": f"python -m utils.report {run} --out report.html",
+        "export": f"python -m utils.export {run} --to hf --merged --out MODEL_DIR",
+    }
+    return "\n".join(["Next commands", *_aligned(commands)])
+
+
+def _aligned(lines: Mapping[str, str]) -> list[str]:
+    width = max(map(len, lines))
+    return [f"  {name:<{width}}  {line}" for name, line in lines.items()]
 
 
 def _packing(samples: int, shortened: int, dropped: int, removed_tokens: int, positions: int, filled: int) -> str:
@@ -58,7 +75,7 @@ def _packing(samples: int, shortened: int, dropped: int, removed_tokens: int, po
         facts.append(f"{filled / positions:.1%} of positions filled")
     if removed_tokens:
         facts.append(
-            f"of {samples:,} samples read {shortened:,} shortened, {dropped:,} dropped ({removed_tokens:,} tokens)"
+            f"{shortened:,} of {samples:,} samples shortened, {dropped:,} dropped ({removed_tokens:,} tokens removed)"
         )
     return "; ".join(facts)
 
@@ -75,9 +92,7 @@ def _evaluations(losses: Mapping[int, float]) -> str:
     if not losses:
         return ""
     last_step = next(reversed(list(losses)))
-    text = f"{losses[last_step]:.3f}"
+    last = f"{losses[last_step]:.3f}"
     finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     best_step = min(finite, key=finite.__getitem__, default=last_step)
-    if best_step != last_step:
-        text += f" (best {losses[best_step]:.3f} at step {best_step:,})"
-    return text
+    return last if best_step == last_step else f"{last} (best {losses[best_step]:.3f} at step {best_step:,})"

@@ -1,4 +1,4 @@
-"""Where metrics go besides the run folder's jsonl: TensorBoard, Weights & Biases, MLflow."""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow."""
 
 import logging
 import os
@@ -15,13 +15,13 @@ from .args import MLFlowArgs, WandbArgs
 
 logger = logging.getLogger(__name__)
 
-LOGIN_TIMEOUT_S = 60  # wandb asks for a key on a terminal where it has none; nobody may be there to answer
-FINISH_TIMEOUT_S = 600  # what is not uploaded by then stays on disk for `wandb sync`
-RETRY_AFTER_S = 60.0  # first pause after a tracker failed; doubles while it keeps failing
+LOGIN_TIMEOUT_S = 60  # without a key, wandb prompts on a terminal, which may be unattended
+FINISH_TIMEOUT_S = 600  # data not uploaded by then stays on disk for `wandb sync`
+RETRY_AFTER_S = 60.0  # pause after a failure; doubles with each further failure
 
 
 class Tracker(Protocol):
-    """Something that takes named numbers. It may raise: `FaultTolerant` stands between it and training."""
+    """A destination for metrics. Its methods may raise: `FaultTolerant` wraps it."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -29,9 +29,9 @@ class Tracker(Protocol):
 
 
 class FaultTolerant:
-    """Keeps a tracker's failures away from training: they are reported once, then retried at growing intervals.
+    """Protect training from a failing tracker: log the first failure, and retry at growing intervals.
 
-    The pauses bound the time a dead server can cost; what is missed meanwhile stands in the jsonl files.
+    The intervals bound the time lost to an unreachable server. Metrics that the tracker misses are in the jsonl files.
     """
 
     def __init__(self, tracker: Tracker, name: str) -> None:
@@ -60,15 +60,15 @@ class FaultTolerant:
 
     def _report(self, error: Exception) -> None:
         if not self._reported:
-            logger.warning("%s failed at logging (%s); training goes on.", self._name, describe(error))
+            logger.warning("%s could not log metrics (%s); training continues.", self._name, describe(error))
         self._reported = True
 
 
 class TensorBoardTracker:
-    """Event files under `folder`; several writers may share it. What it holds of step `purge_step` on becomes void."""
+    """Event files in `folder`, which several writers may share; events from step `purge_step` on are discarded."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=purge_step)
 
@@ -81,10 +81,10 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Joins the process's wandb run or starts it; whoever started it ends it."""
+    """The wandb run of this process; the instance that started it also ends it."""
 
     def __init__(self, args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise crash reports go to a third party
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise crash reports are sent to a third party
         import wandb
 
         self._owns_run = wandb.run is None
@@ -99,7 +99,7 @@ class WandbTracker:
 
 
 def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
-    """Returns a wandb run, the same for a run that goes on: online unless told otherwise or the server is away."""
+    """Return a wandb run, the same one after a resume; offline if configured or if the server cannot be reached."""
     import wandb
 
     id_file = run_dir / "wandb_id"
@@ -113,32 +113,32 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
         "config": config,
         "job_type": "training",
     }
-    # Metrics and settings are what a tracker is for; console output, sources and diffs stay here.
+    # Upload metrics and settings only; no console output, source code or diffs.
     private: dict[str, Any] = {"console": "off", "disable_code": True, "disable_git": True}
     if not args.offline:
+        logger.info("Connecting to wandb; if that fails, which can take two minutes, the run is recorded offline.")
         try:
-            # Given this way, the key lives in this process only: wandb writes neither ~/.netrc nor a settings file.
+            # Passed this way, the key stays in this process: wandb writes neither ~/.netrc nor a settings file.
             settings = wandb.Settings(
                 api_key=args.key, login_timeout=LOGIN_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, **private
             )
             return wandb.init(**options, resume="allow", settings=settings)
         except Exception as error:
             logger.warning(
-                "wandb could not start online (%s); this run is recorded offline under %s, to be uploaded with "
-                "`wandb sync`.",
+                "wandb could not start online (%s); this run is recorded offline in %s. Upload it with `wandb sync`.",
                 describe(error),
                 run_dir / "wandb",
             )
-            del options["id"]  # wandb takes it for in use
+            del options["id"]  # wandb considers it in use
     return wandb.init(**options, mode="offline", settings=wandb.Settings(**private))
 
 
 class MLFlowTracker:
-    """Joins MLflow's active run or starts one; whoever started it ends it."""
+    """The active MLflow run of this process; the instance that started it also ends it."""
 
     def __init__(self, args: MLFlowArgs, run_dir: Path, config: dict[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # MLflow's own defaults hold a training step up for many minutes when the server is gone.
+        # With MLflow's defaults, an unreachable server blocks a training step for many minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         import mlflow
@@ -161,7 +161,7 @@ class MLFlowTracker:
 
 
 def _flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` becomes `{"optim.lr": 1}`."""
+    """Return nested settings with dotted keys: `{"optim": {"lr": 1}}` becomes `{"optim.lr": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -169,6 +169,6 @@ def _flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-    """One short line for a log: the kind of error and the beginning of what it says, without secrets."""
-    text = textwrap.shorten(redacted(str(error)), 200, placeholder=" ...")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """Return the type and the shortened message of an error as one line, with secrets redacted."""
+    message = textwrap.shorten(redacted(str(error)), 200, placeholder=" ...")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

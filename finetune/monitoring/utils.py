@@ -1,4 +1,4 @@
-"""Log lines: which rank speaks, and how it looks."""
+"""Logging to stdout: format and levels per rank."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from finetune.redaction import redacted
 
 
 class RankFilter(logging.Filter):
-    """Rank 0 speaks from INFO on; other ranks only to warn, and say who they are."""
+    """Rank 0 logs INFO and above; other ranks log warnings and errors, prefixed with their rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class RankFilter(logging.Filter):
 class LineFormatter(logging.Formatter):
     """`2024-12-19 09:24:38 (CET) - 0:03:12 - train - INFO - message`: local time, then time since the start.
 
-    Secrets are left out, of tracebacks too.
+    Secrets are redacted, in tracebacks too.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.elapsed = timedelta(seconds=int(record.relativeCreated / 1000))
-        return redacted(super().format(record))  # tracebacks included
+        return redacted(super().format(record))
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S (%Z)", time.localtime(record.created))
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to the current stdout, above a progress bar where there is one."""
+    """Write to the current stdout, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -52,7 +52,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(rank: int) -> None:
-    """Makes the root logger print this rank's lines on stdout; calling it again replaces the earlier set-up."""
+    """Configure the root logger for this rank; calling it again replaces the earlier configuration."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, ConsoleHandler)]:
         root.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Metrics, log lines, trackers, the loss picture and the closing summary."""
+"""Metrics, log lines, trackers, the loss plot and the summary of a run."""
 
 import base64
 import importlib.util
@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import termios
@@ -26,6 +27,7 @@ from finetune.monitoring import metrics_logger, trackers
 from finetune.monitoring.args import MLFlowArgs, WandbArgs
 from finetune.monitoring.metrics_logger import (
     MetricsLogger,
+    answers_log_message,
     eval_log_message,
     eval_metrics,
     read_metrics,
@@ -33,7 +35,7 @@ from finetune.monitoring.metrics_logger import (
     train_metrics,
 )
 from finetune.monitoring.plot import draw_loss_curve, smoothed
-from finetune.monitoring.summary import summary
+from finetune.monitoring.summary import next_commands, summary
 from finetune.monitoring.utils import set_up_logging
 from model.errors import UserError
 from tests.support.wandb_reader import read_offline_run
@@ -42,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLE_RUN = ROOT.parent / "shared/golden/expected/train/sample_run"
 KEY = "0123456789abcdef" * 2 + "SECRETKEY"  # as long as wandb's own
 
-# Three steps of a run of the original (20 steps of 256 tokens), as its jsonl and its log have them.
+# Three steps of a run of mistral-finetune (20 steps of 256 tokens): the jsonl rows and the log lines.
 TRAIN_ROWS = [
     '{"lr": 3.9999999999999996e-05, "step": 1, "loss": 10.969670295715332, "percent_done": 5.0, '
     '"peak_allocated_mem": 0.0, "allocated_mem": 0.0, "wps": 1221.7758514946458, "avg_wps": 1221.7758514946458, '
@@ -55,12 +57,12 @@ TRAIN_ROWS = [
     '"at": "2026-11-20T21:02:03.501715"}',
 ]
 TRAIN_LINES = [
-    "step: 000001 - done (%): 5.0 - loss: 10.970 - lr: 4.0e-05 - peak_alloc_mem (GB): 0.0 - alloc_mem (GB): 0.0"
-    " - words_per_second: 1221.8 - avg_words_per_second: 1221.8 - ETA: 2026-11-20 21:02:04",
-    "step: 000002 - done (%): 10.0 - loss: 10.803 - lr: 1.8e-04 - peak_alloc_mem (GB): 0.0 - alloc_mem (GB): 0.0"
-    " - words_per_second: 1859.9 - avg_words_per_second: 1474.8 - ETA: 2026-11-20 21:02:03",
-    "step: 000020 - done (%): 100.0 - loss: 10.874 - lr: 4.0e-09 - peak_alloc_mem (GB): 0.0 - alloc_mem (GB): 0.0"
-    " - words_per_second: 448.3 - avg_words_per_second: 1437.4 - ETA: 2026-11-20 21:02:03",
+    "step: 000001 - done (%): 5.0 - loss: 10.970 - lr: 4.0e-05 - peak_alloc_mem (GiB): 0.0 - alloc_mem (GiB): 0.0"
+    " - tokens_per_second: 1221.8 - avg_tokens_per_second: 1221.8 - ETA: 2026-11-20 21:02:04",
+    "step: 000002 - done (%): 10.0 - loss: 10.803 - lr: 1.8e-04 - peak_alloc_mem (GiB): 0.0 - alloc_mem (GiB): 0.0"
+    " - tokens_per_second: 1859.9 - avg_tokens_per_second: 1474.8 - ETA: 2026-11-20 21:02:03",
+    "step: 000020 - done (%): 100.0 - loss: 10.874 - lr: 4.0e-09 - peak_alloc_mem (GiB): 0.0 - alloc_mem (GiB): 0.0"
+    " - tokens_per_second: 448.3 - avg_tokens_per_second: 1437.4 - ETA: 2026-11-20 21:02:03",
 ]
 EVAL_ROW = (
     '{"step": 10, "train_loss": 10.801438331604004, "perplexity": 1810.1466064453125, '
@@ -78,11 +80,11 @@ def write_metrics(run_dir, tag, records, tail=""):
     (run_dir / f"metrics.{tag}.jsonl").write_text(text + tail, encoding="utf-8")
 
 
-# ---- numbers and lines
+# ---- metrics and log lines
 
 
 @pytest.mark.parametrize("row", [json.loads(row) for row in TRAIN_ROWS])
-def test_train_metrics_are_the_originals(row):
+def test_train_metrics_match_mistral_finetune(row):
     tokens = 256 * row["step"]
     metrics = train_metrics(
         step=row["step"],
@@ -101,7 +103,7 @@ def test_train_metrics_are_the_originals(row):
     assert metrics == pytest.approx(row, rel=1e-9)
 
 
-def test_train_metrics_memory_is_in_gib_and_no_time_is_no_speed():
+def test_memory_is_in_gib_and_speed_is_zero_without_time():
     metrics = train_metrics(
         step=1,
         max_steps=1,
@@ -118,7 +120,7 @@ def test_train_metrics_memory_is_in_gib_and_no_time_is_no_speed():
     assert (metrics["wps"], metrics["avg_wps"], metrics["eta_in_seconds"]) == (0.0, 0.0, 0.0)
 
 
-def test_eval_perplexity_is_exp_of_the_loss():
+def test_perplexity_is_exp_of_the_eval_loss():
     metrics = eval_metrics(step=10, train_loss=1.5, eval_loss=2.0)
     assert list(metrics) == ["step", "train_loss", "perplexity", "eval_loss"]
     assert metrics["perplexity"] == pytest.approx(math.e**2)
@@ -127,25 +129,32 @@ def test_eval_perplexity_is_exp_of_the_loss():
 
 
 @pytest.mark.parametrize(("row", "line"), list(zip(TRAIN_ROWS, TRAIN_LINES)))
-def test_train_log_message_is_the_originals(row, line):
+def test_train_log_message(row, line):
     row = json.loads(row)
     assert train_log_message(row, now=datetime.fromisoformat(row["at"])) == line
 
 
-def test_log_messages_of_the_whole_sample_run():
-    """The reference run where it is at hand, else its rows quoted above."""
+def test_log_messages_match_mistral_finetune():
+    """All lines of the reference run if available, otherwise those quoted above; it calls tokens words and GiB GB."""
     rows, lines = {"train": TRAIN_ROWS, "eval": [EVAL_ROW]}, [*TRAIN_LINES, EVAL_LINE]
     if SAMPLE_RUN.exists():
         rows = {tag: (SAMPLE_RUN / f"metrics.{tag}.jsonl").read_text().splitlines() for tag in rows}
         lines = [line.split(" - ", 4)[-1] for line in (SAMPLE_RUN / "stdout.log").read_text().splitlines()]
     eta = re.compile(r" - ETA:.*")  # seconds round differently between the two writes
-    expected = {eta.sub("", line) for line in lines if line.startswith("step: ")}
-    said = {eval_log_message(json.loads(row)) for row in rows["eval"]}
-    said |= {eta.sub("", train_log_message(json.loads(row))) for row in rows["train"]}
-    assert said == expected
+    renamed = [line.replace("words_per_second", "tokens_per_second").replace("(GB)", "(GiB)") for line in lines]
+    expected = {eta.sub("", line) for line in renamed if line.startswith("step: ")}
+    messages = {eval_log_message(json.loads(row)) for row in rows["eval"]}
+    messages |= {eta.sub("", train_log_message(json.loads(row))) for row in rows["train"]}
+    assert messages == expected
 
 
-def test_messages_of_a_dead_model_still_print():
+def test_log_message_of_generated_answers():
+    assert answers_log_message(100, {"micro_f1": 0.25, "exact_match": 0.125, "ended": 0.5}) == (
+        "step: 000100 - micro_f1: 0.250 - exact_match: 0.125 - answers ended within max_tokens (%): 50.0"
+    )
+
+
+def test_log_messages_of_non_finite_losses():
     row = json.loads(TRAIN_ROWS[0]) | {"loss": math.nan}
     assert " - loss: nan - " in train_log_message(row)
     assert "eval_perplexity: inf" in eval_log_message(eval_metrics(step=3, train_loss=1.0, eval_loss=math.inf))
@@ -154,7 +163,7 @@ def test_messages_of_a_dead_model_still_print():
 # ---- jsonl and TensorBoard
 
 
-def test_jsonl_has_the_originals_keys_in_order(tmp_path):
+def test_jsonl_has_the_keys_of_mistral_finetune_in_order(tmp_path):
     for tag, row in [("train", TRAIN_ROWS[0]), ("eval", EVAL_ROW)]:
         expected = json.loads(row)
         metrics = {name: value for name, value in expected.items() if name != "at"}
@@ -169,37 +178,37 @@ def test_jsonl_has_the_originals_keys_in_order(tmp_path):
         assert list(json.loads(second)) == [*metrics, "grad_norm", "at"]
 
 
-def test_a_line_is_out_when_log_returns(tmp_path):
+def test_line_is_flushed_when_log_returns(tmp_path):
     logger = make_logger(tmp_path)
     logger.log({"loss": 1.0}, step=1)
     assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path, "train")] == [(1, 1.0)]
     logger.close()
 
 
-def test_non_finite_numbers_are_valid_json(tmp_path):
+def test_non_finite_numbers_become_null(tmp_path):
     with make_logger(tmp_path) as logger:
         logger.log({"step": 1, "loss": math.nan, "lr": -math.inf, "wps": np.float32(2.5)}, step=1)
     line = (tmp_path / "metrics.train.jsonl").read_text()
-    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not valid JSON"))
     assert (record["loss"], record["lr"], record["wps"]) == (None, None, 2.5)
 
 
-def test_appending_after_a_crash_keeps_every_whole_line(tmp_path):
+def test_appending_after_a_crash_keeps_every_complete_line(tmp_path):
     write_metrics(tmp_path, "train", [{"step": step, "loss": 1.0} for step in (1, 2, 3)], tail='{"step": 4, "lo')
     with make_logger(tmp_path) as logger:  # resumed from the checkpoint of step 2
         logger.log({"step": 3, "loss": 9.0}, step=3)
     lines = (tmp_path / "metrics.train.jsonl").read_text().splitlines()
-    assert len(lines) == 5, "nothing is deleted and the new line stands alone"
+    assert len(lines) == 5, "nothing is deleted, and the new line is separate"
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path, "train")] == [(1, 1.0), (2, 1.0), (3, 9.0)]
 
 
-def test_other_ranks_write_nothing(tmp_path):
+def test_loggers_of_other_ranks_write_nothing(tmp_path):
     with make_logger(tmp_path, wandb=WandbArgs(project="p"), is_master=False) as logger:
         logger.log({"loss": 1.0}, step=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_events_read_back(tmp_path):
+def test_tensorboard_events_can_be_read(tmp_path):
     with make_logger(tmp_path) as train, make_logger(tmp_path, "eval") as evaluation:
         for step, loss in [(1, 3.0), (2, math.nan), (3, 2.0)]:
             train.log({"lr": 0.5, "step": step, "loss": loss}, step)
@@ -212,7 +221,7 @@ def test_tensorboard_events_read_back(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("eval.eval_loss")] == [(3, 2.5)]
 
 
-# ---- trackers that fail
+# ---- failing trackers
 
 
 class BrokenTracker:
@@ -227,17 +236,17 @@ class BrokenTracker:
         raise ConnectionError("still no route")
 
 
-def test_a_failing_tracker_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, caplog):
+def test_failing_tracker_is_reported_once_and_training_continues(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(metrics_logger, "TensorBoardTracker", BrokenTracker)
     with make_logger(tmp_path) as logger:
         for step in range(1, 6):
             logger.log({"step": step, "loss": 1.0}, step)
     assert len(read_metrics(tmp_path, "train")) == 5
     assert len(caplog.records) == 1
-    assert "TensorBoard failed at logging (ConnectionError: no route to host)" in caplog.text
+    assert "TensorBoard could not log metrics (ConnectionError: no route to host); training continues." in caplog.text
 
 
-def test_a_tracker_that_cannot_start_is_left_out(tmp_path, monkeypatch, caplog):
+def test_tracker_that_cannot_start_is_omitted(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError("disk says no")
 
@@ -245,10 +254,10 @@ def test_a_tracker_that_cannot_start_is_left_out(tmp_path, monkeypatch, caplog):
     with make_logger(tmp_path) as logger:
         logger.log({"step": 1}, 1)
     assert len(read_metrics(tmp_path, "train")) == 1
-    assert "TensorBoard could not start (OSError: disk says no); training goes on" in caplog.text
+    assert "TensorBoard could not start (OSError: disk says no); training continues" in caplog.text
 
 
-def test_a_failing_tracker_is_tried_again_at_growing_intervals(monkeypatch):
+def test_failing_tracker_is_retried_at_growing_intervals(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(trackers.time, "monotonic", lambda: now)
     broken = BrokenTracker()
@@ -268,7 +277,7 @@ def test_a_failing_tracker_is_tried_again_at_growing_intervals(monkeypatch):
 
 @pytest.fixture
 def server():
-    """A local server that refuses everything and remembers who asked."""
+    """A local server that refuses every request and records it."""
     requests = []
 
     class Refuse(BaseHTTPRequestHandler):
@@ -290,7 +299,7 @@ def server():
 
 
 def run_alone(script, tmp_path, **environment):
-    """Runs `script` in a fresh process with a home of its own; returns what it printed."""
+    """Run `script` in a new process with an empty home directory; return its output."""
     home = tmp_path / "home"
     home.mkdir()
     inherited = {
@@ -324,7 +333,7 @@ def recorded_runs(run_dir):
     return [read_offline_run(path) for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
-# No address but this machine's own may be reached: wandb talks to its helper process over a local socket.
+# Only local addresses may be reached: wandb uses a local socket to talk to its helper process.
 TRAIN_A_LITTLE = """
     import socket, sys
     from pathlib import Path
@@ -366,7 +375,7 @@ def assert_recorded(run):
     assert math.isnan(float(second["train.loss"]))
 
 
-def test_wandb_offline_records_everything_and_asks_nobody(tmp_path, server):
+def test_offline_wandb_records_everything_without_a_connection(tmp_path, server):
     script = training_script(f"WandbArgs(project='icd', offline=True, run_name='first', key='{KEY}')")
     printed = run_alone(script, tmp_path, HTTP_PROXY=server.url, HTTPS_PROXY=server.url)
     (run,) = recorded_runs(tmp_path / "run")  # one run for both loggers
@@ -374,13 +383,13 @@ def test_wandb_offline_records_everything_and_asks_nobody(tmp_path, server):
     assert run.name == "first"
     assert server.requests == []
     assert "said aloud" in printed
-    assert files_with(tmp_path, "said aloud") == [], "console output stays out of the tracker"
+    assert files_with(tmp_path, "said aloud") == [], "console output is not recorded"
     assert files_with_key(tmp_path) == []
     assert KEY not in printed
 
 
 @pytest.mark.parametrize("place", ["yaml", "environment"])
-def test_wandb_without_its_server_records_offline_and_keeps_the_key_to_itself(tmp_path, server, place):
+def test_wandb_with_an_unreachable_server_records_offline_and_never_writes_the_key(tmp_path, server, place):
     script = training_script(f"WandbArgs(project='icd'{f', key={KEY!r}' if place == 'yaml' else ''})")
     environment = {"WANDB_API_KEY": KEY} if place == "environment" else {}
     printed = run_alone(script, tmp_path, WANDB_BASE_URL=server.url, **environment)
@@ -389,13 +398,13 @@ def test_wandb_without_its_server_records_offline_and_keeps_the_key_to_itself(tm
     assert "wandb could not start online (" in printed
     (run,) = recorded_runs(tmp_path / "run")
     assert_recorded(run)
-    assert run.name == "run", "the run folder names the run"
+    assert run.name == "run", "the run is named after the run folder"
     assert files_with_key(tmp_path) == []
     assert KEY not in printed
     assert not (tmp_path / "home/.netrc").exists()
 
 
-def test_wandb_marks_a_crashed_run(tmp_path):
+def test_wandb_records_a_crash(tmp_path):
     script = (
         training_script("WandbArgs(project='icd', offline=True)")
         + """
@@ -410,33 +419,33 @@ except RuntimeError:
     assert sorted(run.exit_code for run in recorded_runs(tmp_path / "run")) == [0, 1]
 
 
-def test_without_a_project_wandb_is_not_even_imported(tmp_path):
+def test_wandb_is_not_imported_without_a_project(tmp_path):
     script = training_script("WandbArgs(project='', key='unused', run_name='')")
     script += "assert 'wandb' not in sys.modules and 'mlflow' not in sys.modules and not connected\n"
     run_alone(script, tmp_path)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.train.jsonl", "metrics.eval.jsonl", "tb"}
 
 
-def test_an_error_that_quotes_the_key_is_not_passed_on(tmp_path, monkeypatch, caplog):
+def test_key_in_an_error_message_is_redacted(tmp_path, monkeypatch, caplog):
     stand_in = types.ModuleType("wandb")
     stand_in.run, stand_in.Settings = None, dict
 
     def init(mode=None, **_):
         if mode == "offline":
             raise OSError("disk full")
-        raise ValueError(f"input_value={KEY} is no key")
+        raise ValueError(f"input_value={KEY} is invalid")
 
     stand_in.init = init
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     with make_logger(tmp_path, wandb=WandbArgs(project="p", key=KEY)) as logger:
         logger.log({"step": 1}, 1)
-    assert "could not start online (ValueError: input_value=*** is no key)" in caplog.text
-    assert "wandb could not start (OSError: disk full); training goes on without it." in caplog.text
+    assert "could not start online (ValueError: input_value=*** is invalid)" in caplog.text
+    assert "wandb could not start (OSError: disk full); training continues without it." in caplog.text
     assert KEY not in caplog.text
     assert len(read_metrics(tmp_path, "train")) == 1
 
 
-def test_redacted_reaches_every_depth_and_copies():
+def test_redacted_is_recursive_and_copies():
     config = {"a": [{"b": f"x{KEY}y"}, ("z", 1)], "c": None}
     assert trackers.redacted(config, [KEY]) == {"a": [{"b": "x***y"}, ["z", 1]], "c": None}
     assert config["a"][0]["b"] == f"x{KEY}y"
@@ -445,7 +454,7 @@ def test_redacted_reaches_every_depth_and_copies():
 # ---- settings
 
 
-def test_empty_strings_mean_unset():
+def test_empty_strings_are_unset():
     wandb = WandbArgs.from_dict({"project": "", "run_name": "", "key": ""})
     assert (wandb.project, wandb.run_name, wandb.key) == (None, None, None)
     mlflow = MLFlowArgs.from_dict({"tracking_uri": "", "experiment_name": ""})
@@ -453,7 +462,7 @@ def test_empty_strings_mean_unset():
     assert wandb.problems() == mlflow.problems() == []
 
 
-def test_the_key_is_read_but_never_written():
+def test_key_is_read_but_never_written():
     wandb = WandbArgs.from_dict({"project": "p", "key": KEY})
     assert wandb.key == KEY
     assert "key" not in wandb.to_dict()
@@ -461,9 +470,9 @@ def test_the_key_is_read_but_never_written():
 
 
 @pytest.mark.parametrize("leftover_folder", [False, True])
-def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path, leftover_folder):
+def test_missing_package_is_named_with_its_extra(monkeypatch, tmp_path, leftover_folder):
     if leftover_folder:
-        (tmp_path / "wandb").mkdir()  # what an earlier wandb run leaves in the working directory
+        (tmp_path / "wandb").mkdir()  # an earlier wandb run creates it in the working directory
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.delitem(sys.modules, "mlflow", raising=False)
@@ -474,7 +483,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path, leftov
     assert mlflow_problem.key == "mlflow.tracking_uri" and "[mlflow]" in mlflow_problem.message
 
 
-# ---- MLflow: a stand-in that keeps what it is told; the package itself is too heavy for every test machine
+# ---- MLflow: a fake that records its calls, since the package may not be installed
 
 
 @pytest.fixture
@@ -509,7 +518,7 @@ def log_two(run_dir, mlflow):
         train.log({"step": 7, "loss": 1.0}, 7)
 
 
-def test_mlflow_gets_one_run_with_settings_and_metrics(tmp_path, fake_mlflow):
+def test_loggers_share_one_mlflow_run(tmp_path, fake_mlflow):
     log_two(tmp_path / "run", MLFlowArgs("http://tracker", "icd"))
     assert fake_mlflow.calls == [
         ("set_tracking_uri", ("http://tracker",), {}),
@@ -521,7 +530,7 @@ def test_mlflow_gets_one_run_with_settings_and_metrics(tmp_path, fake_mlflow):
     ]
 
 
-def test_mlflow_marks_a_crashed_run(tmp_path, fake_mlflow):
+def test_mlflow_records_a_crash(tmp_path, fake_mlflow):
     with pytest.raises(RuntimeError), make_logger(tmp_path, mlflow=MLFlowArgs("http://tracker")):
         raise RuntimeError("out of memory")
     assert fake_mlflow.calls[-1][1] == (tmp_path.name, "FAILED")
@@ -529,7 +538,7 @@ def test_mlflow_marks_a_crashed_run(tmp_path, fake_mlflow):
 
 if importlib.util.find_spec("sqlalchemy") and importlib.util.find_spec("mlflow"):
 
-    def test_real_mlflow_reads_back(tmp_path):
+    def test_runs_of_the_real_mlflow_can_be_read(tmp_path):
         import mlflow
 
         uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -557,24 +566,24 @@ def root_logger():
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(\w+\) - (\d+ days?, )?\d+:\d\d:\d\d - (.*)")
 
 
-def test_rank_zero_speaks_in_the_originals_format(root_logger, capsys):
+def test_rank_zero_logs_in_the_format_of_mistral_finetune(root_logger, capsys):
     set_up_logging(0)
-    set_up_logging(0)  # twice is once
+    set_up_logging(0)  # replaces the first
     logging.getLogger("train").info("step: %06d", 1)
-    logging.getLogger("train").debug("unheard")
+    logging.getLogger("train").debug("hidden")
     (line,) = capsys.readouterr().out.splitlines()
     assert LINE.fullmatch(line).group(2) == "train - INFO - step: 000001"
 
 
-def test_other_ranks_only_warn_and_say_who_they_are(root_logger, capsys):
+def test_other_ranks_log_warnings_with_their_rank(root_logger, capsys):
     set_up_logging(3)
-    logging.getLogger("train").info("unheard")
+    logging.getLogger("train").info("hidden")
     logging.getLogger("eval").warning("short of rows")
     (line,) = capsys.readouterr().out.splitlines()
     assert LINE.fullmatch(line).group(2) == "eval - WARNING - [rank 3] short of rows"
 
 
-def test_log_lines_stand_above_the_progress_bar():
+def test_log_lines_are_printed_above_the_progress_bar():
     script = """
         import logging, sys
         from tqdm import tqdm
@@ -596,7 +605,7 @@ def test_log_lines_stand_above_the_progress_bar():
     for step in range(3):
         before, after = screen.split(f"train - INFO - step {step}")
         assert after.startswith("\r\n")
-        assert LINE.match(re.split(r"[\r\n]|\x1b\[A", before)[-1] + "x"), "a log line begins where the bar was cleared"
+        assert LINE.match(re.split(r"[\r\n]|\x1b\[A", before)[-1] + "x"), "the bar is cleared before a log line"
 
 
 # ---- loss.png
@@ -627,36 +636,36 @@ EVALS = [{"step": step, "eval_loss": 2.5} for step in (20, 40, 60)]
     ids=["usual", "half-written line", "one point", "all null", "nan", "exploded", "eval only", "nothing"],
 )
 @pytest.mark.filterwarnings("error")
-def test_loss_curve_is_drawn_from_whatever_there_is(tmp_path, train, evals, tail):
+def test_loss_curve_of_any_metrics_is_drawn(tmp_path, train, evals, tail):
     write_metrics(tmp_path, "train", train, tail)
     if evals:
         write_metrics(tmp_path, "eval", evals)
     path = draw_loss_curve(tmp_path)
     assert path == tmp_path / "loss.png"
-    picture = read_png(path)
-    assert picture.shape[0] > 500 and picture.shape[1] > 800
-    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+    image = read_png(path)
+    assert image.shape[0] > 500 and image.shape[1] > 800
+    assert not list(tmp_path.glob(".*")), "no temporary file remains"
 
 
-def has_colour(picture, hexadecimal):
-    colour = np.array([int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    return bool((np.abs(picture[..., :3] - colour).max(-1) < 0.01).any())
+def has_color(image, hexadecimal):
+    color = np.array([int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return bool((np.abs(image[..., :3] - color).max(-1) < 0.01).any())
 
 
-def test_loss_curve_shows_each_series_only_where_it_is(tmp_path):
+def test_loss_curve_shows_only_the_series_that_exist(tmp_path):
     from finetune.monitoring import plot
 
     write_metrics(tmp_path, "train", STEPS[:20])
-    picture = read_png(draw_loss_curve(tmp_path))
-    assert has_colour(picture, plot.TRAIN) and has_colour(picture, plot.LR)
-    assert not any(has_colour(picture, colour) for colour in (plot.RAW, plot.EVAL, plot.BAD))
+    image = read_png(draw_loss_curve(tmp_path))
+    assert has_color(image, plot.TRAIN) and has_color(image, plot.LR)
+    assert not any(has_color(image, color) for color in (plot.RAW, plot.EVAL, plot.BAD))
     write_metrics(tmp_path, "train", [*STEPS[:55], {"step": 56, "lr": 1.0, "loss": None}])
     write_metrics(tmp_path, "eval", EVALS)
-    picture = read_png(draw_loss_curve(tmp_path))
-    assert all(has_colour(picture, colour) for colour in (plot.TRAIN, plot.LR, plot.RAW, plot.EVAL, plot.BAD))
+    image = read_png(draw_loss_curve(tmp_path))
+    assert all(has_color(image, color) for color in (plot.TRAIN, plot.LR, plot.RAW, plot.EVAL, plot.BAD))
 
 
-def test_an_interrupted_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
+def test_failed_drawing_keeps_the_old_plot(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     write_metrics(tmp_path, "train", STEPS)
@@ -672,12 +681,12 @@ def test_an_interrupted_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").read_bytes() == old
 
 
-def test_no_run_folder_is_the_users_mistake(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere is no run folder: expected one that holds metrics\.train\.jsonl"):
+def test_plot_of_a_missing_run_folder_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not a run folder; expected a folder with metrics\.train\.jsonl"):
         draw_loss_curve(tmp_path / "nowhere")
 
 
-def test_smoothing_keeps_constants_and_lines_and_passes_over_nan():
+def test_smoothing_keeps_constants_and_lines_and_ignores_nan():
     line = np.arange(200.0)
     assert smoothed(line)[20:-20] == pytest.approx(line[20:-20])
     constant = np.full(100, 3.0)
@@ -689,10 +698,10 @@ def test_smoothing_keeps_constants_and_lines_and_passes_over_nan():
     assert smoothed(noise).std() < 0.2
 
 
-# ---- closing summary
+# ---- summary
 
 
-def test_summary_says_what_the_run_came_to():
+def test_summary_of_a_run():
     text = summary(
         steps=300,
         max_steps=300,
@@ -710,8 +719,8 @@ def test_summary_says_what_the_run_came_to():
     assert text == textwrap.dedent("""\
         Training finished
           steps        300 of 300, 2 skipped
-          tokens       1,228,800, 8.0% of them with loss
-          time         0:12:31, of which training 0:11:02
+          tokens       1,228,800 (8.0% with loss)
+          time         0:12:31 (training steps 0:11:02)
           speed        1,856 tokens/s
           train loss   10.970 -> 1.724
           eval loss    1.801 (best 1.790 at step 200)
@@ -719,7 +728,7 @@ def test_summary_says_what_the_run_came_to():
           checkpoint   runs/a/checkpoints/checkpoint_000300/consolidated""")
 
 
-def test_summary_leaves_out_what_there_is_not():
+def test_summary_omits_facts_that_do_not_apply():
     text = summary(
         steps=0,
         max_steps=5,
@@ -738,7 +747,7 @@ def test_summary_leaves_out_what_there_is_not():
     assert text.endswith("none saved")
 
 
-def test_summary_of_evaluations_that_were_not_finite():
+def test_summary_of_non_finite_evaluations():
     common = {
         "steps": 1,
         "max_steps": 1,
@@ -752,5 +761,14 @@ def test_summary_of_evaluations_that_were_not_finite():
         "peak_bytes": 0,
         "checkpoint": None,
     }
-    assert "eval loss    nan (best 2.000 at step 1)" in summary(**common, eval_losses={1: 2.0, 2: math.nan})
-    assert "eval loss    nan\n" in summary(**common, eval_losses={1: math.nan})
+    assert "eval loss   nan (best 2.000 at step 1)" in summary(**common, eval_losses={1: 2.0, 2: math.nan})
+    assert "eval loss   nan\n" in summary(**common, eval_losses={1: math.nan})
+
+
+def test_next_commands_exist_with_their_options():
+    commands = [line.split(maxsplit=1)[1] for line in next_commands(Path("my runs/a")).splitlines()[1:]]
+    assert len(commands) == 4 and all("'my runs/a'" in command for command in commands)
+    for command in commands:
+        _, _, module, *arguments = shlex.split(command)
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert all(f'"{argument}"' in source for argument in arguments if argument.startswith("--"))

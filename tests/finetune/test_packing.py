@@ -365,6 +365,6 @@ def test_the_summary_reports_fill_and_removed_tokens():
     assert line(samples=4, positions=2000, filled=1962).strip() == "98.1% of positions filled"
     assert (
         line(samples=1234, shortened=12, dropped=1, removed_tokens=56789, positions=100, filled=100).strip()
-        == "of 1,234 samples read 12 shortened, 1 dropped (56,789 tokens)"
+        == "12 of 1,234 samples shortened, 1 dropped (56,789 tokens removed)"
     )
     assert line(samples=4, positions=100, filled=100) == line() == ""

@@ -197,7 +197,7 @@ def test_a_checkpoint_or_its_weights_may_be_named(run_dir: Path, notes: Path, tm
 def test_an_adapter_without_its_run_is_refused(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     weights = shutil.copytree(run_dir / "checkpoints" / "checkpoint_000001" / "consolidated", tmp_path / "moved")
     if (weights / "lora.safetensors").is_file():
-        with pytest.raises(UserError, match="lies in no run folder; merge it first"):
+        with pytest.raises(UserError, match="is not in a run folder; merge it first"):
             Predictor(weights)
     else:
         assert Predictor(weights).answers(read_notes(notes)[:1], max_tokens=1)
