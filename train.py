@@ -21,7 +21,7 @@ from finetune.loss import batch_loss
 from finetune.mixed_precision import LossScaler
 from finetune.monitoring.metrics_logger import train_log_message, train_metrics
 from finetune.monitoring.plot import draw_loss_curve
-from finetune.monitoring.summary import summary
+from finetune.monitoring.summary import next_commands, summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.optim import Schedule, step_schedule
 from finetune.preemption import exit_interrupted, stop_requests
@@ -181,7 +181,7 @@ def log_step(run: Run, result: StepResult) -> None:
 
 
 def log_summary(run: Run) -> None:
-    """Draw the loss curve and print the summary of a finished run."""
+    """Draw the loss curve; print the summary of a finished run and the commands to run next."""
     state, world = run.state, run.world
     trained_tokens = int(world.sum(torch.tensor(state.trained_tokens)).item())
     packing = PackingCounts(*world.sum(torch.tensor(dataclasses.astuple(run.data_loader.counts))).tolist())
@@ -189,6 +189,8 @@ def log_summary(run: Run) -> None:
         draw_loss_curve(Path(run.args.run_dir))
         facts = state.totals() | {"trained_tokens": trained_tokens, "packing": dataclasses.asdict(packing)}
         logger.info(summary(**facts, peak_bytes=memory_bytes(world.device)[0]))
+        if state.checkpoint:
+            logger.info(next_commands(Path(run.args.run_dir)))
 
 
 def command(config: str = "", *more: str, **flags: str) -> None:

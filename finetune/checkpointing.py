@@ -28,7 +28,7 @@ from model.transformer import Transformer
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter
 
 from .args import TrainArgs
-from .distributed import World
+from .distributed import World, full_tensor
 from .manifest import find_corruption, write_manifest
 from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
 from .run_dir import BEST_NAME, WEIGHTS_NAME, checkpoint_name, saved_checkpoints, step_of
@@ -230,9 +230,9 @@ class Checkpointer:
         """Yield the saved tensors, unsharded and in the saved dtype; every rank must exhaust the iterator."""
         adapted = {} if self._args.save_adapters else dict(lora_layers(self._model))
         for name, parameter in self._saved_parameters():
-            tensor = _unsharded(parameter)
+            tensor = full_tensor(parameter.detach())
             if layer := adapted.get(name.removesuffix(".weight")):
-                lora_a, lora_b = _unsharded(layer.lora_A.weight), _unsharded(layer.lora_B.weight)
+                lora_a, lora_b = (full_tensor(adapter.weight.detach()) for adapter in (layer.lora_A, layer.lora_B))
                 tensor = merged_weight(tensor, lora_a, lora_b, layer.scaling)
             yield name, tensor.to(self._dtype)
 
@@ -283,10 +283,3 @@ def tokenizer_file_name(tokenizer: InstructTokenizerBase) -> str:
     if isinstance(tokenizer.tokenizer, Tekkenizer):
         return "tekken.json"
     return f"tokenizer.model.{tokenizer.tokenizer.version.value}"
-
-
-def _unsharded(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a parameter; a collective operation if it is sharded."""
-    from torch.distributed.tensor import DTensor
-
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
