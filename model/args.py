@@ -26,6 +26,8 @@ BASE_DTYPES = ("same", "nf4", "nf4-dq", "fp8")
 BLOCK_LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 LORA_TARGETS = (*BLOCK_LINEARS, "gate", "output")
 
+DEFAULT_SCALING = 2.0  # of B A, as in mistral-finetune
+
 # Far beyond every model; a params.json that asks for more would keep the machine busy before it is found wrong.
 _LARGEST_WIDTH = 1 << 24
 _MOST_BLOCKS = 2_000  # feed-forward networks of all layers
@@ -62,7 +64,7 @@ class LoraArgs(Serializable):
 
     def __post_init__(self) -> None:
         if self.scaling is None and self.alpha is None:
-            self.scaling = 2.0
+            self.scaling = DEFAULT_SCALING
         elif self.scaling is None and self.alpha > 0 and self.rank >= 1:
             self.scaling, self.alpha = self.alpha / self.rank, None
 

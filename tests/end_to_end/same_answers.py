@@ -16,7 +16,7 @@ from finetune.inference import load_trained
 from model.errors import UserError
 from model.generate import generate
 from tests.support.other_engines import transformers_answers
-from utils import export
+from utils.models.exports import export
 from utils.predict_icd10 import read_notes
 
 _MAX_TOKENS = 200
@@ -34,7 +34,7 @@ def main() -> None:
     prompts = [encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes]
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged"
-        export.export(options.run, "hf", merged, merged=True)
+        export(options.run, "hf", merged, merged=True)
         theirs = transformers_answers(merged, prompts, _MAX_TOKENS, eos)
     ours = [generate(model, [prompt], _MAX_TOKENS, eos)[0] for prompt in tqdm(prompts, disable=None)]
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))

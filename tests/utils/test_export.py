@@ -1,4 +1,4 @@
-"""Exports: the engines they are made for compute our logits with them, and what is refused."""
+"""Exports reproduce our logits in the tools they are for; requests that cannot be met are refused."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
 from tests.support.golden import instruct_tokenizer
 from tests.support.other_engines import mistral_inference_logits, transformers_logits
 from tests.support.tiny_tekken import write_tiny_tekken
-from utils.export import export
+from utils.models.exports import export
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 32, "hidden_dim": 48, "vocab_size": 96, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
@@ -37,7 +37,7 @@ def make_base(folder: Path, moe: bool = False) -> Path:
 
 
 def make_run(folder: Path, base: Path, steps: tuple[int, ...] = (1,), targets: Sequence[str] = BLOCK_LINEARS) -> Path:
-    """A run folder whose checkpoints hold an adapter each."""
+    """Make a run folder with an adapter in each checkpoint."""
     params = json.loads((base / "params.json").read_text(encoding="utf-8"))
     params["lora"] = {"rank": RANK, "scaling": SCALING, "base_model": str(base)}
     for step in steps:
@@ -72,7 +72,7 @@ def our_logits(folder: Path, adapter: Path | None = None, targets: Sequence[str]
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
 def trained(request, tmp_path_factory) -> tuple[Path, Path, torch.Tensor]:
-    """Base, run and the logits that both together give."""
+    """Base, run and their logits together."""
     folder = tmp_path_factory.mktemp("trained")
     base = make_base(folder / "base", request.param)
     run = make_run(folder / "run", base)
@@ -85,10 +85,10 @@ def assert_same(logits: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
-# What comes out
+# Results
 
 
-@pytest.mark.filterwarnings("ignore:The following .* keys did not match")  # PEFT, of its own doing for experts
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match")  # PEFT, about fused experts
 def test_peft_computes_our_logits(trained, tmp_path):
     base, run, logits = trained
     export(run, "peft", tmp_path / "adapter")
@@ -142,7 +142,7 @@ def test_adapters_of_some_layers(moe, targets, theirs, tmp_path):
 def test_adapters_of_experts_that_peft_would_misread_are_refused(targets, tmp_path):
     base = make_base(tmp_path / "base", moe=True)
     run = make_run(tmp_path / "run", base, targets=["wq", *targets])
-    with pytest.raises(UserError, match="where w1, w2 and w3 all have one: export it with --to hf --merged"):
+    with pytest.raises(UserError, match="if w1, w2 and w3 all have one: export it with --to hf --merged"):
         export(run, "peft", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
@@ -167,7 +167,7 @@ def test_base_in_hugging_faces_layout(trained, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"] == 77
 
 
-def test_which_checkpoint_of_a_run(tmp_path):
+def test_step_selects_the_checkpoint_of_a_run(tmp_path):
     base = make_base(tmp_path / "base")
     run = make_run(tmp_path / "run", base, steps=(1, 2))
     (run / "checkpoints" / "best").symlink_to("checkpoint_000001")
@@ -187,7 +187,7 @@ def test_which_checkpoint_of_a_run(tmp_path):
         assert theirs.equal(load_file(checkpoint_of(run, expected) / "lora.safetensors")[name])
 
 
-def test_some_linears_alone(tmp_path):
+def test_an_adapter_of_few_layers(tmp_path):
     base = make_base(tmp_path / "base")
     checkpoint = checkpoint_of(make_run(tmp_path / "run", base))
     tensors = load_file(checkpoint / "lora.safetensors")
@@ -223,7 +223,7 @@ def test_transformers_reads_prompts_as_training_did(tmp_path, name):
     assert (tmp_path / "hf" / "tokenizer.model").exists() == (name != "tekken.json")
 
 
-# What is refused
+# Refusals
 
 
 def refused(message: str, *args, **kwargs) -> None:
@@ -234,7 +234,7 @@ def refused(message: str, *args, **kwargs) -> None:
     assert sorted(out.parent.rglob("*")) == before
 
 
-def test_sources_that_hold_nothing(tmp_path):
+def test_sources_without_weights_are_refused(tmp_path):
     out = tmp_path / "out"
     refused("does not exist", tmp_path / "none", "peft", out)
     (tmp_path / "empty").mkdir()
@@ -246,11 +246,11 @@ def test_sources_that_hold_nothing(tmp_path):
     refused("--step selects a checkpoint of a run", checkpoint_of(run), "peft", out, step=1)
 
 
-def test_requests_that_do_not_fit(tmp_path):
+def test_requests_that_do_not_fit_are_refused(tmp_path):
     base = make_base(tmp_path / "base")
     run, out = make_run(tmp_path / "run", base), tmp_path / "out"
-    refused("holds a whole model, not an adapter .* --to hf", base, "peft", out)
-    refused("--to peft writes the adapter alone", run, "peft", out, merged=True)
+    refused("is a whole model, not an adapter .* --to hf", base, "peft", out)
+    refused("--to peft writes only the adapter", run, "peft", out, merged=True)
     refused("add --merged .* or use the adapter alone with --to peft", run, "hf", out)
     refused("add --merged .*lora.safetensors is in Mistral's layout", run, "mistral", out)
     (tmp_path / "there").mkdir()
@@ -259,20 +259,24 @@ def test_requests_that_do_not_fit(tmp_path):
         refused("already exists and is not an empty folder", run, to, tmp_path / "there", merged=merged)
 
 
-def test_bases_that_do_not_fit(tmp_path):
+def test_bases_that_do_not_fit_are_refused(tmp_path):
     base = make_base(tmp_path / "base")
     run, out = make_run(tmp_path / "run", base), tmp_path / "out"
     other = make_tiny_checkpoint(tmp_path / "other", dtype=torch.float32, **SMALL | {"dim": 64})
     refused("does not fit the model", run, "hf", out, merged=True, base=other)
     base.rename(tmp_path / "moved")
     refused(
-        r"base model .*base, which .* names, is not there: give its folder with --base", run, "hf", out, merged=True
+        r"base model .*base, which .* was trained on, does not exist: give its folder with --base",
+        run,
+        "hf",
+        out,
+        merged=True,
     )
     export(run, "hf", out, merged=True, base=tmp_path / "moved")
     params = checkpoint_of(run) / "params.json"
     params.write_text(json.dumps(json.loads(params.read_text(encoding="utf-8")) | {"lora": None}), encoding="utf-8")
     refused(
-        r"params.json does not name the adapter's base model: give it with --base",
+        r"params.json does not record the adapter's base model: give it with --base",
         run,
         "hf",
         tmp_path / "again",
@@ -280,21 +284,30 @@ def test_bases_that_do_not_fit(tmp_path):
     )
 
 
-def test_adapters_of_several_ranks_are_no_peft_adapter(tmp_path):
+def test_adapters_of_several_ranks_cannot_be_exported_to_peft(tmp_path):
     checkpoint = checkpoint_of(make_run(tmp_path / "run", make_base(tmp_path / "base")))
     tensors = load_file(checkpoint / "lora.safetensors")
     tensors["layers.0.attention.wq.lora_A.weight"] = tensors["layers.0.attention.wq.lora_A.weight"][:2].contiguous()
     save_file(tensors, checkpoint / "lora.safetensors")
-    refused(r"adapters of the ranks \[2, 4\]", checkpoint, "peft", tmp_path / "out")
+    refused(r"adapters of ranks \[2, 4\]; PEFT expects a single rank", checkpoint, "peft", tmp_path / "out")
 
 
-def test_a_failure_on_the_way_leaves_nothing(trained, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     _, run, _ = trained
-    monkeypatch.setattr("utils.models.model_folder.merged_weight", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.models.merging.merged_weight", lambda *_: 1 / 0)
     for to in ("hf", "mistral"):
         with pytest.raises(ZeroDivisionError):
             export(run, to, tmp_path / "out", merged=True)
         assert not list(tmp_path.iterdir())
+
+
+def test_content_and_size_are_announced_before_writing(tmp_path, capsys):
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "base" / "consolidated.safetensors").values())
+    export(run, "mistral", tmp_path / "out", merged=True)
+    lines = capsys.readouterr().out.splitlines()
+    announced = f"Writing 21 tensors (float32), {size / 1e6:.1f} MB, to {tmp_path / 'out'}."
+    assert lines.index(announced) < lines.index(f"Exported {checkpoint_of(run)} to {tmp_path / 'out'}.")
 
 
 def test_command_line(tmp_path):
@@ -303,8 +316,14 @@ def test_command_line(tmp_path):
     failed = subprocess.run([*command, "hf", "--out", str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1
     assert (
-        failed.stderr.startswith(f"error: {checkpoint_of(run)} holds an adapter") and "Traceback" not in failed.stderr
+        failed.stderr.startswith(f"error: {checkpoint_of(run)} is an adapter, and") and "Traceback" not in failed.stderr
     )
     options = ["hf", "--merged", "--step", "1", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "y")]
     subprocess.run([*command, *options], cwd=ROOT, capture_output=True, check=True)
     assert {path.name for path in (tmp_path / "y").iterdir()} >= {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("command", ["export", "merge_lora"])
+def test_help_does_not_load_torch(command):
+    program = f"import sys, utils.{command}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""Merging an adapter: against float64 arithmetic, against the original's files, and what is refused."""
+"""Merged weights equal float64 arithmetic and mistral-finetune's files; adapters that do not fit are refused."""
 
 import json
 import subprocess
@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from finetune.cli import run_cli
 from model.errors import UserError
 from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
-from utils.merge_lora import main, merge_lora
+from utils.merge_lora import main
+from utils.models.merging import merge_lora
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "expected"
@@ -44,7 +45,7 @@ def drop(file: Path, *names: str) -> None:
 
 
 def assert_merged(base: Path, adapter: Path, merged: Path, scaling: float) -> None:
-    """Compares with W + scaling B A in float64, rounded once; unadapted tensors must be the same up to the cast."""
+    """Compare with W + scaling B A in float64, rounded once; other tensors must be equal up to the cast."""
     lora, result = load_file(adapter), load_file(merged)
     dtype = next(iter(lora.values())).dtype
     weights = load_file(base / "consolidated.safetensors")
@@ -111,7 +112,7 @@ def test_folder_is_a_complete_model(tmp_path, base, adapter):
 def test_scaling_comes_from_the_adapters_params(tmp_path, base, adapter, capsys):
     write_lora_params(adapter, {"enable": True, "rank": 4, "scaling": 0.25})
     merge_lora(base, adapter, tmp_path / "recorded.safetensors")
-    assert "Scaling 0.25 as recorded" in capsys.readouterr().out
+    assert "Scaling 0.25, as recorded" in capsys.readouterr().out
     assert_merged(base, adapter, tmp_path / "recorded.safetensors", 0.25)
     merge_lora(base, adapter, tmp_path / "given.safetensors", 1.5)
     assert_merged(base, adapter, tmp_path / "given.safetensors", 1.5)
@@ -121,7 +122,7 @@ def test_scaling_comes_from_the_adapters_params(tmp_path, base, adapter, capsys)
 def test_default_scaling_is_announced(tmp_path, base, adapter, capsys, lora):
     write_lora_params(adapter, lora)
     merge_lora(base, adapter, tmp_path / "merged.safetensors")
-    assert "taking the default 2.0" in capsys.readouterr().out
+    assert "using the default, 2.0" in capsys.readouterr().out
     assert_merged(base, adapter, tmp_path / "merged.safetensors", 2.0)
 
 
@@ -132,7 +133,7 @@ def test_recorded_scaling_must_be_a_positive_number(tmp_path, base, adapter, rec
         merge_lora(base, adapter, tmp_path / "merged.safetensors")
 
 
-# What is refused
+# Refusals
 
 
 def test_adapter_of_another_model_names_every_tensor(tmp_path, base):
@@ -151,19 +152,19 @@ def test_adapter_of_another_model_names_every_tensor(tmp_path, base):
     assert not (tmp_path / "merged.safetensors").exists()
 
 
-def test_long_lists_of_misfits_are_cut(tmp_path, base):
+def test_long_lists_of_problems_are_cut(tmp_path, base):
     other = make_tiny_checkpoint(tmp_path / "other", n_layers=12, **SMALL)
     with pytest.raises(UserError, match=r"\.\.\. and 50 more") as caught:
         merge_lora(base, make_tiny_adapter(other, tmp_path / "lora.safetensors"), tmp_path / "merged.safetensors")
     assert len(str(caught.value).splitlines()) == 22
 
 
-def test_half_an_adapter(tmp_path, base, adapter):
+def test_an_incomplete_adapter_is_refused(tmp_path, base, adapter):
     drop(adapter, "layers.0.attention.wq.lora_B.weight", "layers.1.feed_forward.w2.lora_A.weight")
     with pytest.raises(UserError) as caught:
         merge_lora(base, adapter, tmp_path / "merged.safetensors")
-    assert "layers.0.attention.wq.lora_B.weight: is missing" in str(caught.value)
-    assert "layers.1.feed_forward.w2.lora_A.weight: is missing" in str(caught.value)
+    assert "layers.0.attention.wq.lora_B.weight: missing" in str(caught.value)
+    assert "layers.1.feed_forward.w2.lora_A.weight: missing" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -175,19 +176,19 @@ def test_ranks_of_a_and_b_must_agree(tmp_path, base, adapter):
         merge_lora(base, adapter, tmp_path / "merged.safetensors")
 
 
-def test_names_and_dtypes_that_are_no_adapters(tmp_path, base, adapter):
+def test_tensors_that_are_not_adapters_are_refused(tmp_path, base, adapter):
     tensors = load_file(adapter)
     tensors["layers.0.attention.wq.lora_A.weight"] = tensors["layers.0.attention.wq.lora_A.weight"].float()
     save_file(tensors | {"layers.0.lora_magnitude": torch.ones(1).bfloat16()}, adapter)
     with pytest.raises(UserError) as caught:
         merge_lora(base, adapter, tmp_path / "merged.safetensors")
     assert "layers.0.lora_magnitude: expected a name that ends in" in str(caught.value)
-    assert "its dtypes are torch.bfloat16, torch.float32" in str(caught.value)
-    with pytest.raises(UserError, match="holds no LoRA tensors"):
+    assert "dtypes torch.bfloat16, torch.float32" in str(caught.value)
+    with pytest.raises(UserError, match="has no LoRA tensors"):
         merge_lora(base, base / "consolidated.safetensors", tmp_path / "merged.safetensors")
 
 
-def test_quantised_base_is_refused(tmp_path, base, adapter):
+def test_quantized_base_is_refused(tmp_path, base, adapter):
     file = base / "consolidated.safetensors"
     name = "layers.0.attention.wq.weight"
     tensors = load_file(file)
@@ -214,8 +215,8 @@ def test_nothing_is_overwritten(tmp_path, base, adapter):
     assert file.read_bytes() == b"precious" and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_failure_on_the_way_leaves_nothing(tmp_path, base, adapter, monkeypatch):
-    monkeypatch.setattr("utils.models.model_folder.merged_weight", lambda *_: 1 / 0)
+def test_a_failed_merge_leaves_nothing_behind(tmp_path, base, adapter, monkeypatch):
+    monkeypatch.setattr("utils.models.merging.merged_weight", lambda *_: 1 / 0)
     for destination in (tmp_path / "merged", tmp_path / "merged.safetensors"):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ZeroDivisionError):
@@ -233,7 +234,7 @@ def test_command_line(tmp_path, base, adapter):
     assert_merged(base, adapter, tmp_path / "merged.safetensors", 0.5)
 
 
-def test_main_takes_the_scaling_of_the_adapter(tmp_path, base, adapter, monkeypatch):
+def test_command_uses_the_recorded_scaling(tmp_path, base, adapter, monkeypatch):
     write_lora_params(adapter, {"scaling": 0.75})
     merged = tmp_path / "merged.safetensors"
     paths = [f"--initial_model_ckpt={base}", f"--lora_ckpt={adapter}", f"--dump_ckpt={merged}"]
@@ -242,11 +243,11 @@ def test_main_takes_the_scaling_of_the_adapter(tmp_path, base, adapter, monkeypa
     assert_merged(base, adapter, merged, 0.75)
 
 
-# The original's files
+# mistral-finetune's files
 
 
 @pytest.mark.parametrize("model, dtype, scaling", GOLDEN_CASES)
-def test_merged_weights_are_the_originals(tmp_path, model, dtype, scaling):
+def test_merged_weights_equal_mistral_finetunes(tmp_path, model, dtype, scaling):
     base = make_tiny_checkpoint(tmp_path / "base", moe=model == "moe")
     lora = f"{model}_lora_{dtype}_mb1_w1_checkpoint_000020_lora.safetensors"
     expected = f"merge_lora_tiny_{model}_{dtype}_scaling{scaling}_without_embeddings.safetensors"
