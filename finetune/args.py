@@ -1,220 +1,156 @@
-"""The training YAML: every key, its default, and what is refused."""
+"""The training YAML: its keys, their defaults and accepted values, and how it is read.
 
-import contextlib
+docs/configuration.md is generated from these classes.
+"""
+
 import dataclasses
 import difflib
+import functools
 import os
-import types
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from simple_parsing.helpers import Serializable
+from pydantic import Field, TypeAdapter, ValidationError
 
-from model.args import ATTENTION_ENGINES, BASE_DTYPES, PARAM_DTYPES, LoraArgs
+from model.args import AttentionEngine, BaseDtype, LoraArgs, ParamDtype
 from model.errors import Problem, UserError, quoted
+from model.settings import (
+    Bool,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Setting,
+    Settings,
+    Str,
+    list_settings,
+)
 
 from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
 from .yaml_file import read_yaml
 
-OPTIMIZERS = ("adamw", "adamw8bit")
-SCHEDULES = ("onecycle", "cosine", "linear", "constant")
-LOSS_NORMALIZATIONS = ("microbatch", "tokens")
-CHECKPOINT_MODES = ("selective", "auto")  # beside true and false
-SHARDINGS = ("full", "hybrid")
+CheckpointMode = Bool | Literal["selective", "auto"]
 
 
 @dataclasses.dataclass
-class OptimArgs(Serializable):
-    """AdamW, whose rate goes lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
+class OptimArgs(Settings):
+    """Optimizer and learning-rate schedule: lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
 
-    name: str = "adamw"  # or adamw8bit: bitsandbytes' AdamW, whose moments take 2 bytes a parameter in place of 8
-    schedule: str = "onecycle"  # PyTorch's OneCycleLR, which moves beta1 too; or, behind a straight warm-up and with a
-    # beta1 of 0.9 throughout, the way down from lr: cosine, linear, or constant (none)
-    lr: float = 1e-4  # highest learning rate; 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
-    weight_decay: float = 0.1
-    pct_start: float = 0.05  # share of the steps spent warming up, 0 to 1
-    div_factor: float = 25.0  # lr / div_factor is the first step's rate; at least 1
-    final_div_factor: float = 1e4  # the first rate / final_div_factor is the last step's
-
-    def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
-        found = []
-        if self.name not in OPTIMIZERS:
-            found.append(
-                Problem("optim.name", f"`optim.name` is {quoted(self.name)}; expected {', '.join(OPTIMIZERS)}.")
-            )
-        if self.schedule not in SCHEDULES:
-            found.append(
-                Problem(
-                    "optim.schedule", f"`optim.schedule` is {quoted(self.schedule)}; expected {', '.join(SCHEDULES)}."
-                )
-            )
-        if not 0 <= self.pct_start <= 1:
-            found.append(
-                Problem(
-                    "optim.pct_start",
-                    f"`optim.pct_start` is {self.pct_start}; it is a share of the steps, between 0 and 1.",
-                )
-            )
-        if not self.lr >= 0:
-            found.append(Problem("optim.lr", f"`optim.lr` is {self.lr}; it cannot be negative."))
-        if not self.weight_decay >= 0:
-            found.append(
-                Problem("optim.weight_decay", f"`optim.weight_decay` is {self.weight_decay}; it cannot be negative.")
-            )
-        for key in ("div_factor", "final_div_factor"):
-            if not getattr(self, key) > 0:
-                found.append(Problem(f"optim.{key}", f"`optim.{key}` is {getattr(self, key)}; it must be positive."))
-        return found
+    # optimizer. adamw8bit: bitsandbytes' AdamW, whose state needs 2 bytes per parameter instead of 8
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    # shape of the learning-rate curve. onecycle: PyTorch's OneCycleLR, which also varies beta1; cosine, linear,
+    # constant: that decay after a linear warm-up, with a beta1 of 0.9
+    schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
+    lr: NonNegativeFloat = 1e-4  # highest learning rate. 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
+    weight_decay: NonNegativeFloat = 0.1  # decoupled weight decay of AdamW
+    pct_start: Annotated[float, Field(ge=0, le=1), Number] = 0.05  # fraction of the steps spent warming up
+    div_factor: PositiveFloat = 25.0  # the learning rate starts at lr / div_factor
+    final_div_factor: PositiveFloat = 1e4  # the learning rate ends at lr / div_factor / final_div_factor
 
 
 @dataclasses.dataclass
-class GenerationArgs(Serializable):
-    """Answers written during training, greedily, to a fixed sample of questions, and scored as ICD-10 coding."""
+class GenerationArgs(Settings):
+    """Answers generated greedily during training to a fixed sample of questions, and scored as ICD-10 coding."""
 
-    file: str = ""  # instruct jsonl; unset: no generation
-    n_samples: int = 32  # its first rows
-    max_tokens: int = 256  # longest answer
-    batch_size: int = 16  # answers written at a time on each process
-    freq: int = 0  # steps between; 0: only before the first step and after the last
-    keep_answers: bool = True  # write them to run_dir/answers; they may quote notes
+    file: Str = ""  # instruct jsonl file with the questions; empty: no generation
+    n_samples: PositiveInt = 32  # number of rows to answer, from the start of the file
+    max_tokens: PositiveInt = 256  # longest answer
+    batch_size: PositiveInt = 16  # answers that each process generates at a time
+    freq: NonNegativeInt = 0  # steps between generations; 0: only before the first step and after the last
+    keep_answers: Bool = True  # write the answers to run_dir/answers. They may quote notes
 
     def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
-        found = []
         if self.file and not os.path.isfile(self.file):
-            found.append(
-                Problem("eval_generation.file", f"`eval_generation.file`: {self.file} does not exist (or is no file).")
-            )
-        for key in ("n_samples", "max_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                found.append(
-                    Problem(
-                        f"eval_generation.{key}",
-                        f"`eval_generation.{key}` is {getattr(self, key)}; it must be at least 1.",
-                    )
-                )
-        if self.freq < 0:
-            found.append(
-                Problem("eval_generation.freq", f"`eval_generation.freq` is {self.freq}; it must be 0 or more.")
-            )
-        return found
+            message = f"`eval_generation.file`: {self.file} does not exist (or is not a file)."
+            return [Problem("eval_generation.file", message)]
+        return []
 
 
 @dataclasses.dataclass
-class EarlyStoppingArgs(Serializable):
-    """What "better" means, for `patience` and `keep_best`."""
+class EarlyStoppingArgs(Settings):
+    """The metric that decides for `patience` and `keep_best`."""
 
-    metric: str = "eval_loss"  # eval_loss (lower is better), micro_f1 or exact_match (of eval_generation)
-    patience: int = 0  # stop after so many evaluations without a better one; 0: never
+    # metric to compare. eval_loss: lower is better; micro_f1, exact_match: those of `eval_generation`
+    metric: Literal["eval_loss", "micro_f1", "exact_match"] = "eval_loss"
+    patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0: never
+
+
+@dataclasses.dataclass
+class GuardArgs(Settings):
+    """When a run with non-finite gradients or loss spikes is stopped."""
+
+    # stop after this many steps in a row with a non-finite gradient. fp16 needs some to find its loss scale
+    max_skipped_steps: PositiveInt = 25
+    spike_factor: NonNegativeFloat = 4.0  # report a loss of this many times the running median; 0: never
+    spike_window: Annotated[int, Field(ge=10), Number] = 100  # logged losses in the running median
+    stop_on_spike: Bool = False  # stop at a loss spike instead of reporting it
 
     def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
-        found = []
-        if self.metric not in METRICS:
-            found.append(
-                Problem(
-                    "early_stopping.metric",
-                    f"`early_stopping.metric` is {self.metric!r}; expected {', '.join(METRICS)}.",
-                )
-            )
-        if self.patience < 0:
-            found.append(
-                Problem(
-                    "early_stopping.patience",
-                    f"`early_stopping.patience` is {self.patience}; it must be 0 (never stop) or more.",
-                )
-            )
-        return found
+        if 0 < self.spike_factor <= 1:
+            message = f"`guards.spike_factor` is {self.spike_factor}; expected more than 1, or 0 for no check."
+            return [Problem("guards.spike_factor", message)]
+        return []
 
 
 @dataclasses.dataclass
-class GuardArgs(Serializable):
-    """When a run that goes wrong is stopped."""
+class TrainArgs(Settings):
+    """The training YAML."""
 
-    max_skipped_steps: int = 25  # in a row, whose gradient is not finite; fp16 needs some to find its loss scale
-    spike_factor: float = 4.0  # a loss so many times the running median is reported; 0: never
-    spike_window: int = 100  # logged losses the median is taken of
-    stop_on_spike: bool = False  # stop there, instead of reporting it
-
-    def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
-        found = []
-        if self.max_skipped_steps < 1:
-            found.append(
-                Problem(
-                    "guards.max_skipped_steps",
-                    f"`guards.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1.",
-                )
-            )
-        if self.spike_factor and self.spike_factor <= 1:
-            found.append(
-                Problem(
-                    "guards.spike_factor",
-                    f"`guards.spike_factor` is {self.spike_factor}; it must be more than 1, or 0 for no guard.",
-                )
-            )
-        if self.spike_window < 10:
-            found.append(
-                Problem("guards.spike_window", f"`guards.spike_window` is {self.spike_window}; it must be at least 10.")
-            )
-        return found
-
-
-_LONGEST_KEY = 100  # characters of an unknown key that a message quotes
-_MAX_NAMED = 50  # problems in one message
-_SECRETS = ("wandb", "wandb.key")  # where a key may stand, put there rightly or by mistake; never quoted
-METRICS = ("eval_loss", "micro_f1", "exact_match")
-
-
-@dataclasses.dataclass
-class TrainArgs(Serializable):
     data: DataArgs
-    model_id_or_path: str  # folder with params.json and consolidated.safetensors (or consolidated.00.pth)
-    run_dir: str  # folder to create for checkpoints, metrics and logs
+    model_id_or_path: Str  # folder with params.json and consolidated.safetensors, or a Hugging Face model's folder
+    run_dir: Str  # folder to create for checkpoints, metrics and logs
 
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
-    resume: str = "never"  # never; auto: go on with the run in run_dir where there is one; or a checkpoint's folder
-    seed: int = 0  # adapter initialisation, data order, dropout; 0 to 2**32 - 1
-    num_microbatches: int = 1  # batches whose gradients are averaged before a step
-    loss_normalization: str = "microbatch"  # what a step's and an evaluation's loss is: the mean of the batches' means,
-    # or, with tokens, the mean over all trained tokens of all batches and processes, so that each counts the same
-    seq_len: int = 2048  # tokens per packed sequence
-    batch_size: int = 1  # sequences per process and micro-batch
-    max_norm: float = 1.0  # the gradient's norm is clipped to this
-    epochs: float | None = None  # in place of max_steps: so often as many sequences as it takes to pack every row once
-    max_steps: int = 100  # tokens seen: max_steps * num_microbatches * batch_size * seq_len * processes
-    log_freq: int = 1  # steps between log lines
+    # never; auto: resume the run in run_dir if there is one; or the folder of a checkpoint to resume from
+    resume: Str = "never"
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), Number] = 0  # random seed of adapter weights, data order, dropout
+    num_microbatches: PositiveInt = 1  # batches whose gradients are averaged for a step
+    # how the loss of a step or an evaluation is averaged. microbatch: mean of the batches' means; tokens: mean over all
+    # trained tokens of all batches and processes, so that every token counts the same
+    loss_normalization: Literal["microbatch", "tokens"] = "microbatch"
+    seq_len: PositiveInt = 2048  # tokens per packed sequence
+    batch_size: PositiveInt = 1  # sequences per process and micro-batch
+    max_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
+    # length of the run in epochs, instead of max_steps. An epoch is as many sequences as packing every row once needs
+    epochs: PositiveFloat | None = None
+    # length of the run in steps. A step sees num_microbatches * batch_size * seq_len tokens per process
+    max_steps: PositiveInt = 100
+    log_freq: PositiveInt = 1  # steps between log lines
 
-    ckpt_freq: int = 0  # steps between checkpoints; 0: only after the last step
-    save_adapters: bool = True  # checkpoints hold the adapter alone; false: adapter merged into the base
-    no_ckpt: bool = False  # save nothing
-    num_ckpt_keep: int | None = 3  # newest checkpoints to keep; null: all
+    ckpt_freq: NonNegativeInt = 0  # steps between checkpoints; 0: only after the last step
+    save_adapters: Bool = True  # save the adapter alone; false: the full model, with the adapter merged
+    no_ckpt: Bool = False  # save nothing
+    num_ckpt_keep: PositiveInt | None = 3  # number of latest checkpoints to keep; null: all
 
-    eval_freq: int = 0  # steps between evaluations; 0: only after the last step
-    no_eval: bool = True
+    eval_freq: NonNegativeInt = 0  # steps between evaluations; 0: only after the last step
+    no_eval: Bool = True  # do not evaluate on data.eval_instruct_data
 
     eval_generation: GenerationArgs = dataclasses.field(default_factory=GenerationArgs)
     early_stopping: EarlyStoppingArgs = dataclasses.field(default_factory=EarlyStoppingArgs)
-    keep_best: bool = False  # save the best model at each evaluation that finds one; checkpoints/best points at it
+    keep_best: Bool = False  # save a checkpoint at each evaluation that improves; checkpoints/best links to the best
 
-    # What the backward pass computes anew instead of keeping it. true: all of each block, for the least memory;
-    # selective: the feed-forward networks; false: nothing; auto: the fastest of these that fits
-    checkpoint: bool | str = True
-    param_dtype: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 from Ampere on, fp16 before, fp32 on CPU
-    # How the blocks' frozen weights are stored: same (as param_dtype), nf4 (4 bits, as QLoRA), nf4-dq (its scales
-    # quantised, too) or fp8 (8 bits; also multiplied in fp8 where the card can, from Hopper on)
-    base_dtype: str = "same"
-    attention: str = "auto"  # auto, xformers, varlen or sdpa; auto takes the first that runs on the card
-    compile: bool = False  # torch.compile what lies between matrix products: pays in long runs, starts a minute later
-    sharding: str = "full"  # full: the processes of all machines hold one model together; hybrid: those of each machine
-    # do, so that weights do not cross the network, only the adapter's gradients. On one machine there is no difference
-    cpu_offload: bool = False  # weights and optimizer in host memory: smaller GPUs, slower steps; nothing on a CPU
+    # activation checkpointing: what the backward pass recomputes. true: all of each block, for the least memory;
+    # selective: the feed-forward networks; false: nothing; auto: the fastest of these that fits in memory
+    checkpoint: CheckpointMode = True
+    # dtype of computation and of frozen weights. auto: bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU
+    param_dtype: Literal["auto", ParamDtype] = "auto"
+    # format of the blocks' frozen weights. same: that of param_dtype; nf4: 4 bits, as in QLoRA; nf4-dq: with double
+    # quantization; fp8: 8 bits, and fp8 matrix products on GPUs that have them, from Hopper on
+    base_dtype: BaseDtype = "same"
+    attention: Literal["auto", AttentionEngine] = "auto"  # attention engine. auto: the first of these that runs here
+    compile: Bool = False  # torch.compile element-wise ops: pays in long runs, adds about a minute at the start
+    # how weights are sharded. full: over all processes; hybrid: over those of each node, so that only the adapter's
+    # gradients cross the network. The same on a single node
+    sharding: Literal["full", "hybrid"] = "full"
+    cpu_offload: Bool = False  # keep weights and optimizer in host memory: for small GPUs, slower
 
-    world_size: int | None = None  # set by the launcher and recorded in args.yaml; read from there, never from here
+    # number of processes, recorded in args.yaml. It has no effect here: set it with torchrun's --nproc-per-node and
+    # --nnodes
+    world_size: Int | None = None
 
     guards: GuardArgs = dataclasses.field(default_factory=GuardArgs)
     wandb: WandbArgs = dataclasses.field(default_factory=WandbArgs)
@@ -222,189 +158,142 @@ class TrainArgs(Serializable):
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
 
     def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; looks at paths, reads no weights and no rows."""
-        found = []
-        for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq"):
-            if getattr(self, key) < 1:
-                found.append(Problem(f"{key}", f"`{key}` is {getattr(self, key)}; it must be at least 1."))
-        for key in ("ckpt_freq", "eval_freq"):
-            if getattr(self, key) < 0:
-                found.append(
-                    Problem(
-                        f"{key}", f"`{key}` is {getattr(self, key)}; it must be 0 (only after the last step) or more."
-                    )
-                )
-        if self.num_ckpt_keep is not None and self.num_ckpt_keep < 1:
-            found.append(
-                Problem(
-                    "num_ckpt_keep",
-                    f"`num_ckpt_keep` is {self.num_ckpt_keep}; it must be at least 1, or null to keep all.",
-                )
-            )
-        if self.epochs is not None and not self.epochs > 0:
-            found.append(Problem("epochs", f"`epochs` is {self.epochs}; it must be positive."))
-        if not self.max_norm > 0:
-            found.append(Problem("max_norm", f"`max_norm` is {self.max_norm}; it must be positive."))
-        if not 0 <= self.seed < 2**32:
-            found.append(Problem("seed", f"`seed` is {self.seed}; it must lie between 0 and 2**32 - 1."))
-        if self.loss_normalization not in LOSS_NORMALIZATIONS:
-            expected = ", ".join(LOSS_NORMALIZATIONS)
-            found.append(
-                Problem(
-                    "loss_normalization",
-                    f"`loss_normalization` is {quoted(self.loss_normalization)}; expected {expected}.",
-                )
-            )
-        if self.param_dtype != "auto" and self.param_dtype not in PARAM_DTYPES:
-            found.append(
-                Problem(
-                    "param_dtype", f"`param_dtype` is {self.param_dtype!r}; expected auto, {', '.join(PARAM_DTYPES)}."
-                )
-            )
-        if self.base_dtype not in BASE_DTYPES:
-            found.append(
-                Problem("base_dtype", f"`base_dtype` is {quoted(self.base_dtype)}; expected {', '.join(BASE_DTYPES)}.")
-            )
-        elif self.base_dtype != "same" and not self.lora.enable:
-            found.append(
-                Problem(
-                    "base_dtype", f"`base_dtype: {self.base_dtype}` is for frozen weights, but `lora.enable` is false."
-                )
-            )
-        elif self.base_dtype != "same" and not self.save_adapters:
-            found.append(
-                Problem(
-                    "base_dtype",
-                    f"`base_dtype: {self.base_dtype}` rounds the base, so `save_adapters: false` would save a worse "
-                    "model: save the adapter and merge it into the base with `python -m utils.merge_lora`.",
-                )
-            )
-        if self.attention != "auto" and self.attention not in ATTENTION_ENGINES:
-            found.append(
-                Problem(
-                    "attention", f"`attention` is {self.attention!r}; expected auto, {', '.join(ATTENTION_ENGINES)}."
-                )
-            )
-        if isinstance(self.checkpoint, str) and self.checkpoint not in CHECKPOINT_MODES:
-            found.append(
-                Problem(
-                    "checkpoint", f"`checkpoint` is {quoted(self.checkpoint)}; expected true, false, selective or auto."
-                )
-            )
-        if self.sharding not in SHARDINGS:
-            found.append(
-                Problem("sharding", f"`sharding` is {quoted(self.sharding)}; expected {', '.join(SHARDINGS)}.")
-            )
-        if self.cpu_offload and self.optim.name == "adamw8bit":
-            found.append(
-                Problem(
-                    "cpu_offload",
-                    "`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU.",
-                )
-            )
-        if self.save_adapters and not self.lora.enable and not self.no_ckpt:
-            found.append(
-                Problem(
-                    "save_adapters",
-                    "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
-                    "Set `save_adapters: false` to save the full weights.",
-                )
-            )
-        if not self.no_eval and not self.data.eval_instruct_data.strip():
-            found.append(
-                Problem(
-                    "no_eval",
-                    "`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`.",
-                )
-            )
-        if not os.path.isdir(self.model_id_or_path):
-            found.append(
-                Problem("model_id_or_path", f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist.")
-            )
-        if not self.run_dir.strip():
-            found.append(Problem("run_dir", "`run_dir` is empty; name a folder to create."))
-        if self.resume not in ("never", "auto") and not Path(self.resume).is_dir():
-            found.append(
-                Problem("resume", f"`resume` is {self.resume!r}; expected never, auto, or the folder of a checkpoint.")
-            )
-        found += self._evaluation_problems()
-        blocks = (self.data, self.optim, self.lora, self.wandb, self.mlflow)
-        for block in (*blocks, self.eval_generation, self.early_stopping, self.guards):
-            found += block.problems()
+        found = [*self._path_problems(), *self._precision_problems(), *self._saving_problems()]
+        for field in dataclasses.fields(self):
+            if isinstance(block := getattr(self, field.name), Settings):
+                found += block.problems()
         return found
 
-    def remarks(self) -> list[str]:
-        """Says what is given in vain, one sentence each."""
-        if self.no_eval and self.data.eval_instruct_data.strip():
-            return [
-                "`data.eval_instruct_data` is not used, since `no_eval` is true (the default): "
-                "set `no_eval: false` to evaluate on it."
-            ]
-        return []
+    def warnings(self, world_size: int | None = None) -> list[str]:
+        """Return a sentence for each setting that has no effect.
 
-    def _evaluation_problems(self) -> list[Problem]:
+        Args:
+            world_size: number of processes of this run; None: not known.
+        """
         found = []
+        if self.no_eval and self.data.eval_instruct_data.strip():
+            found.append(
+                "`data.eval_instruct_data` is not used, because `no_eval` is true (the default): "
+                "set `no_eval: false` to evaluate on it."
+            )
+        if None not in (self.world_size, world_size) and self.world_size != world_size:
+            found.append(
+                f"`world_size: {self.world_size}` has no effect: this run has {world_size} processes. "
+                "Set their number with torchrun's --nproc-per-node and --nnodes."
+            )
+        return found
+
+    def _path_problems(self) -> Iterator[Problem]:
+        if not self.model_id_or_path.strip():
+            yield Problem("model_id_or_path", "`model_id_or_path` is empty; name the folder of a model.")
+        elif not os.path.isdir(self.model_id_or_path):
+            message = f"`model_id_or_path`: the folder {self.model_id_or_path} does not exist."
+            yield Problem("model_id_or_path", message)
+        if not self.run_dir.strip():
+            yield Problem("run_dir", "`run_dir` is empty; name a folder to create.")
+        if self.resume not in ("never", "auto") and not Path(self.resume).is_dir():
+            message = f"`resume` is {quoted(self.resume)}; expected never, auto, or the folder of a checkpoint."
+            yield Problem("resume", message)
+
+    def _precision_problems(self) -> Iterator[Problem]:
+        if self.base_dtype != "same" and not self.lora.enable:
+            message = f"`base_dtype: {self.base_dtype}` is for frozen weights, but `lora.enable` is false."
+            yield Problem("base_dtype", message)
+        elif self.base_dtype != "same" and not self.save_adapters:
+            message = (
+                f"`base_dtype: {self.base_dtype}` rounds the base, so `save_adapters: false` would save a worse model: "
+                "save the adapter and merge it into the base with `python -m utils.merge_lora`."
+            )
+            yield Problem("base_dtype", message)
+        if self.cpu_offload and self.optim.name == "adamw8bit":
+            message = "`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU."
+            yield Problem("cpu_offload", message)
+
+    def _saving_problems(self) -> Iterator[Problem]:
+        if self.save_adapters and not self.lora.enable and not self.no_ckpt:
+            message = (
+                "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
+                "Set `save_adapters: false` to save the full weights."
+            )
+            yield Problem("save_adapters", message)
+        if not self.no_eval and not self.data.eval_instruct_data.strip():
+            message = "`no_eval` is false but `data.eval_instruct_data` is empty: name data or set `no_eval: true`."
+            yield Problem("no_eval", message)
         metric = self.early_stopping.metric
         if self.keep_best or self.early_stopping.patience > 0:
             if metric == "eval_loss" and self.no_eval:
-                found.append(
-                    Problem("keep_best", "`keep_best` or `early_stopping` goes by eval_loss, but `no_eval` is true.")
-                )
-            if metric in METRICS[1:] and not self.eval_generation.file:
-                found.append(
-                    Problem(
-                        "early_stopping.metric",
-                        f"`early_stopping.metric` is {metric} but `eval_generation.file` is empty.",
-                    )
-                )
+                message = "`keep_best` or `early_stopping` compares eval_loss, but `no_eval` is true."
+                yield Problem("keep_best", message)
+            if metric != "eval_loss" and not self.eval_generation.file:
+                message = f"`early_stopping.metric` is {metric} but `eval_generation.file` is empty."
+                yield Problem("early_stopping.metric", message)
         if self.keep_best and self.no_ckpt:
-            found.append(Problem("keep_best", "`keep_best` is true but `no_ckpt` is too: there is nothing to keep."))
-        return found
+            yield Problem("keep_best", "`keep_best` and `no_ckpt` are both true: there is no checkpoint to keep.")
+
+
+# ---- Reading
+
+_MAX_KEY_LENGTH = 100  # characters of an unknown key that a message quotes
+_MAX_LISTED = 50  # problems in one message
+_MAY_HOLD_SECRETS = ("wandb", "wandb.key")  # an API key may be here, where it belongs or by mistake: never shown
 
 
 def load_train_args(path: Path) -> TrainArgs:
-    """Reads a training YAML and checks that it can be trained on here.
+    """Read a training YAML and check that it can be trained on here.
 
     Raises:
-        UserError: the file cannot be read, or everything that is wrong with it, in one message.
+        UserError: the file cannot be read, or the settings have problems; all of them are in one message.
     """
     return read_train_args(path, TrainArgs.problems)
 
 
 def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[Problem]] = lambda args: []) -> TrainArgs:
-    """Reads a training YAML; what else is wrong with the settings is for `find_problems` to say.
+    """Read a training YAML.
+
+    Args:
+        path: the file.
+        find_problems: returns what is wrong with settings that are valid one by one.
 
     Raises:
-        UserError: the file cannot be read, or every unknown, missing or mistyped key in one message.
+        UserError: the file cannot be read, or the settings have problems; all of them are in one message.
     """
     problems: list[Problem] = []
     raw = _nested(read_yaml(path), problems)
     if raw.get("epochs") is not None and "max_steps" in raw:
-        problems.append(Problem("epochs", "`epochs` and `max_steps` both say how long the run is; give one of them."))
-    args = _build(TrainArgs, raw, "", problems)
-    # What stands in for a key that is missing or faulty may be wrong, too: that key has been named already.
-    named = {problem.key for problem in problems}
-    problems += [problem for problem in find_problems(args) if not problem.is_about(*named)]
+        message = "`epochs` and `max_steps` both set the length of the run; give one of them."
+        problems.append(Problem("epochs", message))
+    args = _convert(raw, problems)
+    # A missing or invalid key has been reported; what _convert put in its place may be a problem, too.
+    reported = {problem.key for problem in problems}
+    problems += [problem for problem in find_problems(args) if not problem.is_about(*reported)]
     if problems:
-        more = [f"... and {len(problems) - _MAX_NAMED:,} more"] if len(problems) > _MAX_NAMED else []
-        listed = "\n".join(f"  - {line}" for line in [*(problem.message for problem in problems[:_MAX_NAMED]), *more])
-        raise UserError(f"{path} cannot be used:\n{listed}")
+        lines = [problem.message for problem in problems[:_MAX_LISTED]]
+        if len(problems) > _MAX_LISTED:
+            lines.append(f"... and {len(problems) - _MAX_LISTED:,} more")
+        raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {line}" for line in lines))
     return args
 
 
+@functools.cache
+def known_settings() -> dict[str, Setting]:
+    """Return every setting of the training YAML by its dotted key."""
+    return list_settings(TrainArgs)
+
+
 def _nested(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """`wandb.project: x` means the same as `project: x` inside `wandb:`, at any depth; who says both is told so."""
+    """Turn dotted keys into blocks: `wandb.project: x` is `project: x` inside `wandb:`, at any depth."""
     nested: dict[str, Any] = {}
     for path, value in _leaves(raw):
         *blocks, name = path
         block = nested
         for key in blocks:
             inner = block.setdefault(key, {})
-            block = inner if isinstance(inner, dict) else {}  # what is no block is reported where it is built
+            block = inner if isinstance(inner, dict) else {}  # anything but a block is reported by _convert
+        key = ".".join(path)
         if name in block:
-            key = ".".join(path)
             problems.append(Problem(key, f"`{key}` is given twice; give it once."))
-        block[name] = value
+        is_empty_block = value is None and key in known_settings() and known_settings()[key].is_block
+        block[name] = {} if is_empty_block else value
     return nested
 
 
@@ -417,114 +306,70 @@ def _leaves(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield inner, value
 
 
-def _build(cls: type, raw: Any, prefix: str, problems: list[Problem]) -> Any:
-    """Builds a dataclass from YAML values, converting texts and numbers where nothing is lost.
+def _convert(raw: dict[str, Any], problems: list[Problem]) -> TrainArgs:
+    """Convert YAML values to settings, and add what is wrong to `problems`.
 
-    Adds one sentence per fault to `problems`. A default, or an empty value where there is none, stands in for a faulty
-    value or a missing one, so that the others are checked too. A block without keys has its defaults.
+    Invalid values are replaced by their defaults, or by empty ones, so that the other settings can be checked, too.
     """
-    if not isinstance(raw, dict | None):
-        name = prefix.rstrip(".")
-        problems.append(Problem(name, f"`{name}` is {_shown(name, raw)}; expected a block of keys."))
-    raw = raw if isinstance(raw, dict) else {}
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in raw:
-        if key not in fields:
-            problems.append(Problem(prefix + key, _unknown(prefix, key, list(fields))))
-    values = {}
-    for name, field in fields.items():
-        if name in raw:
-            value = _convert(hints[name], raw[name], prefix + name, problems)
-            if value is not None or _is_optional(hints[name]):
-                values[name] = value
-        elif _is_required(field):
-            problems.append(Problem(prefix + name, f"`{prefix}{name}` is missing; it must be given."))
-        if name not in values and _is_required(field):
-            values[name] = hints[name]()
-    return cls(**values)
+    adapter = TypeAdapter(TrainArgs)
+    try:
+        return adapter.validate_python(raw)
+    except ValidationError as error:
+        found = _describe(error, raw)
+    problems += found
+    for problem in found:
+        _remove(raw, problem.key.split("."))
+    return adapter.validate_python({"data": {}, "model_id_or_path": "", "run_dir": ""} | raw)
 
 
-def _unknown(prefix: str, key: str, known: list[str]) -> str:
-    if close := difflib.get_close_matches(key, known, n=1):
-        return f"`{prefix}{key}` is no setting; did you mean `{close[0]}`?"
-    # `key:0123` without a blank is a key, too.
-    what = f"A key of `{prefix.rstrip('.')}`" if prefix.rstrip(".") in _SECRETS else f"`{prefix}{key[:_LONGEST_KEY]}`"
-    return f"{what} is no setting; expected one of {', '.join(sorted(known))}."
+def _remove(raw: Any, path: list[str]) -> None:
+    *blocks, name = path
+    for key in blocks:
+        raw = raw.get(key, {})
+    raw.pop(name, None)
 
 
-def _shown(name: str, value: Any) -> str:
-    return f"{type(value).__name__} (not shown)" if name in _SECRETS and value is not None else quoted(value)
+def _describe(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
+    found: dict[str, Problem] = {}  # by message: an invalid `bool | Literal` is an error of each of the two
+    blocks_listed: set[str] = set()
+    for detail in error.errors(include_url=False, include_context=False, include_input=False):
+        if detail["type"] == "unexpected_keyword_argument":
+            problem = _unknown([str(part) for part in detail["loc"]], blocks_listed)
+            found[problem.message] = problem
+            continue
+        key, verb = "", "is"
+        value: Any = raw
+        for part in detail["loc"]:
+            if isinstance(part, int):
+                value, verb = value[part], "contains"
+            elif (longer := f"{key}.{part}".lstrip(".")) in known_settings():
+                key, value = longer, value.get(part)
+        setting = known_settings()[key]
+        about = "" if setting.is_block else f" ({setting.description.partition('. ')[0]})"
+        message = f"`{key}` {verb} {_shown(key, value)}; expected {setting.expected}{about}."
+        if detail["type"] == "missing":
+            message = f"`{key}` is missing; it must be given{about}."
+        found[message] = Problem(key, message)
+    return list(found.values())
 
 
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _unknown(path: list[str], blocks_listed: set[str]) -> Problem:
+    """Describe an unknown key; each block's keys are listed once in a message, with the first that needs them."""
+    *blocks, name = path
+    key, block = ".".join(path), ".".join(blocks)
+    prefix = f"{block}." if block else ""
+    siblings = [other.removeprefix(prefix) for other in known_settings() if other.rpartition(".")[0] == block]
+    elsewhere = [other for other in known_settings() if other.rpartition(".")[2] == name]
+    if close := difflib.get_close_matches(name, siblings, n=1):
+        return Problem(key, f"`{key}` is not a known setting; did you mean `{prefix}{close[0]}`?")
+    if elsewhere:
+        return Problem(key, f"`{key}` is not a known setting; did you mean `{'` or `'.join(elsewhere)}`?")
+    # `key:0123`, without a space after the colon, is a key, too.
+    what = f"A key of `{block}`" if block in _MAY_HOLD_SECRETS else f"`{prefix}{name[:_MAX_KEY_LENGTH]}`"
+    expected = "" if block in blocks_listed else f"; expected one of {', '.join(sorted(siblings))}"
+    blocks_listed.add(block)
+    return Problem(key, f"{what} is not a known setting{expected}.")
 
 
-def _is_optional(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _convert(hint: Any, value: Any, name: str, problems: list[Problem]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, f"{name}.", problems)
-    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in hints:
-        return None
-    expected = [option for option in hints if option is not type(None)]
-    for option in expected:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return _CONVERTERS[option](value)
-    kinds = " or ".join(_EXPECTED[kind] for kind in expected)
-    problems.append(Problem(name, f"`{name}` is {_shown(name, value)}; expected {kinds}."))
-    return None
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, bool):
-        return value
-    raise ValueError
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    number = float(value)  # also of a text: YAML 1.1 reads 1e-4, without a dot, as one
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError
-    return number
-
-
-def _to_int(value: Any) -> int:
-    number = _to_float(value)
-    if number != int(number):
-        raise ValueError
-    return int(value) if isinstance(value, int) else int(number)
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, bool | dict | list) or value is None:
-        raise ValueError
-    text = str(value)
-    text.encode()  # half of a surrogate pair is no character
-    if "\0" in text:
-        raise ValueError
-    return text
-
-
-def _to_texts(value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise ValueError
-    return [_to_str(item) for item in value]
-
-
-_CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str, list[str]: _to_texts}
-_EXPECTED = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    list[str]: "a list of texts",
-}
+def _shown(key: str, value: Any) -> str:
+    return f"{type(value).__name__} (not shown)" if key in _MAY_HOLD_SECRETS and value is not None else quoted(value)

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class Hardware:
     dtype: torch.dtype  # computes; frozen parameters are stored in it
     attention: str  # one of model.attention.ENGINES
 
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """The YAML keys that were resolved."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         return {"param_dtype": names[self.dtype], "attention": self.attention}

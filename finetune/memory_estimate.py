@@ -20,10 +20,10 @@ from model.args import LoraArgs, ModelArgs
 from model.lora import add_lora, quantize_linears
 from model.transformer import Transformer
 
-from .args import TrainArgs
+from .args import CheckpointMode, TrainArgs
 from .loss import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_ON_CPU
 
-CHECKPOINTS: tuple[bool | str, ...] = (False, "selective", True)  # from the fastest to the smallest
+CHECKPOINTS: tuple[CheckpointMode, ...] = (False, "selective", True)  # from the fastest to the smallest
 RESERVE = 0.1  # of the free memory, which is not planned with: what the arithmetic misses, and the allocator's gaps
 SAME = "same"  # the base's dtype is the one that computes
 MOMENTS_BYTES = {"adamw": 2 * 4, "adamw8bit": 2}  # of the optimizer, per trained parameter
@@ -65,7 +65,7 @@ class MemoryConfig:
     lora: LoraArgs
     seq_len: int
     batch_size: int = 1
-    checkpoint: bool | str = True  # as in the YAML, but for auto
+    checkpoint: CheckpointMode = True  # not auto
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"  # or cpu
     attention: str = "varlen"
@@ -132,6 +132,19 @@ class MemoryConfig:
             overhead=_LIBRARIES_ON_CPU + _GAPS_ON_CPU * peak if self.device == "cpu" else _KERNELS_ON_GPU,
             loss=loss,
         )
+
+    def with_seq_len(self, seq_len: int) -> "MemoryConfig":
+        """Return the same configuration for another sequence length, without listing the parameters again."""
+        other = dataclasses.replace(self, seq_len=seq_len)
+        object.__setattr__(other, "_parameters", self._parameters)
+        return other
+
+    def fastest_checkpoint(self, usable_bytes: float) -> CheckpointMode:
+        """Return the fastest of CHECKPOINTS that fits in `usable_bytes`; True, which needs least, if none does."""
+        modes = (
+            mode for mode in CHECKPOINTS if dataclasses.replace(self, checkpoint=mode).memory().total <= usable_bytes
+        )
+        return next(modes, True)
 
     def trained_and_frozen(self) -> tuple[int, int]:
         """Numbers of parameters of the whole model, whatever stores them."""
@@ -327,18 +340,16 @@ class _Parameter:
         return self.count // self.rows * -(-self.rows // shards) * self.width
 
 
-def largest_seq_len(training: MemoryConfig, room: float) -> int:
-    """The longest sequence with which the training takes at most `room` bytes; 0: none."""
+def largest_seq_len(config: MemoryConfig, usable_bytes: float) -> int:
+    """Return the longest sequence that fits in `usable_bytes`; 0 if none does."""
+
+    def fits(seq_len: int) -> bool:
+        return config.with_seq_len(seq_len).memory().total <= usable_bytes
+
     low, high = 0, 1
-    while high < 1 << 30 and _fits(training, high, room):
+    while high < 1 << 30 and fits(high):
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _fits(training, middle, room) else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _fits(training: MemoryConfig, seq_len: int, room: float) -> bool:
-    longer = dataclasses.replace(training, seq_len=seq_len)
-    longer.__dict__["_parameters"] = training._parameters  # the same, and the slow part
-    return longer.memory().total <= room

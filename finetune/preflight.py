@@ -25,25 +25,25 @@ _GIB = 1024**3
 
 
 def resolve_checkpoint(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> TrainArgs:
-    """Resolves `checkpoint: auto`: the fastest mode that fits into the memory of the process that has least of it.
+    """Resolve `checkpoint: auto`: the fastest mode that fits in the memory of the process with the least.
 
-    Every position is taken for a trained one: how many are is not known before the data are read.
+    Every position is assumed to be trained: the actual number is not known before the data is read.
     """
     if args.checkpoint != "auto":
         return args
-    free = world.gather(free_bytes(hardware.device, world.local_size))
-    room = None if None in free else min(free) * (1 - RESERVE)
-    training = _training(base, args, hardware, world)
-    totals = {mode: dataclasses.replace(training, checkpoint=mode).memory().total for mode in CHECKPOINTS}
-    fitting = (mode for mode, total in totals.items() if room is not None and total <= room)
-    chosen = next(fitting, True)
-    needs = ", ".join(f"{str(mode).lower()} takes about {total / _GIB:.1f} GiB" for mode, total in totals.items())
-    has = "unknown memory" if room is None else f"{room / _GIB:.1f} GiB to plan with"
+    gathered = world.gather(free_bytes(hardware.device, world.local_size))
+    free = [value for value in gathered if value is not None]
+    usable = min(free) * (1 - RESERVE) if len(free) == len(gathered) else None
+    config = _memory_config(base, args, hardware, world)
+    chosen = True if usable is None else config.fastest_checkpoint(usable)
+    totals = {mode: dataclasses.replace(config, checkpoint=mode).memory().total for mode in CHECKPOINTS}
+    needs = ", ".join(f"{str(mode).lower()} needs about {total / _GIB:.1f} GiB" for mode, total in totals.items())
+    has = "an unknown amount of memory" if usable is None else f"{usable / _GIB:.1f} GiB available"
     logger.info("`checkpoint: auto` is %s: %s; each process has %s.", str(chosen).lower(), needs, has)
     return dataclasses.replace(args, checkpoint=chosen)
 
 
-def _training(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> MemoryConfig:
+def _memory_config(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> MemoryConfig:
     device, shards = hardware.device.type, shard_count(args, world)
     return MemoryConfig.of(args, base.args, hardware.dtype, device, hardware.attention, shards)
 
@@ -67,12 +67,12 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
         )
     if args.sharding == "hybrid":
         world.raise_on_all(uneven_machines(world.gather(world.local_size)))
-    training = _training(base, args, hardware, world)
-    trained, frozen = training.trained_and_frozen()
+    config = _memory_config(base, args, hardware, world)
+    trained, frozen = config.trained_and_frozen()
     exported = trained if args.save_adapters else trained + frozen
     state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # what trains is saved in fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
-    memory = training.memory()
+    memory = config.memory()
     held = memory.frozen + memory.trained + memory.gradients + memory.moments
     with world.synchronized_errors():
         check_memory(hardware.device, memory.unsharded if args.cpu_offload else held)

@@ -63,15 +63,14 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
     Raises:
         UserError, SystemExit: on every rank, for the first mistake found on any.
     """
+    for warning in args.warnings(world.size) if world.is_master else ():
+        logger.warning(warning)
     set_seed(args.seed)
     with world.synchronized_errors():
         base = open_base_model(args)
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
-    chosen = hardware.settings()
-    args = dataclasses.replace(
-        args, world_size=world.size, param_dtype=chosen["param_dtype"], attention=chosen["attention"]
-    )
+    args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
     args = resolve_checkpoint(base, args, hardware, world)
     check_preflight(base, args, hardware, Path(args.run_dir), world)
 
@@ -103,8 +102,6 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
         check_shared(run_dir)
     if world.is_master:
         logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
-        for remark in args.remarks():
-            logger.warning(remark)
 
     model = build_model(inputs.base, args, hardware, world)
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from model.args import ModelArgs
 
-from .args import TrainArgs
+from .args import CheckpointMode, TrainArgs
 
 if TYPE_CHECKING:
     from .memory_estimate import MemoryConfig
@@ -110,7 +110,7 @@ def _feed_forward_parameters(model: ModelArgs) -> float:
 
 
 def flops_per_token(
-    model: ModelArgs, context: float, checkpoint: bool | str, lora: bool = True, trained_share: float = 1.0
+    model: ModelArgs, context: float, checkpoint: CheckpointMode, lora: bool = True, trained_share: float = 1.0
 ) -> float:
     """Return the floating-point operations of training on one token.
 
@@ -152,13 +152,6 @@ def memory_config(args: TrainArgs, model: ModelArgs, gpu: Gpu, gpus: int, traine
     return MemoryConfig.of(args, model, DTYPES[dtype], "cuda", attention, gpus, trained_share)
 
 
-def resolve_checkpoint(config: "MemoryConfig", usable_bytes: float) -> bool | str:
+def resolve_checkpoint(config: "MemoryConfig", usable_bytes: float) -> CheckpointMode:
     """Return `config.checkpoint`; for "auto" the fastest mode that fits, or True if none does."""
-    from .memory_estimate import CHECKPOINTS
-
-    if config.checkpoint != "auto":
-        return config.checkpoint
-    modes = (
-        mode for mode in CHECKPOINTS if dataclasses.replace(config, checkpoint=mode).memory().total <= usable_bytes
-    )
-    return next(modes, True)
+    return config.fastest_checkpoint(usable_bytes) if config.checkpoint == "auto" else config.checkpoint

@@ -1,30 +1,37 @@
-"""Shapes of a Mistral model, as its `params.json` states them."""
+"""The settings of adapters, and the shapes of a Mistral model as its `params.json` gives them."""
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import Field
 from simple_parsing.helpers import Serializable
 
 from .errors import Problem, UserError, quoted
 from .hf_config import CONFIG_NAME, params_from_config
+from .settings import Bool, Int, Number, PositiveFloat, Settings, Str
 
 PARAMS_NAME = "params.json"
 OPTIONAL = ("moe", "sliding_window")
-# Keys of params.json that change what a model computes, of models newer or older than those this code knows.
+# Keys of params.json that change what a model computes, from models newer or older than those supported here.
 UNSUPPORTED = ("_sliding_window", "yarn", "llama_4_scaling", "q_lora_rank", "vision_encoder")
 
-# Names a YAML may give; what they stand for is in model.attention, model.frozen_weights and
-# finetune.mixed_precision, which load torch.
-ATTENTION_ENGINES = ("xformers", "varlen", "sdpa")
-PARAM_DTYPES = ("bf16", "fp16", "fp32")
-BASE_DTYPES = ("same", "nf4", "nf4-dq", "fp8")
+# Names that a YAML may give; they are implemented in model.attention, finetune.mixed_precision and
+# model.frozen_weights, which load torch.
+AttentionEngine = Literal["xformers", "varlen", "sdpa"]
+ParamDtype = Literal["bf16", "fp16", "fp32"]
+BaseDtype = Literal["same", "nf4", "nf4-dq", "fp8"]
+ATTENTION_ENGINES: tuple[AttentionEngine, ...] = get_args(AttentionEngine)
+PARAM_DTYPES: tuple[ParamDtype, ...] = get_args(ParamDtype)
+BASE_DTYPES: tuple[BaseDtype, ...] = get_args(BaseDtype)
 
-# Linear layers that can have an adapter, by the last part of their names: of each block, and of the whole model.
-BLOCK_LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
-LORA_TARGETS = (*BLOCK_LINEARS, "gate", "output")
+# Linear layers that can have an adapter, by the last part of their names: those of each block, and of the whole model.
+BlockLinear = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+LoraTarget = Literal[BlockLinear, "gate", "output"]
+BLOCK_LINEARS: tuple[BlockLinear, ...] = get_args(BlockLinear)
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 DEFAULT_SCALING = 2.0  # of B A, as in mistral-finetune
 
@@ -50,65 +57,44 @@ class MoeArgs(Serializable):
 
 
 @dataclasses.dataclass
-class LoraArgs(Serializable):
+class LoraArgs(Settings):
     """Low-rank adapters (Hu et al., 2021): y = W x + scaling * B(A(dropout(x)))."""
 
-    enable: bool = True
-    rank: int = 16  # inner width R of A [R, in] and B [out, R]; 8 to 128 are usual
-    dropout: float = 0.0  # share of A's input that is zeroed while training, 0 <= dropout < 1
-    scaling: float | None = None  # null: alpha / rank where alpha is given, else 2.0
-    alpha: float | None = None  # in place of scaling, as PEFT has it; args.yaml and checkpoints record the scaling
-    targets: list[str] = dataclasses.field(default_factory=lambda: list(BLOCK_LINEARS))  # also: gate (of a mixture of
-    # experts), output (the head; mistral-inference passes over its adapter, so export such a model merged)
-    from_adapter: str | None = None  # path of a lora.safetensors to start from; null: B starts at zero
+    enable: Bool = True  # train an adapter; false: full fine-tuning
+    rank: Int = 16  # inner dimension R of A [R, in] and B [out, R]. 8 to 128 are usual
+    dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.0  # probability of zeroing an input of A in training
+    scaling: PositiveFloat | None = None  # factor of the adapter's output; null: alpha / rank if alpha is set, else 2.0
+    alpha: PositiveFloat | None = None  # PEFT's way to give the scaling. args.yaml and checkpoints record the scaling
+    # layers with an adapter. `gate` is the router of a mixture of experts. mistral-inference ignores an adapter on
+    # `output`, the head: export such a model merged
+    targets: list[LoraTarget] = dataclasses.field(default_factory=lambda: list(BLOCK_LINEARS))
+    from_adapter: Str | None = None  # path of a lora.safetensors to start from; null: a new adapter, whose B is zero
 
     def __post_init__(self) -> None:
-        if self.scaling is None and self.alpha is None:
+        if self.scaling is not None:
+            return
+        if self.alpha is None:
             self.scaling = DEFAULT_SCALING
-        elif self.scaling is None and self.alpha > 0 and self.rank >= 1:
+        elif self.rank >= 1:
             self.scaling, self.alpha = self.alpha / self.rank, None
 
     def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
         found = []
         if self.enable and self.rank < 1:
-            found.append(
-                Problem(
-                    "lora.rank", f"`lora.rank` is {self.rank}; it must be at least 1 (or set `lora.enable: false`)."
-                )
+            expected = "expected a whole number of at least 1 (or set `lora.enable: false`)"
+            found.append(Problem("lora.rank", f"`lora.rank` is {self.rank}; {expected}."))
+        if self.alpha is not None and self.scaling is not None:
+            message = (
+                f"`lora.alpha` ({self.alpha}) and `lora.scaling` ({self.scaling}) are both given; "
+                "scaling is alpha / rank, so give one of them."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            found.append(Problem("lora.dropout", f"`lora.dropout` is {self.dropout}; it must lie in [0, 1)."))
-        if self.scaling is not None and not self.scaling > 0:
-            found.append(Problem("lora.scaling", f"`lora.scaling` is {self.scaling}; it must be positive."))
-        if self.alpha is not None and not self.alpha > 0:
-            found.append(Problem("lora.alpha", f"`lora.alpha` is {self.alpha}; it must be positive."))
-        elif self.alpha is not None and self.scaling is not None:
-            found.append(
-                Problem(
-                    "lora.alpha",
-                    f"`lora.alpha` ({self.alpha}) and `lora.scaling` ({self.scaling}) are both given; "
-                    "scaling is alpha / rank, so give one of them.",
-                )
-            )
-        if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
-            found.append(
-                Problem(
-                    "lora.targets",
-                    f"`lora.targets` names {quoted(unknown)}; expected some of {', '.join(LORA_TARGETS)}.",
-                )
-            )
+            found.append(Problem("lora.alpha", message))
         if self.enable and not self.targets:
-            found.append(
-                Problem("lora.targets", "`lora.targets` is empty; name a layer (or set `lora.enable: false`).")
-            )
+            message = "`lora.targets` is empty; name a layer (or set `lora.enable: false`)."
+            found.append(Problem("lora.targets", message))
         if self.from_adapter and not self.enable:
-            found.append(
-                Problem(
-                    "lora.from_adapter",
-                    "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.",
-                )
-            )
+            message = "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to initialize."
+            found.append(Problem("lora.from_adapter", message))
         return found
 
 

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.args import TrainArgs, read_train_args
+from finetune.args import CheckpointMode, TrainArgs, read_train_args
 from finetune.cli import run_cli
 from finetune.speed_estimate import (
     GPUS,
@@ -137,7 +137,9 @@ def _can_store(base_dtype: str, config: "MemoryConfig") -> bool:
     return True
 
 
-def expected(args: TrainArgs, model: ModelArgs, options: argparse.Namespace, checkpoint: bool | str) -> dict[str, Any]:
+def expected(
+    args: TrainArgs, model: ModelArgs, options: argparse.Namespace, checkpoint: CheckpointMode
+) -> dict[str, Any]:
     """Estimate speed and hours, and say what they are based on."""
     gpu, is_known = choose_gpu(options.gpu, options.gpu_gb)
     tokens = args.max_steps * args.num_microbatches * args.batch_size * args.seq_len * options.gpus

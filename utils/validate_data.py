@@ -23,7 +23,7 @@ from finetune.data.rows import line_offsets
 from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
 from model.args import ModelArgs, load_model_args
 from model.atomic import new_file
-from model.errors import UserError
+from model.errors import Problem, UserError
 from utils.models.known_models import known_shapes
 from utils.tables.jsonl import file_errors
 from utils.validation.check_datasets import CheckedFile, Validation, list_datasets
@@ -50,7 +50,12 @@ def load_args(path: Path) -> TrainArgs:
     Raises:
         UserError: the file cannot be read, or everything that is wrong with it.
     """
-    return read_train_args(path, lambda args: [found for found in args.problems() if found.key != "model_id_or_path"])
+
+    def find_problems(args: TrainArgs) -> list[Problem]:
+        may_be_missing = {"model_id_or_path"} if args.model_id_or_path.strip() else set()
+        return [problem for problem in args.problems() if problem.key not in may_be_missing]
+
+    return read_train_args(path, find_problems)
 
 
 def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, ModelArgs | None]:
@@ -70,14 +75,14 @@ def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, ModelArgs | 
 
 def report_settings(args: TrainArgs) -> None:
     """Prints what the YAML says that is no fault of the data, though hardly meant."""
-    remarks = args.remarks()
+    warnings = args.warnings()
     if not Path(args.model_id_or_path).is_dir():
-        remarks.append(
+        warnings.append(
             f"`model_id_or_path`: the folder {args.model_id_or_path} does not exist, and training will refuse it. "
             "Tokens were counted with mistral-common's v3 tokenizer; they differ if the model has another one."
         )
-    for remark in remarks:
-        print(f"\nWarning: {remark}")
+    for warning in warnings:
+        print(f"\nWarning: {warning}")
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:

@@ -178,7 +178,6 @@ class BestFit(Generic[ItemT]):
 
 
 PACKERS: dict[str, type[Concat] | type[BestFit]] = {"concat": Concat, "best_fit": BestFit}
-PACKINGS = tuple(PACKERS)
 
 
 class HasEpoch(Protocol):

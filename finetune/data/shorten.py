@@ -14,8 +14,6 @@ from .conversation import Conversation, parse_conversation, pretrain_text
 from .exceptions import RowError
 from .tokenize import SampleEncoder, SampleType, TokenSample
 
-OVERLONG = ("shorten", "drop", "error")
-
 _ENDS = 256  # characters kept at both ends of a text, where instructions are
 _SLACK = 0.02  # share of a sequence that may stay free after shortening
 _ROUNDS = 6  # attempts to reach that share; two or three are usually enough

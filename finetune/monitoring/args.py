@@ -1,23 +1,22 @@
-"""What a YAML says about experiment trackers."""
+"""The blocks of experiment trackers."""
 
 import dataclasses
 import importlib.util
 
-from simple_parsing.helpers import Serializable, field
-
 from finetune.redaction import add_secret
 from model.errors import Problem
+from model.settings import Bool, Settings, Str
 
 
 @dataclasses.dataclass
-class WandbArgs(Serializable):
-    """Weights & Biases; an empty string means unset, as the example YAMLs write it."""
+class WandbArgs(Settings):
+    """Weights & Biases. An empty string means unset, as in mistral-finetune's example YAMLs."""
 
-    project: str | None = None  # unset: wandb is neither imported nor contacted
-    offline: bool = False  # record under run_dir/wandb, to be uploaded later with `wandb sync`
-    run_name: str | None = None  # unset: the run folder's name
-    # Unset: WANDB_API_KEY or an earlier `wandb login`. Left out of to_dict(), so that it never reaches args.yaml.
-    key: str | None = field(default=None, to_dict=False, repr=False)
+    project: Str | None = None  # project name; unset: wandb is neither imported nor contacted
+    offline: Bool = False  # record under run_dir/wandb, to upload later with `wandb sync`
+    run_name: Str | None = None  # name of the run; unset: that of the run folder
+    # API key; unset: WANDB_API_KEY or an earlier `wandb login`. It is never written to args.yaml
+    key: Str | None = dataclasses.field(default=None, repr=False, metadata={"to_dict": False})
 
     def __post_init__(self) -> None:
         self.project = self.project or None
@@ -27,37 +26,28 @@ class WandbArgs(Serializable):
             add_secret(self.key)
 
     def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
-        if self.project is None:
-            return []
-        return _missing_package("wandb", setting="wandb.project")
+        return _missing_package("wandb", "wandb.project") if self.project else []
 
 
 @dataclasses.dataclass
-class MLFlowArgs(Serializable):
-    """MLflow; an empty string means unset."""
+class MLFlowArgs(Settings):
+    """MLflow. An empty string means unset."""
 
-    tracking_uri: str | None = None  # e.g. http://localhost:5000 or sqlite:///mlflow.db; unset: mlflow is not used
-    experiment_name: str | None = None  # unset: MLflow's default experiment; read only with `tracking_uri`
+    tracking_uri: Str | None = None  # such as http://localhost:5000 or sqlite:///mlflow.db; unset: no MLflow
+    experiment_name: Str | None = None  # name of the experiment; unset: MLflow's default experiment
 
     def __post_init__(self) -> None:
         self.tracking_uri = self.tracking_uri or None
         self.experiment_name = self.experiment_name or None
 
     def problems(self) -> list[Problem]:
-        """Says everything that is wrong, one sentence each; empty where the settings are sound."""
-        if self.tracking_uri is None:
-            return []
-        return _missing_package("mlflow", setting="mlflow.tracking_uri")
+        return _missing_package("mlflow", "mlflow.tracking_uri") if self.tracking_uri else []
 
 
-def _missing_package(package: str, setting: str) -> list[Problem]:
+def _missing_package(package: str, key: str) -> list[Problem]:
     spec = importlib.util.find_spec(package)
-    # A folder of that name in the working directory (wandb makes one) is found too, but without a file to import.
+    # A folder of that name in the working directory (wandb creates one) is found, too, but has no file to import.
     if spec is not None and spec.origin is not None:
         return []
-    message = (
-        f"`{setting}` is set but the package {package} is not installed: run "
-        f'`pip install -e ".[{package}]"`, or leave `{setting}` empty.'
-    )
-    return [Problem(setting, message)]
+    install = f'`pip install -e ".[{package}]"`'
+    return [Problem(key, f"`{key}` is set but {package} is not installed: run {install}, or leave `{key}` empty.")]

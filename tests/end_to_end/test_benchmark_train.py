@@ -91,7 +91,7 @@ def test_a_fresh_process_prints_what_it_measured():
     [
         (("--steps", "0"), "--steps is 0; it must be at least 1"),
         (("--set", "lora.rank"), "--set lora.rank: expected KEY=VALUE"),
-        (("--set", "lora.rnak=4"), "`lora.rnak` is no setting; did you mean `rank`?"),
+        (("--set", "lora.rnak=4"), "`lora.rnak` is not a known setting; did you mean `lora.rank`?"),
         (("--vocab_size", "100"), "--vocab_size is 100; the tokenizer has 32768 tokens"),
     ],
 )

@@ -405,7 +405,7 @@ SPECIAL_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a socket": (make_socket, "is a pipe, a device or a socket"),
     "a link to itself": (lambda path: path.symlink_to(path), "does not exist"),
     "a dead link": (lambda path: path.symlink_to("nowhere"), "does not exist"),
-    "an empty folder": (Path.mkdir, "holds no file"),
+    "an empty folder": (Path.mkdir, "contains no file"),
 }
 
 
@@ -442,7 +442,7 @@ def test_a_folder_with_a_loop_and_a_pipe_is_read(tmp_path: Path, tokenizer: Inst
         ("a.jsonl:", "at most one colon"),
         (":1", "at most one colon"),
         ("a:b.jsonl:1", "at most one colon"),
-        ("a.jsonl,./a.jsonl", "stands twice"),
+        ("a.jsonl,./a.jsonl", "is listed twice"),
         ("a\nb.jsonl", "does not exist"),
         ("a\0b.jsonl", "does not exist"),
         ("\ud800.jsonl", "does not exist"),
@@ -554,8 +554,8 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "deep objects": (b"{a: " * 20_000, "nested too deeply"),
     "deep names": (b"data" + b".data" * 200 + b": 1", "`data.data` is"),
     "a NUL": (b"seed: 1\nrun_dir: \0", "control character stands in line 2"),
-    "a NUL in a path": (b'run_dir: "\\0"', "`run_dir` is '\\x00'; expected a text"),
-    "half a surrogate pair": (b'run_dir: "\\ud800"', "`run_dir` is '\\ud800'; expected a text"),
+    "a NUL in a path": (b'run_dir: "\\0"', "`run_dir` is '\\x00'; expected a string"),
+    "half a surrogate pair": (b'run_dir: "\\ud800"', "`run_dir` is '\\ud800'; expected a string"),
     "a number of 5,000 digits": (b"seed: " + b"9" * 5000, "this is no int (line 1, column 7)"),
     "the same in base 16": (b"seed: 0x" + b"f" * 5000, "`seed` is int too long to show"),
     "a number of another sort": (b"seed: !!int abc", "this is no int (line 1, column 7)"),

@@ -96,11 +96,6 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
     check_optimizer(OptimArgs(), 2)
 
 
-def test_an_optimizer_that_does_not_exist_is_refused():
-    [problem] = OptimArgs(name="adam").problems()
-    assert problem == ("optim.name", "`optim.name` is 'adam'; expected adamw, adamw8bit.")
-
-
 def test_adamw_is_one_kernel_over_all_tensors():
     optimizer, _ = build_optimizer([torch.nn.Parameter(torch.zeros(2))], OptimArgs(), 10)
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["fused"]

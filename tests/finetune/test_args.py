@@ -178,20 +178,20 @@ def test_args_yaml_loads_to_the_same_settings_without_the_key():
 
 
 def test_an_unknown_key_is_named_with_the_one_that_was_meant():
-    assert problems(seq_length=3) == ["`seq_length` is no setting; did you mean `seq_len`?"]
-    assert problems(lora={"rnak": 3}) == ["`lora.rnak` is no setting; did you mean `rank`?"]
+    assert problems(seq_length=3) == ["`seq_length` is not a known setting; did you mean `seq_len`?"]
+    assert problems(lora={"rnak": 3}) == ["`lora.rnak` is not a known setting; did you mean `lora.rank`?"]
     assert problems(**{"optim.learning": 3})[0].startswith(
-        "`optim.learning` is no setting; expected one of div_factor,"
+        "`optim.learning` is not a known setting; expected one of div_factor,"
     )
     [problem] = problems(**{"data.instruct.shufle": True})
-    assert problem == "`data.instruct.shufle` is no setting; did you mean `shuffle`?"
-    assert problems(**{"wandb.project.name": "x"})[0].startswith("`wandb.project` is {'name': 'x'}; expected a text")
+    assert problem == "`data.instruct.shufle` is not a known setting; did you mean `data.instruct.shuffle`?"
+    assert problems(**{"wandb.project.name": "x"})[0].startswith("`wandb.project` is {'name': 'x'}; expected a string")
 
 
 def test_keys_that_are_no_texts_are_named():
-    with pytest.raises(UserError, match="`on` is no setting"):
+    with pytest.raises(UserError, match="`on` is not a known setting"):
         load("on: 1")  # YAML 1.1 reads `on` as true
-    with pytest.raises(UserError, match=r"`data\.3` is no setting"):
+    with pytest.raises(UserError, match=r"`data\.3` is not a known setting"):
         load("data: {3: x}")
 
 
@@ -200,49 +200,51 @@ def test_a_setting_given_in_both_ways_is_refused():
     assert "`lora` is 3; expected a block of keys." in problems(**{"lora": 3, "lora.rank": 8})
 
 
-MISSING = [f"`{key}` is missing; it must be given." for key in ("data", "model_id_or_path", "run_dir")]
+MISSING = ["`data` is missing; it must be given", "`model_id_or_path` is missing", "`run_dir` is missing"]
 
 
-def test_what_must_be_given_is_named():
-    with pytest.raises(UserError) as caught:
+def test_missing_keys_are_reported():
+    with pytest.raises(UserError) as error:
         load("{}")
-    assert [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]] == MISSING
+    lines = str(error.value).splitlines()[1:]
+    assert [sentence in line for sentence, line in zip(MISSING, lines, strict=True)] == [True] * 3
 
 
-def test_a_missing_key_does_not_hide_what_is_wrong_with_others():
-    with pytest.raises(UserError) as caught:
+def test_a_missing_key_does_not_hide_other_problems():
+    with pytest.raises(UserError) as error:
         load({"data": {"instruct_data": "train.jsonl"}, "seq_len": 0, "lora": {"rank": 0}, "optim": {"lr": "fast"}})
     for sentence in ("`seq_len` is 0", "`lora.rank` is 0", "`optim.lr` is 'fast'", *MISSING[1:]):
-        assert str(caught.value).count(sentence) == 1
-    assert len(str(caught.value).splitlines()) == 6  # nothing is said of what stands in for a missing key
+        assert str(error.value).count(sentence) == 1
+    assert len(str(error.value).splitlines()) == 6  # the values that replace missing keys are not reported
 
 
 WRONG_TYPES = [
-    ({"seq_len": "long"}, "`seq_len` is 'long'; expected a whole number."),
-    ({"seq_len": 0.5}, "`seq_len` is 0.5; expected a whole number."),
-    ({"seq_len": None}, "`seq_len` is None; expected a whole number."),
-    ({"seq_len": True}, "`seq_len` is True; expected a whole number."),
-    ({"seq_len": [1]}, "`seq_len` is [1]; expected a whole number."),
-    ({"seed": 10**400}, f"`seed` is {10**400}; expected a whole number."),
-    ({"num_ckpt_keep": "all"}, "`num_ckpt_keep` is 'all'; expected a whole number."),
-    ({"max_norm": "nan"}, "`max_norm` is 'nan'; expected a number."),
-    ({"max_norm": float("inf")}, "`max_norm` is inf; expected a number."),
-    ({"optim": {"lr": False}}, "`optim.lr` is False; expected a number."),
-    ({"optim": {"lr": "1e-4x"}}, "`optim.lr` is '1e-4x'; expected a number."),
-    ({"no_eval": 1}, "`no_eval` is 1; expected true or false."),
-    ({"no_eval": "maybe"}, "`no_eval` is 'maybe'; expected true or false."),
-    ({"run_dir": ["x"]}, "`run_dir` is ['x']; expected a text."),
-    ({"run_dir": None}, "`run_dir` is None; expected a text."),
-    ({"wandb": {"project": True}}, "`wandb.project` is True; expected a text."),
+    ({"seq_len": "long"}, "`seq_len` is 'long'; expected a whole number of at least 1 (tokens per packed sequence)."),
+    ({"seq_len": 0.5}, "`seq_len` is 0.5; expected a whole number"),
+    ({"seq_len": None}, "`seq_len` is None; expected a whole number"),
+    ({"seq_len": True}, "`seq_len` is True; expected a whole number"),
+    ({"seq_len": [1]}, "`seq_len` is [1]; expected a whole number"),
+    ({"seed": 10**400}, f"`seed` is {10**400}; expected a whole number"),
+    ({"num_ckpt_keep": "all"}, "`num_ckpt_keep` is 'all'; expected a whole number of at least 1 or null"),
+    ({"max_norm": "nan"}, "`max_norm` is 'nan'; expected a number greater than 0"),
+    ({"max_norm": float("inf")}, "`max_norm` is inf; expected a number greater than 0"),
+    ({"optim": {"lr": False}}, "`optim.lr` is False; expected a number of at least 0 (highest learning rate)."),
+    ({"optim": {"lr": "1e-4x"}}, "`optim.lr` is '1e-4x'; expected a number"),
+    ({"no_eval": 1}, "`no_eval` is 1; expected true or false"),
+    ({"no_eval": "maybe"}, "`no_eval` is 'maybe'; expected true or false"),
+    ({"run_dir": ["x"]}, "`run_dir` is ['x']; expected a string"),
+    ({"run_dir": None}, "`run_dir` is None; expected a string"),
+    ({"wandb": {"project": True}}, "`wandb.project` is True; expected a string"),
     ({"data": "train.jsonl"}, "`data` is 'train.jsonl'; expected a block of keys."),
     ({"data": BASE["data"] | {"instruct": [1]}}, "`data.instruct` is [1]; expected a block of keys."),
-    ({"data": BASE["data"] | {"keep_sections": "x"}}, "`data.keep_sections` is 'x'; expected a list of texts."),
+    ({"data": BASE["data"] | {"keep_sections": "x"}}, "`data.keep_sections` is 'x'; expected a list of strings"),
 ]
 
 
 @pytest.mark.parametrize(("keys", "sentence"), WRONG_TYPES)
 def test_a_value_of_the_wrong_type_is_refused(keys: dict[str, Any], sentence: str):
-    assert problems(**keys) == [sentence]
+    [problem] = problems(**keys)
+    assert problem.startswith(sentence)
 
 
 def of_data(**keys: Any) -> dict[str, Any]:
@@ -251,20 +253,25 @@ def of_data(**keys: Any) -> dict[str, Any]:
 
 IMPOSSIBLE = [
     *[
-        ({key: value}, f"`{key}` is {value}; it must be at least 1.")
+        ({key: value}, f"`{key}` is {value}; expected a whole number of at least 1 (")
         for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq")
         for value in (0, -1)
     ],
-    ({"ckpt_freq": -1}, "`ckpt_freq` is -1; it must be 0 (only after the last step) or more."),
-    ({"eval_freq": -1}, "`eval_freq` is -1; it must be 0 (only after the last step) or more."),
-    ({"num_ckpt_keep": 0}, "`num_ckpt_keep` is 0; it must be at least 1, or null to keep all."),
-    ({"max_norm": 0}, "`max_norm` is 0.0; it must be positive."),
-    ({"seed": -1}, "`seed` is -1; it must lie between 0 and 2**32 - 1."),
-    ({"seed": 2**32}, "`seed` is 4294967296; it must lie between 0 and 2**32 - 1."),
-    ({"param_dtype": "float16"}, "`param_dtype` is 'float16'; expected auto, bf16, fp16, fp32."),
-    ({"attention": "flash"}, "`attention` is 'flash'; expected auto, xformers, varlen, sdpa."),
+    ({"ckpt_freq": -1}, "`ckpt_freq` is -1; expected a whole number of at least 0 (steps between"),
+    ({"eval_freq": -1}, "`eval_freq` is -1; expected a whole number of at least 0 (steps between"),
+    (
+        {"num_ckpt_keep": 0},
+        "`num_ckpt_keep` is 0; expected a whole number of at least 1 or null (number of latest checkpoints",
+    ),
+    ({"max_norm": 0}, "`max_norm` is 0; expected a number greater than 0 ("),
+    ({"seed": -1}, "`seed` is -1; expected a whole number between 0 and 4294967295 ("),
+    ({"seed": 2**32}, "`seed` is 4294967296; expected a whole number between 0 and 4294967295 ("),
+    ({"param_dtype": "float16"}, "`param_dtype` is 'float16'; expected auto, bf16, fp16 or fp32 ("),
+    ({"attention": "flash"}, "`attention` is 'flash'; expected auto, xformers, varlen or sdpa ("),
+    ({"model_id_or_path": ""}, "`model_id_or_path` is empty; name the folder of a model."),
     ({"model_id_or_path": "nope"}, "`model_id_or_path`: the folder nope does not exist."),
     ({"model_id_or_path": "train.jsonl"}, "`model_id_or_path`: the folder train.jsonl does not exist."),
+    ({"run_dir": ""}, "`run_dir` is empty; name a folder to create."),
     ({"run_dir": " "}, "`run_dir` is empty; name a folder to create."),
     (
         {"no_eval": False},
@@ -275,36 +282,56 @@ IMPOSSIBLE = [
         "`save_adapters` is true but `lora.enable` is false: there is no adapter to save. "
         "Set `save_adapters: false` to save the full weights.",
     ),
-    ({"lora": {"rank": 0}}, "`lora.rank` is 0; it must be at least 1 (or set `lora.enable: false`)."),
-    ({"lora": {"dropout": 1}}, "`lora.dropout` is 1.0; it must lie in [0, 1)."),
-    ({"lora": {"dropout": -0.1}}, "`lora.dropout` is -0.1; it must lie in [0, 1)."),
-    ({"lora": {"scaling": 0}}, "`lora.scaling` is 0.0; it must be positive."),
-    ({"lora": {"alpha": -1}}, "`lora.alpha` is -1.0; it must be positive."),
+    ({"lora": {"rank": 0}}, "`lora.rank` is 0; expected a whole number of at least 1 (or set `lora.enable: false`)."),
+    ({"lora": {"dropout": 1}}, "`lora.dropout` is 1; expected a number of at least 0 and less than 1 ("),
+    ({"lora": {"dropout": -0.1}}, "`lora.dropout` is -0.1; expected a number of at least 0 and less than 1 ("),
+    ({"lora": {"scaling": 0}}, "`lora.scaling` is 0; expected a number greater than 0 or null ("),
+    ({"lora": {"alpha": -1}}, "`lora.alpha` is -1; expected a number greater than 0 or null ("),
     (
         {"lora": {"rank": 16, "alpha": 32, "scaling": 2}},
         "`lora.alpha` (32.0) and `lora.scaling` (2.0) are both given; scaling is alpha / rank, so give one of them.",
     ),
     (
         {"lora": {"rank": 0, "alpha": 32}},
-        "`lora.rank` is 0; it must be at least 1 (or set `lora.enable: false`).",
+        "`lora.rank` is 0; expected a whole number of at least 1 (or set `lora.enable: false`).",
     ),
     ({"lora": {"targets": []}}, "`lora.targets` is empty; name a layer (or set `lora.enable: false`)."),
     (
-        {"lora": {"targets": ["wq", "q_proj", "lm_head"]}},
-        "`lora.targets` names ['q_proj', 'lm_head']; expected some of wq, wk, wv, wo, w1, w2, w3, gate, output.",
+        {"lora": {"targets": ["wq", "q_proj"]}},
+        "`lora.targets` contains 'q_proj'; expected a list of wq, wk, wv, wo, w1, w2, w3, gate or output (",
     ),
-    ({"optim": {"schedule": "cosin"}}, "`optim.schedule` is 'cosin'; expected onecycle, cosine, linear, constant."),
-    ({"loss_normalization": "token"}, "`loss_normalization` is 'token'; expected microbatch, tokens."),
+    ({"optim": {"name": "adam"}}, "`optim.name` is 'adam'; expected adamw or adamw8bit (optimizer)."),
+    ({"checkpoint": "sometimes"}, "`checkpoint` is 'sometimes'; expected true, false, selective or auto ("),
+    ({"sharding": 2}, "`sharding` is 2; expected full or hybrid ("),
+    ({"base_dtype": "int4"}, "`base_dtype` is 'int4'; expected same, nf4, nf4-dq or fp8 ("),
+    (
+        {"early_stopping": {"metric": "f1"}},
+        "`early_stopping.metric` is 'f1'; expected eval_loss, micro_f1 or exact_match",
+    ),
+    ({"early_stopping": {"patience": -1}}, "`early_stopping.patience` is -1; expected a whole number of at least 0 ("),
+    ({"eval_generation": {"file": "nope"}}, "`eval_generation.file`: nope does not exist (or is not a file)."),
+    (
+        {"eval_generation": {"n_samples": 0}},
+        "`eval_generation.n_samples` is 0; expected a whole number of at least 1 (",
+    ),
+    ({"guards": {"spike_factor": 1}}, "`guards.spike_factor` is 1.0; expected more than 1, or 0 for no check."),
+    ({"guards": {"spike_factor": -1}}, "`guards.spike_factor` is -1; expected a number of at least 0 ("),
+    ({"guards": {"spike_window": 9}}, "`guards.spike_window` is 9; expected a whole number of at least 10 ("),
+    ({"optim": {"schedule": "cosin"}}, "`optim.schedule` is 'cosin'; expected onecycle, cosine, linear or constant ("),
+    ({"loss_normalization": "token"}, "`loss_normalization` is 'token'; expected microbatch or tokens ("),
     (
         {"lora": {"enable": False, "from_adapter": "x"}, "save_adapters": False},
-        "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to start.",
+        "`lora.from_adapter` is set but `lora.enable` is false: there is no adapter to initialize.",
     ),
-    ({"optim": {"pct_start": 2}}, "`optim.pct_start` is 2.0; it is a share of the steps, between 0 and 1."),
-    ({"optim": {"pct_start": -0.1}}, "`optim.pct_start` is -0.1; it is a share of the steps, between 0 and 1."),
-    ({"optim": {"lr": -1}}, "`optim.lr` is -1.0; it cannot be negative."),
-    ({"optim": {"weight_decay": -1}}, "`optim.weight_decay` is -1.0; it cannot be negative."),
-    ({"optim": {"div_factor": 0}}, "`optim.div_factor` is 0.0; it must be positive."),
-    ({"optim": {"final_div_factor": -1}}, "`optim.final_div_factor` is -1.0; it must be positive."),
+    ({"optim": {"pct_start": 2}}, "`optim.pct_start` is 2; expected a number between 0 and 1 (fraction of the steps"),
+    (
+        {"optim": {"pct_start": -0.1}},
+        "`optim.pct_start` is -0.1; expected a number between 0 and 1 (fraction of the steps",
+    ),
+    ({"optim": {"lr": -1}}, "`optim.lr` is -1; expected a number of at least 0 ("),
+    ({"optim": {"weight_decay": -1}}, "`optim.weight_decay` is -1; expected a number of at least 0 ("),
+    ({"optim": {"div_factor": 0}}, "`optim.div_factor` is 0; expected a number greater than 0 ("),
+    ({"optim": {"final_div_factor": -1}}, "`optim.final_div_factor` is -1; expected a number greater than 0 ("),
     (
         of_data(instruct_data=""),
         "`data.instruct_data` and `data.data` are both empty: name at least one training source.",
@@ -315,7 +342,7 @@ IMPOSSIBLE = [
     ),
     (
         of_data(eval_instruct_data="model"),
-        "`data.eval_instruct_data`: The folder model holds no file whose name ends in 'jsonl'.",
+        "`data.eval_instruct_data`: The folder model contains no file whose name ends in 'jsonl'.",
     ),
     (
         of_data(data="texts.jsonl:0"),
@@ -324,7 +351,7 @@ IMPOSSIBLE = [
     ),
     (
         of_data(instruct_data="train.jsonl,train.jsonl"),
-        "`data.instruct_data`: train.jsonl stands twice in 'train.jsonl,train.jsonl'; "
+        "`data.instruct_data`: train.jsonl is listed twice in 'train.jsonl,train.jsonl'; "
         "give it once, with the sum of its weights.",
     ),
     (
@@ -333,17 +360,18 @@ IMPOSSIBLE = [
     ),
     (
         of_data(instruct={"shuffle": False}),
-        "`data.instruct.dynamic_chunk_fn_call` needs `data.instruct.shuffle: true`, since the shorter "
-        "conversations stand behind all others in a file; set both to true or both to false.",
+        "`data.instruct.dynamic_chunk_fn_call` needs `data.instruct.shuffle: true`, because the truncated "
+        "conversations are appended to the end of each file; set both to true or both to false.",
     ),
-    (of_data(packing="first_fit"), "`data.packing` is 'first_fit'; expected concat, best_fit."),
-    (of_data(overlong="cut"), "`data.overlong` is 'cut'; expected shorten, drop, error."),
+    (of_data(packing="first_fit"), "`data.packing` is 'first_fit'; expected concat or best_fit ("),
+    (of_data(overlong="cut"), "`data.overlong` is 'cut'; expected shorten, drop or error ("),
 ]
 
 
 @pytest.mark.parametrize(("keys", "sentence"), IMPOSSIBLE)
 def test_an_impossible_setting_is_refused(keys: dict[str, Any], sentence: str):
-    assert problems(**keys) == [sentence]
+    [problem] = problems(**keys)
+    assert problem.startswith(sentence)
 
 
 def test_the_limits_themselves_are_accepted():
@@ -365,7 +393,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [problem] = problems(**keys)
-    assert problem.startswith(f"`{setting}` is set but the package {package} is not installed: run `pip install")
+    assert problem.startswith(f"`{setting}` is set but {package} is not installed: run `pip install -e")
 
 
 def test_all_problems_are_named_in_one_message():
@@ -383,11 +411,11 @@ def test_all_problems_are_named_in_one_message():
     for key in (
         "`seq_len` is 0",
         "`batch_size` is 'many'",
-        "`seeed` is no setting; did you mean `seed`?",
+        "`seeed` is not a known setting; did you mean `seed`?",
         "`lora.rank` is 0",
-        "`lora.scalling` is no setting",
+        "`lora.scalling` is not a known setting",
         "`optim.lr` is 'fast'",
-        "`optim.pct_start` is 3.0",
+        "`optim.pct_start` is 3;",
         "`no_eval` is false",
         "The path nope.jsonl does not exist",
         "'a:b:c' is not a data source",
@@ -450,12 +478,12 @@ def test_sources_are_paths_with_weights(text: str, expected: list[tuple[str, flo
         ("E:/a:b:c", "'E:/a:b:c' is not a data source"),
         (":2", "':2' is not a data source"),
         ("a:", "'a:' is not a data source"),
-        ("a:two", "but 'two' is no number"),
+        ("a:two", "but 'two' is not a number"),
         ("a:0", "but the weight is 0: it must be positive"),
         ("a:-1.5", "but the weight is -1.5: it must be positive"),
         ("a:nan", "but the weight is nan: it must be positive"),
         ("a:inf", "but the weight is inf: it must be positive"),
-        ("a, b, ./a:2", "stands twice in 'a, b, ./a:2'"),
+        ("a, b, ./a:2", "is listed twice in 'a, b, ./a:2'"),
     ],
 )
 def test_a_malformed_source_is_quoted(text: str, reason: str):

@@ -150,16 +150,16 @@ def test_a_bad_row_is_found_while_counting(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"epochs": 3, "max_steps": 100}, "`epochs` and `max_steps` both say how long the run is; give one of them."),
-        ({"epochs": 0}, "`epochs` is 0.0; it must be positive."),
-        ({"epochs": "three"}, "`epochs` is 'three'; expected a number."),
+        ({"epochs": 3, "max_steps": 100}, "`epochs` and `max_steps` both set the length of the run; give one of them."),
+        ({"epochs": 0}, "`epochs` is 0; expected a number greater than 0"),
+        ({"epochs": "three"}, "`epochs` is 'three'; expected a number greater than 0 or null"),
     ],
 )
 def test_what_is_no_length_of_a_run_is_refused(settings, message, tmp_path):
     config = write_config(tmp_path, "run", settings | {"data": {"instruct_data": str(ICD)}, "model_id_or_path": "."})
     with pytest.raises(UserError) as caught:
         load_train_args(config)
-    assert f"{config} cannot be used:\n  - {message}" == str(caught.value)
+    assert str(caught.value).startswith(f"{config} cannot be used:\n  - {message}")
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])

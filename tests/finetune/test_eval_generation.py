@@ -162,11 +162,10 @@ def test_answer_scores() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"keep_best": True}, "goes by eval_loss, but `no_eval` is true"),
+        ({"keep_best": True}, "compares eval_loss, but `no_eval` is true"),
         ({"early_stopping": EarlyStoppingArgs("micro_f1", 2)}, "is micro_f1 but `eval_generation.file` is empty"),
-        ({"early_stopping": EarlyStoppingArgs("f1")}, "expected eval_loss, micro_f1, exact_match"),
         ({"eval_generation": GenerationArgs("/nowhere.jsonl")}, "/nowhere.jsonl does not exist"),
-        ({"keep_best": True, "no_ckpt": True}, "there is nothing to keep"),
+        ({"keep_best": True, "no_ckpt": True}, "there is no checkpoint to keep"),
     ],
 )
 def test_contradictory_settings_are_named(

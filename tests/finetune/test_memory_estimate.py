@@ -187,7 +187,7 @@ def test_auto_is_the_fastest_mode_that_fits(index, auto, monkeypatch, caplog):
     monkeypatch.setattr(preflight, "free_bytes", lambda device, processes: free * 1.0001)
     with caplog.at_level(logging.INFO):
         assert resolve_checkpoint(base, args, hardware, world).checkpoint == CHECKPOINTS[index]
-    assert f"`checkpoint: auto` is {str(CHECKPOINTS[index]).lower()}: false takes about" in caplog.text
+    assert f"`checkpoint: auto` is {str(CHECKPOINTS[index]).lower()}: false needs about" in caplog.text
     monkeypatch.setattr(preflight, "free_bytes", lambda device, processes: free * 0.9999)
     less = CHECKPOINTS[min(index + 1, len(CHECKPOINTS) - 1)]  # and the smallest where nothing fits
     assert resolve_checkpoint(base, args, hardware, world).checkpoint == less

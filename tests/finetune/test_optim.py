@@ -3,11 +3,11 @@
 import json
 import math
 import warnings
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from finetune.args import SCHEDULES as SCHEDULE_NAMES
 from finetune.args import OptimArgs
 from finetune.mixed_precision import DTYPES, LossScaler, choose_dtype
 from finetune.optim import build_optimizer
@@ -117,7 +117,7 @@ def test_the_way_down_of_cosine_is_one_cycles():
     assert ours[5] != pytest.approx(theirs[5])
 
 
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimArgs)["schedule"]))
 def test_a_schedule_told_its_place_goes_on_from_there(name):
     """What finetune.resume keeps of it is last_epoch, last_lr and the groups' settings."""
     args = OptimArgs(schedule=name, lr=1e-3, pct_start=0.3)

@@ -185,9 +185,9 @@ def test_help_does_not_load_torch():
         ({}, ("--model", "mistral-7b", "--gpus", "0"), "--gpus is 0; it must be positive"),
         ({}, ("--model", "mistral-7b", "--gpu_gb", "nan"), "--gpu_gb is nan; it must be positive"),
         ({}, ("--model", "mistral-7b", "--mfu", "45"), "--mfu is 45.0; it is a share"),
-        ({"seq_len": 0}, ("--model", "mistral-7b"), "`seq_len` is 0; it must be at least 1"),
+        ({"seq_len": 0}, ("--model", "mistral-7b"), "`seq_len` is 0; expected a whole number of at least 1"),
         ({"lora": {"targets": ["gate"]}}, ("--model", "mistral-7b"), "`lora.targets` names gate"),
-        ({"lora": {"rnak": 3}}, ("--model", "mistral-7b"), "did you mean `rank`?"),
+        ({"lora": {"rnak": 3}}, ("--model", "mistral-7b"), "did you mean `lora.rank`?"),
         ({"checkpoint": "most"}, ("--model", "mistral-7b"), "`checkpoint` is 'most'"),
     ],
 )

@@ -379,12 +379,12 @@ def test_a_report_that_cannot_be_written_is_known_at_once(command, flag):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"nonsense": 3}, "`nonsense` is no setting"),  # V10
+        ({"nonsense": 3}, "`nonsense` is not a known setting"),  # V10
         ({"data": {"instruct_data": ""}}, "name at least one training source"),
         ({"data": {"instruct_data": "absent.jsonl"}}, "absent.jsonl does not exist"),
         ({"data": {"instruct_data": "a.jsonl:0"}}, "must be positive"),
         ({"data": {"instruct_data": "E:/notes.jsonl"}}, "E:/notes.jsonl does not exist"),  # a drive, not a weight
-        ({"model_id_or_path": ""}, "params.json does not exist"),
+        ({"model_id_or_path": ""}, "`model_id_or_path` is empty"),
     ],
 )
 def test_bad_yaml_is_one_message(command, keys, message):
@@ -407,7 +407,7 @@ def test_evaluation_data_that_will_not_be_used_are_a_warning(command):
     write(command.folder / "a.jsonl", GOOD)
     write(command.folder / "b.jsonl", OTHER)
     data = {"instruct_data": "a.jsonl", "eval_instruct_data": "b.jsonl"}
-    sentence = "Warning: `data.eval_instruct_data` is not used, since `no_eval` is true"
+    sentence = "Warning: `data.eval_instruct_data` is not used, because `no_eval` is true"
     assert command(data=data) == 0 and sentence in command.out and "set `no_eval: false`" in command.out
     assert command(data=data, no_eval=False) == 0 and sentence not in command.out
 

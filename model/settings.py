@@ -1,0 +1,143 @@
+"""The types of settings: which YAML values are accepted, checked by pydantic, and how messages and docs describe them.
+
+A block of the training YAML is a dataclass that derives from `Settings`. The comment above or next to a field is its
+description, in error messages and in docs/configuration.md.
+"""
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic.fields import FieldInfo
+from simple_parsing.docstring import get_attribute_docstring
+from simple_parsing.helpers import Serializable
+
+from .errors import Problem
+
+
+def _number(value: object) -> int | float:
+    """Accept strings, too: YAML 1.1 reads `1e-4`, which has no dot, as a string."""
+    number = float(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError
+    if not abs(number) <= sys.float_info.max:  # NaN, infinity, or an integer that no float can hold
+        raise ValueError
+    return number
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _string(value: object) -> str:
+    """Accept what YAML reads as a number or a date: `run_dir: 2024-12-19`."""
+    if value is None or isinstance(value, bool | dict | list):
+        raise ValueError
+    text = str(value)
+    text.encode()  # refuses half of a surrogate pair
+    if "\0" in text:
+        raise ValueError
+    return text
+
+
+Number = BeforeValidator(_number)
+Int = Annotated[int, Number]
+PositiveInt = Annotated[int, Field(ge=1), Number]
+NonNegativeInt = Annotated[int, Field(ge=0), Number]
+PositiveFloat = Annotated[float, Field(gt=0), Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), Number]
+Bool = Annotated[bool, BeforeValidator(_boolean)]
+Str = Annotated[str, BeforeValidator(_string)]
+
+
+class Settings(Serializable):
+    """A block of the training YAML.
+
+    Values are checked where they are read from YAML or by `from_dict`; constructing a block in Python checks nothing.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    @classmethod
+    def from_dict(cls, obj: Mapping[str, Any], drop_extra_fields: bool | None = None) -> Self:
+        """Convert plain data by the rules of the training YAML; unknown keys are always refused.
+
+        Raises:
+            pydantic.ValidationError: a key is unknown or missing, or a value is of the wrong type or out of range.
+        """
+        return TypeAdapter(cls).validate_python(obj)
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with values that are valid one by one; look at paths, read no weights and no rows."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One key of a block, for messages and docs."""
+
+    expected: str  # the accepted values in words
+    description: str  # the comment on the field; of a block, its docstring
+    default: Any  # dataclasses.MISSING: the key is required
+    is_block: bool
+
+
+def list_settings(block: type[Settings], prefix: str = "") -> dict[str, Setting]:
+    """Return every key of a block, and of the blocks in it, by its dotted path."""
+    found: dict[str, Setting] = {}
+    hints = typing.get_type_hints(block, include_extras=True)
+    for field in dataclasses.fields(block):
+        hint, default = hints[field.name], field.default
+        if dataclasses.is_dataclass(hint):
+            description = (hint.__doc__ or "").strip()
+            found[prefix + field.name] = Setting("a block of keys", description, field.default_factory, is_block=True)
+            found |= list_settings(typing.cast(type[Settings], hint), f"{prefix}{field.name}.")
+            continue
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[prefix + field.name] = Setting(_in_words(hint), _comment(block, field.name), default, is_block=False)
+    return found
+
+
+def _comment(block: type, name: str) -> str:
+    comments = get_attribute_docstring(block, name)
+    return " ".join(f"{comments.comment_above} {comments.comment_inline}".split())
+
+
+def _in_words(hint: Any) -> str:
+    *others, last = _alternatives(hint)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _alternatives(hint: Any) -> list[str]:
+    base, *metadata = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    if typing.get_origin(base) in (types.UnionType, typing.Union):
+        return [words for option in typing.get_args(base) for words in _alternatives(option)]
+    if typing.get_origin(base) is Literal:
+        return [str(choice) for choice in typing.get_args(base)]
+    if typing.get_origin(base) is list:
+        [item] = typing.get_args(base)
+        return [f"a list of {_in_words(item)}" if typing.get_origin(item) is Literal else "a list of strings"]
+    if base is bool:
+        return ["true", "false"]
+    name = {int: "a whole number", float: "a number", str: "a string", types.NoneType: "null"}[base]
+    return [name + _range(metadata)]
+
+
+def _range(metadata: list[Any]) -> str:
+    limits: dict[str, Any] = {}
+    for info in metadata:
+        for limit in info.metadata if isinstance(info, FieldInfo) else ():
+            limits |= {name: getattr(limit, name) for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
+    words = {"ge": "of at least", "gt": "greater than", "le": "of at most", "lt": "less than"}
+    if limits.keys() == {"ge", "le"}:
+        return f" between {limits['ge']} and {limits['le']}"
+    return "".join(f" and {words[name]} {limit}" for name, limit in limits.items()).replace(" and", "", 1)
