@@ -68,11 +68,13 @@ class Settings(Serializable):
 
     @classmethod
     def from_dict(cls, obj: Mapping[str, Any], drop_extra_fields: bool | None = None) -> Self:
-        """Convert plain data by the rules of the training YAML; unknown keys are always refused.
+        """Convert plain data by the rules of the training YAML; unknown keys cannot be dropped.
 
         Raises:
             pydantic.ValidationError: a key is unknown or missing, or a value is of the wrong type or out of range.
         """
+        if drop_extra_fields:
+            raise NotImplementedError
         return TypeAdapter(cls).validate_python(obj)
 
     def problems(self) -> list[Problem]:
