@@ -91,7 +91,7 @@ def test_several_processes_are_refused_before_anything_is_written(tmp_path):
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match=r'pip install "recode-mistral-finetune\[bitsandbytes\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[bitsandbytes\]"'):
         check_optimizer(OptimArgs(name="adamw8bit"), 1)
     check_optimizer(OptimArgs(), 2)
 
