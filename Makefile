@@ -1,36 +1,39 @@
-# make demo and make test do all the set-up they need; both run from a clean clone.
+# Every target sets up .venv first if needed. `make demo` and `make test` run from a clean clone.
 PYTHON ?= python3
 BIN := .venv/bin
-# xformers' kernels are for CUDA cards only.
+# xformers' kernels are for NVIDIA GPUs only.
 EXTRAS := test,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
 comma := ,
 
 NOTEBOOKS := generate_fictives_notes prepare_data_for_generative_finetuning mistral_finetune_7b
 
-.PHONY: help setup demo sample-data test notebooks kill-test fuzz check format clean
+.PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format constraints clean
 help:
-	@echo "make demo    the whole story on the CPU: notes, a tiny base model, LoRA, answers, scores; some minutes"
-	@echo "make sample-data  write fictional notes and their codes to sample_data: train, eval and test"
-	@echo "make test    run the tests"
-	@echo "make notebooks  execute the tutorials; what they show is in runs/tutorials"
-	@echo "make kill-test  kill 200 trainings at random instants and compare what comes of them;  make fuzz  10,000 inputs a target"
-	@echo "make check   lint and format check;  make format  mend what can be mended"
-	@echo "make setup   only install into .venv;  make clean  remove what make demo and make sample-data wrote"
+	@echo "make setup        create .venv with the versions of constraints.txt"
+	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
+	@echo "make sample-data  write 1,000 fictional notes and their codes to sample_data: train, eval and test"
+	@echo "make notebooks    run the tutorials; outputs in runs/tutorials"
+	@echo "make test         run all tests;  make test-fast  skip those that start processes"
+	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
+	@echo "make fuzz         10,000 random inputs per fuzz target"
+	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
+	@echo "make constraints  write the versions installed in .venv to constraints.txt, after make test passed"
+	@echo "make clean        remove what make demo and make sample-data wrote"
 
 setup: .venv/installed
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
-# Two seeds of notes share no note. The tests make everything smaller.
+# Two seeds of notes share no note. The tests use smaller numbers.
 DEMO_NOTES := 3000
 DEMO_HELD_OUT := 150
 DEMO_BASE_STEPS := 1500
 DEMO_CODES := example/demo_cim10.tsv
 DEMO_GENERATE := $(BIN)/python -m utils.generate_notes --length short --cim10 $(DEMO_CODES)
-# Matrices this small gain nothing from more threads. torchrun would set one.
+# Matrices this small do not benefit from more threads. torchrun would set one.
 demo: export OMP_NUM_THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 demo: setup
 	rm -rf demo
@@ -47,7 +50,7 @@ demo: setup
 		"fine-tuned, unseen wordings=demo/unseen.json"
 	@echo "Reports: demo/base.html, demo/tuned.html, demo/unseen.html"
 
-# $(1) name of the scores, $(2) folder of the model or the run, $(3) folder of the notes
+# $(1) name of the scores, $(2) directory of the model or the run, $(3) directory of the notes
 define demo_score
 $(BIN)/python -m utils.predict_icd10 --run demo/$(2) --notes demo/$(3)/notes_instruct.jsonl \
 	--out demo/$(1)_answers.jsonl --batch_size 50 --max_tokens 200
@@ -62,7 +65,10 @@ sample-data: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Without a key: executing a tutorial must not be charged to anybody.
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not ranks"
+
+# Without a key, so that running a tutorial is never charged.
 notebooks: setup
 	mkdir -p runs/tutorials
 	env -u MISTRAL_API_KEY $(BIN)/jupyter-execute --output='../runs/tutorials/{notebook_name}' \
@@ -77,10 +83,18 @@ fuzz: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/vulture
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Build tags (2.13.0+cpu) are left out: they differ between machines.
+constraints: setup
+	(echo "# Versions that all tests passed with. pyproject.toml has the supported ranges."; \
+		$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.txt
 
 clean:
 	rm -rf demo sample_data

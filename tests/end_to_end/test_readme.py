@@ -1,87 +1,138 @@
-"""What the README and the examples promise, but for the commands (see test_readme_commands)."""
+"""What README.md and docs/ promise, except their commands (test_readme_commands.py), and the demo."""
 
 import ast
-import io
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from finetune.args import read_train_args
-from tests.end_to_end.test_readme_commands import ELSEWHERE, one_that_begins
+from tests.end_to_end.test_readme_commands import ELSEWHERE
+from tests.support.documents import PAGES, ROOT, TEXT, command_starting_with
 from tests.support.no_network import without_network
+from tests.support.run_module import run_module
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "example").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TESTS_README = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "tests/README.md", "example/README.md"))]
+# GiB that the columns "16 GB", "24 GB", ... of the tables of models mean.
+GPU_GIB = {"16 GB": 15, "24 GB": 23.5, "40 GB": 39, "80 GB": 79}
+MODELS = {"Mistral 7B": "mistral-7b", "Nemo 12B": "nemo-12b", "Small 24B": "small-24b", "Mixtral 8x7B": "mixtral-8x7b"}
 
 
-def output_of(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a command prints that succeeds, run here."""
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    monkeypatch.chdir(ROOT)
-    output, code = io.StringIO(), None
-    with redirect_stdout(output):
-        try:
-            runpy.run_module(module, run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-    assert not code
-    return output.getvalue()
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("mention", sorted(set(re.findall(r"`(utils\.\w+[^`\n]*)`", README))))
-def test_modules_exist_with_the_flags_that_are_mentioned(mention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mention", sorted(set(re.findall(r"`(utils\.\w+[^`\n]*)`", TEXT))))
+def test_mentioned_modules_exist_with_the_mentioned_flags(mention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, _, arguments = mention.partition(" ")
-    text = output_of(module, ["--help"], monkeypatch)
-    for flag in re.findall(r"--\w+", arguments):
-        assert flag in text
+    help_text = run_module(module, ["--help"], monkeypatch)
+    assert all(flag in help_text for flag in re.findall(r"--\w+", arguments))
 
 
-@pytest.mark.parametrize("name", sorted({*re.findall(r"`(test_\w+\.py::\w+)`", README), *ELSEWHERE.values()}))
-def test_tests_that_are_named_exist(name: str) -> None:
+@pytest.mark.parametrize("name", sorted({*re.findall(r"`(test_\w+\.py::\w+)`", TESTS_README), *ELSEWHERE.values()}))
+def test_named_tests_exist(name: str) -> None:
     file, _, function = name.partition("::")
     if function:
         path = next((ROOT / "tests").rglob(file))
         assert re.search(rf"^def {function}\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
-def test_links_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+def rows(text: str, columns: int) -> list[list[str]]:
+    """Return the cells of the table rows with this many columns."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if len(row) == columns]
 
 
-def test_models_fit_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = re.findall(r"^\| `([\w.-]+)` \| (.+?) billion \| `(\w+)` \| (.+) \|$", README, re.MULTILINE)
-    assert len(rows) >= 8
-    options = shlex.split(one_that_begins("python -m utils.plan"))[3:]
-    for column, gb in enumerate(("15", "23.5", "39", "79")):
-        for model in dict.fromkeys(row[0] for row in rows):
-            arguments = [model if option == "mistral-7b" else option for option in options] + ["--gpu_gb", gb]
-            plan = json.loads(output_of("utils.plan", [*arguments, "--json"], monkeypatch))
-            longest = {row["base_dtype"]: row["largest_seq_len"] for row in plan["memory"] if row["checkpoint"] is True}
-            for _, billions, base_dtype, cells in (row for row in rows if row[0] == model):
-                assert float(billions) == pytest.approx((plan["parameters"] - plan["trained"]) / 1e9, abs=0.05)
-                said = cells.split(" | ")[column].replace(",", "").replace("–", "0")
-                assert int(said) == pytest.approx(longest[base_dtype], rel=0.05, abs=1000), (model, base_dtype, gb)
+def test_migration_guide_and_tests_have_the_same_rows() -> None:
+    guide = (ROOT / "docs/migration.md").read_text(encoding="utf-8").partition("## Names")[0]
+    promised = [name for name, _ in rows(guide, 2)[2:]]
+    tested = [name for name, _ in rows(TESTS_README[TESTS_README.index("## What the migration") :], 2)[2:]]
+    assert promised == tested
 
 
-def texts_of_the_code() -> Iterator[str]:
-    """Every string that stands in the sources, with … in place of what is filled in."""
-    for path in [
-        ROOT / "train.py",
-        *(p for name in ("finetune", "model", "utils") for p in (ROOT / name).rglob("*.py")),
-    ]:
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"(?:\]\(|src=\")(?!http)([^)\s\"]+)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_every_page_is_in_the_table_of_pages() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))
+    assert linked >= {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.fixture(scope="module")
+def longest_sequences() -> dict[tuple[str, str], dict[str, dict]]:
+    """What utils.plan says for each model and column: for each `base_dtype` the row with `checkpoint: true`."""
+    monkeypatch = pytest.MonkeyPatch()
+    plans = {}
+    named = re.findall(r"^\| `([\w.-]+)` \| .+? billion", TEXT, re.MULTILINE)
+    for model in dict.fromkeys([*MODELS.values(), *named]):
+        for column, gib in GPU_GIB.items():
+            options = ["example/7B.yaml", "--model", model, "--gpu_gb", str(gib), "--json"]
+            plan = json.loads(run_module("utils.plan", options, monkeypatch))
+            found = {row["base_dtype"]: row for row in plan["memory"] if row["checkpoint"] is True}
+            plans[model, column] = found | {"frozen": plan["parameters"] - plan["trained"]}
+    monkeypatch.undo()
+    return plans
+
+
+def assert_longest(text: str, row: dict) -> None:
+    """Compare a number of tokens in a table, or a dash, with the plan's."""
+    number = 0 if text == "–" else int(text.replace(",", ""))
+    assert number == pytest.approx(row["largest_seq_len"], rel=0.05, abs=1000)
+
+
+def test_memory_table_follows_the_plan(longest_sequences: dict) -> None:
+    page = (ROOT / "docs/hardware.md").read_text(encoding="utf-8")
+    header, _, *table = rows(page, 3 + len(GPU_GIB))
+    assert len(table) >= 8 and header[3:] == list(GPU_GIB)
+    for model, billions, base_dtype, *cells in table:
+        for column, cell in zip(GPU_GIB, cells):
+            plan = longest_sequences[model.strip("`"), column]
+            assert float(billions.split()[0]) == pytest.approx(plan["frozen"] / 1e9, abs=0.05)
+            assert_longest(cell, plan[base_dtype.strip("`")])
+
+
+def test_readme_names_what_fits_as_the_plan_does(longest_sequences: dict) -> None:
+    header, _, *table = rows(README, 1 + len(MODELS))
+    assert header[1:] == list(MODELS) and [row[0] for row in table] == list(GPU_GIB)
+    for column, *cells in table:
+        for name, cell in zip(MODELS.values(), cells):
+            plan = longest_sequences[name, column]
+            for base_dtype, tokens in re.findall(r"`(\w+)` ([\d,]+\d)", cell) or [("nf4", "–")]:
+                assert_longest(tokens, plan[base_dtype])
+
+
+def test_first_screen_names_what_fits_24_gb(longest_sequences: dict) -> None:
+    command = shlex.split(command_starting_with("python -m utils.plan example"))
+    assert command[command.index("--gpu") + 1] == "rtx4090"  # 23.5 GiB, as the table's column
+    (tokens,) = re.findall(r"sequences of ([\d,]+) tokens in 24 GB", README)
+    assert_longest(tokens, longest_sequences["mistral-7b", "24 GB"]["nf4"])
+
+
+def strings_of_the_code() -> Iterator[str]:
+    """Yield every string of the sources, with … for what is filled in."""
+    sources = (path for name in ("finetune", "model", "utils") for path in (ROOT / name).rglob("*.py"))
+    for path in [ROOT / "train.py", *sources]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
@@ -90,33 +141,19 @@ def texts_of_the_code() -> Iterator[str]:
 
 
 def test_messages_are_those_of_the_code() -> None:
-    table = README[README.index("## Troubleshooting") :].partition("\n## ")[0]
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    table = page[page.index("## Error messages") :].partition("\n## ")[0]
     messages = [quote for _, quote in re.findall(r"^\| (``?) ?(.+?) ?\1 \|", table, re.MULTILINE)]
-    texts = list(texts_of_the_code())
+    strings = list(strings_of_the_code())
     assert len(messages) >= 12
-    assert [message for message in messages if not any(message.strip(" …") in text for text in texts)] == []
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_examples_load(path: Path) -> None:
-    problems: list[str] = []
-    read_train_args(path, lambda args: problems.extend(args.problems()) or [])
-    # What an example cannot know is where its user's model and data lie.
-    to_fill = r"does not exist|are both empty|`run_dir` is empty"
-    assert [problem for problem in problems if not re.search(to_fill, problem)] == []
-
-
-def test_requirements_are_those_of_pyproject() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line and not line.startswith("#")] == declared
+    assert [message for message in messages if not any(message.strip(" …") in string for string in strings)] == []
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `make demo` in a folder of its own, with few notes and steps: it cannot code well after them.
+    """Run `make demo` in a new folder, with too few notes and steps to learn much.
 
-    Only connections within the machine are allowed; what else was tried stands in `sockets.txt`.
+    Only connections within the machine are allowed; `sockets.txt` records other attempts.
     """
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(ROOT / "example", folder / "example")
@@ -138,11 +175,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_demo_asks_nobody_outside_this_machine(demo: Path) -> None:
+def test_demo_connects_to_no_other_host(demo: Path) -> None:
     assert not (demo / "sockets.txt").exists(), (demo / "sockets.txt").read_text(encoding="utf-8")
 
 
-def test_demo_leaves_a_complete_run_folder(demo: Path) -> None:
+def test_demo_writes_a_complete_run_folder(demo: Path) -> None:
     run = demo / "demo/run"
     names = {path.name for path in run.iterdir()}
     assert names >= {"args.yaml", "checkpoints", "loss.png", "metrics.eval.jsonl", "metrics.train.jsonl", "tb"}
@@ -152,7 +189,7 @@ def test_demo_leaves_a_complete_run_folder(demo: Path) -> None:
         assert files == {"lora.safetensors", "params.json", "tokenizer.model.v3"}
 
 
-def test_demo_scores_base_and_tuned_model_on_seen_and_unseen_wordings(demo: Path) -> None:
+def test_demo_scores_base_and_tuned_model(demo: Path) -> None:
     for name, notes in (("base", "held_out"), ("tuned", "held_out"), ("unseen", "unseen")):
         scores = json.loads((demo / f"demo/{name}.json").read_text(encoding="utf-8"))
         assert scores["counts"]["notes"] == 4 and scores["counts"]["missing_predictions"] == 0
@@ -164,9 +201,9 @@ def test_demo_scores_base_and_tuned_model_on_seen_and_unseen_wordings(demo: Path
     assert re.search(r"^fine-tuned, unseen wordings +0\.\d{3}", table, re.MULTILINE)
 
 
-def test_sample_data_are_notes_and_codes_in_three_splits(tmp_path: Path) -> None:
+def test_sample_data_has_three_splits(tmp_path: Path) -> None:
     command = ["make", "-f", ROOT / "Makefile", "-o", "setup", "sample-data", f"BIN={Path(sys.executable).parent}"]
-    for notes in ("20", "30"):  # a second call replaces what the first wrote
+    for notes in ("20", "30"):  # the second call replaces the first one's files
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([*command, f"SAMPLE_NOTES={notes}"], cwd=tmp_path, env=environment, check=True)
     sizes = {path.name: path.read_text(encoding="utf-8").count("\n") for path in (tmp_path / "sample_data").iterdir()}
@@ -175,7 +212,7 @@ def test_sample_data_are_notes_and_codes_in_three_splits(tmp_path: Path) -> None
     assert sizes.keys() >= {"text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"}
 
 
-def test_demo_notes_are_held_out(demo: Path) -> None:
+def test_demo_scores_held_out_notes(demo: Path) -> None:
     train, held_out = (
         {json.loads(line)["messages"][1]["content"] for line in (demo / "demo" / file).open(encoding="utf-8")}
         for file in ("data/notes_instruct.jsonl", "held_out/notes_instruct.jsonl")

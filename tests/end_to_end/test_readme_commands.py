@@ -1,4 +1,4 @@
-"""Every command of the README is run on tiny models and data, or said to be run elsewhere, or not at all and why."""
+"""Every command of README.md and docs/ runs on tiny models and data, or is listed with the reason why not."""
 
 import inspect
 import json
@@ -15,32 +15,33 @@ import pytest
 import yaml
 
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
+from tests.support.documents import COMMANDS, ROOT, TEXT, command_starting_with, starts_with
 from tests.support.no_network import without_network
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-PROGRAMS = ("python", "torchrun", "make", "pip", "source", "sbatch", "mistral-chat", "vllm", "ollama")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
-# What the placeholders of all commands stand for.
+# What the placeholders of all commands mean.
 PLACES = {
     "CIM10_TABLE": "notes/cim10.tsv",
     "CONFIG.yaml": "small.yaml",
     "RUN": "runs/icd_v1",
+    "MODEL": "models/mistral-7B-v0.3",
     "A": "models/mistral-7B-v0.3",
     "B": "runs/icd_v1",
     "text.csv": "notes/text.csv",
     "codes.csv": "notes/codes.csv",
 }
-# The README's commands in an order in which each finds what it needs: how they begin, and what else is replaced.
+# Commands in an order in which each finds its input: how they begin, and what else is replaced.
 STORY: list[tuple[str, dict[str, str]]] = [
     ("python -m utils.make_demo_model", {"DIR": "models/mistral-7B-v0.3", "1500": "0"}),
     ("python -m utils.generate_notes", {"DIR": "notes", "1000": "40"}),
     ("python -m utils.prepare_icd10_data", {}),
     ("python -m utils.validate_data --train_yaml example", {}),
-    ("python -m utils.plan", {}),
-    ("torchrun --nproc-per-node 1", {}),
-    ("python -m utils.predict_icd10", {}),
+    ("python -m utils.plan example", {}),
+    ("python -m utils.plan --help", {}),
+    ("torchrun --nproc-per-node 1 -m train example", {}),
+    ("python -m utils.predict_icd10 --run runs/icd_v1 --notes data", {}),
+    ("python -m utils.predict_icd10 --run runs/icd_v1 --notes new_notes", {}),
     ("python -m utils.evaluate_icd10", {}),
     ("python -m train", {}),
     ("python -m utils.validate_data --train_yaml CONFIG", {}),
@@ -52,37 +53,47 @@ STORY: list[tuple[str, dict[str, str]]] = [
     ("python -m utils.export RUN --to peft", {"DIR": "peft"}),
     ("python -m utils.export RUN --to hf", {"DIR": "hf"}),
     ("python -m utils.export RUN --to mistral", {"DIR": "mistral"}),
+    ("python -m utils.export MODEL", {"BASE": "base"}),
     ("python -m utils.extend_model_vocab", {"OLD": "old", "NEW": "new"}),
     ("python -m utils.report", {}),
     ("python -m utils.evaluate_qa", {"G.jsonl": "questions/eval.jsonl"}),
     ("python -m utils.compare_icd10", {"A.json": "scores.json", "B.json": "scores.json"}),
-    # What they measured last; measuring takes minutes.
-    ("python -m benchmarks.loader", {"benchmarks.loader": "benchmarks.loader --show"}),
-    ("python -m benchmarks.validate", {"benchmarks.validate": "benchmarks.validate --show"}),
-    ("python -m benchmarks.saving", {"benchmarks.saving": "benchmarks.saving --show"}),
+    # Their latest results; measuring takes minutes.
+    *(
+        (f"python -m benchmarks.{name}", {f"benchmarks.{name}": f"benchmarks.{name} --show"})
+        for name in ("loader", "validate", "saving", "load_checkpoint", "plan")
+    ),
 ]
-# Commands that are run by another test, or not at all and why.
+# Commands that another test runs, or why none does.
 ELSEWHERE = {
-    "make demo": "test_readme.py::test_demo_leaves_a_complete_run_folder",
-    "make sample-data": "test_readme.py::test_sample_data_are_notes_and_codes_in_three_splits",
+    "make demo": "test_readme.py::test_demo_writes_a_complete_run_folder",
+    "make sample-data": "test_readme.py::test_sample_data_has_three_splits",
     "make notebooks": "test_notebooks.py::test_mistral_finetune_7b",
     "make kill-test": "test_resume.py::test_a_run_killed_at_any_instant_goes_on_as_if_nothing_had_happened",
-    "make setup": "installs packages",
-    "make test": "runs this",
+    "make setup": "test_project.py::test_setup_uses_the_constraints",
+    "make test": "runs this test",
+    "torchrun --nproc-per-node 1 -m train CONFIG": "like python -m train CONFIG.yaml",
+    "torchrun --nproc-per-node 8": "test_training.py::test_two_processes_follow_the_original",
     "torchrun --max-restarts 3": "test_resume.py::test_torchrun_restarts_a_run_that_lost_a_process",
     "sbatch": "test_machines.py::test_the_slurm_script_starts_every_node_and_requeues_an_interrupted_run",
     "python -m benchmarks.train": "test_benchmark_train.py::test_the_paired_mode_ends_with_the_ratios",
+    "python -m benchmarks.generate": "test_predict_icd10.py::test_an_untrained_model_names_only_codes_of_the_table",
     "python -m tests.end_to_end.two_nodes": "test_machines.py::test_a_node_that_dies_and_comes_back_finishes_the_run",
     "python -m tests.end_to_end.same_answers": "test_export.py::test_transformers_computes_our_logits",
     "mistral-chat": "needs a GPU",
-    "source .venv/bin/activate": "of the shell",
+    "git clone": "needs the network",
+    "cd recode": "a shell builtin",
+    "hf": "needs the network",
+    "python3 -m venv": "creates an environment",
+    ".venv/bin/python -m pip install": "installs packages",
+    "source .venv/bin/activate": "a shell builtin",
     "pip install": "installs packages",
-    "vllm": "another project's",
-    "python convert_hf_to_gguf.py": "another project's",
-    "ollama": "another project's",
+    "vllm": "another project's command",
+    "python convert_hf_to_gguf.py": "another project's command",
+    "ollama": "another project's command",
 }
 
-# One process runs the commands one after the other, as `python -m` would: torch is imported once.
+# One process runs all commands in turn, as `python -m` would, so that torch is imported once.
 DRIVER = """
 import contextlib, io, json, runpy, sys, traceback
 
@@ -103,24 +114,8 @@ json.dump(outcomes, open("outcomes.json", "w", encoding="utf-8"))
 """
 
 
-def commands(text: str) -> list[str]:
-    """The shell commands in blocks, and those that stand in a sentence or a table."""
-    found = [line.strip() for kind, block in BLOCKS.findall(text) if kind == "sh" for line in block.splitlines()]
-    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", BLOCKS.sub("", text))
-    found += [" ".join(span.split()) for span in spans if span.split()[0] in PROGRAMS and " " in span]
-    return list(dict.fromkeys(found))
-
-
-COMMANDS = commands(README)
-
-
-def one_that_begins(beginning: str) -> str:
-    (found,) = (command for command in COMMANDS if re.match(rf"{re.escape(beginning)}\b", command))
-    return found
-
-
 def with_places(command: str, places: dict[str, str]) -> list[str]:
-    """A module and its arguments, placeholders replaced."""
+    """Return a module and its arguments, with placeholders replaced."""
     places = PLACES | places
     longest_first = sorted(places, key=len, reverse=True)
     words = "|".join(map(re.escape, longest_first))
@@ -130,7 +125,7 @@ def with_places(command: str, places: dict[str, str]) -> list[str]:
 
 
 def shrunken(config: Path, run_dir: str, **changes: object) -> str:
-    """An example of a 7B model as a run of two short steps."""
+    """Return a 7B model's example as a run of two short steps."""
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     settings |= {"run_dir": run_dir, "seq_len": 1024, "num_microbatches": 1, "max_steps": 2}
     settings |= {"ckpt_freq": 1, "eval_freq": 2} | changes
@@ -139,7 +134,7 @@ def shrunken(config: Path, run_dir: str, **changes: object) -> str:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's commands were run on tiny models and data; `outcomes.json` has their outcomes."""
+    """Run the commands on tiny models and data; `outcomes.json` in the folder has exit codes and outputs."""
     folder = tmp_path_factory.mktemp("story")
     shutil.copytree(ROOT / "example", folder / "example")
     config = folder / "example/instruct_icd_v1.yaml"
@@ -148,6 +143,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "small.yaml": shrunken(config, "runs/small", **more),
         "two.yaml": shrunken(config, "runs/two", sharding="hybrid"),
         "example/instruct_icd_v1.yaml": shrunken(config, "runs/icd_v1"),
+        "new_notes.csv": "visit_occurence_id,text\n1,Patient hospitalisé pour une pneumopathie.\n",
         "questions.csv": "question,answer\n" + "".join(f"What is {n} and 1?,{n + 1}\n" for n in range(20)),
     }
     for name, text in files.items():
@@ -159,7 +155,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = str(free.getsockname()[1])
     steps = {}
     for beginning, places in STORY:
-        command = one_that_begins(beginning)
+        command = command_starting_with(beginning)
         steps[command] = [word.replace("PORT", port) for word in with_places(command, places)]
     environment, _ = without_network(folder, ROOT, loopback=True)
     subprocess.run(
@@ -174,42 +170,50 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_command_is_run_or_said_not_to_be() -> None:
+def test_every_command_runs_or_is_listed() -> None:
     beginnings = [*(beginning for beginning, _ in STORY), *ELSEWHERE]
     for command in COMMANDS:
-        assert [b for b in beginnings if re.match(rf"{re.escape(b)}\b", command)], command
+        assert any(starts_with(command, beginning) for beginning in beginnings), command
     for beginning in ELSEWHERE:
-        assert any(command.startswith(beginning) for command in COMMANDS), beginning
+        assert any(starts_with(command, beginning) for command in COMMANDS), beginning
 
 
 @pytest.mark.parametrize("beginning", [beginning for beginning, _ in STORY])
 def test_commands_run(beginning: str, story: Path) -> None:
     outcomes = json.loads((story / "outcomes.json").read_text(encoding="utf-8"))
-    code, output = outcomes[one_that_begins(beginning)]
+    code, output = outcomes[command_starting_with(beginning)]
     assert code == 0, output[-3000:]
 
 
-def test_commands_ask_nobody_outside_this_machine(story: Path) -> None:
+def test_commands_connect_to_no_other_host(story: Path) -> None:
     assert not (story / "sockets.txt").exists(), (story / "sockets.txt").read_text(encoding="utf-8")
 
 
-def test_commands_leave_what_the_readme_says(story: Path) -> None:
+def test_commands_write_the_documented_files(story: Path) -> None:
     checkpoint = story / "runs/icd_v1/checkpoints/last"
     expected = {"lora.safetensors", "params.json", "tokenizer.model.v3"}
     assert {path.name for path in (checkpoint / "consolidated").iterdir()} == expected
     assert (checkpoint / "manifest.json").is_file() and (checkpoint / "state").is_dir()
     assert json.loads((story / "scores.json").read_text(encoding="utf-8"))["counts"]["missing_predictions"] == 0
-    files = ["scores.html", "report.html", "questions/train.jsonl", "new/params.json", "peft/adapter_config.json"]
+    files = [
+        "new_codes.csv",
+        "base/config.json",
+        "scores.html",
+        "report.html",
+        "questions/train.jsonl",
+        "new/params.json",
+        "peft/adapter_config.json",
+    ]
     files += ["hf/config.json", "hf/tokenizer.model.v3", "mistral/params.json", "merged/consolidated.safetensors"]
     assert [name for name in files if not (story / name).is_file()] == []
 
 
-@pytest.mark.parametrize("target", re.findall(r"`make ([\w-]+)`", README))
+@pytest.mark.parametrize("target", sorted({*re.findall(r"`make ([\w-]+)`", TEXT + CONTRIBUTING)}))
 def test_make_knows_the_targets(target: str) -> None:
     subprocess.run(["make", "-n", target], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 
-@pytest.mark.parametrize("extra", re.findall(r'`pip install "\.\[(\w+)\]"`', README))
+@pytest.mark.parametrize("extra", re.findall(r'`pip install -e "\.\[(\w+)\]"`', TEXT))
 def test_extras_exist(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert extra in project["optional-dependencies"]
@@ -218,5 +222,5 @@ def test_extras_exist(extra: str) -> None:
 def test_mistral_chat_has_these_flags() -> None:
     from mistral_inference.main import interactive
 
-    flags = re.findall(r"--(\w+)", one_that_begins("mistral-chat"))
+    flags = re.findall(r"--(\w+)", command_starting_with("mistral-chat"))
     assert {"instruct", "lora_path"} == set(flags) <= set(inspect.signature(interactive).parameters)
