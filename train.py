@@ -30,7 +30,7 @@ from finetune.run import Run, resolve, set_up
 from finetune.utils import TrainState
 from model.errors import UserError
 from model.transformer import Transformer
-from utils.icd10.scoring import answer_scores
+from utils.icd10.metrics import answer_scores
 
 logger = logging.getLogger("train")
 

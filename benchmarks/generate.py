@@ -25,9 +25,9 @@ from utils.fictional_notes.notes import write_notes
 from utils.generate_notes import table_of
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
-from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import prompt_messages
-from utils.make_demo_model import demo_model_args
+from utils.models.demo_model import demo_model_args
 
 NEW_TOKENS = 70  # a usual answer
 LONGEST_ANSWER = 200  # of the sampled ones, whose spelling takes twice as many tokens

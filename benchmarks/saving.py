@@ -66,7 +66,7 @@ def main() -> None:
 
 def compare(model: Path, rounds: int) -> dict[str, Any]:
     """Runs the cases in turn, each in a fresh process, on one random model of the demo's size."""
-    from utils.make_demo_model import demo_model_args, make_demo_model
+    from utils.models.demo_model import demo_model_args, make_demo_model
 
     make_demo_model(model, demo_model_args(128, 2), seed=0)
     command = (sys.executable, "-m", "benchmarks.saving", "--model", str(model), "--ckpt_freq")

@@ -1,6 +1,6 @@
-"""Puts the scores of several evaluations side by side: `python -m utils.compare_icd10 "base=A.json" "tuned=B.json"`.
+"""Compare the scores of several evaluations: `python -m utils.compare_icd10 "base=A.json" "tuned=B.json"`.
 
-The files are what `utils.evaluate_icd10 --json` writes.
+The files are written by `utils.evaluate_icd10 --json`.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from finetune.cli import run_cli
 from model.errors import UserError
 from utils.tables.jsonl import file_errors
 
-_COLUMNS = ("micro-F1", "precision", "recall", "category F1", "exact notes")
+_COLUMNS = ("micro-F1", "precision", "recall", "category F1", "exact match")
 
 
 def read_scores(path: Path) -> list[float]:
-    """The figures of `_COLUMNS`, of an evaluation's JSON file.
+    """Return the scores of `_COLUMNS` from the JSON file of an evaluation.
 
     Raises:
-        UserError: the file cannot be read or holds no scores.
+        UserError: the file cannot be read, or contains no scores.
     """
     with file_errors():
         text = path.read_text(encoding="utf-8")
@@ -29,22 +29,24 @@ def read_scores(path: Path) -> list[float]:
         micro = exact["micro"]
         return [micro["f1"], micro["precision"], micro["recall"], category["micro"]["f1"], exact["exact_match"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no scores; expected what utils.evaluate_icd10 --json writes.") from error
+        raise UserError(
+            f"{path} contains no scores; expected a file written by utils.evaluate_icd10 --json."
+        ) from error
 
 
 def comparison(scores: dict[str, list[float]]) -> str:
-    """A table with a line per name."""
+    """Return a table with one line per evaluation."""
     width = max(map(len, scores))
     lines = ["  ".join([" " * width, *_COLUMNS])]
-    for name, figures in scores.items():
-        cells = (f"{figure:{len(column)}.3f}" for figure, column in zip(figures, _COLUMNS))
+    for name, values in scores.items():
+        cells = (f"{value:{len(column)}.3f}" for value, column in zip(values, _COLUMNS))
         lines.append("  ".join([name.ljust(width), *cells]))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scores", nargs="+", metavar="NAME=FILE", help="what to call it, and the scores")
+    parser.add_argument("scores", nargs="+", metavar="NAME=FILE", help="name of the evaluation, and its JSON file")
     named = [text.partition("=") for text in parser.parse_args().scores]
     for name, sign, file in named:
         if not (name and sign and file):

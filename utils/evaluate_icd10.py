@@ -1,11 +1,13 @@
-"""Scores predicted codes against gold.
+"""Score predicted codes against gold codes.
 
-`python -m utils.evaluate_icd10 --gold G.jsonl --predictions P.jsonl --json OUT.json`, with `--cim10 TABLE` for invalid
-and forbidden codes, `--train TRAIN.jsonl` for frequencies in what was trained on, `--html F` and `--csv F`.
+`python -m utils.evaluate_icd10 --gold G.jsonl (--predictions P.jsonl | --run RUN_DIR) --json OUT.json`
 
-Gold rows are instruct rows: `messages`, of which the assistant's last one holds the codes, and `id`. Prediction rows
-are `{"id", "answer"}` or `{"id", "codes"}`, codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. Rows without id are
-named by their line, from 1; predictions may count from 0. A note without prediction counts as one without codes.
+Options: `--cim10 TABLE` counts invalid and forbidden codes, `--train TRAIN.jsonl` groups the scores by frequency in the
+training data, `--html F` writes a page with charts, `--csv F` a line per note.
+
+Gold rows are instruct rows: `id`, and `messages` whose last one, the assistant's, contains the codes. Prediction rows
+are `{"id", "answer"}` or `{"id", "codes"}`, with codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. Rows without id
+are identified by their line number, from 1; predictions may count from 0. A missing prediction counts as no codes.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, wa
 from utils.tables.jsonl import require_own_names, save
 from utils.tables.named_rows import match_names
 
-MOST_FREQUENT = 15  # codes that are named among the missed and the added
+MAX_ERRORS = 15  # codes listed among the most often missed and added
 
 
 def evaluate(
@@ -37,14 +39,14 @@ def evaluate(
     training: Sequence[Sequence[Diagnosis]] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores predictions: `exact` and `category` of `evaluate_codings`, `rates` of `rule_rates`, `counts`, `errors`.
+    """Return `exact` and `category` of `evaluate_codings`, `rates` of `rule_rates`, `counts` and `errors`.
 
     Args:
-        gold: diagnoses by name of the note.
-        predictions: by the same names; a missing one counts as no codes, one of another name is left out.
-        table: for the rates (else empty) and the labels of the errors.
-        training: diagnoses of the notes trained on, for the frequency bands; None: gold's own frequencies.
-        seed: of the bootstrap.
+        gold: diagnoses by note id.
+        predictions: predictions by note id; a missing one counts as no codes, an unknown id is ignored.
+        table: needed for `rates` (empty without it) and the labels of `errors`.
+        training: diagnoses of the training notes, for the frequency bands; None for the frequencies in gold.
+        seed: seed of the bootstrap.
     """
     given = [predictions.get(name, Prediction([])) for name in gold]
     codings = [prediction.diagnoses for prediction in given]
@@ -71,38 +73,38 @@ def _most_frequent_errors(
     gold: Sequence[Sequence[Diagnosis]], predicted: Sequence[Sequence[Diagnosis]], table: Cim10Table | None
 ) -> dict[str, list[dict[str, Any]]]:
     counts: dict[str, Counter[str]] = {"missed": Counter(), "added": Counter()}
-    for right, given in zip(gold, predicted, strict=True):
-        missed, added = _differences(right, given)
+    for expected, given in zip(gold, predicted, strict=True):
+        missed, added = _differences(expected, given)
         counts["missed"].update(missed)
         counts["added"].update(added)
     return {
         kind: [
             {"code": code, "label": (table and table.label(code)) or "", "notes": notes}
-            for code, notes in found.most_common(MOST_FREQUENT)
+            for code, notes in found.most_common(MAX_ERRORS)
         ]
         for kind, found in counts.items()
     }
 
 
 def _differences(gold: Sequence[Diagnosis], predicted: Sequence[Diagnosis]) -> tuple[list[str], list[str]]:
-    """Codes of gold that were not predicted, and the other way round, in their order."""
-    right, given = (dict.fromkeys(item.code for item in items) for items in (gold, predicted))
-    return [code for code in right if code not in given], [code for code in given if code not in right]
+    """Return the missed codes (in gold only) and the added codes (predicted only), in their order."""
+    expected, given = (dict.fromkeys(item.code for item in items) for items in (gold, predicted))
+    return [code for code in expected if code not in given], [code for code in given if code not in expected]
 
 
 def note_rows(
     gold: Mapping[str, Sequence[Diagnosis]], predictions: Mapping[str, Prediction]
 ) -> Iterator[dict[str, Any]]:
-    """What came of each gold note; never its text."""
-    for name, right in gold.items():
+    """Yield the codes and scores of each gold note, without its text."""
+    for name, expected in gold.items():
         given = predictions[name].diagnoses if name in predictions else []
-        missed, added = _differences(right, given)
-        codes, found = {item.code for item in right}, {item.code for item in given}
+        missed, added = _differences(expected, given)
+        codes, found = {item.code for item in expected}, {item.code for item in given}
         precision, recall, f1 = _note_scores(codes, found)
         _, _, f1_category = _note_scores({category(code) for code in codes}, {category(code) for code in found})
         yield {
             "id": name,
-            "gold": _with_roles(right),
+            "gold": _with_roles(expected),
             "predicted": _with_roles(given),
             "missed": " ".join(missed),
             "added": " ".join(added),
@@ -119,16 +121,17 @@ def _with_roles(diagnoses: Sequence[Diagnosis]) -> str:
 
 
 def _note_scores(gold: set[str], predicted: set[str]) -> tuple[float, ...]:
-    """Precision, recall and F1 of one note, which has gold codes."""
+    """Return precision, recall and F1 of a note; `gold` is not empty."""
     correct = len(gold & predicted)
     scores = correct / max(1, len(predicted)), correct / len(gold), 2 * correct / (len(gold) + len(predicted))
     return tuple(round(score, 4) for score in scores)
 
 
-def summarise(result: Mapping[str, Any]) -> str:
-    """The main scores in a table, and what to beware of."""
-    lines = [f"{'':24}{'':2}{LEVEL_NAMES['exact']:24}{LEVEL_NAMES['category']}"]
-    lines += [f"{name:24}  {exact:24}{shortened}" for name, exact, shortened in score_rows(result)]
+def summarize(result: Mapping[str, Any]) -> str:
+    """Return a table of the main scores, and the warnings."""
+    rows = [("95 % intervals in brackets", *LEVEL_NAMES.values()), *score_rows(result)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, *warnings(result)])
 
 
@@ -143,25 +146,25 @@ def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gold", type=Path, required=True, help="jsonl of instruct rows")
+    parser.add_argument("--gold", type=Path, required=True, metavar="FILE", help="instruct rows (jsonl)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--predictions", type=Path, help="jsonl of answers or codes")
-    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a training run, whose model answers first")
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="scores, all of them")
-    parser.add_argument("--html", type=Path, metavar="F", help="one page with charts")
-    parser.add_argument("--csv", type=Path, metavar="F", help="a line per note")
-    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's CIM-10: invalid and forbidden codes")
-    parser.add_argument("--train", type=Path, help="instruct rows trained on, for scores by frequency of the codes")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    source.add_argument("--predictions", type=Path, metavar="FILE", help="answers or codes (jsonl)")
+    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run; its latest checkpoint answers --gold first")
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="write all scores to this file")
+    parser.add_argument("--html", type=Path, metavar="F", help="write a page with charts")
+    parser.add_argument("--csv", type=Path, metavar="F", help="write one line per note")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table; count invalid and forbidden codes")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="training rows (jsonl), to score by code frequency")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = _arguments()
     if args.run:
-        from utils.predict_icd10 import answer_with_newest  # torch, which scores alone do not need
+        from utils.models.predictor import predict_in_run_dir  # imports torch
 
-        args.predictions = answer_with_newest(args.run, args.gold)
+        args.predictions = predict_in_run_dir(args.run, args.gold)
     outputs = [path for path in (args.json, args.html, args.csv) if path]
     require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
@@ -176,7 +179,7 @@ def main() -> None:
     if args.csv:
         contents[args.csv] = _csv_text(note_rows(gold, predictions))
     save(contents)
-    print(summarise(result))
+    print(summarize(result))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Scores answers to questions: `python -m utils.evaluate_qa --gold G.jsonl (--predictions P.jsonl | --run RUN)`.
+"""Score answers to questions: `python -m utils.evaluate_qa --gold G.jsonl (--predictions P.jsonl | --run RUN)`.
 
-Gold rows are instruct rows, whose last message, the assistant's, is the reference. Prediction rows are
-`{"id", "answer"}`; rows without id are named by their line. With `--run` the run's newest checkpoint answers first. A
-row without a prediction counts as one with an empty answer.
+Gold rows are instruct rows whose last message, the assistant's, is the reference. Prediction rows are
+`{"id", "answer"}`; rows without id are identified by their line number. With `--run`, the run's latest checkpoint
+answers the questions first. A missing prediction counts as an empty answer.
 
-Two scores, each the mean over the rows, for references that are short (a name, a date, a span), as qa-expert has them:
+Two scores from qa-expert, each the mean over the rows, for short references (a name, a date, a span):
 
-- `word_recall`: the share of the reference's words that stand in the answer;
-- `contains`: whether the reference stands in the answer, as it is, as one piece.
+- `word_recall`: fraction of the reference's words that occur in the answer;
+- `contains`: whether the answer contains the whole reference as a substring.
 
-Before both, texts are normalised as there: lower case, no punctuation (taken out, not replaced: "l'eau" is "leau"),
-without the words "a", "an" and "the", any blanks as one. Accents and digits stay. `contains` compares characters, so
-"12" stands in "120". Two things are wider: punctuation is Unicode's (also « » and ’) and accents may be composed
-or not. One differs: words are a set on both sides, so that a reference that repeats a word can be recalled whole.
+Texts are normalized first, as in qa-expert: lower case, punctuation removed ("l'eau" becomes "leau"), the words "a",
+"an" and "the" removed, whitespace collapsed. Accents and digits are kept. `contains` compares characters: "120"
+contains "12". Differences from qa-expert: punctuation includes Unicode's (« » ’), accents may be composed or
+decomposed, and words are a set on both sides, so that a reference with a repeated word can reach a recall of 1.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from utils.icd10.metrics import interval, resample
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
 from utils.tables.named_rows import last_answer, match_names, read_named_rows
 
-SCORE_NAMES = {"word_recall": "word recall", "contains": "contains the answer"}
+SCORE_NAMES = {"word_recall": "word recall", "contains": "contains reference"}
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
-def normalised(text: str) -> str:
-    """The text in lower case, without punctuation and English articles, words one blank apart."""
+def normalize_text(text: str) -> str:
+    """Return the text in lower case, without punctuation and English articles, words separated by one space."""
     lower = unicodedata.normalize("NFC", text).lower()
     kept = "".join(
         character
@@ -48,21 +48,21 @@ def normalised(text: str) -> str:
 
 
 def word_recall(reference: str, answer: str) -> float:
-    """The share of the reference's words that stand in the answer; the reference must have one."""
-    words = set(normalised(reference).split())
-    return len(words & set(normalised(answer).split())) / len(words)
+    """Return the fraction of the reference's words that occur in the answer; the reference must have a word."""
+    words = set(normalize_text(reference).split())
+    return len(words & set(normalize_text(answer).split())) / len(words)
 
 
 def contains(reference: str, answer: str) -> bool:
-    """Whether the normalised reference is a piece of the normalised answer."""
-    return normalised(reference) in normalised(answer)
+    """Return whether the normalized answer contains the normalized reference."""
+    return normalize_text(reference) in normalize_text(answer)
 
 
 def evaluate(references: Mapping[str, str], answers: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
-    """Scores answers by the names of their references; a missing one counts as empty, one of another name is left out.
+    """Score answers by row id; a missing answer counts as empty, an unknown id is ignored.
 
     Returns:
-        `word_recall` and `contains`, `intervals` with 95 % bootstrap intervals of both over the rows, and `counts`.
+        `word_recall`, `contains`, `intervals` (95 % bootstrap intervals of both, over the rows) and `counts`.
     """
     pairs = [(reference, answers.get(name, "")) for name, reference in references.items()]
     scores = {
@@ -85,58 +85,58 @@ def evaluate(references: Mapping[str, str], answers: Mapping[str, str], seed: in
 
 
 def read_references(path: Path) -> dict[str, str]:
-    """The reference of each instruct row, by its name.
+    """Return the reference of each instruct row by row id.
 
     Raises:
-        UserError: a row that does not end with an answer of at least one word, or a name that stands twice.
+        UserError: a row does not end with an answer of at least one word, or an id appears twice.
     """
     return read_named_rows(path, _reference)
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """The answer of each row, by its name.
+    """Return the answer of each row by row id.
 
     Raises:
-        UserError: a row without answer, or a name that stands twice.
+        UserError: a row has no answer, or an id appears twice.
     """
     return read_named_rows(path, _answer)
 
 
 def _reference(row: Row) -> str:
     reference = last_answer(row)
-    if not normalised(reference):
+    if not normalize_text(reference):
         raise SkippedRowError("no words in the last message; expected the assistant's answer")
     return reference
 
 
 def _answer(row: Row) -> str:
     if not isinstance(row.get("answer"), str):
-        raise SkippedRowError("no `answer` that is a text", f"keys: {', '.join(row)}")
+        raise SkippedRowError("no `answer` string", f"keys: {', '.join(row)}")
     return row["answer"]
 
 
-def summarise(result: Mapping[str, Any]) -> str:
-    """The scores with their intervals, and what to beware of."""
+def summarize(result: Mapping[str, Any]) -> str:
+    """Return the scores with their intervals, and the warnings."""
     counts = result["counts"]
     lines = [f"{'rows':20}  {counts['rows']:,}"]
     for key, name in SCORE_NAMES.items():
         low, high = result["intervals"][key]
-        lines.append(f"{name:20}  {result[key]:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"{name:20}  {result[key]:.3f} [{low:.3f}, {high:.3f}]  (95 % interval)")
     if counts["missing_predictions"]:
-        lines.append(f"rows without a prediction, which count as empty: {counts['missing_predictions']:,}")
+        lines.append(f"rows without a prediction (scored as empty): {counts['missing_predictions']:,}")
     if counts["unexpected_predictions"]:
-        lines.append(f"predictions for no gold row, which were left out: {counts['unexpected_predictions']:,}")
+        lines.append(f"predictions without a gold row (ignored): {counts['unexpected_predictions']:,}")
     return "\n".join(lines)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gold", type=Path, required=True, help="jsonl of instruct rows")
+    parser.add_argument("--gold", type=Path, required=True, metavar="FILE", help="instruct rows (jsonl)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--predictions", type=Path, help="jsonl of answers")
-    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a training run, whose model answers first")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file, too")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    source.add_argument("--predictions", type=Path, metavar="FILE", help="answers (jsonl)")
+    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run; its latest checkpoint answers --gold first")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the scores to this file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -144,14 +144,14 @@ def main() -> None:
     args = _arguments()
     references = read_references(args.gold)
     if args.run:
-        from utils.predict_icd10 import answer_with_newest  # torch, which scores alone do not need
+        from utils.models.predictor import predict_in_run_dir  # imports torch
 
-        args.predictions = answer_with_newest(args.run, args.gold)
+        args.predictions = predict_in_run_dir(args.run, args.gold)
     require_own_names([args.json] if args.json else [], [args.gold, args.predictions])
     result = evaluate(references, match_names(references, read_answers(args.predictions)), args.seed)
     if args.json:
         save({args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"})
-    print(summarise(result))
+    print(summarize(result))
 
 
 if __name__ == "__main__":

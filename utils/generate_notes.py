@@ -1,15 +1,15 @@
-"""Writes fictional French discharge notes with their PMSI codes: offline and seeded, or by Mistral's API.
+"""Generate fictional French discharge notes with their PMSI codes: offline and seeded, or with Mistral's API.
 
 `python -m utils.generate_notes --out DIR --n 1000 [--seed 0] [--length short|long] [--cim10 TABLE] [--wordings train]`
 
-In DIR: `text.csv` (visit_occurence_id, text) and `codes.csv` (visit_occurence_id, condition_status_source_value,
-concept_code, concept_name), as a hospital's warehouse would hold them; `cim10.tsv`, the codes in use in the layout of
-ATIH's table, unless --cim10 gives one; and instruct rows ready to train on: `notes_instruct.jsonl` with all notes,
-`train_instruct.jsonl` and `eval_instruct.jsonl` with the shares of --split.
+Files in DIR: `text.csv` (visit_occurence_id, text) and `codes.csv` (visit_occurence_id, condition_status_source_value,
+concept_code, concept_name), like exports of a hospital's data warehouse; `cim10.tsv`, the codes in use in the layout of
+ATIH's table, unless --cim10 is given; and instruct rows ready for training: `notes_instruct.jsonl` with all notes,
+`train_instruct.jsonl` and `eval_instruct.jsonl` with the fractions of --split.
 
-`--writer mistral [--model NAME] [--dry-run]` has a model of Mistral's write the notes of the same fictional stays. The
-key is taken from the environment variable MISTRAL_API_KEY. Notes are kept in `api_notes.jsonl` as they come: a command
-that was interrupted goes on where it stopped when it is given again. `--dry-run` only writes `prompts.jsonl`.
+`--writer mistral [--model NAME] [--dry-run]` lets a model of Mistral's API write the notes of the same fictional stays,
+with the key in the environment variable MISTRAL_API_KEY. Notes are saved to `api_notes.jsonl` on arrival; after an
+interruption, the same command continues. `--dry-run` only writes `prompts.jsonl`.
 """
 
 import argparse
@@ -55,24 +55,24 @@ def save_notes(
     table: Cim10Table | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the files of the module's description into `out`, all of them or none.
+    """Write the files listed in the module docstring to `out`, all of them or none.
 
     Args:
-        notes: as many as `splits` has numbers.
-        out: folder, created if need be.
-        splits: for each note, the index of its split in SPLIT_NAMES.
-        table: if given, written beside the notes.
-        overwrite: whether the files of an earlier call may be replaced; its splits that are no longer made go.
+        notes: one note per element of `splits`.
+        out: output folder, created if missing.
+        splits: index of the split of each note in SPLIT_NAMES.
+        table: written to `cim10.tsv` if given.
+        overwrite: replace the files of an earlier call, and delete its splits that are not written again.
 
     Raises:
-        UserError: a file exists and may not be replaced, or cannot be written.
+        UserError: a file exists and `overwrite` is false, or a file cannot be written.
     """
     split_files = [f"{name}_instruct.jsonl" for name in SPLIT_NAMES]
     names = [TEXT, CODES, ALL_ROWS, *split_files[: max(splits) + 1], *([TABLE] if table else [])]
     stale = [out / name for name in (*split_files, TABLE) if name not in names]
     existing = [str(path) for path in (*(out / name for name in names), *stale) if path.exists()]
     if existing and not overwrite:
-        raise UserError(f"{', '.join(existing)} exist already; give another --out, or --overwrite to replace them.")
+        raise UserError(f"{', '.join(existing)} already exist; give another --out, or --overwrite to replace them.")
     with file_errors():
         out.mkdir(parents=True, exist_ok=True)
         with new_files(out / name for name in names) as temporaries, ExitStack() as opened:
@@ -101,7 +101,7 @@ def _write_rows(notes: Iterable[FictionalNote], files: Mapping[str, IO[str]], sp
 
 
 def table_of(catalogue: Catalogue) -> Cim10Table:
-    """The common codes and their categories (type 3: not to be used) as a table."""
+    """Return a table of the common codes and their categories (type 3: not usable as a code)."""
     common = catalogue.common.values()
     entries = {item.code: Cim10Entry(item.code, item.type, item.label, item.label.upper()) for item in common}
     for code in list(entries):
@@ -118,17 +118,26 @@ def _table_lines(table: Cim10Table) -> Iterable[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--n", type=int, required=True, help="number of notes")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same stays (default: 0)")
-    parser.add_argument("--length", choices=LENGTHS, default="long", help="about 100 tokens, or some 600 to 1500")
-    parser.add_argument("--wordings", choices=tuple(WORDINGS), default="all", help="keep names of diseases apart")
-    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table: its labels, types and further codes")
-    parser.add_argument("--split", default="0.9,0.1", help="shares of train, eval and test (default: 0.9,0.1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier call")
-    api = parser.add_argument_group("notes by Mistral's API")
-    api.add_argument("--writer", choices=("templates", "mistral"), default="templates", help="who writes the notes")
-    api.add_argument("--model", default=DEFAULT_MODEL, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same stays (default: %(default)s)")
+    parser.add_argument(
+        "--length", choices=LENGTHS, default="long", help="about 100, or 600 to 1500 tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wordings",
+        choices=tuple(WORDINGS),
+        default="all",
+        help="names of diseases: `train`, `unseen` (never used by `train`) or both (default: %(default)s)",
+    )
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="use ATIH's labels, types and additional codes")
+    parser.add_argument("--split", default="0.9,0.1", help="fractions of train, eval and test (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    api = parser.add_argument_group("notes written by Mistral's API")
+    api.add_argument(
+        "--writer", choices=("templates", "mistral"), default="templates", help="default: %(default)s, offline"
+    )
+    api.add_argument("--model", default=DEFAULT_MODEL, help="name of the model (default: %(default)s)")
     api.add_argument("--server", metavar="URL", help="another server with the same API (default: Mistral's)")
     api.add_argument("--dry-run", action="store_true", help="write and count the prompts, send nothing")
     return parser.parse_args()
@@ -148,9 +157,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 note.")
     if args.writer == "mistral" and args.wordings != "all":
-        raise UserError(f"--wordings {args.wordings} is for --writer templates: an API's model chooses its own words.")
+        raise UserError(f"--wordings {args.wordings} requires --writer templates: a model chooses its own wordings.")
     if args.writer == "templates" and args.dry_run:
-        raise UserError("--dry-run is for --writer mistral: templates cost nothing.")
+        raise UserError("--dry-run requires --writer mistral: templates send nothing.")
 
 
 def main() -> None:
@@ -165,7 +174,7 @@ def main() -> None:
     splits = split_rows(array("L", range(args.n)), parse_fractions(args.split), args.seed)
     table = None if args.cim10 else table_of(catalogue)
     save_notes(_notes(args, catalogue), args.out, splits, table, args.overwrite)
-    print(f"{args.n:,} fictional notes with their codes: {args.out}")
+    print(f"Wrote {args.n:,} fictional notes with their codes to {args.out}")
 
 
 if __name__ == "__main__":

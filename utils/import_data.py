@@ -22,7 +22,7 @@ from finetune.cli import run_cli
 from model.atomic import new_files
 from model.errors import UserError
 from utils.tables.jsonl import LineReport, SkippedRowError, dump_row, file_errors, require_file
-from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
+from utils.tables.read_table import add_encoding_option, counts_lines, has_fixed_columns, read_table
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 from utils.tables.templates import Recipe, Template
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--split", default="0.9,0.1", help="shares of train, eval and test (default: 0.9,0.1)")
     parser.add_argument("--group", metavar="COLUMN", help="rows of one value, such as a patient's, share a split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
-    parser.add_argument("--encoding", default="utf-8", help="of csv, tsv and json files (default: utf-8)")
+    add_encoding_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier import")
     args = parser.parse_args()
     fractions = parse_fractions(args.split)

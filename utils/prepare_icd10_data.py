@@ -1,12 +1,13 @@
-"""Makes training files of a hospital's notes and codes.
+"""Convert a hospital's notes and codes to training files.
 
 `python -m utils.prepare_icd10_data --text text.csv --codes codes.csv --cim10 TABLE --out DIR [--patient COLUMN]`
 
-text.csv has the columns visit_occurence_id and text (a stay's notes are joined), codes.csv visit_occurence_id,
-condition_status_source_value (DP, DR, DAS) and concept_code; TABLE is ATIH's CIM-10 of the year. In DIR, for train, val
-and test: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (texts to pretrain on); and `report.json`, which says
-what became of every stay and code. Stays of one patient, or of one text, share a split; each chapter of the main
-diagnosis divides as the whole does.
+Columns of text.csv: visit_occurence_id, text (a stay's notes are joined). Columns of codes.csv: visit_occurence_id,
+condition_status_source_value (DP, DR, DAS), concept_code. TABLE is ATIH's CIM-10 table of the year.
+
+Files in DIR: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (pretraining texts) for train, val and test, and
+`report.json`, which accounts for every stay and code. Stays of the same patient, or with the same text, are in the same
+split; splits are stratified by the chapter of the main diagnosis.
 """
 
 import argparse
@@ -21,28 +22,34 @@ from model.atomic import new_files
 from model.errors import UserError
 from utils.icd10.answers import build_answer, list_codes
 from utils.icd10.codes import Cim10Table, chapter
-from utils.icd10.duplicates import find_near_duplicates, normalise_text
-from utils.icd10.partition import SPLITS, split_stays
-from utils.icd10.prepare import CodeRow, Corpus, Dropped, Stay, build_corpus
+from utils.icd10.corpus import CodedStay, CodeRow, Corpus, Dropped, build_corpus
+from utils.icd10.near_duplicates import find_near_duplicates, normalize_text
 from utils.icd10.prompts import instruct_row, pretrain_row
+from utils.icd10.splits import SPLITS, split_stays
 from utils.tables.jsonl import SkippedRowError, dump_row, file_errors
-from utils.tables.read_table import counts_lines, read_table
+from utils.tables.read_table import FILE_TYPES, add_encoding_option, counts_lines, read_table
 from utils.tables.splits import parse_fractions
 
 STAY, TEXT, STATUS, CODE = "visit_occurence_id", "text", "condition_status_source_value", "concept_code"
 REPORT = "report.json"
-SHOWN = 20  # dropped codes, rows and twins that a report shows
+MAX_EXAMPLES = 20  # of dropped codes, dropped rows and near-duplicates in a report
 
 
 def read_texts(
     path: Path, patient: str | None, encoding: str, dropped_rows: Dropped
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Texts by stay, those of one stay joined by a blank line, and patients by stay where the column names one.
+    """Return the text of each stay, its notes joined by a blank line, and the patient of each stay where known.
+
+    Args:
+        path: table with the columns STAY and TEXT.
+        patient: column of the patient; None if there is none.
+        encoding: encoding of text formats.
+        dropped_rows: receives the rows that cannot be used, by reason.
 
     Raises:
-        UserError: no such file or column.
+        UserError: the file cannot be read, or a column is missing.
     """
-    notes: defaultdict[str, dict[str, None]] = defaultdict(dict)  # an ordered set: a note given twice stands once
+    notes: defaultdict[str, dict[str, None]] = defaultdict(dict)  # an ordered set: duplicate notes are kept once
     patients: dict[str, str] = {}
     columns = (STAY, TEXT) if patient is None else (STAY, TEXT, patient)
     for stay, text, *person in _read_columns(path, columns, encoding, dropped_rows):
@@ -53,11 +60,7 @@ def read_texts(
 
 
 def read_codes(path: Path, encoding: str, dropped_rows: Dropped) -> dict[str, list[CodeRow]]:
-    """Status and code of each row, by stay.
-
-    Raises:
-        UserError: no such file or column.
-    """
+    """Return the (status, code) rows of each stay; arguments and errors as for `read_texts`."""
     codes: defaultdict[str, list[CodeRow]] = defaultdict(list)
     for stay, status, code in _read_columns(path, (STAY, STATUS, CODE), encoding, dropped_rows):
         codes[stay].append((status, code))
@@ -67,7 +70,7 @@ def read_codes(path: Path, encoding: str, dropped_rows: Dropped) -> dict[str, li
 def _read_columns(
     path: Path, columns: Sequence[str], encoding: str, dropped_rows: Dropped
 ) -> Iterator[tuple[str, ...]]:
-    """The values of some columns, the stay's first; rows without it or that cannot be read are noted and left out."""
+    """Yield the values of these columns for each row; rows without a value in the first column are dropped."""
     unit = "line" if counts_lines(path) else "row"
     empty = True
     for number, row in read_table(path, encoding):
@@ -79,7 +82,7 @@ def _read_columns(
         if missing := [column for column in columns if column not in row]:
             raise UserError(
                 f"{where}: no column {' and no column '.join(map(repr, missing))}; found "
-                f"{', '.join(map(repr, row))}. Rename the columns of the file, or name the right file."
+                f"{', '.join(map(repr, row))}. Rename the columns of the file, or give another file."
             )
         values = tuple("" if row[column] is None else str(row[column]) for column in columns)
         if values[0].strip():
@@ -87,15 +90,15 @@ def _read_columns(
         else:
             dropped_rows[f"without {columns[0]}"].append(where)
     if empty:
-        raise UserError(f"{path} has no rows; expected the columns {', '.join(columns)} and a row per note or code.")
+        raise UserError(f"{path} has no rows; expected the columns {', '.join(columns)} and one row per note or code.")
 
 
 def describe(
     corpus: Corpus, dropped_rows: Dropped, patients: dict[str, str], texts: Sequence[str], splits: Sequence[int]
 ) -> dict[str, Any]:
-    """The report: what became of every stay and code, what each split holds, which stays are alike."""
+    """Return the report: stays and codes kept and dropped, contents of each split, near-duplicates across splits."""
     kept_codes = sum(len(stay.diagnoses) for stay in corpus.stays)
-    twins = list(find_near_duplicates(texts, splits))
+    duplicates = list(find_near_duplicates(texts, splits))
     return {
         "stays": {
             "read": len(corpus.stays) + sum(map(len, corpus.dropped_stays.values())),
@@ -114,24 +117,24 @@ def describe(
         },
         "duplicates": {
             "stays_with_the_text_of_another": sum(count for count in Counter(texts).values() if count > 1),
-            "near_identical_across_splits": len(twins),
+            "near_identical_across_splits": len(duplicates),
             "examples": [
                 {
-                    SPLITS[splits[twin.note]]: corpus.stays[twin.note].id,
-                    SPLITS[splits[twin.twin]]: corpus.stays[twin.twin].id,
-                    "likeness": round(twin.likeness, 3),
+                    SPLITS[splits[found.note]]: corpus.stays[found.note].id,
+                    SPLITS[splits[found.other]]: corpus.stays[found.other].id,
+                    "similarity": round(found.similarity, 3),
                 }
-                for twin in twins[:SHOWN]
+                for found in duplicates[:MAX_EXAMPLES]
             ],
         },
     }
 
 
 def _examples(dropped: Dropped) -> dict[str, Any]:
-    return {reason: {"count": len(found), "examples": found[:SHOWN]} for reason, found in dropped.items()}
+    return {reason: {"count": len(found), "examples": found[:MAX_EXAMPLES]} for reason, found in dropped.items()}
 
 
-def _describe_split(stays: Sequence[Stay], patients: dict[str, str]) -> dict[str, Any]:
+def _describe_split(stays: Sequence[CodedStay], patients: dict[str, str]) -> dict[str, Any]:
     roles = Counter(item.role for stay in stays for item in stay.diagnoses)
     return {
         "stays": len(stays),
@@ -141,15 +144,15 @@ def _describe_split(stays: Sequence[Stay], patients: dict[str, str]) -> dict[str
     }
 
 
-def summarise(report: dict[str, Any]) -> str:
-    """The report in a few lines."""
+def summarize(report: dict[str, Any]) -> str:
+    """Return a summary of the report."""
     stays, codes, duplicates = report["stays"], report["codes"], report["duplicates"]
     lines = [f"Stays read: {stays['read']:,}. Kept: {stays['kept']:,}."]
     lines += [f"  dropped, {reason}: {len(found):,}" for reason, found in stays["dropped"].items()]
     lines.append(f"Codes of these stays: {codes['read']:,}. Kept: {codes['kept']:,}.")
     lines += [_dropped_line(reason, found) for reason, found in codes["dropped"].items()]
     if report["unreadable_rows"]:
-        lines.append("Rows that could not be used:")
+        lines.append("Unusable rows:")
         lines += [_dropped_line(reason, found) for reason, found in report["unreadable_rows"].items()]
     for name, split in report["splits"].items():
         patients = f" of {split['patients']:,} patients" if split["patients"] is not None else ""
@@ -157,36 +160,36 @@ def summarise(report: dict[str, Any]) -> str:
         chapters = ", ".join(f"{found} {count:,}" for found, count in split["chapters_of_dp"].items())
         lines.append(f"{name}: {split['stays']:,} stays{patients}; {roles}; chapters of the DP: {chapters}")
     if shared := duplicates["stays_with_the_text_of_another"]:
-        lines.append(f"Stays that have the text of another one, and share its split: {shared:,}.")
+        lines.append(f"Stays with the same text as another stay (kept in the same split): {shared:,}.")
     if leaks := duplicates["near_identical_across_splits"]:
         lines.append(
-            f"warning: stays that are nearly identical to one of another split: {leaks:,} (see {REPORT}). Scores on "
-            "them are flattered; give --patient if they are of one patient."
+            f"warning: near-duplicates of stays in another split: {leaks:,} (see {REPORT}). They inflate the scores; "
+            "give --patient if they belong to the same patient."
         )
     else:
-        lines.append("No stay is nearly identical to one of another split.")
+        lines.append("No near-duplicates across splits.")
     return "\n".join(lines)
 
 
 def _dropped_line(reason: str, found: dict[str, Any]) -> str:
-    return f"  dropped, {reason}: {found['count']:,} (such as {found['examples'][0]})"
+    return f"  dropped, {reason}: {found['count']:,} (e.g. {found['examples'][0]})"
 
 
-def save(stays: Sequence[Stay], splits: Sequence[int], report: dict[str, Any], out: Path, overwrite: bool) -> None:
-    """Writes the files of the module's description into `out`, all of them or none.
+def save(stays: Sequence[CodedStay], splits: Sequence[int], report: dict[str, Any], out: Path, overwrite: bool) -> None:
+    """Write the files listed in the module docstring to `out`, all of them or none.
 
     Raises:
-        UserError: a file exists and may not be replaced, or cannot be written.
+        UserError: a file exists and `overwrite` is false, or a file cannot be written.
     """
     kinds = {"instruct": _instruct_line, "text": _text_line}
     names = [f"{split}_{kind}.jsonl" for split in SPLITS for kind in kinds]
     existing = [str(out / name) for name in (*names, REPORT) if (out / name).exists()]
     if existing and not overwrite:
-        raise UserError(f"{', '.join(existing)} exist already; give another --out, or --overwrite to replace them.")
-    made = [*names[: len(kinds) * (max(splits) + 1)], REPORT]
+        raise UserError(f"{', '.join(existing)} already exist; give another --out, or --overwrite to replace them.")
+    written = [*names[: len(kinds) * (max(splits) + 1)], REPORT]
     with file_errors():
         out.mkdir(parents=True, exist_ok=True)
-        with new_files(out / name for name in made) as temporaries:
+        with new_files(out / name for name in written) as temporaries:
             for number, split in enumerate(SPLITS[: max(splits) + 1]):
                 for kind, line_of in kinds.items():
                     temporary = temporaries[out / f"{split}_{kind}.jsonl"]
@@ -194,29 +197,29 @@ def save(stays: Sequence[Stay], splits: Sequence[int], report: dict[str, Any], o
                         file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
             content = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
             temporaries[out / REPORT].write_text(content, encoding="utf-8")
-        for stale in set(names) - set(made):
+        for stale in set(names) - set(written):
             (out / stale).unlink(missing_ok=True)  # its stays are now in another split
 
 
-def _instruct_line(stay: Stay) -> str:
+def _instruct_line(stay: CodedStay) -> str:
     return dump_row(instruct_row(stay.text, build_answer(stay.diagnoses), stay.id)) + "\n"
 
 
-def _text_line(stay: Stay) -> str:
+def _text_line(stay: CodedStay) -> str:
     return dump_row(pretrain_row(stay.text, list_codes(stay.diagnoses))) + "\n"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="table of notes: csv, tsv, parquet or jsonl")
-    parser.add_argument("--codes", type=Path, required=True, help="table of codes, likewise")
+    parser.add_argument("--text", type=Path, required=True, help=f"table of notes ({FILE_TYPES})")
+    parser.add_argument("--codes", type=Path, required=True, help=f"table of codes ({FILE_TYPES})")
     parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="ATIH's CIM-10 table")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
-    parser.add_argument("--ratios", default="0.8,0.1,0.1", help="shares of train, val, test (default: %(default)s)")
-    parser.add_argument("--patient", metavar="COLUMN", help="column of --text; a patient's stays share a split")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
-    parser.add_argument("--encoding", default="utf-8", help="of csv, tsv and jsonl files (default: utf-8)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier call")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--ratios", default="0.8,0.1,0.1", help="fractions of train, val, test (default: %(default)s)")
+    parser.add_argument("--patient", metavar="COLUMN", help="column of --text; keeps a patient's stays in one split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: %(default)s)")
+    add_encoding_option(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser.parse_args()
 
 
@@ -231,12 +234,12 @@ def main() -> None:
     if not corpus.stays:
         reasons = {**corpus.dropped_stays, **corpus.dropped_codes}
         counts = "; ".join(f"{reason}: {len(found):,}" for reason, found in reasons.items())
-        raise UserError(f"No stay of {args.text} and {args.codes} can be used with {args.cim10} ({counts}).")
-    normalised = [normalise_text(stay.text) for stay in corpus.stays]
-    splits = split_stays(corpus.stays, patients, normalised, fractions, args.seed)
-    report = describe(corpus, dropped_rows, patients, normalised, splits)
+        raise UserError(f"No stay of {args.text} and {args.codes} is usable with {args.cim10} ({counts}).")
+    normalized = [normalize_text(stay.text) for stay in corpus.stays]
+    splits = split_stays(corpus.stays, patients, normalized, fractions, args.seed)
+    report = describe(corpus, dropped_rows, patients, normalized, splits)
     save(corpus.stays, splits, report, args.out, args.overwrite)
-    print(summarise(report))
+    print(summarize(report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from model.errors import UserError
 from model.generate import generate
 from tests.support.other_engines import transformers_answers
 from utils.models.exports import export
-from utils.predict_icd10 import read_notes
+from utils.models.predictor import read_prompts
 
 _MAX_TOKENS = 200
 
@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load_trained(options.run)
     encoder, eos = SampleEncoder(tokenizer), tokenizer.tokenizer.eos_id
-    notes = read_notes(options.notes)[: options.n]
+    notes = read_prompts(options.notes)[: options.n]
     prompts = [encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes]
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged"

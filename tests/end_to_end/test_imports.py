@@ -15,6 +15,7 @@ FORBIDDEN = {  # no file of the folder imports any of these, at any place
     "finetune/monitoring": ("torch.distributed", "model.transformer"),
     "utils": ("train",),
     "utils/icd10": ("torch",),
+    "utils/fictional_notes": ("torch",),
 }
 ONLY_IN = {"torch.distributed.fsdp.fully_shard": "wrapped_model.py", "torch.distributed": "distributed.py"}
 
@@ -51,7 +52,17 @@ def test_one_file_shards_and_one_calls_collectives(name):
 
 
 @pytest.mark.parametrize(
-    "package", ["utils.icd10", "finetune.data", "finetune.monitoring", "finetune.args", "utils.validate_data"]
+    "package",
+    [
+        "utils.icd10",
+        "utils.fictional_notes",
+        "finetune.data",
+        "finetune.monitoring",
+        "finetune.args",
+        "utils.validate_data",
+        "utils.predict_icd10",
+        "utils.make_demo_model",
+    ],
 )
 def test_torch_is_not_even_loaded(package):
     """Text tools start at once, and the processes that read rows stay small."""

@@ -21,8 +21,8 @@ from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.golden import instruct_tokenizer
 from tests.support.wandb_reader import read_offline_run
 from utils.icd10.answers import Diagnosis, build_answer
+from utils.icd10.metrics import answer_scores
 from utils.icd10.prompts import instruct_row
-from utils.icd10.scoring import answer_scores
 
 WORLD = World(0, 1, torch.device("cpu"))
 NOTE = "Patient xylophonique de 70 ans, zibeline."  # words to look for where no note may stand

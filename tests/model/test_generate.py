@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from tests.support.golden import GOLDEN
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table
-from utils.icd10.constrain import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import instruct_row
 
 EOS = 2

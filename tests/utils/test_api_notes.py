@@ -1,4 +1,4 @@
-"""Notes by Mistral's API: the official client against a server of our own on the loopback interface."""
+"""Notes from Mistral's API: the official client against a local test server."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ CATALOGUE = load_catalogue()
 
 
 class FakeMistral(ThreadingHTTPServer):
-    """Answers chat completions with "note N"; what `failures` do with a request comes first."""
+    """Answer chat completions with "note N"; each of `failures` handles one request first."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -36,7 +36,7 @@ class FakeMistral(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def shutdown_request(self, request):
-        self.close_request(request)  # without a farewell, so that a reset is one
+        self.close_request(request)  # no shutdown first, so that the client sees a reset
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ def server():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds slept, which pass on a clock of their own."""
+    """Seconds slept, on a simulated clock."""
     slept = []
     real_time = time.time
     monkeypatch.setenv(api_notes.KEY_VARIABLE, KEY)
@@ -119,14 +119,14 @@ def read_csv(path):
 # --- Prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_stays_are_those_of_the_template_writer():
+def test_stays_are_those_of_the_templates():
     for length in ("short", "long"):
         templates = write_notes(40, 7, CATALOGUE, length)
         for request, note in zip(requests(40, 7, length), templates, strict=True):
             assert sorted(request.diagnoses, key=str) == sorted(note.diagnoses, key=str)
 
 
-def test_prompts_tell_the_stay_but_no_code():
+def test_prompts_describe_the_stay_without_codes():
     for request in requests(200, length="long"):
         system, user = request.messages
         assert (system["role"], user["role"]) == ("system", "user")
@@ -135,7 +135,7 @@ def test_prompts_tell_the_stay_but_no_code():
         assert not re.search(r"\b[A-Z]\d\d", user["content"])
 
 
-def test_ids_differ_between_seeds_models_and_stays_but_not_calls():
+def test_ids_depend_on_seed_model_and_stay_only():
     ids = [request.id for seed in (0, 1) for model in ("a", "b") for request in requests(50, seed, model=model)]
     assert len(set(ids)) == len(ids) == 200
     assert [request.id for request in requests(50, 1, model="b")] == ids[-50:]
@@ -145,7 +145,7 @@ def test_ids_differ_between_seeds_models_and_stays_but_not_calls():
 # --- The client -------------------------------------------------------------------------------------------------------
 
 
-def test_the_request_is_what_was_asked_for(server, waits):
+def test_request_contains_model_messages_and_key(server, waits):
     (request,) = requests(1)
     assert api_notes.connect("some-model", server.url)(request.messages) == "note 1 : séjour simple"
     ((path, authorization, body),) = server.requests
@@ -154,70 +154,72 @@ def test_the_request_is_what_was_asked_for(server, waits):
     assert waits == []
 
 
-def test_rate_limits_and_failures_are_waited_out(server, waits, monkeypatch):
+def test_rate_limits_and_failures_are_retried(server, waits, monkeypatch):
     monkeypatch.setattr(api_notes, "_TIMEOUT_MS", 300)
     server.failures = [*[refuse(503)] * 3, refuse(429, Retry_After="17"), hang_up, keep_silent]
     assert api_notes.connect("m", server.url)(requests(1)[0].messages) == "note 7 : séjour simple"
     assert len(waits) == 6
-    assert all(2**n <= wait <= 2**n + 1 for n, wait in enumerate(waits[:3]))  # and up to a second of chance
+    assert all(2**n <= wait <= 2**n + 1 for n, wait in enumerate(waits[:3]))  # plus a random fraction of a second
     assert waits[3] == 17
 
 
-def test_a_limit_that_does_not_end_is_an_error(server, waits):
+def test_persistent_rate_limit_is_an_error(server, waits):
     server.failures = [refuse(429, '{"message": "Requests rate limit exceeded"}')] * 50
-    with pytest.raises(UserError, match=r"answered 429: .*rate limit exceeded.*same command again"):
+    with pytest.raises(UserError, match=r"answered 429: .*rate limit exceeded.*run the same command"):
         api_notes.connect("m", server.url)(requests(1)[0].messages)
     assert max(waits) <= 60 and 180 < sum(waits) < 300
 
 
 @pytest.mark.parametrize("status", [400, 401, 422])
-def test_a_refusal_is_told_at_once(server, waits, status):
+def test_refusal_is_reported_without_retry(server, waits, status):
     server.failures = [refuse(status, '{"detail": "Invalid model: m"}')]
     with pytest.raises(UserError, match=f"answered {status}: .*Invalid model: m"):
         api_notes.connect("m", server.url)(requests(1)[0].messages)
     assert waits == [] and len(server.requests) == 1
 
 
-def test_no_connection_is_told(server, waits):
+def test_missing_connection_is_reported(server, waits):
     server.server_close()
     with pytest.raises(UserError, match="cannot be reached"):
         api_notes.connect("m", server.url)(requests(1)[0].messages)
 
 
 @pytest.mark.parametrize("reason", ["length", "error"])
-def test_half_a_note_is_no_note(server, waits, reason):
+def test_incomplete_note_is_rejected(server, waits, reason):
     server.finish_reason = reason
-    with pytest.raises(UserError, match=f"no whole note .*{reason}"):
+    with pytest.raises(UserError, match=f"incomplete note .*{reason}"):
         api_notes.connect("m", server.url)(requests(1)[0].messages)
 
 
-@pytest.mark.parametrize(("key", "said"), [("", "is not set"), ("  ", "is not set"), ("two words", "is no key")])
-def test_without_a_key_nothing_is_tried(monkeypatch, tmp_path, key, said):
+@pytest.mark.parametrize(
+    ("key", "said"), [("", "is not set"), ("  ", "is not set"), ("two words", "is not a valid key")]
+)
+def test_missing_or_malformed_key_is_rejected(monkeypatch, tmp_path, key, said):
     monkeypatch.setenv(api_notes.KEY_VARIABLE, key)
     with pytest.raises(UserError, match=f"MISTRAL_API_KEY {said}") as error:
         run(monkeypatch, "--n", 10, "--out", tmp_path / "out")
     assert "words" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_without_the_client_the_extra_is_named(monkeypatch):
+def test_missing_client_names_the_extra_to_install(monkeypatch):
     monkeypatch.setenv(api_notes.KEY_VARIABLE, KEY)
     monkeypatch.setitem(sys.modules, "mistralai.client", None)
-    with pytest.raises(UserError, match=r"recode-mistral-finetune\[mistral\]"):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[mistral\]"'):
         api_notes.connect("m")
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_same_files_and_never_the_key(server, tmp_path):
+def test_command_writes_the_same_files_and_never_the_key(server, tmp_path):
     command = [sys.executable, "-m", "utils.generate_notes", "--writer", "mistral", "--server", server.url, "--n", "10"]
-    # MISTRAL_DEBUG has the client log its requests.
+    # MISTRAL_DEBUG makes the client log its requests.
     environment = os.environ | {api_notes.KEY_VARIABLE: KEY, "MISTRAL_DEBUG": "1"}
     result = subprocess.run(
         [*command, "--out", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    assert "10 fictional notes" in result.stdout and "chat/completions" in result.stderr
+    assert "Wrote 10 fictional notes" in result.stdout and "chat/completions" in result.stderr
     written = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
     assert all(KEY not in text for text in (result.stdout, result.stderr, *written))
     texts = read_csv(tmp_path / "text.csv")
@@ -228,14 +230,14 @@ def test_the_command_writes_the_same_files_and_never_the_key(server, tmp_path):
     assert codes == [(request.id, *item) for request in asked for item in request.diagnoses]
 
 
-def test_an_interrupted_command_goes_on(server, waits, monkeypatch, tmp_path):
+def test_interrupted_command_continues(server, waits, monkeypatch, tmp_path):
     arguments = ("--out", tmp_path, "--server", server.url, "--length", "short")
     journal = tmp_path / "api_notes.jsonl"
     original = Handler.reply
 
     def stop_after_four(handler, *reply):
         number = len(server.requests)
-        if number <= 5:  # each note is safe before the next one is asked for
+        if number <= 5:  # each note is saved before the next one is requested
             assert journal.read_text(encoding="utf-8").count("\n") == number - 1
         original(handler, *((400, {}, "{}") if number == 5 else reply))
 
@@ -243,16 +245,16 @@ def test_an_interrupted_command_goes_on(server, waits, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="answered 400"):
         run(monkeypatch, "--n", 10, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["api_notes.jsonl"]
-    whole = journal.read_bytes()
-    journal.write_bytes(whole[:-9])  # as if the machine had gone down in the middle of a line
+    complete = journal.read_bytes()
+    journal.write_bytes(complete[:-9])  # as after a crash in the middle of a line
     run(monkeypatch, "--n", 10, *arguments)
     assert len(server.requests) == 5 + 7
     asked = [body["messages"] for _, _, body in server.requests]
     assert [*asked[:3], *asked[5:]] == [request.messages for request in requests(10, model=api_notes.DEFAULT_MODEL)]
     texts = [row["text"] for row in read_csv(tmp_path / "text.csv")]
     assert texts == [f"note {n} : séjour simple" for n in (1, 2, 3, *range(6, 13))]
-    # Further notes are added to those; nothing is asked for twice, and nothing at all before it may be kept.
-    with pytest.raises(UserError, match="exist already"):
+    # More notes are added to these; none is requested twice, and none before the output files may be written.
+    with pytest.raises(UserError, match="already exist"):
         run(monkeypatch, "--n", 12, *arguments)
     assert len(server.requests) == 12
     run(monkeypatch, "--n", 12, *arguments, "--overwrite")
@@ -260,7 +262,7 @@ def test_an_interrupted_command_goes_on(server, waits, monkeypatch, tmp_path):
     assert [row["text"] for row in read_csv(tmp_path / "text.csv")][:10] == texts
 
 
-def test_dry_run_connects_to_nothing_and_needs_no_key(monkeypatch, tmp_path, capsys):
+def test_dry_run_needs_no_connection_and_no_key(monkeypatch, tmp_path, capsys):
     def no_network(*arguments):
         raise AssertionError("a connection")
 
@@ -276,24 +278,24 @@ def test_dry_run_connects_to_nothing_and_needs_no_key(monkeypatch, tmp_path, cap
     output = capsys.readouterr().out
     characters = sum(len(message["content"]) for request in requests(5, model="m")[1:] for message in request.messages)
     assert first.messages[1]["content"] in output
-    assert "To write: 4 notes (1 are in" in output and f"{characters:,} characters" in output
+    assert "To request: 4 notes (1 are already in" in output and f"{characters:,} characters" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["api_notes.jsonl", "prompts.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--writer", "mistral", "--wordings", "train"), "--wordings train is for --writer templates"),
-        (("--writer", "templates", "--dry-run"), "--dry-run is for --writer mistral"),
+        (("--writer", "mistral", "--wordings", "train"), "--wordings train requires --writer templates"),
+        (("--writer", "templates", "--dry-run"), "--dry-run requires --writer mistral"),
     ],
 )
-def test_options_of_the_other_writer_are_refused(monkeypatch, tmp_path, arguments, said):
+def test_options_of_the_other_writer_are_rejected(monkeypatch, tmp_path, arguments, said):
     with pytest.raises(UserError, match=said):
         run(monkeypatch, "--n", 10, "--out", tmp_path / "out", *arguments)
 
 
 @pytest.mark.parametrize("content", ["a diary\n", '{"text": "t"}\n', "[1]\n", "an essay"])
-def test_another_file_is_no_journal(tmp_path, content):
+def test_another_file_is_not_a_journal(tmp_path, content):
     path = tmp_path / "file.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="is no output of this command"):
@@ -302,7 +304,7 @@ def test_another_file_is_no_journal(tmp_path, content):
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
-def test_a_journal_loses_only_the_line_cut_short(tmp_path, cut):
+def test_journal_loses_only_an_incomplete_last_line(tmp_path, cut):
     path = tmp_path / "file.jsonl"
     lines = [b'{"id": "a", "text": "un"}\n', '{"id": "b", "text": "é à"}\n'.encode()]
     path.write_bytes(lines[0] + lines[1][:-cut])

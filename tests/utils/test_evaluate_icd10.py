@@ -1,4 +1,4 @@
-"""Gold and predictions in, scores out: files are matched note by note, and what the scores do not tell is told."""
+"""Scores of prediction files: matching by id, counts, outputs, invalid files."""
 
 import csv
 import json
@@ -15,12 +15,10 @@ from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.generate_notes import save_notes, table_of
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
-from utils.icd10.codes import chapter
-from utils.icd10.metrics import NO_CHAPTER
+from utils.icd10.codes import CHAPTER_NAMES, chapter
 from utils.icd10.predictions import Prediction
 from utils.icd10.prompts import instruct_row
 from utils.reports.charts import Bar, BarGroup, bar_chart
-from utils.reports.evaluation_page import CHAPTER_NAMES
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
 CATALOGUE = load_catalogue()
@@ -31,7 +29,7 @@ ANSWERS = [{"id": note.id, "answer": build_answer(note.diagnoses)} for note in N
 
 @pytest.fixture
 def evaluate(run_command, tmp_path):
-    """The command in this process: its exit code, what it said, and the scores."""
+    """Run the command in this process; return its exit code, output and scores."""
 
     def run(gold, predictions, *options, out=tmp_path / "out.json"):
         arguments = ["--gold", gold, "--predictions", predictions, "--json", out, *options]
@@ -50,7 +48,7 @@ def answer_of(*codes):
     return build_answer([Diagnosis(role, code, "x") for role, code in codes])
 
 
-def test_scores_stand_where_the_issue_says_and_are_those_of_hand(jsonl, evaluate):
+def test_scores_and_keys_of_the_json_file(jsonl, evaluate):
     gold = jsonl("g.jsonl", [
         instruct_row("Note a", answer_of(("DP", "J189"), ("DAS", "I10"), ("DAS", "E1198")), "a"),
         instruct_row("Note b", answer_of(("DP", "I10")), "b"),
@@ -76,7 +74,7 @@ def test_scores_stand_where_the_issue_says_and_are_those_of_hand(jsonl, evaluate
     assert re.search(r"micro precision +0\.500 \[.*\] +0\.750 \[", said)
 
 
-def test_precision_is_over_predictions_and_recall_over_gold(gold, jsonl, evaluate):
+def test_precision_is_over_predicted_and_recall_over_gold_codes(gold, jsonl, evaluate):
     more = [{"id": row["id"], "answer": row["answer"] + ", Peste (A209)"} for row in ANSWERS]
     exact = evaluate(gold, jsonl("more.jsonl", more))[2]["exact"]
     assert exact["micro"]["recall"] == 1 and exact["micro"]["precision"] < 1
@@ -87,7 +85,7 @@ def test_precision_is_over_predictions_and_recall_over_gold(gold, jsonl, evaluat
     )
 
 
-def test_answers_and_codes_with_and_without_roles_score_alike(gold, jsonl, evaluate):
+def test_answers_and_codes_with_and_without_roles_have_the_same_scores(gold, jsonl, evaluate):
     cut = [note.diagnoses[: 1 + number % 3] for number, note in enumerate(NOTES)]
     files = [
         jsonl("answers.jsonl", [{"id": n.id, "answer": build_answer(codes)} for n, codes in zip(NOTES, cut)]),
@@ -103,7 +101,7 @@ def test_answers_and_codes_with_and_without_roles_score_alike(gold, jsonl, evalu
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("as_text", [True, False])
-def test_rows_without_id_are_matched_by_their_number(jsonl, evaluate, first, as_text):
+def test_rows_without_id_are_matched_by_number(jsonl, evaluate, first, as_text):
     gold = jsonl("g.jsonl", [{"messages": row["messages"]} for row in ROWS])
     name = str if as_text else int
     predictions = [{"id": name(number), "answer": row["answer"]} for number, row in enumerate(ANSWERS, start=first)]
@@ -112,12 +110,12 @@ def test_rows_without_id_are_matched_by_their_number(jsonl, evaluate, first, as_
     assert evaluate(gold, jsonl("o.jsonl", by_order))[2]["exact"]["exact_match"] == 1
 
 
-def test_missing_and_unexpected_predictions_are_counted_and_named(gold, jsonl, evaluate):
-    predictions = [*ANSWERS[2:], {"id": "nobody", "answer": ANSWERS[0]["answer"]}]
+def test_missing_and_unexpected_predictions_are_counted_and_listed(gold, jsonl, evaluate):
+    predictions = [*ANSWERS[2:], {"id": "unknown", "answer": ANSWERS[0]["answer"]}]
     _, said, result = evaluate(gold, jsonl("p.jsonl", predictions))
     counts = result["counts"]
     assert counts["missing_ids"] == [NOTES[0].id, NOTES[1].id] and counts["missing_predictions"] == 2
-    assert counts["unexpected_ids"] == ["nobody"] and counts["answers_without_code"] == 0
+    assert counts["unexpected_ids"] == ["unknown"] and counts["answers_without_code"] == 0
     assert result["exact"]["micro"]["precision"] == 1 and result["exact"]["exact_match"] == 38 / 40
     assert "notes without a prediction (scored as no codes): 2" in said and NOTES[0].id in said
     assert "predictions without a gold note (ignored): 1" in said
@@ -142,7 +140,7 @@ def test_repeated_codes_count_once_and_are_counted(gold, jsonl, evaluate):
     )
 
 
-def test_rates_and_frequencies_come_with_a_table_and_training_rows(gold, jsonl, evaluate, tmp_path):
+def test_table_and_training_rows_add_rates_and_frequencies(gold, jsonl, evaluate, tmp_path):
     save_notes(iter(NOTES), tmp_path / "notes", [0] * len(NOTES), table_of(CATALOGUE))
     predictions = [{"id": row["id"], "answer": row["answer"] + ", Invention (A999)"} for row in ANSWERS]
     train = jsonl("train.jsonl", ROWS[:10])
@@ -153,13 +151,13 @@ def test_rates_and_frequencies_come_with_a_table_and_training_rows(gold, jsonl, 
     assert result["rates"]["forbidden_DP"]["count"] == result["rates"]["no_DP"]["count"] == 0
     assert f"codes that are not in the table: 40 of {predicted}" in said
     assert result["counts"]["training_notes"] == 10
-    learnt = {item.code for note in NOTES[:10] for item in note.diagnoses}
-    unseen = sum(item.code not in learnt for note in NOTES for item in note.diagnoses)
+    trained = {item.code for note in NOTES[:10] for item in note.diagnoses}
+    unseen = sum(item.code not in trained for note in NOTES for item in note.diagnoses)
     assert result["exact"]["by_frequency"]["0"]["gold"] == unseen > 0
     assert result["errors"] == {"missed": [], "added": [{"code": "A999", "label": "", "notes": 40}]}
 
 
-def test_the_csv_has_a_line_per_note_that_adds_up(gold, jsonl, evaluate, tmp_path):
+def test_csv_has_one_line_per_note_and_adds_up(gold, jsonl, evaluate, tmp_path):
     predictions = [{"id": note.id, "codes": ["A209", *(d.code for d in note.diagnoses[1:])]} for note in NOTES[:-1]]
     path = tmp_path / "new/notes.csv"
     result = evaluate(gold, jsonl("p.jsonl", predictions), "--csv", path)[2]
@@ -215,7 +213,7 @@ def page(jsonl, evaluate, tmp_path):
     return make
 
 
-def test_page_needs_nothing_else_and_shows_the_scores(page):
+def test_page_is_self_contained_and_shows_the_scores(page):
     rows = [{**row, "id": f"<b>{row['id']}"} for row in ROWS]
     predictions = [{"id": f"<b>{row['id']}", "answer": row["answer"]} for row in ANSWERS[:30]]
     result, source, parsed = page(rows=rows, predictions=predictions, name="p & <q>.jsonl")
@@ -238,7 +236,7 @@ def test_page_names_chapters_and_roles(page):
 
 def test_every_chapter_of_the_classification_has_a_name():
     firsts = [f"{letter}{number:02}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for number in range(100)]
-    assert {chapter(code) for code in firsts if chapter(code)} | {NO_CHAPTER} == set(CHAPTER_NAMES)
+    assert {chapter(code) for code in firsts if chapter(code)} == set(CHAPTER_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +249,7 @@ def test_every_chapter_of_the_classification_has_a_name():
         ([], ["not recorded", "not recorded"]),
     ],
 )
-def test_page_says_where_the_predictions_come_from(about, facts, page, tmp_path):
+def test_page_shows_the_origin_of_the_predictions(about, facts, page, tmp_path):
     if about is not None:
         (tmp_path / "predictions.about.json").write_text(json.dumps(about), encoding="utf-8")
     text = re.sub(r"\s+", " ", page()[2].text)
@@ -279,7 +277,7 @@ def test_bars_are_as_long_as_their_values():
     assert "a&b" in text and "(12)   0.500 / –" in text and "(3)   – / 1.000" in text
 
 
-def test_no_output_holds_text_of_a_note(gold, jsonl, evaluate, tmp_path):
+def test_no_output_contains_text_of_a_note(gold, jsonl, evaluate, tmp_path):
     outputs = [tmp_path / "r.html", tmp_path / "r.csv"]
     _, said, _ = evaluate(gold, jsonl("p.jsonl", ANSWERS[5:]), "--html", outputs[0], "--csv", outputs[1])
     written = said + "".join(path.read_text(encoding="utf-8") for path in [*outputs, tmp_path / "out.json"])
@@ -294,7 +292,7 @@ GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
     ("predictions", "said"),
     [
         ([GOOD, GOOD], "p.jsonl, line 2: the id 'a' stands twice"),
-        ([GOOD, {"id": "b"}], "p.jsonl, line 2: neither an `answer` that is a text nor `codes`"),
+        ([GOOD, {"id": "b"}], "p.jsonl, line 2: neither an `answer` string nor a `codes` list"),
         ([{"id": "a", "codes": [10]}], 'p.jsonl, line 1: a code that is neither "I10" nor'),
         ([{"id": "a", "codes": [{"role": "chief", "code": "I10"}]}], "line 1: a code that is neither"),
         ([{"id": "z", "answer": "I10"}], "No prediction is for a gold row: the first is for 'z'"),
@@ -302,7 +300,7 @@ GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
         ([["I10"]], "p.jsonl, line 1: not a valid JSON object"),
     ],
 )
-def test_mistaken_predictions_are_explained(predictions, said, jsonl, evaluate, tmp_path):
+def test_invalid_predictions_are_reported(predictions, said, jsonl, evaluate, tmp_path):
     gold = jsonl("g.jsonl", [instruct_row("Note", answer_of(("DP", "I10")), "a")])
     code, message, _ = evaluate(gold, jsonl("p.jsonl", predictions))
     assert code == 1 and message.startswith("error: ") and said in message, message
@@ -318,12 +316,12 @@ def test_mistaken_predictions_are_explained(predictions, said, jsonl, evaluate, 
         (instruct_row("Note", "Je ne sais pas."), "no code in the last message"),
     ],
 )
-def test_mistaken_gold_is_explained(row, said, jsonl, evaluate):
+def test_invalid_gold_rows_are_reported(row, said, jsonl, evaluate):
     code, message, _ = evaluate(jsonl("g.jsonl", [ROWS[0], row]), jsonl("p.jsonl", [GOOD]))
     assert code == 1 and "g.jsonl, line 2: " in message and said in message, message
 
 
-def test_inputs_are_never_outputs(gold, jsonl, evaluate, tmp_path):
+def test_inputs_are_not_overwritten(gold, jsonl, evaluate, tmp_path):
     predictions = jsonl("p.jsonl", ANSWERS)
     before = gold.read_bytes(), predictions.read_bytes()
     for options in (("--html", gold), ("--csv", predictions), ("--csv", tmp_path / "out.json")):
@@ -332,15 +330,15 @@ def test_inputs_are_never_outputs(gold, jsonl, evaluate, tmp_path):
     assert (gold.read_bytes(), predictions.read_bytes()) == before and not (tmp_path / "out.json").exists()
 
 
-def test_files_appear_together_or_not_at_all(gold, jsonl, evaluate, tmp_path):
+def test_failure_writes_no_file(gold, jsonl, evaluate, tmp_path):
     (tmp_path / "folder").mkdir()
     code, message, _ = evaluate(gold, jsonl("p.jsonl", ANSWERS), "--html", tmp_path / "p.jsonl/r.html")
     assert code == 1 and message.startswith("error: ")
     assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the fork's 200 stays are not here")
-def test_the_documents_stays_score_one_against_themselves(evaluate, monkeypatch, tmp_path):
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the original 200 stays are not available")
+def test_original_stays_score_one_against_themselves(evaluate, monkeypatch, tmp_path):
     files = {"text": "text.csv", "codes": "codes.csv", "cim10": "cim_10_atih_2019.tsv"}
     arguments = [part for option, name in files.items() for part in (f"--{option}", str(SHARED / name))]
     monkeypatch.setattr(sys, "argv", ["prepare", *arguments, "--out", str(tmp_path / "data"), "--ratios", "1"])

@@ -1,4 +1,4 @@
-"""Word recall and contains-the-answer: by hand, by their invariances, and as a command."""
+"""Word recall and containment: manual calculation, normalization, and the command."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from finetune.distributed import World
 from model.args import LoraArgs
 from tests.support.checkpoints import make_tiny_checkpoint
 from utils import evaluate_qa
-from utils.evaluate_qa import contains, evaluate, normalised, word_recall
+from utils.evaluate_qa import contains, evaluate, normalize_text, word_recall
 
 
 def question(answer, name=None):
@@ -39,9 +39,9 @@ def command(run_command):
         (" ...the?! ", ""),
     ],
 )
-def test_normalisation(text, expected):
-    assert normalised(text) == expected
-    assert normalised(normalised(text)) == expected
+def test_normalization(text, expected):
+    assert normalize_text(text) == expected
+    assert normalize_text(normalize_text(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_normalisation(text, expected):
         ("42", "", 0, False),
     ],
 )
-def test_scores_by_hand(reference, answer, recall, contained):
+def test_scores_match_manual_calculation(reference, answer, recall, contained):
     assert word_recall(reference, answer) == pytest.approx(recall)
     assert contains(reference, answer) is contained
 
 
-def test_means_intervals_and_what_was_not_matched():
+def test_means_intervals_and_unmatched_rows():
     references = {"a": "Victor Hugo", "b": "1802", "c": "Besançon", "d": "Les Misérables"}
     answers = {"a": "Hugo", "b": "En 1802.", "c": "Paris", "z": "?"}
     result = evaluate(references, answers)
@@ -80,11 +80,11 @@ def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
     named = jsonl("g.jsonl", [question("Victor Hugo", "x"), question("1802", "y")])
     answers = jsonl("p.jsonl", [{"id": "y", "answer": "en 1802"}, {"id": "x", "answer": "Victor"}])
     code, said = command("--gold", named, "--predictions", answers, "--json", out)
-    assert code == 0 and "word recall           0.750 [" in said and "contains the answer   0.500 [" in said
+    assert code == 0 and "word recall           0.750 [" in said and "contains reference    0.500 [" in said
     assert json.loads(out.read_text(encoding="utf-8"))["word_recall"] == 0.75
     numbered = jsonl("n.jsonl", [question("Victor Hugo"), question("1802")])
     from_zero = jsonl("z.jsonl", [{"id": 1, "answer": "1802"}, {"id": 0, "answer": "Victor Hugo"}])
-    assert "contains the answer   1.000" in command("--gold", numbered, "--predictions", from_zero)[1]
+    assert "contains reference    1.000" in command("--gold", numbered, "--predictions", from_zero)[1]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
     [
         ([question("?!", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: no words in the last message"),
         ([{"text": "x", "id": "a"}], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: "),
-        ([question("x", "a")], [{"id": "a", "codes": []}], "p.jsonl, line 1: no `answer` that is a text (keys: id, c"),
+        ([question("x", "a")], [{"id": "a", "codes": []}], "p.jsonl, line 1: no `answer` string (keys: id, c"),
         ([question("x", "a")], [{"id": "b", "answer": "x"}], "No prediction is for a gold row"),
         ([question("x", "a"), question("y", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 2: the id 'a' stands"),
     ],
 )
-def test_mistakes_are_explained(gold, predictions, said, jsonl, command, tmp_path):
+def test_invalid_rows_are_reported(gold, predictions, said, jsonl, command, tmp_path):
     files = ("--gold", jsonl("g.jsonl", gold), "--predictions", jsonl("p.jsonl", predictions))
     code, message = command(*files, "--json", tmp_path / "out.json")
     assert code == 1 and message.startswith("error: ") and said in message, message
@@ -112,7 +112,7 @@ def test_inputs_are_not_overwritten(jsonl, command):
     assert code == 1 and "g.jsonl would be written" in message
 
 
-def test_a_run_answers_the_questions(jsonl, command, tmp_path, capsys):
+def test_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     gold = jsonl("g.jsonl", [question("Victor Hugo", "a"), question("1802", "b")])
     args = TrainArgs(
         data=DataArgs(instruct_data=str(gold), packing="best_fit"),
@@ -123,13 +123,13 @@ def test_a_run_answers_the_questions(jsonl, command, tmp_path, capsys):
         max_steps=1,
     )
     train.run_training(args, World(0, 1, torch.device("cpu")))
-    capsys.readouterr()  # what training said, where other tests have set up its log lines
+    capsys.readouterr()  # log lines of training, if other tests have configured logging
     code, said = command("--gold", gold, "--run", tmp_path / "run")
     (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
     assert code == 0 and "without a prediction" not in said
-    assert said.startswith(command("--gold", gold, "--predictions", answers)[1]) and "Coding 2 of 2 notes" in said
+    assert said.startswith(command("--gold", gold, "--predictions", answers)[1]) and "Answering 2 of 2 rows" in said
 
 
-def test_scores_alone_need_no_torch():
+def test_scores_need_no_torch():
     code = "import sys, utils.evaluate_qa; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,4 +1,4 @@
-"""Fictional notes: what is coded is told, what is told and not coded is a trap, and nothing depends on chance."""
+"""Fictional notes: coded diagnoses are mentioned, other mentioned diagnoses are distractors, and seeds decide."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ COMMON = CATALOGUE.common
 
 
 def pattern_of(wording):
-    """A wording as a word-bounded pattern; figures match any figure, an abbreviation only itself."""
+    """Return a whole-word pattern of a wording; measurements match any number, abbreviations are case-sensitive."""
     phrase = re.sub(r"\\\{[^}]*\\\}", r"[\\d,]+", re.escape(bare(wording)))
     abbreviation = bare(wording).isupper() and len(bare(wording)) <= 6
     return re.compile(rf"(?<!\w){phrase}(?!\w)", 0 if abbreviation else re.IGNORECASE)
@@ -50,17 +50,17 @@ PATTERNS = patterns_of("all")
 NEGATION = r"\bpas d|\babsence d|\baucun|n'est pas retenue|est écartée|ne retrouvent pas"
 RESOLVED = r"sans séquelle|sans récidive|guéri en|épisode résolu"
 RELATIVE = r"\b(père|mère|frère|sœur|oncle|tante|grand-père|grand-mère)\b"
-TRAP = re.compile(f"{NEGATION}|{RESOLVED}|{RELATIVE}", re.IGNORECASE)
+DISTRACTOR = re.compile(f"{NEGATION}|{RESOLVED}|{RELATIVE}", re.IGNORECASE)
 
 
 def mentions(text, patterns=PATTERNS):
-    """Groups told as the patient's own and groups told in a trap, read clause by clause without the writer's help."""
-    own, trapped = set(), set()
+    """Return the groups mentioned as the patient's own and as distractors, parsed clause by clause from the text."""
+    own, distracting = set(), set()
     present = [(code, pattern) for code, pattern in patterns if pattern.search(text)]
     for clause in re.split(r"\n|\. |, |;", text):
         found = {COMMON[code].group for code, pattern in present if pattern.search(clause)}
-        (trapped if TRAP.search(clause) else own).update(found)
-    return own, trapped
+        (distracting if DISTRACTOR.search(clause) else own).update(found)
+    return own, distracting
 
 
 def notes(count=150, seed=0, length="short", wordings="all", catalogue=CATALOGUE):
@@ -81,26 +81,26 @@ def test_common_codes_refer_to_each_other():
     assert 80 <= len(COMMON) <= 120
 
 
-def test_wordings_are_enough_and_plain_first():
+def test_wordings_are_numerous_and_the_simplest_comes_first():
     for code, item in COMMON.items():
         assert len(item.written) >= 3 and len(item.unseen) >= 2, code
         assert not set(item.written) & set(item.unseen), code
         assert all(wording.startswith(("un ", "une ", "des ")) for wording in wordings_of(item)), code
-        assert "{" not in item.written[0] + item.unseen[0], code  # traps have no figures
+        assert "{" not in item.written[0] + item.unseen[0], code  # distractors have no measurements
 
 
-def test_a_wording_names_one_disease():
-    """No wording is found in another disease's wording, nor in any sentence that goes with a disease."""
+def test_wordings_are_unambiguous():
+    """No wording occurs in the wording of another disease or in a sentence that goes with a disease."""
     for code, item in COMMON.items():
         sentences = (*item.complaints, *item.history, *item.exam, *item.tests, *item.care, *item.managed, *item.drugs)
         for other, pattern in PATTERNS:
             assert not any(pattern.search(sentence) for sentence in sentences), (code, other)
             if COMMON[other].group != item.group:
-                told = (re.sub(r"\{\w+\}", "9", wording) for wording in wordings_of(item))
-                assert not any(pattern.search(wording) for wording in told), (code, other)
+                written = (re.sub(r"\{\w+\}", "9", wording) for wording in wordings_of(item))
+                assert not any(pattern.search(wording) for wording in written), (code, other)
 
 
-def test_french_forms():
+def test_french_forms_of_a_wording():
     assert wording_forms("une HTA") == {"nu": "HTA", "un": "une HTA", "d_un": "d'une HTA", "de": "d'HTA"}
     assert wording_forms("des métastases")["d_un"] == "de métastases"
     assert wording_forms("un œdème")["de"] == "d'œdème"
@@ -131,7 +131,7 @@ def test_stays_are_plausible(stays):
     assert not women & {"C61", "N40"} and "C504" not in men
 
 
-def test_sessions_have_their_disease_as_related_diagnosis(stays):
+def test_disease_is_the_related_diagnosis_of_its_sessions(stays):
     sessions = {code for item in COMMON.values() for code in item.sessions}
     assert {"Z511", "Z5101"} <= sessions
     for stay in stays:
@@ -160,28 +160,28 @@ def test_frequency_severity_and_coverage(stays):
 
 @pytest.mark.parametrize("wordings", ["train", "unseen", "all"])
 @pytest.mark.parametrize(("length", "count"), [("short", 150), ("long", 40)])
-def test_what_is_coded_is_told_and_the_rest_is_a_trap(length, count, wordings):
+def test_coded_diagnoses_are_mentioned_and_all_others_are_distractors(length, count, wordings):
     allowed = patterns_of(wordings)
-    traps = 0
+    found = 0
     for note in notes(count, seed=3, length=length, wordings=wordings):
         coded = {COMMON[diagnosis.code].group for diagnosis in note.diagnoses}
-        own, trapped = mentions(note.text)
+        own, distracting = mentions(note.text)
         assert own == coded, note.text
-        assert not trapped & coded, note.text
-        assert mentions(note.text, allowed) == (own, trapped), note.text  # in the words of this subset
+        assert not distracting & coded, note.text
+        assert mentions(note.text, allowed) == (own, distracting), note.text  # in the wordings of this subset
         for diagnosis in note.diagnoses:
             assert any(pattern.search(note.text) for code, pattern in allowed if code == diagnosis.code), note.text
-        traps += len(trapped)
-    assert traps > count
+        found += len(distracting)
+    assert found > count
 
 
-def test_all_kinds_of_traps_occur():
+def test_all_kinds_of_distractors_occur():
     text = "\n".join(note.text for note in notes(200, length="long"))
     for cue in (NEGATION, RESOLVED, RELATIVE):
         assert len(re.findall(cue, text, re.IGNORECASE)) > 50
 
 
-def test_no_sentence_gives_all_codes_of_a_long_note():
+def test_no_sentence_of_a_long_note_gives_all_codes():
     given = total = 0
     for note in notes(100, length="long"):
         if len(note.diagnoses) < 4:
@@ -192,7 +192,7 @@ def test_no_sentence_gives_all_codes_of_a_long_note():
     assert total > 20 and given == 0
 
 
-def test_notes_are_french_sentences_without_leftovers():
+def test_notes_have_no_template_leftovers_or_french_errors():
     for note in notes(200) + notes(100, length="long"):
         assert "{" not in note.text and "}" not in note.text
         assert "  " not in note.text and ".." not in note.text and " ." not in note.text
@@ -201,8 +201,8 @@ def test_notes_are_french_sentences_without_leftovers():
         assert not re.search(r"(^|[.:] |\n- )[a-zé]\w+ [^.:\n]*\. [a-zé]", note.text)
 
 
-def test_figures_are_read_from_the_same_patient():
-    """A hypokalaemia of 2,8 in a sentence is 2,8 in the blood test, and nobody else's potassium is abnormal."""
+def test_measurements_are_consistent():
+    """A potassium of 2,8 in a sentence is 2,8 in the blood test, and abnormal only if it is coded."""
     for note in notes(300, length="long"):
         low = any(diagnosis.code == "E8768" for diagnosis in note.diagnoses)
         high = any(diagnosis.code == "E8758" for diagnosis in note.diagnoses)
@@ -212,12 +212,12 @@ def test_figures_are_read_from_the_same_patient():
         assert all((figure < 3.5) == low and (figure > 5.2) == high for figure in figures), note.text
 
 
-def test_answers_of_all_notes_are_parsed_back():
+def test_answers_of_all_notes_are_parsed():
     for note in notes(400) + notes(100, length="long"):
         assert parse_answer(build_answer(note.diagnoses)) == list(note.diagnoses)
 
 
-def test_associated_diagnoses_come_in_the_order_told():
+def test_associated_diagnoses_are_in_the_order_of_the_note():
     for note in notes(150):
         firsts = [
             min(match.start() for code, p in PATTERNS if code == item.code and (match := p.search(note.text)))
@@ -227,14 +227,14 @@ def test_associated_diagnoses_come_in_the_order_told():
         assert firsts == sorted(firsts), note.text
 
 
-def test_the_same_stays_are_worded_apart():
+def test_wordings_change_the_text_but_not_the_stay():
     seen, unseen = notes(60, wordings="train"), notes(60, wordings="unseen")
     for one, other in zip(seen, unseen):
         assert sorted(one.diagnoses, key=str) == sorted(other.diagnoses, key=str)
         assert one.text != other.text and one.id != other.id
 
 
-def test_seeds_decide_and_counts_do_not():
+def test_notes_depend_on_the_seed_and_not_on_the_count():
     assert notes(20) == notes(40)[:20]
     assert not {note.text for note in notes(50, seed=1)} & {note.text for note in notes(50, seed=2)}
     many = notes(1500)
@@ -242,7 +242,7 @@ def test_seeds_decide_and_counts_do_not():
     assert all(re.fullmatch(r"[0-9a-f]{40}", note.id) for note in many[:10])
 
 
-def test_neither_hash_seed_nor_torch_is_involved():
+def test_notes_depend_neither_on_the_hash_seed_nor_on_heavy_imports():
     script = (
         "import sys\nfrom utils.fictional_notes.catalogue import load_catalogue\n"
         "from utils.fictional_notes.notes import write_notes\n"
@@ -261,7 +261,7 @@ def test_neither_hash_seed_nor_torch_is_involved():
     assert outputs[0] == outputs[1] and outputs[0].count(b"FictionalNote") == 40
 
 
-def test_lengths_in_tokens():
+def test_lengths_are_in_the_documented_ranges():
     tokenizer = MistralTokenizer.v3().instruct_tokenizer.tokenizer
     for length, low, high in (("short", 70, 150), ("long", 600, 1500)):
         sizes = sorted(len(tokenizer.encode(note.text, bos=False, eos=False)) for note in notes(150, length=length))
@@ -286,28 +286,28 @@ SMALL_TABLE = Cim10Table(
 )
 
 
-def test_a_table_gives_labels_types_and_further_main_diagnoses():
+def test_table_provides_labels_types_and_additional_main_diagnoses():
     catalogue = load_catalogue(SMALL_TABLE)
     assert set(catalogue.common) == {"I10", "J189", "S7200"}
     assert catalogue.common["I10"].label == "Hypertension de la table"
-    # Not the vague, the newborn's, nor what a common wording would be found in.
+    # Excluded: vague labels, newborns, labels that contain a common wording.
     assert {item.code: item.sex for item in catalogue.others} == {"A000": "FM", "C530": "F"}
     written = notes(200, catalogue=catalogue)
     mains = {note.diagnoses[0].code for note in written}
     assert mains == {"S7200", "A000", "C530"}
     assert {diagnosis.code for note in written for diagnosis in note.diagnoses} <= {*mains, "I10", "J189"}
-    told = next(note for note in written if note.diagnoses[0].code == "A000")
-    assert re.search("choléra à Vibrio cholerae", told.text, re.IGNORECASE)
-    assert told.diagnoses[0].label == "Choléra à Vibrio cholerae (01), sans précision"
+    cholera = next(note for note in written if note.diagnoses[0].code == "A000")
+    assert re.search("choléra à Vibrio cholerae", cholera.text, re.IGNORECASE)
+    assert cholera.diagnoses[0].label == "Choléra à Vibrio cholerae (01), sans précision"
 
 
-def test_a_table_without_any_common_main_diagnosis_is_refused():
+def test_table_without_a_common_main_diagnosis_is_rejected():
     with pytest.raises(UserError, match="none of the common main diagnoses"):
         load_catalogue(Cim10Table([Cim10Entry("I10", 0, "Hypertension"), Cim10Entry("J189", 3, "Fermé")]))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the ATIH table is not here")
-def test_with_the_table_of_atih():
+@pytest.mark.skipif(not SHARED.exists(), reason="the ATIH table is not available")
+def test_complete_table_of_atih():
     table = Cim10Table.from_file(SHARED / "cim_10_atih_2019.tsv")
     for code, item in COMMON.items():
         assert table.get(code).type == item.type, code
@@ -339,7 +339,7 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_files_hold_the_same_stays(monkeypatch, tmp_path):
+def test_files_contain_the_same_stays(monkeypatch, tmp_path):
     run(monkeypatch, "--out", tmp_path / "data", "--n", 60, "--seed", 4, "--split", "0.8,0.2")
     out = tmp_path / "data"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -361,7 +361,7 @@ def test_the_files_hold_the_same_stays(monkeypatch, tmp_path):
     assert sorted(train + held_out, key=rows.index) == rows
 
 
-def test_the_trainer_reads_the_rows_and_learns_the_answers(monkeypatch, tmp_path):
+def test_trainer_reads_the_rows_and_trains_on_the_answers(monkeypatch, tmp_path):
     run(monkeypatch, "--out", tmp_path, "--n", 10, "--length", "short")
     tokenizer = MistralTokenizer.v3().instruct_tokenizer
     args = DataArgs(eval_instruct_data=str(tmp_path / "eval_instruct.jsonl"))
@@ -371,7 +371,7 @@ def test_the_trainer_reads_the_rows_and_learns_the_answers(monkeypatch, tmp_path
     assert tokenizer.tokenizer.decode(trained) == answer
 
 
-def test_the_table_beside_the_notes_is_one(monkeypatch, tmp_path):
+def test_written_table_contains_the_codes_and_their_categories(monkeypatch, tmp_path):
     run(monkeypatch, "--out", tmp_path, "--n", 30)
     table = Cim10Table.from_file(tmp_path / "cim10.tsv")
     for row in read_csv(tmp_path / "codes.csv"):
@@ -381,35 +381,35 @@ def test_the_table_beside_the_notes_is_one(monkeypatch, tmp_path):
     assert not any(table.allows(role, "E11") for role in ROLES)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the notes of the fork are not here")
-def test_the_shapes_are_those_of_the_forks_files(monkeypatch, tmp_path):
+@pytest.mark.skipif(not SHARED.exists(), reason="the original notes are not available")
+def test_columns_and_ids_are_like_those_of_the_original_files(monkeypatch, tmp_path):
     run(monkeypatch, "--out", tmp_path, "--n", 20, "--cim10", SHARED / "cim_10_atih_2019.tsv")
     for name in ("text.csv", "codes.csv"):
         ours, theirs = read_csv(tmp_path / name), read_csv(SHARED / name)
         assert list(ours[0]) == list(theirs[0])
         assert {len(row["visit_occurence_id"]) for row in ours} == {len(row["visit_occurence_id"]) for row in theirs}
-    assert not (tmp_path / "cim10.tsv").exists()  # the user has it
+    assert not (tmp_path / "cim10.tsv").exists()  # given by the user
 
 
-def test_same_seed_same_bytes(monkeypatch, tmp_path):
+def test_files_are_byte_identical_for_a_seed(monkeypatch, tmp_path):
     for name in ("a", "b"):
         run(monkeypatch, "--out", tmp_path / name, "--n", 40, "--length", "short", "--wordings", "unseen")
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_nothing_is_replaced_unasked(monkeypatch, tmp_path):
+def test_files_are_replaced_only_with_overwrite(monkeypatch, tmp_path):
     (tmp_path / "text.csv").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=r"text\.csv exist already.*--overwrite"):
+    with pytest.raises(UserError, match=r"text\.csv already exist.*--overwrite"):
         run(monkeypatch, "--out", tmp_path, "--n", 10)
     assert [path.name for path in tmp_path.iterdir()] == ["text.csv"]
     run(monkeypatch, "--out", tmp_path, "--n", 10, "--split", "0.6,0.2,0.2", "--overwrite")
     assert (tmp_path / "test_instruct.jsonl").exists()
     run(monkeypatch, "--out", tmp_path, "--n", 10, "--overwrite")
-    assert not (tmp_path / "test_instruct.jsonl").exists()  # its notes may now be trained on
+    assert not (tmp_path / "test_instruct.jsonl").exists()  # its notes may now be in train
 
 
-def test_a_failure_leaves_nothing(monkeypatch, tmp_path):
+def test_failure_writes_nothing(monkeypatch, tmp_path):
     def failing(*arguments):
         yield from notes(2)
         raise RuntimeError("interrupted")
@@ -429,7 +429,7 @@ def test_a_failure_leaves_nothing(monkeypatch, tmp_path):
         (["--n", "5", "--cim10", "none.txt"], "none.txt: cannot read the CIM-10 table"),
     ],
 )
-def test_mistakes_are_named(monkeypatch, tmp_path, arguments, sentence):
+def test_invalid_arguments_are_reported(monkeypatch, tmp_path, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         run(monkeypatch, "--out", tmp_path / "data", *arguments)
     assert not (tmp_path / "data").exists()

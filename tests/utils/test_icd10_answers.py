@@ -1,4 +1,4 @@
-"""Answers: the documents' sentences, and the parser that undoes them and reads what models write instead."""
+"""Answers: the documented sentence, its parser, and the layouts that models write instead."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ DAS = [
 ]
 
 
-def test_the_answer_is_that_of_the_documents():
+def test_answer_is_the_documented_sentence():
     assert build_answer([DP, DR, *DAS]) == (
         "Codes CIM 10 retenus pour le résumé strandisé de sortie PMSI : "
         "diagnostic principal : Séance de chimiothérapie pour tumeur (Z511), "
@@ -36,12 +36,12 @@ def test_the_answer_is_that_of_the_documents():
 
 
 @pytest.mark.parametrize("diagnoses", [[], [DR, *DAS], [DP, DP._replace(code="Z5101")], [DP, DR, DR]])
-def test_a_stay_has_one_main_and_at_most_one_related_diagnosis(diagnoses):
+def test_answer_needs_one_main_and_at_most_one_related_diagnosis(diagnoses):
     with pytest.raises(ValueError, match="one DP and at most one DR"):
         build_answer(diagnoses)
 
 
-def test_rows_hold_the_three_messages_and_the_pretrain_text():
+def test_rows_contain_the_three_messages_or_the_pretraining_text():
     row = prompts.instruct_row("Note {1}.", "Réponse", "n1")
     assert list(row) == ["id", "messages"]
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
@@ -56,8 +56,8 @@ def test_rows_hold_the_three_messages_and_the_pretrain_text():
     assert prompts.pretrain_row("Une note.", codes)["text"].startswith("Une note. ICD-10 codes : ")
 
 
-@pytest.mark.skipif(not (SHARED / "seeds/000.md").exists(), reason="the documents are not here")
-def test_prompts_are_word_for_word_those_of_the_documents():
+@pytest.mark.skipif(not (SHARED / "seeds/000.md").exists(), reason="the original documentation is not available")
+def test_prompts_are_word_for_word_those_of_the_documentation():
     document = (SHARED / "seeds/000.md").read_text(encoding="utf-8")
     row = prompts.instruct_row(
         "texte du compte rendu n°1",
@@ -69,7 +69,7 @@ def test_prompts_are_word_for_word_those_of_the_documents():
         assert f'"content": "{message["content"]}"' in document
 
 
-# --- The inverse ------------------------------------------------------------------------------------------------------
+# --- Parser -----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -81,12 +81,12 @@ def stays(draw):
 
 
 @given(stays())
-def test_the_parser_undoes_the_builder(stay):
+def test_parser_inverts_the_builder(stay):
     assert parse_answer(build_answer(stay)) == stay
 
 
 @given(stays(), st.randoms())
-def test_case_dots_and_layout_do_not_matter(stay, random):
+def test_case_dots_and_layout_are_ignored(stay, random):
     def written(code):
         code = code if len(code) == 3 or random.random() < 0.5 else f"{code[:3]}.{code[3:]}"
         return code.lower() if random.random() < 0.5 else code
@@ -99,8 +99,8 @@ def test_case_dots_and_layout_do_not_matter(stay, random):
     assert roles_and_codes("\n\n".join(blocks)) == [(item.role, item.code) for item in stay]
 
 
-@pytest.mark.skipif(not (SHARED / "icd").exists(), reason="the ATIH table is not here")
-def test_every_label_of_the_atih_table_survives():
+@pytest.mark.skipif(not (SHARED / "icd").exists(), reason="the ATIH table is not available")
+def test_every_label_of_the_atih_table_is_parsed():
     table = Cim10Table.from_file(SHARED / "icd/cim_10_atih_2019.tsv")
     usable = [entry for entry in table if table.allows("DAS", entry.code)]
     for start in range(0, len(usable), 12):
@@ -110,21 +110,21 @@ def test_every_label_of_the_atih_table_survives():
         assert parse_answer(build_answer(stay)) == stay
 
 
-# --- Ugly answers -----------------------------------------------------------------------------------------------------
+# --- Other layouts ----------------------------------------------------------------------------------------------------
 
 
 def roles_and_codes(text):
     return [(item.role, item.code) for item in parse_answer(text)]
 
 
-UGLY = [
+IRREGULAR = [
     # No role at all.
     ("", ""),
     ("Aucun code ne peut être retenu.", ""),
     ("HTA (I10) - BPCO (J44.9) / asthme (J45.9) et diabète (E11.98)", "?:I10 ?:J449 ?:J459 ?:E1198"),
     ("I10, E11.98 ; j18.9", "?:I10 ?:E1198 ?:J189"),
     ("Les codes sont I10 et E119.", "?:I10 ?:E119"),
-    # The documents' layout, damaged.
+    # The documented layout, altered.
     ("diagnostic principal : HTA (I10), diagnistic relié : aucun, diagnostic associé : aucun", "DP:I10"),
     ("diagnostic principal : HTA (i10), diagnostic associé : BPCO (j44.9), asthme (J459)", "DP:I10 DAS:J449 DAS:J459"),
     ("Codes CIM 10 retenus pour le résumé strandisé de sortie PMSI : diagnostic principal : HTA (I10", "DP:I10"),
@@ -140,7 +140,7 @@ UGLY = [
     ("diagnostic associé : Trouble endocrinien (E00.1, E03.-) (G13.2), Obésité [IMC > 30] (E66.94)",
      "DAS:G132 DAS:E6694"),
     ("diagnostic principal : I50.19 Insuffisance ventriculaire gauche (FEVG non précisée (inconnue))", "DP:I5019"),
-    # Repeated codes count once, under the strongest role.
+    # Repeated codes count once, with their highest role.
     ("DP : HTA (I10). DAS : HTA (I10), hypertension (I10), BPCO (J449)", "DP:I10 DAS:J449"),
     ("Diagnostics associés : diabète (E11.98), HTA (I10)\nDiagnostic principal : HTA (I10)", "DAS:E1198 DP:I10"),
     # Other layouts.
@@ -168,17 +168,17 @@ UGLY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "expected"), UGLY)
-def test_ugly_answers(text, expected):
+@pytest.mark.parametrize(("text", "expected"), IRREGULAR)
+def test_irregular_answers(text, expected):
     found = [f"{role or '?'}:{code}" for role, code in roles_and_codes(text)]
     assert found == expected.split()
 
 
-def test_there_are_thirty_ugly_answers():
-    assert len({text for text, _ in UGLY}) == 30
+def test_thirty_distinct_irregular_answers():
+    assert len({text for text, _ in IRREGULAR}) == 30
 
 
 @given(st.text())
-def test_any_text_is_read_without_error(text):
+def test_any_text_is_parsed_without_error(text):
     for item in parse_answer(text):
         assert item.role in (*ROLES, None) and len(item.code) >= 3

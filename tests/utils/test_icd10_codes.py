@@ -1,11 +1,11 @@
-"""The CIM-10 table: what is read, what is refused, and how codes relate."""
+"""The CIM-10 table: accepted and rejected files, hierarchy, allowed roles."""
 
 from pathlib import Path
 
 import pytest
 
 from model.errors import UserError
-from utils.icd10.codes import ALLOWED_TYPES, ROLES, Cim10Table, category, chapter, normalise_code
+from utils.icd10.codes import ALLOWED_TYPES, ROLES, Cim10Table, category, chapter, normalize_code
 
 ROWS = [
     ("B24", "3", "NNNN", "3", "VIH", "Immunodéficience humaine virale [VIH], sans précision"),
@@ -39,14 +39,14 @@ def table(tmp_path: Path) -> Cim10Table:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
 @pytest.mark.parametrize("separator", ["|", "\t"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_every_published_form_reads_the_same(tmp_path, table, encoding, separator, ending):
+def test_encodings_separators_and_line_ends_are_equivalent(tmp_path, table, encoding, separator, ending):
     text = ending.join(line.replace("\t", separator) for line in LINES) + ending
     path = tmp_path / "other.txt"
     path.write_bytes(text.encode(encoding))
     assert list(Cim10Table.from_file(path)) == list(table)
 
 
-def test_lookup_takes_codes_as_people_write_them(table):
+def test_lookup_normalizes_codes(table):
     assert len(table) == len(ROWS)
     assert table.label(" e11.98 ") == "Diabète sucré de type 2 non insulinotraité, sans complication"
     assert "c18.9+0" in table and "C18.9" in table
@@ -55,8 +55,8 @@ def test_lookup_takes_codes_as_people_write_them(table):
     assert (entry.code, entry.type, entry.short_label) == ("I10", 0, "HTA")
 
 
-def test_normalised_codes_keep_extensions_and_lose_marks():
-    assert [normalise_code(code) for code in ("i50.1", " I 10 ", "C18.9+0", "G01*", "A17.0+", "a17.0†")] == [
+def test_normalized_codes_keep_extensions_and_lose_marks():
+    assert [normalize_code(code) for code in ("i50.1", " I 10 ", "C18.9+0", "G01*", "A17.0+", "a17.0†")] == [
         "I501",
         "I10",
         "C189+0",
@@ -67,16 +67,16 @@ def test_normalised_codes_keep_extensions_and_lose_marks():
     assert category("e11.98") == "E11"
 
 
-def test_parents_and_children_follow_the_table_not_the_length(table):
+def test_parents_and_children_follow_the_table(table):
     assert table.parent("C18.9+0") == "C189"
     assert table.ancestors("C189+0") == ["C189", "C18"]
     assert table.ancestors("E1198") == ["E119", "E11"]
-    assert table.parent("B24+0") == "B24"  # the + is no level of its own
+    assert table.parent("B24+0") == "B24"  # the + alone is not a level
     assert table.parent("I10") is None
     assert table.children("c18") == ("C189",) and table.children("C189") == ("C189+0",) and table.children("I10") == ()
 
 
-def test_types_say_what_may_stand_where(table):
+def test_types_restrict_roles(table):
     expected = {"0": "DP DR DAS", "1": "DAS", "2": "DAS", "3": "", "4": "DR DAS"}
     for row in ROWS:
         allowed = [role for role in ROLES if table.allows(role, row[0])]
@@ -120,25 +120,25 @@ def test_types_say_what_may_stand_where(table):
         ("U071", "XXII"),
     ],
 )
-def test_chapters_are_ranges(code, numeral):
+def test_chapters_are_ranges_of_categories(code, numeral):
     assert chapter(code) == numeral
 
 
 @pytest.mark.parametrize(
     ("lines", "found"),
     [
-        ([], ["no line"]),
-        (["", "  "], ["no line"]),
+        ([], ["is empty"]),
+        (["", "  "], ["is empty"]),
         (["code;label"], ["line 1", "1 column", "expected 6"]),
         ([LINES[0], "I10|0|NOOO|0|HTA"], ["line 2", "5 column"]),
         (["code|mco|ssr|psy|court|long", LINES[0]], ["line 1", "'code'", "header"]),
         ([LINES[0], "", "I10|9|NOOO|0|HTA|Hypertension"], ["line 3", "'9'", "0, 1, 2, 3 or 4"]),
         ([LINES[0], "I10||NOOO|0|HTA|Hypertension"], ["line 2", "type MCO/HAD of I10"]),
         ([LINES[0], "I10|0|NOOO|0|HTA| "], ["line 2", "no long label"]),
-        ([*LINES, "i10|0|NOOO|0|HTA|Hypertension"], [f"line {len(LINES) + 1}", "I10 stands twice"]),
+        ([*LINES, "i10|0|NOOO|0|HTA|Hypertension"], [f"line {len(LINES) + 1}", "duplicate code I10"]),
     ],
 )
-def test_an_unusable_table_is_named_by_line(tmp_path, lines, found):
+def test_invalid_tables_are_reported_by_line(tmp_path, lines, found):
     path = write_table(tmp_path, lines)
     with pytest.raises(UserError) as error:
         Cim10Table.from_file(path)
@@ -146,7 +146,7 @@ def test_an_unusable_table_is_named_by_line(tmp_path, lines, found):
         assert part in str(error.value)
 
 
-def test_a_missing_file_a_folder_and_a_binary_are_user_errors(tmp_path):
+def test_missing_file_folder_and_binary_file_are_user_errors(tmp_path):
     binary = tmp_path / "table.xlsx"
     binary.write_bytes(bytes(range(256)) * 8)
     for path in (tmp_path / "none.txt", tmp_path, binary):
@@ -154,8 +154,8 @@ def test_a_missing_file_a_folder_and_a_binary_are_user_errors(tmp_path):
             Cim10Table.from_file(path)
 
 
-@pytest.mark.skipif(not SHARED_TABLE.exists(), reason="the ATIH table is not here")
-def test_the_table_of_2019():
+@pytest.mark.skipif(not SHARED_TABLE.exists(), reason="the ATIH table is not available")
+def test_atih_table_of_2019():
     table = Cim10Table.from_file(SHARED_TABLE)
     types = [entry.type for entry in table]
     # 13,328 / 440 / 1 / 1,906 / 76 codes of types 0 to 4.

@@ -1,4 +1,4 @@
-"""Scores: worked out by hand, by scikit-learn and by naive loops."""
+"""Scores compared with manual calculation, scikit-learn and naive loops."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def figures(scores):
     return tuple(pytest.approx(scores[name]) for name in ("precision", "recall", "f1"))
 
 
-def test_worked_out_by_hand():
+def test_scores_match_manual_calculation():
     exact, categories = evaluate_codings(GOLD, PREDICTED).values()
     # 9 codes in gold, 8 predicted (K359 once), 6 of them right: J189, I10; Z511, C509; J189; K359.
     assert (exact["gold"], exact["predicted"], exact["correct"]) == (9, 8, 6)
@@ -54,7 +54,7 @@ def test_worked_out_by_hand():
     assert categories["exact_match"] == 2 / 5
 
 
-def test_by_role_by_hand():
+def test_scores_by_role_match_manual_calculation():
     by_role = evaluate_codings(GOLD, PREDICTED)["exact"]["by_role"]
     assert figures(by_role["DP"]["micro"]) == (3 / 4, 3 / 5, 6 / 9)
     assert figures(by_role["DR"]["micro"]) == (0, 0, 0)
@@ -62,7 +62,7 @@ def test_by_role_by_hand():
     assert [by_role[role]["exact_match"] for role in ROLES] == [3 / 5, 4 / 5, 1 / 5]
 
 
-def test_by_chapter_by_hand():
+def test_scores_by_chapter_match_manual_calculation():
     by_chapter = evaluate_codings(GOLD, PREDICTED)["exact"]["by_chapter"]
     found = {name: (scores["gold"], scores["predicted"], scores["correct"]) for name, scores in by_chapter.items()}
     assert found == {
@@ -76,7 +76,7 @@ def test_by_chapter_by_hand():
     assert "none" in evaluate_codings(GOLD[:1], [coding("DP:D999")])["exact"]["by_chapter"]
 
 
-def test_by_frequency_in_training_by_hand():
+def test_scores_by_frequency_in_training_match_manual_calculation():
     training = [coding("DP:J189 DAS:I10")] * 5 + [coding("DP:I10 DAS:E1198 DAS:E1190")]
     exact, categories = evaluate_codings(GOLD, PREDICTED, training).values()
     found = {name: (of["gold"], of["predicted"], of["correct"]) for name, of in exact["by_frequency"].items()}
@@ -86,7 +86,7 @@ def test_by_frequency_in_training_by_hand():
     assert {name: of["predicted"] for name, of in of_gold.items()} == {"0": 2, "1-5": 6}
 
 
-def test_bands_end_where_their_names_say():
+def test_frequency_bands_end_at_their_names():
     counts = {"A000": 0, "A001": 1, "A002": 5, "A003": 6, "A004": 20, "A005": 21, "A006": 100, "A007": 101}
     training = [[Diagnosis("DAS", code) for code, count in counts.items() if count > note] for note in range(101)]
     notes = [[Diagnosis("DP", code) for code in counts]]
@@ -100,12 +100,12 @@ NOTES = st.lists(st.tuples(st.sets(st.sampled_from(CODES)), st.sets(st.sampled_f
 
 @settings(max_examples=60, deadline=None)
 @given(NOTES)
-def test_scikit_learn_agrees(notes):
+def test_scores_match_scikit_learn(notes):
     for shorten in (str, category):
         gold, predicted = ([{shorten(code) for code in codes} for codes in side] for side in zip(*notes))
         binarizer = MultiLabelBinarizer().fit(gold + predicted)
         if len(binarizer.classes_) < 2:
-            continue  # scikit-learn takes one column for a yes or no, and averages over both
+            continue  # scikit-learn treats a single column as binary and averages over both values
         truth, answer = binarizer.transform(gold), binarizer.transform(predicted)
         pairs = Pairs.of(gold, predicted)
         for mean, found in score(pairs).items():
@@ -116,7 +116,7 @@ def test_scikit_learn_agrees(notes):
 
 @settings(max_examples=60, deadline=None)
 @given(NOTES, st.data())
-def test_a_note_of_weight_two_counts_as_two_notes(notes, data):
+def test_weight_two_counts_as_two_notes(notes, data):
     weights = data.draw(st.lists(st.integers(0, 3), min_size=len(notes), max_size=len(notes)))
     repeated = [note for note, weight in zip(notes, weights) for _ in range(weight)]
     gold, predicted = zip(*notes)
@@ -135,7 +135,7 @@ def random_codings(count, seed):
     ]
 
 
-def test_intervals_are_those_of_resampled_notes():
+def test_intervals_match_resampled_notes():
     gold, predicted = random_codings(40, 0), random_codings(40, 1)
     found = evaluate_codings(gold, predicted, samples=2000)["exact"]
     rng = np.random.default_rng(5)
@@ -150,7 +150,7 @@ def test_intervals_are_those_of_resampled_notes():
         assert found["intervals"][mean][name] == pytest.approx(np.quantile(values, [0.025, 0.975]) + shift, abs=0.015)
 
 
-def test_intervals_are_seeded_hold_the_score_and_narrow_with_more_notes():
+def test_intervals_are_seeded_contain_the_score_and_narrow_with_more_notes():
     few = [(random_codings(30, 2), random_codings(30, 3)) for _ in range(2)]
     assert evaluate_codings(*few[0]) == evaluate_codings(*few[1])
     assert evaluate_codings(*few[0], seed=1) != evaluate_codings(*few[0])
@@ -167,8 +167,8 @@ def test_intervals_are_seeded_hold_the_score_and_narrow_with_more_notes():
     assert widths[1] < widths[0] / 3
 
 
-def test_macro_intervals_surround_the_score_where_most_codes_are_rare():
-    """Each note has a wrong code of its own: a third of them is missing from a bootstrap sample."""
+def test_macro_intervals_contain_the_score_if_most_codes_are_rare():
+    """Each note has a different wrong code: a third of them is missing from a bootstrap sample."""
     gold = [coding("DP:I10")] * 30
     predicted = [coding(f"DP:I10 DAS:J{100 + number}") for number in range(30)]
     exact = evaluate_codings(gold, predicted)["exact"]
@@ -176,7 +176,7 @@ def test_macro_intervals_surround_the_score_where_most_codes_are_rare():
     assert exact["macro"]["f1"] == pytest.approx(1 / 31) and low < 1 / 31 < high
 
 
-def test_chunks_of_the_bootstrap_make_no_difference(monkeypatch):
+def test_bootstrap_in_chunks_gives_the_same_scores(monkeypatch):
     pairs = Pairs.of(*([{item.code for item in notes} for notes in random_codings(20, seed)] for seed in (4, 5)))
     weights = resample(20, 50)
     assert (weights.sum(axis=1) == 20).all()
@@ -198,12 +198,12 @@ def test_perfect_and_empty_predictions():
         evaluate_codings(GOLD, GOLD[1:])
 
 
-def test_order_of_notes_and_codes_and_repetitions_do_not_matter():
+def test_order_and_repetitions_are_ignored():
     def points(result):
         return [(result[level]["micro"], result[level]["macro"], result[level]["exact_match"]) for level in result]
 
-    turned = [note[::-1] + note for note in PREDICTED]
-    assert points(evaluate_codings(GOLD[::-1], turned[::-1])) == points(evaluate_codings(GOLD, PREDICTED))
+    reversed_twice = [note[::-1] + note for note in PREDICTED]
+    assert points(evaluate_codings(GOLD[::-1], reversed_twice[::-1])) == points(evaluate_codings(GOLD, PREDICTED))
 
 
 TABLE = Cim10Table(
@@ -214,9 +214,9 @@ TABLE = Cim10Table(
 )  # fmt: skip
 
 
-def test_rule_rates_by_hand():
+def test_rule_rates_match_manual_calculation():
     answers = [
-        coding("DP:I10 DAS:I50 DAS:I99"),  # a category with children, no code of the table
+        coding("DP:I10 DAS:I50 DAS:I99"),  # a category with children, a code that is not in the table
         coding("DP:C97 DR:Z370 DAS:D63"),  # forbidden as DP, as DR; a closed code
         coding("DR:C97 DR:I10 DAS:X99 ?:I500"),  # no DP, two DR
         coding("DP:I10 DP:I500 DAS:I10 DAS:I10"),  # two DP; I10 counts once among all codes, once in each role
@@ -237,7 +237,7 @@ def test_rule_rates_by_hand():
     assert rule_rates([[]], TABLE)["unknown"] == {"count": 0, "of": 0, "rate": 0.0}
 
 
-def test_every_code_of_gold_is_in_one_chapter_and_one_band():
+def test_every_code_is_in_one_chapter_and_one_band():
     gold, predicted = random_codings(30, 6), random_codings(30, 7)
     for level, scores in evaluate_codings(gold, predicted).items():
         for key in ("by_chapter", "by_frequency"):

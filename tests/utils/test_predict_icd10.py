@@ -1,4 +1,4 @@
-"""Notes in, codes out."""
+"""Predictions of a trained model for a file of notes."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from utils.fictional_notes.notes import write_notes
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.prompts import instruct_row
-from utils.predict_icd10 import Predictor, code_notes, read_notes
+from utils.models.predictor import Predictor, predict_file, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +52,25 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def read(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:  # splitlines would also cut at what an untrained model writes
+    with path.open(encoding="utf-8") as file:  # splitlines would also split at other line separators in the answers
         return [json.loads(line) for line in file]
 
 
-def test_every_note_is_coded_once(run_dir: Path, notes: Path, tmp_path: Path) -> None:
-    code_notes(run_dir, notes, tmp_path / "p.jsonl", batch_size=2, max_tokens=5)
+def test_every_note_is_answered_once(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    predict_file(run_dir, notes, tmp_path / "p.jsonl", batch_size=2, max_tokens=5)
     rows = read(tmp_path / "p.jsonl")
     assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in read(notes))
     assert all(row["codes"] == [item._asdict() for item in parse_answer(row["answer"])] for row in rows)
 
 
-def test_an_interrupted_command_goes_on(run_dir: Path, notes: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    code_notes(run_dir, notes, whole, batch_size=2, max_tokens=4)
-    text = whole.read_text(encoding="utf-8")
+def test_interrupted_command_continues(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    complete, cut = tmp_path / "complete.jsonl", tmp_path / "cut.jsonl"
+    predict_file(run_dir, notes, complete, batch_size=2, max_tokens=4)
+    text = complete.read_text(encoding="utf-8")
     cut.write_text(text[: len(text) // 2], encoding="utf-8")  # ends inside a row
-    (tmp_path / "cut.about.json").write_text((tmp_path / "whole.about.json").read_text())
-    assert "of them before" in code_notes(run_dir, notes, cut, batch_size=2, max_tokens=4)
-    by_id = [sorted(read(path), key=lambda row: row["id"]) for path in (whole, cut)]
+    (tmp_path / "cut.about.json").write_text((tmp_path / "complete.about.json").read_text())
+    assert "from an earlier call)" in predict_file(run_dir, notes, cut, batch_size=2, max_tokens=4)
+    by_id = [sorted(read(path), key=lambda row: row["id"]) for path in (complete, cut)]
     assert by_id[0] == by_id[1]
 
 
@@ -79,44 +79,44 @@ def test_answers_of_different_origins_are_not_mixed(other: str, run_dir: Path, n
     run, out, settings = tmp_path / "run", tmp_path / "p.jsonl", {"max_tokens": 3}
     shutil.copytree(run_dir, run)
     notes = Path(shutil.copy(notes, tmp_path))
-    code_notes(run, notes, out, **settings)
+    predict_file(run, notes, out, **settings)
     before = out.read_bytes()
     if other == "run":
         weights = next(run.rglob("consolidated/*.safetensors"))
-        weights.write_bytes(weights.read_bytes())  # trained again
+        weights.write_bytes(weights.read_bytes())  # a new checkpoint
     elif other == "notes":
         notes.write_text(notes.read_text(encoding="utf-8").replace("Le ", "La "), encoding="utf-8")
     else:
         settings[{"cim10": "table"}.get(other, other)] = load_table(tmp_path) if other == "cim10" else 4
-    with pytest.raises(UserError, match=f"came from another {other}. Remove it"):
-        code_notes(run, notes, out, **settings)
+    with pytest.raises(UserError, match=f"was written with a different {other}; delete it"):
+        predict_file(run, notes, out, **settings)
     assert out.read_bytes() == before
 
 
-def test_another_file_is_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     out = tmp_path / "other.jsonl"
     out.write_text('{"text": "mine"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="no output of this command"):
-        code_notes(run_dir, notes, out)
+        predict_file(run_dir, notes, out)
     assert out.read_text(encoding="utf-8") == '{"text": "mine"}\n'
 
 
 @pytest.mark.parametrize(
     ("out", "sentence"),
     [
-        ("notes.jsonl", "which holds the notes"),
-        ("notes.csv", "which holds the notes"),
+        ("notes.jsonl", "would overwrite the input"),
+        ("notes.csv", "would overwrite the input"),
         ("p.txt", r"in \.jsonl or \.csv"),
     ],
 )
-def test_answers_have_a_file_of_their_own(out: str, sentence: str, notes: Path, tmp_path: Path) -> None:
+def test_output_must_be_another_jsonl_or_csv_file(out: str, sentence: str, notes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):
-        code_notes(tmp_path, notes, notes.with_name(out))
+        predict_file(tmp_path, notes, notes.with_name(out))
 
 
-def test_csv_has_a_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.csv"
-    code_notes(run_dir, notes, out, load_table(tmp_path), batch_size=5, max_tokens=80)
+    predict_file(run_dir, notes, out, load_table(tmp_path), batch_size=5, max_tokens=80)
     with out.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     expected = [code["code"] for row in read(tmp_path / "p.jsonl") for code in row["codes"]]
@@ -129,15 +129,15 @@ def load_table(folder: Path) -> Cim10Table:
     return Cim10Table.from_file(path)
 
 
-def test_an_untrained_model_names_only_codes_of_the_table(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+def test_constrained_answers_contain_only_codes_of_the_table(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     codes = load_table(tmp_path)
-    for answer in Predictor(run_dir, codes).answers(read_notes(notes), max_tokens=120):
+    for answer in Predictor(run_dir, codes).answers(read_prompts(notes), max_tokens=120):
         found = parse_answer(answer)
         assert found
         assert all(codes.allows(item.role, item.code) for item in found)
 
 
-def test_evaluating_a_run_answers_first_and_once(
+def test_evaluating_a_run_predicts_once(
     run_dir: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = tmp_path / "scores.json"
@@ -150,7 +150,7 @@ def test_evaluating_a_run_answers_first_and_once(
     (answers,) = (run_dir / "predictions").glob("*[0-9].jsonl")
     assert answers.name == "notes.checkpoint_000001.jsonl"
     assert len(read(answers)) == 5
-    monkeypatch.setattr("utils.predict_icd10.Predictor", None)  # the second time nothing is left to answer
+    monkeypatch.setattr("utils.models.predictor.Predictor", None)  # nothing is left to answer
     evaluate_icd10.main()
     assert json.loads(scores.read_text(encoding="utf-8")) == first
 
@@ -158,56 +158,69 @@ def test_evaluating_a_run_answers_first_and_once(
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n', "the id 1 stands twice"),
+        ('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n', "duplicate id 1"),
         ('{"other": "a"}\n', "neither `text` nor `messages`"),
         ('{"messages": ["a"]}\n', "row 1"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "row 1"),
         ('{"messages": [{"role": "user"}]}\n', "row 1"),
-        ("", "holds no notes"),
+        ("", "has no rows"),
     ],
 )
-def test_notes_that_cannot_be_coded(content: str, sentence: str, tmp_path: Path) -> None:
+def test_invalid_notes_are_reported(content: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=sentence):
-        read_notes(path)
+        read_prompts(path)
 
 
-def test_ids_may_be_zero_and_lines_name_the_others(tmp_path: Path) -> None:
+def test_id_zero_is_kept_and_missing_ids_are_row_numbers(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "a", "id": 0}\n{"text": "b"}\n', encoding="utf-8")
-    assert [note.id for note in read_notes(path)] == ["0", "2"]
+    assert [prompt.id for prompt in read_prompts(path)] == ["0", "2"]
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path, notes: Path) -> None:
+def test_folder_without_a_run_is_rejected(tmp_path: Path, notes: Path) -> None:
     with pytest.raises(UserError, match="is not a run folder"):
-        code_notes(tmp_path, notes, tmp_path / "p.jsonl")
+        predict_file(tmp_path, notes, tmp_path / "p.jsonl")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_or_its_weights_may_be_named(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+def test_checkpoint_and_weights_folders_are_accepted(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     checkpoint = run_dir / "checkpoints" / "checkpoint_000001"
-    code_notes(run_dir, notes, tmp_path / "p.jsonl", max_tokens=3)
-    for folder in (checkpoint, checkpoint / "consolidated"):  # the same answers: those of another model are refused
-        assert "5 of them before" in code_notes(folder, notes, tmp_path / "p.jsonl", max_tokens=3)
-        code_notes(folder, notes, tmp_path / f"{folder.name}.jsonl", max_tokens=3)
+    predict_file(run_dir, notes, tmp_path / "p.jsonl", max_tokens=3)
+    for folder in (checkpoint, checkpoint / "consolidated"):  # another model would be rejected
+        assert "(5 from an earlier call)" in predict_file(folder, notes, tmp_path / "p.jsonl", max_tokens=3)
+        predict_file(folder, notes, tmp_path / f"{folder.name}.jsonl", max_tokens=3)
         assert read(tmp_path / f"{folder.name}.jsonl") == read(tmp_path / "p.jsonl")
 
 
-def test_an_adapter_without_its_run_is_refused(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+def test_adapter_without_its_run_is_rejected(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     weights = shutil.copytree(run_dir / "checkpoints" / "checkpoint_000001" / "consolidated", tmp_path / "moved")
     if (weights / "lora.safetensors").is_file():
         with pytest.raises(UserError, match="is not in a run folder; merge it first"):
             Predictor(weights)
     else:
-        assert Predictor(weights).answers(read_notes(notes)[:1], max_tokens=1)
+        assert Predictor(weights).answers(read_prompts(notes)[:1], max_tokens=1)
 
 
-def test_the_command_says_what_it_does_where_nobody_watches(
+def test_command_logs_its_progress_without_a_terminal(
     run_dir: Path, notes: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
 ) -> None:
     out = tmp_path / "p.jsonl"
     code, said = run_command(predict_icd10, "--run", run_dir, "--notes", notes, "--out", out, "--max_tokens", 2)
     assert code == 0
-    assert f"Coding 5 of 5 notes with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in said.splitlines()
-    assert f"5 notes coded: {out}" in said.splitlines() and "%|" not in said
+    assert f"Answering 5 of 5 rows with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in said.splitlines()
+    assert f"5 answers: {out}" in said.splitlines() and "%|" not in said
+
+
+def test_tables_in_other_encodings_are_read(
+    run_dir: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
+) -> None:
+    table, out = tmp_path / "comptes rendus.csv", tmp_path / "p.jsonl"
+    table.write_text("id;text\ns1;Dyspnée, séjour n°1\n", encoding="cp1252")
+    arguments = ("--run", run_dir, "--notes", table, "--out", out, "--max_tokens", 1)
+    code, said = run_command(predict_icd10, *arguments)
+    assert code == 1 and "give --encoding (cp1252" in said and not out.exists()
+    code, said = run_command(predict_icd10, *arguments, "--encoding", "cp1252")
+    assert code == 0 and [row["id"] for row in read(out)] == ["s1"], said
+    assert "Dyspnée, séjour n°1" in read_prompts(table, "cp1252")[0].messages[-1]["content"]

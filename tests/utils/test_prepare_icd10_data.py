@@ -1,4 +1,4 @@
-"""From notes and codes to training files: the documents' rules and sentences, and an account of what is left out."""
+"""From notes and codes to training files: rules, sentences, splits, and the report of what is dropped."""
 
 import csv
 import json
@@ -15,10 +15,10 @@ from utils.fictional_notes.notes import write_notes
 from utils.generate_notes import CODE_COLUMNS, TEXT_COLUMNS, save_notes, table_of
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import Cim10Table, chapter
-from utils.icd10.duplicates import NEAR_IDENTICAL, find_near_duplicates, normalise_text
-from utils.icd10.partition import SPLITS, split_stays
-from utils.icd10.prepare import Stay, build_corpus
+from utils.icd10.corpus import CodedStay, build_corpus
+from utils.icd10.near_duplicates import MIN_SIMILARITY, find_near_duplicates, normalize_text
 from utils.icd10.prompts import SYSTEM_PROMPT
+from utils.icd10.splits import SPLITS, split_stays
 from utils.tables.splits import assign_splits
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
@@ -37,7 +37,7 @@ def warehouse(tmp_path_factory):
 
 @pytest.fixture
 def prepare(run_command):
-    """The command in this process: its exit code and what it said."""
+    """Run the command in this process; return its exit code and output."""
 
     def run(out, text, codes, table, *options):
         arguments = ["--text", text, "--codes", codes, "--cim10", table, "--out", out, *options]
@@ -70,12 +70,12 @@ def splits_of(out):
 
 
 def check_files(out, source, table):
-    """Every stay of the source, once, in the documents' layout; the parser undoes every answer."""
+    """Check that every stay of the source is there once, in the documented layout, and that its answer is parsed."""
     texts = {row["visit_occurence_id"]: row["text"] for row in read_csv(source / "text.csv")}
     codes = defaultdict(set)
     for row in read_csv(source / "codes.csv"):
         codes[row["visit_occurence_id"]].add((row["condition_status_source_value"], row["concept_code"]))
-    beside = Counter(
+    pairs = Counter(
         (main, code)
         for stay in codes.values()
         for role, code in stay
@@ -97,7 +97,7 @@ def check_files(out, source, table):
             assert [item.role for item in diagnoses] == sorted(
                 (item.role for item in diagnoses), key=("DP", "DR", "DAS").index
             )
-            frequencies = [beside[diagnoses[0].code, item.code] for item in diagnoses if item.role == "DAS"]
+            frequencies = [pairs[diagnoses[0].code, item.code] for item in diagnoses if item.role == "DAS"]
             assert frequencies == sorted(frequencies, reverse=True)
             listed = ", ".join(f"{item.label} ({item.code})" for item in diagnoses)
             ended = note if note[-1] in ".!?" else f"{note}."
@@ -109,15 +109,15 @@ def check_files(out, source, table):
     return report
 
 
-def test_generated_notes_become_training_files(warehouse, prepare, tmp_path):
+def test_generated_notes_are_converted(warehouse, prepare, tmp_path):
     code, said = prepare(tmp_path / "out", *tables_of(warehouse))
     assert code == 0 and "Stays read: 120. Kept: 120." in said
     report = check_files(tmp_path / "out", warehouse, TABLE)
     assert [split["stays"] for split in report["splits"].values()] == [96, 12, 12]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the fork's 200 stays are not here")
-def test_all_200_stays_of_the_documents_are_accounted_for(prepare, tmp_path):
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the original 200 stays are not available")
+def test_all_200_original_stays_are_converted(prepare, tmp_path):
     table = SHARED / "cim_10_atih_2019.tsv"
     code, _ = prepare(tmp_path / "out", SHARED / "text.csv", SHARED / "codes.csv", table)
     assert code == 0
@@ -130,7 +130,7 @@ def test_all_200_stays_of_the_documents_are_accounted_for(prepare, tmp_path):
     assert report["duplicates"]["near_identical_across_splits"] == 0
 
 
-# --- The rules --------------------------------------------------------------------------------------------------------
+# --- Rules ------------------------------------------------------------------------------------------------------------
 
 MINI_LINES = "I10|0|Hypertension\nJ189|0|Pneumonie\nJ18|3|Pneumonies\nE1198|0|Diabète\nC187|0|Tumeur du côlon\n" + (
     "C509|0|Tumeur du sein\nZ511|0|Séance de chimiothérapie\nZ370|1|Naissance\nF03+00|4|Démence\nE43|0|Dénutrition\n"
@@ -146,7 +146,7 @@ def mini_table(tmp_path):
 
 
 def corpus_of(table, **codes):
-    """Stays s1=..., s2=... given as "DP:I10 DAS:E43"; each has a text."""
+    """Build stays s1=..., s2=... from "DP:I10 DAS:E43"; each has a text."""
     rows = {stay: [tuple(item.split(":")) for item in text.split()] for stay, text in codes.items()}
     return build_corpus({stay: f"Note {stay}" for stay in codes}, rows, Cim10Table.from_file(table))
 
@@ -155,13 +155,13 @@ def coded(corpus):
     return {stay.id: " ".join(f"{item.role}:{item.code}" for item in stay.diagnoses) for stay in corpus.stays}
 
 
-def test_one_main_and_one_related_diagnosis_the_most_frequent_of_the_corpus(mini_table):
+def test_most_frequent_main_and_related_diagnosis_of_the_corpus_is_kept(mini_table):
     corpus = corpus_of(
         mini_table,
         a="DP:J189 DP:Z511 DR:C509 DR:C187",
         b="DP:Z511 DR:C187",
         c="DP:Z511 DR:C187 DR:Z511",
-        d="DP:I10 DP:J189",  # J189 is the DP of another stay too
+        d="DP:I10 DP:J189",  # J189 is also the DP of another stay
     )
     assert coded(corpus) == {"a": "DP:Z511 DR:C187", "b": "DP:Z511 DR:C187", "c": "DP:Z511 DR:C187", "d": "DP:J189"}
     assert corpus.dropped_codes == {
@@ -171,7 +171,7 @@ def test_one_main_and_one_related_diagnosis_the_most_frequent_of_the_corpus(mini
     }
 
 
-def test_associated_diagnoses_leave_out_dp_dr_and_repetitions_and_stand_by_frequency_beside_the_dp(mini_table):
+def test_associated_diagnoses_are_distinct_from_dp_and_dr_and_sorted_by_frequency_with_the_dp(mini_table):
     corpus = corpus_of(
         mini_table,
         a="DP:J189 DAS:E43 DAS:I10 DAS:E1198 DAS:J189 DAS:I10",
@@ -179,7 +179,7 @@ def test_associated_diagnoses_leave_out_dp_dr_and_repetitions_and_stand_by_frequ
         c="DP:J189 DAS:I10",
         d="DP:Z511 DR:C187 DAS:C187 DAS:E43 DAS:I10",
         e="DP:Z511 DAS:E43",
-        f="DP:C509 DAS:E1198 DAS:E43 DAS:I10",  # all as frequent beside C509: the corpus decides, then the alphabet
+        f="DP:C509 DAS:E1198 DAS:E43 DAS:I10",  # ties with C509: overall frequency, then alphabet
     )
     assert coded(corpus) == {
         "a": "DP:J189 DAS:I10 DAS:E1198 DAS:E43",
@@ -190,12 +190,12 @@ def test_associated_diagnoses_leave_out_dp_dr_and_repetitions_and_stand_by_frequ
         "f": "DP:C509 DAS:I10 DAS:E43 DAS:E1198",
     }
     assert corpus.dropped_codes == {
-        "given twice as DAS": ["DAS I10 of stay a"],
+        "duplicate DAS": ["DAS I10 of stay a"],
         "also its DP or DR": ["DAS J189 of stay a", "DAS C187 of stay d"],
     }
 
 
-def test_codes_are_normalised_and_labelled_by_the_table(mini_table):
+def test_codes_are_normalized_and_labeled_by_the_table(mini_table):
     corpus = corpus_of(mini_table, a="dp:j18.9 DAS:e11.98 DR:F03+00")
     (stay,) = corpus.stays
     assert stay.diagnoses == [
@@ -234,7 +234,7 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
         "dropped": {
             "without text": ["blank", "textless"],
             "without codes": ["uncoded"],
-            "without a DP that can be used": ["forbidden", "das"],
+            "without a usable DP": ["forbidden", "das"],
         },
     }
     counts = {reason: found["count"] for reason, found in report["codes"]["dropped"].items()}
@@ -243,15 +243,15 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
         "a category with children or a closed code": 1,
         "forbidden as DR": 1,
         "forbidden as DP": 1,
-        "with a status that is none of DP, DR, DAS": 1,
-        "of a stay that was left out": 5,
+        "with a status other than DP, DR, DAS": 1,
+        "of a dropped stay": 5,
     }
     assert report["codes"]["read"] == 13 == report["codes"]["kept"] + sum(counts.values())
     assert {reason: found["count"] for reason, found in report["unreadable_rows"].items()} == {
         "without visit_occurence_id": 1,
         "another number of fields than the header": 1,
     }
-    for words in ("Stays read: 6. Kept: 1.", "without text: 2", "forbidden as DR: 1 (such as DR Z370 of stay kept)"):
+    for words in ("Stays read: 6. Kept: 1.", "without text: 2", "forbidden as DR: 1 (e.g. DR Z370 of stay kept)"):
         assert words in said
 
 
@@ -259,7 +259,7 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
 
 
 def stays_of(chapters):
-    return [Stay(str(number), "", [Diagnosis("DP", code)]) for number, code in enumerate(chapters)]
+    return [CodedStay(str(number), "", [Diagnosis("DP", code)]) for number, code in enumerate(chapters)]
 
 
 def texts_of(stays):
@@ -267,7 +267,7 @@ def texts_of(stays):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_chapters_divide_as_the_whole(seed):
+def test_splits_are_stratified_by_chapter(seed):
     codes = ["I10"] * 120 + ["C509"] * 53 + ["J189"] * 26 + ["E43"]
     random.Random(seed).shuffle(codes)
     stays = stays_of(codes)
@@ -277,10 +277,10 @@ def test_chapters_divide_as_the_whole(seed):
         within = Counter(split for split, other in zip(splits, codes) if other == code)
         for split, fraction in enumerate((0.8, 0.1, 0.1)):
             assert abs(within[split] - fraction * count) < 2, (code, split)
-    assert splits[codes.index("E43")] == 0  # a chapter's only stay is learnt from
+    assert splits[codes.index("E43")] == 0  # the only stay of a chapter is in train
 
 
-def test_strata_leave_the_order_within_them_to_the_seed():
+def test_order_within_strata_is_seeded():
     strata = [number % 2 for number in range(40)]
     chosen = {seed: bytes(assign_splits([1] * 40, (0.8, 0.2), seed, strata)) for seed in range(20)}
     assert len(set(chosen.values())) > 15
@@ -295,12 +295,12 @@ def test_splits_are_seeded(warehouse, prepare, tmp_path):
     assert splits_of(tmp_path / "a") != splits_of(tmp_path / "c")
 
 
-def test_a_patient_and_a_text_stay_on_one_side(warehouse, prepare, tmp_path):
+def test_a_patient_and_a_text_are_in_one_split(warehouse, prepare, tmp_path):
     rng = random.Random(0)
     rows = read_csv(warehouse / "text.csv")
     for number, row in enumerate(rows):
         row["patient"] = "" if number % 10 == 0 else f"p{rng.randrange(40)}"
-    # The same words, of two people.
+    # The same text for two patients.
     rows[0]["text"] = rows[1]["text"].upper().replace(",", " ,  ")
     text = write_csv(tmp_path / "text.csv", list(rows[0]), [row.values() for row in rows])
     patients = {row["visit_occurence_id"]: row["patient"] for row in rows if row["patient"]}
@@ -308,12 +308,12 @@ def test_a_patient_and_a_text_stay_on_one_side(warehouse, prepare, tmp_path):
     for seed in range(3):
         out = tmp_path / f"out{seed}"
         code, said = prepare(out, text, codes, table, "--patient", "patient", "--seed", seed)
-        assert code == 0 and "the text of another one, and share its split: 2." in said
+        assert code == 0 and "the same text as another stay (kept in the same split): 2." in said
         splits = splits_of(out)
-        sides = defaultdict(set)
+        splits_by_patient = defaultdict(set)
         for stay, patient in patients.items():
-            sides[patient].add(splits[stay])
-        assert all(len(found) == 1 for found in sides.values())
+            splits_by_patient[patient].add(splits[stay])
+        assert all(len(found) == 1 for found in splits_by_patient.values())
         assert splits[rows[0]["visit_occurence_id"]] == splits[rows[1]["visit_occurence_id"]]
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         alone = sum(not row["patient"] for row in rows)
@@ -328,9 +328,9 @@ def jaccard(first, second, length=3):
     return len(runs(first) & runs(second)) / len(runs(first) | runs(second))
 
 
-def test_twins_are_those_that_a_comparison_of_all_pairs_finds():
+def test_near_duplicates_match_a_comparison_of_all_pairs():
     rng = random.Random(0)
-    notes = [normalise_text(note.text) for note in write_notes(60, 1, CATALOGUE, "long")]
+    notes = [normalize_text(note.text) for note in write_notes(60, 1, CATALOGUE, "long")]
     texts, splits = list(notes), [0] * len(notes)
     for note in notes:
         words = note.split()
@@ -338,44 +338,44 @@ def test_twins_are_those_that_a_comparison_of_all_pairs_finds():
             words[position] = f"autre{rng.randrange(1000)}"
         texts.append(" ".join(words))
         splits.append(1)
-    found = {twin.note: twin for twin in find_near_duplicates(texts, splits)}
+    found = {item.note: item for item in find_near_duplicates(texts, splits)}
     expected = {}
     for number in range(60, 120):
-        likeness = max(jaccard(texts[number], texts[other]) for other in range(60))
-        if abs(likeness - NEAR_IDENTICAL) > 0.02:
-            assert (number in found) == (likeness > NEAR_IDENTICAL), (number, likeness)
-        expected[number] = likeness
+        similarity = max(jaccard(texts[number], texts[other]) for other in range(60))
+        if abs(similarity - MIN_SIMILARITY) > 0.02:
+            assert (number in found) == (similarity > MIN_SIMILARITY), (number, similarity)
+        expected[number] = similarity
     assert 5 < len(found) < 55
-    assert all(twin.twin == number - 60 for number, twin in found.items())
-    assert all(twin.likeness == pytest.approx(expected[number]) for number, twin in found.items())
+    assert all(item.other == number - 60 for number, item in found.items())
+    assert all(item.similarity == pytest.approx(expected[number]) for number, item in found.items())
 
 
-def test_a_near_identical_note_in_another_split_is_reported(warehouse, prepare, tmp_path):
+def test_near_duplicate_in_another_split_is_reported(warehouse, prepare, tmp_path):
     rows = read_csv(warehouse / "text.csv")
     source = {row["visit_occurence_id"]: row["text"] for row in rows}
     _, codes, table = tables_of(warehouse)
     assert prepare(tmp_path / "before", *tables_of(warehouse))[0] == 0
     splits = splits_of(tmp_path / "before")
-    learnt = next(stay for stay, split in splits.items() if split == "train")
+    trained = next(stay for stay, split in splits.items() if split == "train")
     tested = next(stay for stay, split in splits.items() if split == "test")
-    source[tested] = source[learnt] + " Signé le 3 mars."
+    source[tested] = source[trained] + " Signé le 3 mars."
     text = write_csv(tmp_path / "text.csv", TEXT_COLUMNS, source.items())
     code, said = prepare(tmp_path / "after", text, codes, table)
-    assert code == 0 and "warning: stays that are nearly identical to one of another split: 1 " in said
+    assert code == 0 and "warning: near-duplicates of stays in another split: 1 " in said
     duplicates = json.loads((tmp_path / "after/report.json").read_text(encoding="utf-8"))["duplicates"]
     (example,) = duplicates["examples"]
-    assert (example["test"], example["train"]) == (tested, learnt) and example["likeness"] > NEAR_IDENTICAL
+    assert (example["test"], example["train"]) == (tested, trained) and example["similarity"] > MIN_SIMILARITY
     assert duplicates["stays_with_the_text_of_another"] == 0
 
 
-def test_normalised_text_is_words_alone():
-    assert normalise_text("Œdème : **HTA**,\n l'État-civil  (é) 12,5") == normalise_text(
+def test_normalized_text_contains_only_words():
+    assert normalize_text("Œdème : **HTA**,\n l'État-civil  (é) 12,5") == normalize_text(
         "ŒDEME hta L ETAT CIVIL e 12 5"
     )
-    assert normalise_text("Sans HTA") != normalise_text("Avec HTA")
+    assert normalize_text("Sans HTA") != normalize_text("Avec HTA")
 
 
-# --- Mistakes ---------------------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -383,10 +383,10 @@ def test_normalised_text_is_words_alone():
     [
         ("I10;Hypertension\n", "line 1: found 1 column(s)"),
         ("A00|0|NOOO|0|X|Choléra\n", "No stay of"),
-        ("", "no line found"),
+        ("", "is empty; expected ATIH"),
     ],
 )
-def test_an_unusable_table_is_an_error_and_nothing_is_written(content, said, warehouse, prepare, tmp_path):
+def test_invalid_table_is_an_error_and_nothing_is_written(content, said, warehouse, prepare, tmp_path):
     table = tmp_path / "table.txt"
     table.write_text(content, encoding="utf-8")
     text, codes, _ = tables_of(warehouse)
@@ -395,7 +395,7 @@ def test_an_unusable_table_is_an_error_and_nothing_is_written(content, said, war
     assert not (tmp_path / "out").exists()
 
 
-def test_mistaken_arguments_are_explained(warehouse, prepare, tmp_path):
+def test_invalid_arguments_are_reported(warehouse, prepare, tmp_path):
     text, codes, table = tables_of(warehouse)
     out = tmp_path / "out"
     for arguments, said in (
@@ -422,10 +422,10 @@ def test_hospital_exports_in_other_encodings_and_separators(mini_table, prepare,
     assert code == 0 and set(splits_of(tmp_path / "out")) == {f"s{number}" for number in range(10)}
     few = write_csv(tmp_path / "few.csv", CODE_COLUMNS[:3], [(f"s{number}", "DP", "I10") for number in range(5)])
     code, message = prepare(tmp_path / "few", text, few, mini_table, "--encoding", "cp1252")
-    assert code == 1 and "val split would have no stay: 5 stays" in message and not (tmp_path / "few").exists()
+    assert code == 1 and "val split would be empty: 5 stays" in message and not (tmp_path / "few").exists()
 
 
-def test_files_are_replaced_only_when_asked_and_no_stale_split_stays(warehouse, prepare, tmp_path):
+def test_overwrite_replaces_files_and_removes_stale_splits(warehouse, prepare, tmp_path):
     out = tmp_path / "out"
     assert prepare(out, *tables_of(warehouse))[0] == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -436,7 +436,7 @@ def test_files_are_replaced_only_when_asked_and_no_stale_split_stays(warehouse, 
     assert {path.name for path in out.iterdir()} == {name for name in NAMES if not name.startswith("test")}
 
 
-def test_codes_of_the_main_chapters_are_in_the_report(warehouse, prepare, tmp_path):
+def test_report_counts_the_chapters_of_the_main_diagnoses(warehouse, prepare, tmp_path):
     assert prepare(tmp_path / "out", *tables_of(warehouse))[0] == 0
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     mains = [row for row in read_csv(warehouse / "codes.csv") if row["condition_status_source_value"] == "DP"]

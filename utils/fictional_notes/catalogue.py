@@ -1,9 +1,10 @@
-"""What fictional stays are made of: common diagnoses and how clinicians write them (`common_codes.toml`)."""
+"""The diagnoses of fictional stays and the wordings that clinicians use for them (`common_codes.toml`)."""
 
 import re
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 from utils.icd10.codes import ALLOWED_TYPES, Cim10Entry, Cim10Table, category, chapter
@@ -13,7 +14,7 @@ _COMMON_CODES = Path(__file__).with_name("common_codes.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A diagnosis as the note writer knows it; `common_codes.toml` explains the fields."""
+    """A diagnosis with what a note says about it; the fields are documented in `common_codes.toml`."""
 
     code: str
     label: str
@@ -46,23 +47,23 @@ class Condition:
     rule_out: tuple[str, ...] = ()
 
     def may_be(self, role: str) -> bool:
-        """Whether its type is accepted as DP, DR or DAS."""
+        """Return whether the PMSI accepts its type as DP, DR or DAS."""
         return self.type in ALLOWED_TYPES[role]
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """`common` by code; `others`: further main diagnoses, of a given table, known by their labels only."""
+    """`common`: diagnoses by code. `others`: further main diagnoses of a table, of which only the label is known."""
 
     common: dict[str, Condition]
     others: tuple[Condition, ...] = ()
 
 
 def load_catalogue(table: Cim10Table | None = None) -> Catalogue:
-    """Loads the common diagnoses; with a table, keeps those it has, under its labels and types, and adds its others.
+    """Load the common diagnoses. With a table, keep those in it with its labels and types, and add its other diagnoses.
 
     Raises:
-        UserError: the table has none of the common codes that may stand as DP.
+        UserError: the table allows none of the common main diagnoses as DP.
     """
     common = {condition.code: condition for condition in _read_common_codes()}
     if table is None:
@@ -75,8 +76,8 @@ def load_catalogue(table: Cim10Table | None = None) -> Catalogue:
     }
     if not any(condition.dp and condition.may_be("DP") for condition in kept.values()):
         raise UserError(
-            f"the CIM-10 table ({len(table)} codes) allows none of the common main diagnoses of fictional stays "
-            "(J189, I639, S7200...); give a complete table of ATIH."
+            f"The CIM-10 table ({len(table)} codes) allows none of the common main diagnoses of fictional stays "
+            "(J189, I639, S7200...) as DP; give the complete table of ATIH."
         )
     return Catalogue(kept, _others(table, common))
 
@@ -87,18 +88,18 @@ def _read_common_codes() -> list[Condition]:
     return [_condition(code, record) for code, record in records.items()]
 
 
-def _condition(code: str, record: dict) -> Condition:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+def _condition(code: str, record: dict[str, Any]) -> Condition:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
     fields["measures"] = tuple((name, *span) for name, span in record.get("measures", {}).items())
     return Condition(code=code, **{"group": category(code), **fields})
 
 
-# --- Main diagnoses of a table that the common codes do not have ------------------------------------------------------
+# --- Main diagnoses of a table that are not common codes --------------------------------------------------------------
 
-# Chapters whose codes make sense for any adult without knowing more than the label.
+# Chapters whose codes suit any adult, so that the label alone is enough to write a note.
 _CHAPTERS = {"I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XVIII"}
-# Vague or only found at another age; `(G01*)`, `(A18.0)`: a manifestation, whose cause comes first.
-_NOT_TELLING = re.compile(
+# Labels that are vague or specific to children and pregnancy; `(G01*)`, `(A18.0)`: manifestations of another disease.
+_EXCLUDED_LABEL = re.compile(
     r"autre|ailleurs| -|\([A-Z]\d|\*|sièges? |précisée?s\b"
     r"|nouveau-né|enfan|infanti|juvéni|congénit|néonat|foet|gross|puerp|obstétr|matern",
     re.IGNORECASE,
@@ -114,7 +115,7 @@ _SEX_OF_RANGES = (
     ("N40", "N51", "M"),
     ("N70", "N98", "F"),
 )
-_LONGEST_LABEL = 90
+_MAX_LABEL = 90  # characters
 
 
 def _others(table: Cim10Table, common: dict[str, Condition]) -> tuple[Condition, ...]:
@@ -122,29 +123,29 @@ def _others(table: Cim10Table, common: dict[str, Condition]) -> tuple[Condition,
     phrases = [_words(bare(wording)) for item in common.values() for wording in (*item.written, *item.unseen)]
     others = []
     for entry in table:
-        if entry.code not in common and _may_be_told(entry):
+        if entry.code not in common and _label_is_usable(entry):
             label = _words(entry.label)
-            # What a common wording is found in would be read as the common disease.
+            # A label that contains the wording of a common diagnosis would be read as that diagnosis.
             if not any(phrase in label for phrase in phrases):
-                others.append(_known_by_label(entry, groups))
+                others.append(_condition_of_label(entry, groups))
     return tuple(others)
 
 
 def _words(text: str) -> str:
-    """Lower-case words between blanks, so that one text is found in another at word bounds only."""
+    """Return the lower-case words with a space before and after each, so that `in` matches whole words only."""
     return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
 
 
-def _may_be_told(entry: Cim10Entry) -> bool:
+def _label_is_usable(entry: Cim10Entry) -> bool:
     return (
         entry.type == 0
         and chapter(entry.code) in _CHAPTERS
-        and len(entry.label) <= _LONGEST_LABEL
-        and not _NOT_TELLING.search(entry.label)
+        and len(entry.label) <= _MAX_LABEL
+        and not _EXCLUDED_LABEL.search(entry.label)
     )
 
 
-def _known_by_label(entry: Cim10Entry, groups: dict[str, str]) -> Condition:
+def _condition_of_label(entry: Cim10Entry, groups: dict[str, str]) -> Condition:
     code = category(entry.code)
     phrase = re.sub(r"\s*(\([^)]*\)|\[[^]]*\])|, sans précision", "", entry.label).rstrip(" ,")
     if not phrase[:2].isupper():
@@ -174,15 +175,15 @@ _ARTICLES = ("un", "une", "des")
 
 
 def bare(written: str) -> str:
-    """A wording without its article: `une HTA` -> `HTA`."""
+    """Return a wording without its article: `une HTA` -> `HTA`."""
     article, _, rest = written.partition(" ")
     return rest if article in _ARTICLES else written
 
 
 def wording_forms(written: str) -> dict[str, str]:
-    """The forms that sentences ask for: nu (HTA), un (une HTA), d_un (d'une HTA), de (d'HTA)."""
+    """Return the forms used by the templates: nu (HTA), un (une HTA), d_un (d'une HTA), de (d'HTA)."""
     phrase = bare(written)
-    # Aspirated h: the only such word among the wordings.
+    # "hernie" is the only wording with an aspirated h.
     elided = phrase[0].lower() in "aàâeéèêiîoôœuûh" and not phrase.startswith("hernie")
     without_article = ("d'" if elided else "de ") + phrase
     counted = written.startswith(("un ", "une "))

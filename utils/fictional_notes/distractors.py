@@ -1,33 +1,33 @@
-"""What a fictional note tells and a coder must not keep: diagnoses ruled out, resolved long ago, or of a relative."""
+"""Distractors: diagnoses that a note mentions but that must not be coded (ruled out, resolved, or of a relative)."""
 
 import random
 from dataclasses import dataclass
 
 from utils.fictional_notes.catalogue import Catalogue, Condition
-from utils.fictional_notes.scenarios import Stay
+from utils.fictional_notes.scenarios import FictionalStay
 
-# Numbers to draw from, by length of the note: ruled out, resolved, relatives'.
+# Possible numbers of distractors by length of the note: ruled out, resolved, of relatives.
 _COUNTS = {
     "short": ((0, 1, 1), (0, 0, 1), (0, 0, 0, 1)),
     "long": ((1, 2, 3), (0, 1, 2), (0, 1)),
 }
-# What such a stay rules out is told more often than what is commonly absent.
+# Relative to 1 for diagnoses that are commonly ruled out: those that this stay rules out, or that go with it.
 _RULED_OUT_WEIGHT, _ASSOCIATED_WEIGHT = 25, 5
-# A resolved episode lies this many years at least behind the age at which one gets the disease.
+# Minimum number of years between the first age of a disease and the age of a patient for whom it is resolved.
 _YEARS_TO_RESOLVE = 5
 
 
 @dataclass(frozen=True)
 class Distractors:
-    """Diagnoses that the note mentions and that are not coded, of groups of their own."""
+    """The distractors of a note; their groups differ from each other's and from those of the coded diagnoses."""
 
     absent: list[Condition]
     past: list[Condition]
     family: list[Condition]
 
 
-def choose_traps(rng: random.Random, stay: Stay, catalogue: Catalogue, length: str) -> Distractors:
-    """Draws diagnoses of other groups than the coded ones."""
+def choose_distractors(rng: random.Random, stay: FictionalStay, catalogue: Catalogue, length: str) -> Distractors:
+    """Draw the distractors of a note of this length ("short" or "long")."""
     taken = {condition.group for condition in stay.conditions}
     absent_count, past_count, family_count = (rng.choice(numbers) for numbers in _COUNTS[length])
     anyone = list(catalogue.common.values())
@@ -42,19 +42,19 @@ def choose_traps(rng: random.Random, stay: Stay, catalogue: Catalogue, length: s
     )
 
 
-def _absence_weight(stay: Stay, item: Condition) -> int:
+def _absence_weight(stay: FictionalStay, item: Condition) -> int:
     if any(item.code in reason.rule_out for reason in stay.reasons):
         return _RULED_OUT_WEIGHT
     if item.absent and any(item.code in reason.associated for reason in stay.reasons):
         return _ASSOCIATED_WEIGHT
-    # Complications that only come with others (metastases) are not told absent without them.
+    # Diagnoses that only occur with others, such as metastases, are not reported as absent without them.
     return 1 if item.absent and (item.das or item.dp) else 0
 
 
 def _draw(
     rng: random.Random, pool: list[Condition], weights: list[int], count: int, taken: set[str]
 ) -> list[Condition]:
-    """Up to `count` draws, none of a group already taken; theirs are added to `taken`."""
+    """Draw at most `count` diagnoses whose groups are not in `taken`, and add their groups to it."""
     chosen: list[Condition] = []
     for item in rng.choices(pool, weights, k=count) if any(weights) else ():
         if item.group not in taken:

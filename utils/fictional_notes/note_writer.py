@@ -1,4 +1,4 @@
-"""Turns templates into French sentences about one stay, and remembers what has been told."""
+"""Fill French sentence templates with the facts of one fictional stay."""
 
 import random
 import re
@@ -7,10 +7,10 @@ from datetime import date, timedelta
 
 from utils.fictional_notes import phrases
 from utils.fictional_notes.catalogue import Condition, wording_forms
-from utils.fictional_notes.scenarios import Stay
+from utils.fictional_notes.scenarios import FictionalStay
 
 Wordings = Callable[[Condition], Sequence[str]]
-# How a diagnosis may be worded: `all` draws from both lists.
+# The wordings that a note may use.
 WORDINGS: dict[str, Wordings] = {
     "train": lambda condition: condition.written,
     "unseen": lambda condition: condition.unseen,
@@ -22,73 +22,73 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 class NoteWriter:
-    """Speaks about one stay. `told` lists the codes named so far, in order."""
+    """Writes the sentences of one note. `mentioned` lists the coded diagnoses written so far, in order."""
 
-    def __init__(self, rng: random.Random, stay: Stay, wordings: Wordings) -> None:
+    def __init__(self, rng: random.Random, stay: FictionalStay, wordings: Wordings) -> None:
         self.rng = rng
         self.stay = stay
-        self.told: list[str] = []
+        self.mentioned: list[str] = []
         self._wordings = wordings
-        # `managed` and `drugs` are parallel lists: one number keeps "sous ramipril" and its prescription together.
+        # `managed` and `drugs` are parallel lists: a common index keeps "sous ramipril" and its prescription together.
         self._treatments = {condition.code: rng.randrange(12) for condition in stay.conditions}
-        self._context = _people(rng, stay) | _dates(rng, stay) | _measures(rng, stay)
+        self._facts = _people(rng, stay) | _dates(rng, stay) | _measures(rng, stay)
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.rng.random() < probability
 
-    def say(self, templates: Sequence[str], **slots: str) -> str:
-        """One of the templates, filled in, as a sentence or list item."""
-        return self.render(self.rng.choice(templates), **slots)
+    def write(self, templates: Sequence[str], **slots: str) -> str:
+        """Fill one of the templates, chosen at random."""
+        return self.fill(self.rng.choice(templates), **slots)
 
-    def name(self, condition: Condition, templates: Sequence[str], **slots: str) -> str:
-        """A sentence that states a coded diagnosis."""
-        if condition.code not in self.told:
-            self.told.append(condition.code)
-        return self.say_of(self.rng.choice(self._wordings(condition)), templates, **slots)
+    def write_coded(self, condition: Condition, templates: Sequence[str], **slots: str) -> str:
+        """Write a sentence that states a coded diagnosis."""
+        if condition.code not in self.mentioned:
+            self.mentioned.append(condition.code)
+        return self.write_wording(self.rng.choice(self._wordings(condition)), templates, **slots)
 
-    def exclude(self, condition: Condition, templates: Sequence[str], **slots: str) -> str:
-        """A sentence on a diagnosis that is not coded, in its plainest wording and without figures."""
-        return self.say_of(self._wordings(condition)[0], templates, **slots)
+    def write_uncoded(self, condition: Condition, templates: Sequence[str], **slots: str) -> str:
+        """Write a sentence on a distractor, in its simplest wording, which contains no measurement."""
+        return self.write_wording(self._wordings(condition)[0], templates, **slots)
 
     def treatment(self, condition: Condition, lines: Sequence[str]) -> str:
-        """The line of `managed` or `drugs` that fits this patient, the same each time but for its numbers."""
-        return self.render(lines[self._treatments[condition.code] % len(lines)]) if lines else ""
+        """Return the line of `managed` or `drugs` chosen for this patient, or "" if there are no lines."""
+        return self.fill(lines[self._treatments[condition.code] % len(lines)]) if lines else ""
 
-    def say_of(self, wording: str, templates: Sequence[str], **slots: str) -> str:
-        """A sentence on something worded as "une HTA"; a wording without article only where none is needed."""
-        forms = wording_forms(self.render(wording))
+    def write_wording(self, wording: str, templates: Sequence[str], **slots: str) -> str:
+        """Write a sentence with a wording such as "une HTA"; one without article skips templates that need it."""
+        forms = wording_forms(self.fill(wording))
         if forms["un"] == forms["nu"]:
             templates = [template for template in templates if "{un}" not in template]
-        return self.say(templates, **forms, **slots)
+        return self.write(templates, **forms, **slots)
 
-    def render(self, template: str, **slots: str) -> str:
-        """Fills braces, innermost first: a slot (capitalised if its name is), {2-5} a number, {a|b} a choice."""
-        context = self._context | slots
+    def fill(self, template: str, **slots: str) -> str:
+        """Replace braces, innermost first: a slot (capitalized if its name is), {2-5} a number, {a|b} a choice."""
+        context = self._facts | slots
 
-        def fill(match: re.Match[str]) -> str:
+        def replace(match: re.Match[str]) -> str:
             slot = match[1]
             if slot in context:
                 return context[slot]
             if slot.lower() in context:
-                return capitalise(context[slot.lower()])
+                return capitalize(context[slot.lower()])
             if span := _RANGE.fullmatch(slot):
                 return str(self.rng.randint(int(span[1]), int(span[2]))).zfill(len(span[1]))
             if "|" in slot:
                 return self.rng.choice(slot.split("|"))
-            raise KeyError(f"nothing fills {{{slot}}} in {template!r}")
+            raise KeyError(f"unknown slot {{{slot}}} in {template!r}")
 
         while _SLOT.search(template):
-            template = _SLOT.sub(fill, template)
+            template = _SLOT.sub(replace, template)
         return template
 
 
-def capitalise(text: str) -> str:
-    """First letter in upper case, the others as they are."""
+def capitalize(text: str) -> str:
+    """Return the text with its first letter in upper case; str.capitalize would change the others."""
     return text[:1].upper() + text[1:]
 
 
-def _people(rng: random.Random, stay: Stay) -> dict[str, str]:
+def _people(rng: random.Random, stay: FictionalStay) -> dict[str, str]:
     woman = stay.sex == "F"
     return {
         "pt": "la patiente" if woman else "le patient",
@@ -107,7 +107,7 @@ def _people(rng: random.Random, stay: Stay) -> dict[str, str]:
     }
 
 
-def _dates(rng: random.Random, stay: Stay) -> dict[str, str]:
+def _dates(rng: random.Random, stay: FictionalStay) -> dict[str, str]:
     first = date(2024, 1, 1) + timedelta(days=rng.randrange(700))
     last = first + timedelta(days=stay.days)
     return {
@@ -121,10 +121,10 @@ def _dates(rng: random.Random, stay: Stay) -> dict[str, str]:
     }
 
 
-def _measures(rng: random.Random, stay: Stay) -> dict[str, str]:
+def _measures(rng: random.Random, stay: FictionalStay) -> dict[str, str]:
     spans = {name: (measure.low, measure.high) for name, measure in phrases.MEASURES.items()}
-    for condition in reversed(stay.conditions):  # the main diagnosis has the last word
-        # What happens later is not seen in the vital signs of the first day.
+    for condition in reversed(stay.conditions):  # the main diagnosis comes last and overrides the others
+        # An event during the stay does not change the vital signs at admission.
         late = condition.kind == "event" and condition not in stay.reasons
         spans |= {
             name: (low, high) for name, low, high in condition.measures if not (late and phrases.MEASURES[name].vital)

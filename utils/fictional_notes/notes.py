@@ -1,29 +1,28 @@
-"""Fictional discharge notes with their codes: offline, seeded, for demos and tests, never for evaluation of care.
+"""Fictional discharge notes with their codes: offline, seeded, for demos and tests, never for evaluating care.
 
-The coded diagnoses are told under their many names, beside findings ruled out, resolved episodes and relatives'
-diseases that must not be coded, so that no single sentence gives the answer.
+Coded diagnoses appear in varied wordings, mixed with distractors that must not be coded (diagnoses ruled out, resolved
+episodes, relatives' diseases), so that no single sentence gives the answer.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from utils.fictional_notes import phrases
 from utils.fictional_notes.catalogue import Catalogue, Condition
-from utils.fictional_notes.distractors import Distractors, choose_traps
-from utils.fictional_notes.note_writer import WORDINGS, NoteWriter, capitalise
-from utils.fictional_notes.scenarios import MAX_DAS, Stay, sample_stay
+from utils.fictional_notes.distractors import Distractors, choose_distractors
+from utils.fictional_notes.note_writer import WORDINGS, NoteWriter, capitalize
+from utils.fictional_notes.scenarios import MAX_DAS, FictionalStay, sample_stay
 from utils.icd10.answers import Diagnosis
 
 LENGTHS = ("short", "long")
-# A note of about 100 tokens has room for this many associated diagnoses.
-_SHORT_MAX_DAS = 4
+_SHORT_MAX_DAS = 4  # associated diagnoses that fit in a note of about 100 tokens
 
 
 @dataclass(frozen=True)
 class FictionalNote:
-    """A note and what a medical-information team would code; DAS stand in the order the note tells them."""
+    """A note and the codes that a medical coder would keep; DAS are in the order in which the note mentions them."""
 
     id: str
     text: str
@@ -33,250 +32,248 @@ class FictionalNote:
 def write_notes(
     count: int, seed: int, catalogue: Catalogue, length: str = "long", wordings: str = "all"
 ) -> Iterator[FictionalNote]:
-    """Writes notes; the first ones do not depend on `count`, stays not on `wordings`.
+    """Yield notes. A larger `count` only appends notes; `wordings` does not change the stays.
 
     Args:
         count: number of notes.
         seed: same seed, same notes.
         catalogue: diagnoses to draw from.
-        length: "short" (about 100 tokens) or "long" (some 600 to 1500).
-        wordings: "train", "unseen" (names that "train" never uses) or "all".
+        length: "short" (about 100 tokens) or "long" (about 600 to 1500).
+        wordings: "train", "unseen" (wordings that "train" never uses) or "all".
     """
     for index in range(count):
         rng, stay = seeded_stay(index, seed, catalogue, length)
-        narrator = NoteWriter(rng, stay, WORDINGS[wordings])
+        writer = NoteWriter(rng, stay, WORDINGS[wordings])
         compose = _short_note if length == "short" else _long_note
-        text = compose(narrator, choose_traps(rng, stay, catalogue, length))
+        text = compose(writer, choose_distractors(rng, stay, catalogue, length))
         name = hashlib.sha1(f"{seed} {length} {wordings} {index}".encode(), usedforsecurity=False).hexdigest()
-        yield FictionalNote(name, text, _in_order_told(stay, narrator.told))
+        yield FictionalNote(name, text, _in_note_order(stay, writer.mentioned))
 
 
-def seeded_stay(index: int, seed: int, catalogue: Catalogue, length: str) -> tuple[random.Random, Stay]:
-    """The stay of the note `index`, whoever writes it, and the source of chance to go on with."""
+def seeded_stay(index: int, seed: int, catalogue: Catalogue, length: str) -> tuple[random.Random, FictionalStay]:
+    """Return the stay of note `index` and the random generator with which to write the note."""
     rng = random.Random(f"{seed} {length} {index}")
     return rng, sample_stay(rng, catalogue, _SHORT_MAX_DAS if length == "short" else MAX_DAS)
 
 
-def _in_order_told(stay: Stay, told: list[str]) -> tuple[Diagnosis, ...]:
+def _in_note_order(stay: FictionalStay, mentioned: list[str]) -> tuple[Diagnosis, ...]:
     diagnoses = stay.diagnoses()
     reasons = len(stay.reasons)
-    return (*diagnoses[:reasons], *sorted(diagnoses[reasons:], key=lambda diagnosis: told.index(diagnosis.code)))
+    return (*diagnoses[:reasons], *sorted(diagnoses[reasons:], key=lambda diagnosis: mentioned.index(diagnosis.code)))
 
 
 # --- Sentences of both lengths ----------------------------------------------------------------------------------------
 
 
-def _past(narrator: NoteWriter, condition: Condition) -> str:
-    # Not before the age at which one gets it, nor so late that it could still be active.
-    years = narrator.rng.randint(3, max(3, min(25, narrator.stay.age - condition.age[0])))
-    return narrator.exclude(condition, phrases.PAST, année=_years_ago(narrator, years), ancienneté=str(years))
+def _past(writer: NoteWriter, condition: Condition) -> str:
+    # Neither before the minimum age of the disease nor so recent that it could still be active.
+    years = writer.rng.randint(3, max(3, min(25, writer.stay.age - condition.age[0])))
+    return writer.write_uncoded(condition, phrases.PAST, année=_years_ago(writer, years), ancienneté=str(years))
 
 
-def _years_ago(narrator: NoteWriter, years: int) -> str:
-    return str(int(narrator.render("{année_du_séjour}")) - years)
+def _years_ago(writer: NoteWriter, years: int) -> str:
+    return str(int(writer.fill("{année_du_séjour}")) - years)
 
 
-def _family(narrator: NoteWriter, condition: Condition) -> str:
-    sex = narrator.rng.choice(condition.sex)
-    relative = narrator.rng.choice(phrases.RELATIVES[sex])
+def _family(writer: NoteWriter, condition: Condition) -> str:
+    sex = writer.rng.choice(condition.sex)
+    relative = writer.rng.choice(phrases.RELATIVES[sex])
     slots = {"parent": relative, "son_parent": ("sa " if sex == "F" else "son ") + relative}
-    return narrator.exclude(condition, phrases.FAMILY, e_parent="e" if sex == "F" else "", **slots)
+    return writer.write_uncoded(condition, phrases.FAMILY, e_parent="e" if sex == "F" else "", **slots)
 
 
-def _associated(narrator: NoteWriter, condition: Condition) -> str:
-    """States an associated diagnosis outside the antecedents."""
-    templates = {
+def _associated(writer: NoteWriter, condition: Condition) -> str:
+    """Write a sentence on an associated diagnosis outside the antecedents."""
+    templates: Sequence[str] = {
         "chronic": phrases.BY_THE_WAY,
         "bio": phrases.IN_BLOOD,
         "imaging": phrases.ON_IMAGES,
         "event": phrases.DURING_STAY,
     }[condition.kind]
-    if narrator.stay.days < 3:
+    if writer.stay.days < 3:
         templates = [template for template in templates if "{jour}" not in template]
-    return narrator.name(condition, templates, suite=_managed(narrator, condition, ", "))
+    return writer.write_coded(condition, templates, suite=_managed(writer, condition, ", "))
 
 
-def _managed(narrator: NoteWriter, condition: Condition, separator: str = " ") -> str:
-    managed = narrator.treatment(condition, condition.managed)
-    return separator + managed if managed and narrator.chance(0.5) else ""
+def _managed(writer: NoteWriter, condition: Condition, separator: str = " ") -> str:
+    managed = writer.treatment(condition, condition.managed)
+    return separator + managed if managed and writer.chance(0.5) else ""
 
 
-def _antecedent(narrator: NoteWriter, condition: Condition) -> str:
-    return narrator.name(condition, ("{nu}",)) + _managed(narrator, condition)
+def _antecedent(writer: NoteWriter, condition: Condition) -> str:
+    return writer.write_coded(condition, ("{nu}",)) + _managed(writer, condition)
 
 
-def _shuffled(
-    narrator: NoteWriter, told_by: dict[Callable[[NoteWriter, Condition], str], list[Condition]]
-) -> list[str]:
-    """Tells diagnoses in a random order, each by the function it stands under."""
-    pairs = [(tell, item) for tell, items in told_by.items() for item in items]
-    narrator.rng.shuffle(pairs)
-    return [tell(narrator, item) for tell, item in pairs]
+def _shuffled(writer: NoteWriter, items_of: dict[Callable[[NoteWriter, Condition], str], list[Condition]]) -> list[str]:
+    """Write the diagnoses of each function with that function, in random order."""
+    pairs = [(write, item) for write, items in items_of.items() for item in items]
+    writer.rng.shuffle(pairs)
+    return [write(writer, item) for write, item in pairs]
 
 
-def _split_das(narrator: NoteWriter) -> tuple[list[Condition], list[Condition]]:
-    """Associated diagnoses told among the antecedents, and those told later."""
-    early = [item for item in narrator.stay.das if item.kind == "chronic" and narrator.chance(0.8)]
-    return early, [item for item in narrator.stay.das if item not in early]
+def _split_das(writer: NoteWriter) -> tuple[list[Condition], list[Condition]]:
+    """Split the associated diagnoses into those mentioned among the antecedents and those mentioned later."""
+    early = [item for item in writer.stay.das if item.kind == "chronic" and writer.chance(0.8)]
+    return early, [item for item in writer.stay.das if item not in early]
 
 
-def _discharge(narrator: NoteWriter) -> str:
-    stay = narrator.stay
+def _discharge(writer: NoteWriter) -> str:
+    stay = writer.stay
     if stay.days == 0:
-        return narrator.say(phrases.DISCHARGES["same day"])
-    return narrator.say(phrases.DISCHARGES["frail" if stay.age >= 80 and stay.days >= 5 else "home"])
+        return writer.write(phrases.DISCHARGES["same day"])
+    return writer.write(phrases.DISCHARGES["frail" if stay.age >= 80 and stay.days >= 5 else "home"])
 
 
-def _motive(narrator: NoteWriter, templates: tuple[str, ...]) -> tuple[str, bool]:
-    """The first sentence, and whether it gave the main diagnosis away instead of a complaint."""
-    main = narrator.stay.dp
-    if main.complaints and narrator.chance(0.5):
-        return narrator.say_of(narrator.rng.choice(main.complaints), templates), False
-    return narrator.name(main, templates), True
+def _motive(writer: NoteWriter, templates: tuple[str, ...]) -> tuple[str, bool]:
+    """Write the first sentence; the second value is True if it names the main diagnosis rather than a complaint."""
+    main = writer.stay.dp
+    if main.complaints and writer.chance(0.5):
+        return writer.write_wording(writer.rng.choice(main.complaints), templates), False
+    return writer.write_coded(main, templates), True
 
 
 # --- Short notes ------------------------------------------------------------------------------------------------------
 
 
-def _short_note(narrator: NoteWriter, traps: Distractors) -> str:
-    rng, stay = narrator.rng, narrator.stay
-    motive, told = _motive(narrator, phrases.SHORT_MOTIVES)
-    early, late = _split_das(narrator)
-    items = _shuffled(narrator, {_antecedent: early, _past: traps.past, _family: traps.family})
+def _short_note(writer: NoteWriter, distractors: Distractors) -> str:
+    rng, stay = writer.rng, writer.stay
+    motive, dp_named = _motive(writer, phrases.SHORT_MOTIVES)
+    early, late = _split_das(writer)
+    items = _shuffled(writer, {_antecedent: early, _past: distractors.past, _family: distractors.family})
     sentences = [motive]
     if items:
-        sentences.append(narrator.say(phrases.ANTECEDENTS, liste=", ".join(items)))
+        sentences.append(writer.write(phrases.ANTECEDENTS, liste=", ".join(items)))
     findings = (*stay.dp.history, *stay.dp.exam, *stay.dp.tests)
-    if findings and narrator.chance(0.6):
-        sentences.append(narrator.say(findings))
-    body = [] if told else [narrator.name(stay.dp, phrases.CONCLUSIONS)]
-    body += [narrator.name(stay.dr, phrases.RELATED)] if stay.dr else []
-    body += [narrator.exclude(item, phrases.ABSENT) for item in traps.absent]
+    if findings and writer.chance(0.6):
+        sentences.append(writer.write(findings))
+    body = [] if dp_named else [writer.write_coded(stay.dp, phrases.CONCLUSIONS)]
+    body += [writer.write_coded(stay.dr, phrases.RELATED)] if stay.dr else []
+    body += [writer.write_uncoded(item, phrases.ABSENT) for item in distractors.absent]
     rng.shuffle(body)
-    sentences += body + [_associated(narrator, item) for item in late]
-    return " ".join([*sentences, _discharge(narrator)])
+    sentences += body + [_associated(writer, item) for item in late]
+    return " ".join([*sentences, _discharge(writer)])
 
 
 # --- Long notes -------------------------------------------------------------------------------------------------------
 
 
-def _long_note(narrator: NoteWriter, traps: Distractors) -> str:
-    motive, told = _motive(narrator, phrases.MOTIVES)
-    early, late = _split_das(narrator)
-    on_images = [item for item in late if item.kind in ("imaging", "bio") and narrator.chance(0.7)]
+def _long_note(writer: NoteWriter, distractors: Distractors) -> str:
+    motive, dp_named = _motive(writer, phrases.MOTIVES)
+    early, late = _split_das(writer)
+    on_images = [item for item in late if item.kind in ("imaging", "bio") and writer.chance(0.7)]
     during = [item for item in late if item not in on_images]
-    ruled_out = [narrator.exclude(item, phrases.ABSENT) for item in traps.absent if item.kind != "chronic"]
-    sections = {"motif": [narrator.say(phrases.ADMISSIONS[narrator.stay.dp.scheduled]), motive]}
-    sections["antécédents"] = _antecedents(narrator, early, traps)
-    sections["entrée"] = _drugs(narrator, early)
-    sections["vie"] = [narrator.say(phrases.LIVES["active" if narrator.stay.age < 62 else "retired"])]
-    sections["histoire"] = _history(narrator)
-    sections["examen"] = _examination(narrator)
-    sections["examens"] = [*_tests(narrator, on_images), *ruled_out]
-    sections["évolution"] = _course(narrator, told, during)
-    sections["conclusion"] = _conclusion(narrator)
-    sections["sortie"] = _drugs(narrator, [*narrator.stay.reasons, *narrator.stay.das], filler=True)
-    sections["suivi"] = [_discharge(narrator), narrator.say(phrases.FOLLOW_UPS)]
-    if narrator.chance(0.4):
+    ruled_out = [writer.write_uncoded(item, phrases.ABSENT) for item in distractors.absent if item.kind != "chronic"]
+    sections = {"motif": [writer.write(phrases.ADMISSIONS[writer.stay.dp.scheduled]), motive]}
+    sections["antécédents"] = _antecedents(writer, early, distractors)
+    sections["entrée"] = _drugs(writer, early)
+    sections["vie"] = [writer.write(phrases.LIVES["active" if writer.stay.age < 62 else "retired"])]
+    sections["histoire"] = _history(writer)
+    sections["examen"] = _examination(writer)
+    sections["examens"] = [*_tests(writer, on_images), *ruled_out]
+    sections["évolution"] = _course(writer, dp_named, during)
+    sections["conclusion"] = _conclusion(writer)
+    sections["sortie"] = _drugs(writer, [*writer.stay.reasons, *writer.stay.das], filler=True)
+    sections["suivi"] = [_discharge(writer), writer.write(phrases.FOLLOW_UPS)]
+    if writer.chance(0.4):
         del sections["vie"]
-    style = narrator.rng.choice(phrases.HEADING_STYLES)
-    parts = [_heading(narrator, key, lines, style) for key, lines in sections.items() if lines]
-    return "\n\n".join([_header(narrator), *parts, narrator.say(phrases.SIGNATURES)])
+    style = writer.rng.choice(phrases.HEADING_STYLES)
+    parts = [_heading(writer, key, lines, style) for key, lines in sections.items() if lines]
+    return "\n\n".join([_header(writer), *parts, writer.write(phrases.SIGNATURES)])
 
 
-def _header(narrator: NoteWriter) -> str:
+def _header(writer: NoteWriter) -> str:
     lines = [
-        narrator.say(phrases.TITLES),
-        f"{narrator.say(phrases.PLACES)} - Service : {narrator.stay.dp.service}",
-        narrator.say(phrases.IDENTITIES),
-        narrator.say(phrases.DATES),
+        writer.write(phrases.TITLES),
+        f"{writer.write(phrases.PLACES)} - Service : {writer.stay.dp.service}",
+        writer.write(phrases.IDENTITIES),
+        writer.write(phrases.DATES),
     ]
-    if narrator.chance(0.5):
-        lines.append(narrator.say(phrases.LETTER_OPENINGS))
+    if writer.chance(0.5):
+        lines.append(writer.write(phrases.LETTER_OPENINGS))
     return "\n".join(lines)
 
 
-def _heading(narrator: NoteWriter, key: str, lines: list[str], style: str) -> str:
-    title = narrator.rng.choice(phrases.HEADINGS[key])
+def _heading(writer: NoteWriter, key: str, lines: list[str], style: str) -> str:
+    title = writer.rng.choice(phrases.HEADINGS[key])
     text = "\n".join(lines) if lines[0].startswith("- ") else " ".join(lines)
     if text.startswith("- "):
         style = style.replace("{titre} : {texte}", "{titre} :\n{texte}")
     return style.format(titre=title, TITRE=title.upper(), texte=text)
 
 
-def _antecedents(narrator: NoteWriter, early: list[Condition], traps: Distractors) -> list[str]:
-    """One list item per line: active diseases, old episodes, operations, relatives, what one never had."""
-    items = _shuffled(narrator, {_antecedent: early, _past: traps.past})
-    groups = {condition.group for condition in narrator.stay.conditions}
+def _antecedents(writer: NoteWriter, early: list[Condition], distractors: Distractors) -> list[str]:
+    """Write one list item per line: active and past diseases, surgery, diseases never had, family, allergies."""
+    items = _shuffled(writer, {_antecedent: early, _past: distractors.past})
+    groups = {condition.group for condition in writer.stay.conditions}
     possible = [
         surgery.text
         for surgery in phrases.SURGERIES
-        if narrator.stay.sex in surgery.sex and not groups.intersection(surgery.groups)
+        if writer.stay.sex in surgery.sex and not groups.intersection(surgery.groups)
     ]
-    if narrator.chance(0.6):
-        items.append(narrator.say(possible, année=_years_ago(narrator, narrator.rng.randint(4, 15))))
-    items += [narrator.exclude(item, phrases.NEVER_HAD) for item in traps.absent if item.kind == "chronic"]
-    items += [_family(narrator, item) for item in traps.family]
-    items.append(narrator.say(phrases.ALLERGIES))
-    return [f"- {capitalise(item)}" for item in items]
+    if writer.chance(0.6):
+        items.append(writer.write(possible, année=_years_ago(writer, writer.rng.randint(4, 15))))
+    items += [writer.write_uncoded(item, phrases.NEVER_HAD) for item in distractors.absent if item.kind == "chronic"]
+    items += [_family(writer, item) for item in distractors.family]
+    items.append(writer.write(phrases.ALLERGIES))
+    return [f"- {capitalize(item)}" for item in items]
 
 
-def _drugs(narrator: NoteWriter, conditions: list[Condition], filler: bool = False) -> list[str]:
-    """One prescription per line, each drug once."""
-    lines = [narrator.treatment(item, item.drugs) for item in conditions if item.drugs]
+def _drugs(writer: NoteWriter, conditions: list[Condition], filler: bool = False) -> list[str]:
+    """Write one prescription per line; each drug is listed once."""
+    lines = [writer.treatment(item, item.drugs) for item in conditions if item.drugs]
     if filler:
-        lines.append(narrator.say(phrases.FILLER_DRUGS))
+        lines.append(writer.write(phrases.FILLER_DRUGS))
     by_drug = {line.split()[0]: f"- {line}" for line in reversed(lines)}
     return list(reversed(by_drug.values()))
 
 
-def _history(narrator: NoteWriter) -> list[str]:
-    stay = narrator.stay
-    sentences = [narrator.render(sentence) for sentence in _some(narrator, stay.dp.history, 2)]
+def _history(writer: NoteWriter) -> list[str]:
+    stay = writer.stay
+    sentences = [writer.fill(sentence) for sentence in _some(writer, stay.dp.history, 2)]
     if stay.dr:
-        sentences.append(narrator.name(stay.dr, phrases.RELATED))
-        sentences += [narrator.render(sentence) for sentence in _some(narrator, stay.dr.history, 1)]
+        sentences.append(writer.write_coded(stay.dr, phrases.RELATED))
+        sentences += [writer.fill(sentence) for sentence in _some(writer, stay.dr.history, 1)]
     return sentences
 
 
-def _examination(narrator: NoteWriter) -> list[str]:
-    affected = {system for condition in narrator.stay.conditions for system in condition.systems}
-    normal = [narrator.say(lines) for system, lines in phrases.NORMAL_EXAMINATION.items() if system not in affected]
-    found = [narrator.render(sentence) for sentence in _some(narrator, narrator.stay.dp.exam, 1)]
-    return [narrator.say(phrases.VITAL_SIGNS), *found, *_some(narrator, normal, 4)]
+def _examination(writer: NoteWriter) -> list[str]:
+    affected = {system for condition in writer.stay.conditions for system in condition.systems}
+    normal = [writer.write(lines) for system, lines in phrases.NORMAL_EXAMINATION.items() if system not in affected]
+    found = [writer.fill(sentence) for sentence in _some(writer, writer.stay.dp.exam, 1)]
+    return [writer.write(phrases.VITAL_SIGNS), *found, *_some(writer, normal, 4)]
 
 
-def _tests(narrator: NoteWriter, conditions: list[Condition]) -> list[str]:
-    sentences = [_laboratory(narrator)]
-    sentences += [narrator.render(sentence) for sentence in _some(narrator, narrator.stay.dp.tests, 3)]
-    sentences += [_associated(narrator, item) for item in conditions]
+def _tests(writer: NoteWriter, conditions: list[Condition]) -> list[str]:
+    sentences = [_laboratory(writer)]
+    sentences += [writer.fill(sentence) for sentence in _some(writer, writer.stay.dp.tests, 3)]
+    sentences += [_associated(writer, item) for item in conditions]
     return sentences
 
 
-def _laboratory(narrator: NoteWriter) -> str:
-    """Figures of the blood test: all those that a coded diagnosis moves, and some normal ones."""
-    moved = {name for condition in narrator.stay.conditions for name, _, _ in condition.measures}
+def _laboratory(writer: NoteWriter) -> str:
+    """Write the blood test: all measurements that a coded diagnosis changes, and some normal ones."""
+    changed = {name for condition in writer.stay.conditions for name, _, _ in condition.measures}
     items = []
     for name, measure in phrases.MEASURES.items():
-        if measure.names and (name in moved or (measure.usual and narrator.chance(0.7))):
-            items.append(f"{narrator.rng.choice(measure.names)} {narrator.render(f'{{{name}}}')} {measure.unit}")
-    return narrator.say(phrases.LABORATORY, liste=", ".join(items))
+        if measure.names and (name in changed or (measure.usual and writer.chance(0.7))):
+            items.append(f"{writer.rng.choice(measure.names)} {writer.fill(f'{{{name}}}')} {measure.unit}")
+    return writer.write(phrases.LABORATORY, liste=", ".join(items))
 
 
-def _course(narrator: NoteWriter, told: bool, conditions: list[Condition]) -> list[str]:
-    stay = narrator.stay
-    sentences = [] if told else [narrator.name(stay.dp, phrases.CONCLUSIONS)]
-    sentences += [narrator.render(sentence) for sentence in stay.dp.care]
-    return [*sentences, *(_associated(narrator, item) for item in conditions)]
+def _course(writer: NoteWriter, dp_named: bool, conditions: list[Condition]) -> list[str]:
+    stay = writer.stay
+    sentences = [] if dp_named else [writer.write_coded(stay.dp, phrases.CONCLUSIONS)]
+    sentences += [writer.fill(sentence) for sentence in stay.dp.care]
+    return [*sentences, *(_associated(writer, item) for item in conditions)]
 
 
-def _conclusion(narrator: NoteWriter) -> list[str]:
-    if narrator.chance(0.3):
+def _conclusion(writer: NoteWriter) -> list[str]:
+    if writer.chance(0.3):
         return []
-    return [narrator.name(narrator.stay.dp, phrases.CLOSING_CONCLUSIONS)]
+    return [writer.write_coded(writer.stay.dp, phrases.CLOSING_CONCLUSIONS)]
 
 
-def _some(narrator: NoteWriter, sentences: tuple[str, ...] | list[str], most: int) -> list[str]:
-    """A sample in the order given."""
-    chosen = narrator.rng.sample(range(len(sentences)), min(most, len(sentences)))
+def _some(writer: NoteWriter, sentences: Sequence[str], count: int) -> list[str]:
+    """Draw at most `count` sentences and keep their order."""
+    chosen = writer.rng.sample(range(len(sentences)), min(count, len(sentences)))
     return [sentences[index] for index in sorted(chosen)]

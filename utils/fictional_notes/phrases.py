@@ -1,7 +1,7 @@
-"""Sentences of fictional French notes. Braces hold what `narrator.NoteWriter.render` fills in.
+"""Sentence templates of fictional French notes. `NoteWriter.fill` replaces the braces.
 
-A diagnosis is named by {nu} (HTA), {un} (une HTA), {d_un} (d'une HTA) or {de} (d'HTA). What must not be coded always
-carries its own cue in the same sentence or list item: a negation, the end of an episode, a relative.
+A diagnosis is named by {nu} (HTA), {un} (une HTA), {d_un} (d'une HTA) or {de} (d'HTA). A diagnosis that must not be
+coded always has a cue in the same sentence or list item: a negation, the end of the episode, a relative.
 """
 
 from typing import NamedTuple
@@ -62,9 +62,9 @@ HEADINGS = {
 }
 HEADING_STYLES = ("{titre} :\n{texte}", "{TITRE}\n{texte}", "**{titre} :**\n{texte}", "{titre} : {texte}")
 
-# --- What is coded ----------------------------------------------------------------------------------------------------
+# --- Coded diagnoses --------------------------------------------------------------------------------------------------
 
-# Serve for the main diagnosis and for the complaint that hides it.
+# For the main diagnosis, or for the complaint that is mentioned instead of it.
 MOTIVES = (
     "Prise en charge {d_un}.",
     "{Nu}.",
@@ -132,7 +132,7 @@ DURING_STAY = (
     "Prise en charge également {d_un}{suite}.",
 )
 
-# --- What is not coded ------------------------------------------------------------------------------------------------
+# --- Diagnoses that are not coded -------------------------------------------------------------------------------------
 
 ABSENT = (
     "Pas d'argument pour {un}.",
@@ -155,7 +155,7 @@ RELATIVES = {"M": ("père", "frère", "oncle", "grand-père"), "F": ("mère", "s
 
 
 class Surgery(NamedTuple):
-    """An operation long ago; not told to the other sex nor beside a disease of these groups."""
+    """A past operation, for patients of this sex without a coded disease of these groups."""
 
     text: str
     sex: str = "FM"
@@ -174,7 +174,7 @@ SURGERIES = (
 )
 ALLERGIES = ("aucune allergie médicamenteuse connue", "pas d'allergie connue")
 
-# --- Life, examination, laboratory ------------------------------------------------------------------------------------
+# --- Living situation, examination, laboratory ------------------------------------------------------------------------
 
 LIVES = {
     "active": (
@@ -203,7 +203,7 @@ NORMAL_EXAMINATION = {
 
 
 class Measure(NamedTuple):
-    """A figure of the note: names (none for a sign of the physical examination), unit, normal range, decimals."""
+    """A measurement: names in a blood test (empty for physical signs), unit, normal range, decimals."""
 
     names: tuple[str, ...]
     unit: str
@@ -211,7 +211,7 @@ class Measure(NamedTuple):
     high: float
     decimals: int = 0
     vital: bool = False
-    usual: bool = True  # asked for whatever the disease
+    usual: bool = True  # part of a routine blood test
 
 
 MEASURES = {
@@ -236,7 +236,7 @@ MEASURES = {
 }
 LABORATORY = ("Biologie : {liste}.", "Bilan biologique d'entrée : {liste}.", "Sur le plan biologique : {liste}.")
 
-# --- The end ----------------------------------------------------------------------------------------------------------
+# --- Discharge --------------------------------------------------------------------------------------------------------
 
 DISCHARGES = {
     "same day": ("Sortie le jour même.", "Retour à domicile le jour même."),

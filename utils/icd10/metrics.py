@@ -1,9 +1,8 @@
-"""Code-level scores of coded stays against what was kept for them: how much of it is found, and how sure that is.
+"""Precision, recall, F1 and exact match of predicted codes against gold codes, with bootstrap intervals.
 
-A note's codes are a set: a code given twice counts once, in whatever role. Precision is the share of the predicted
-codes that are right, recall the share of the gold codes that are found. `micro` pools all codes of all notes; `macro`
-is the mean over the codes that stand in gold or predictions, where a code never predicted has precision 0 and one
-never in gold recall 0 (scikit-learn with zero_division=0).
+The codes of a note are a set: a repeated code counts once, whatever its roles. `micro` pools the codes of all notes.
+`macro` is the mean over the codes in gold or predictions; the precision of a code that is never predicted is 0, and so
+is the recall of a code that is never in gold (scikit-learn with zero_division=0).
 
 Shapes: N notes, M (note, code) pairs, C codes, B weightings of the notes.
 """
@@ -16,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.icd10.answers import Diagnosis
+from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import ROLES, Cim10Table, category, chapter
 
 LEVELS: dict[str, Callable[[str], str]] = {"exact": str, "category": category}
-SAMPLES = 1000  # of a bootstrap
+SAMPLES = 1000  # bootstrap samples
 
 _BAND_ENDS = (0, 5, 20, 100)
 FREQUENCY_BANDS = ("0", "1-5", "6-20", "21-100", "more than 100")
 NO_CHAPTER = "none"
 _QUANTILES = (0.025, 0.975)
-_CHUNK = 4_000_000  # cells of a [B, M] array held at once
+_CHUNK = 4_000_000  # elements of a [B, M] array in memory at once
 
 Coding = Sequence[Diagnosis]
 Scores = dict[str, np.ndarray]  # precision, recall, f1: each [B]
@@ -34,15 +33,15 @@ Scores = dict[str, np.ndarray]  # precision, recall, f1: each [B]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs (note, code) that stand in gold, in the predictions or in both, ordered by code.
+    """The (note, code) pairs found in gold, in the predictions or in both, sorted by code.
 
     Attributes:
         codes: the C codes.
-        notes: how many notes there are, N.
-        note: number of each pair's note, [M].
-        code: number of each pair's code, ascending, [M].
-        gold: whether the pair stands in gold, [M].
-        predicted: whether it stands in the predictions, [M].
+        notes: number of notes, N.
+        note: index of the note of each pair, [M].
+        code: index of the code of each pair, ascending, [M].
+        gold: whether the pair is in gold, [M].
+        predicted: whether the pair is in the predictions, [M].
     """
 
     codes: tuple[str, ...]
@@ -54,39 +53,39 @@ class Pairs:
 
     @classmethod
     def of(cls, gold: Iterable[Collection[str]], predicted: Iterable[Collection[str]]) -> "Pairs":
-        """Pairs of the codes of each note."""
-        sets = [(set(right), set(given)) for right, given in zip(gold, predicted, strict=True)]
-        codes = tuple(sorted(set().union(*(right | given for right, given in sets))))
-        number = {code: index for index, code in enumerate(codes)}
+        """Build the pairs from the codes of each note."""
+        sets = [(set(expected), set(given)) for expected, given in zip(gold, predicted, strict=True)]
+        codes = tuple(sorted(set().union(*(expected | given for expected, given in sets))))
+        index_of = {code: index for index, code in enumerate(codes)}
         rows = sorted(
-            (number[code], note, code in right, code in given)
-            for note, (right, given) in enumerate(sets)
-            for code in right | given
+            (index_of[code], note, code in expected, code in given)
+            for note, (expected, given) in enumerate(sets)
+            for code in expected | given
         )
         code, note, is_gold, is_predicted = np.array(rows, dtype=np.int64).reshape(-1, 4).T
         return cls(codes, len(sets), note, code, is_gold.astype(bool), is_predicted.astype(bool))
 
     def only(self, keep: Callable[[str], bool]) -> "Pairs":
-        """The pairs of some codes, with all notes."""
+        """Return the pairs of the codes for which `keep` is true; the number of notes stays the same."""
         kept = np.array([keep(code) for code in self.codes], dtype=bool)[self.code]
         columns = (column[kept] for column in (self.note, self.code, self.gold, self.predicted))
         return Pairs(self.codes, self.notes, *columns)
 
 
 def resample(notes: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each note is drawn in each bootstrap sample of as many notes, [samples, notes]."""
+    """Return how often each note is drawn in each bootstrap sample, [samples, notes]; a sample draws `notes` notes."""
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(notes, size=notes) for _ in range(samples))
-    # float32 is exact up to 2**24 codes.
+    # float32 counts exactly up to 2**24 codes.
     return np.stack([np.bincount(numbers, minlength=notes).astype(np.float32) for numbers in drawn])
 
 
 def score(pairs: Pairs, weights: np.ndarray | None = None) -> dict[str, Scores]:
-    """Micro and macro precision, recall and F1, once per weighting.
+    """Return micro and macro precision, recall and F1 for each weighting of the notes.
 
     Args:
-        pairs: what is compared.
-        weights: how often each note counts, [B, N]; None: each once.
+        pairs: gold and predicted codes.
+        weights: how often each note counts, [B, N]; None counts each note once.
     """
     weights = np.ones((1, pairs.notes), np.float32) if weights is None else weights
     rows = max(1, _CHUNK // max(1, len(pairs.note)))
@@ -104,7 +103,7 @@ def _score(pairs: Pairs, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]
         np.add.reduceat(drawn * present, starts, axis=1)  # [B, C]
         for present in (pairs.gold & pairs.predicted, pairs.predicted, pairs.gold)
     )
-    present = (predicted + gold) > 0  # a sample of notes need not hold every code
+    present = (predicted + gold) > 0  # a bootstrap sample does not contain every code
     return {
         "micro": _rates(correct.sum(1), predicted.sum(1), gold.sum(1)),
         "macro": {
@@ -122,13 +121,27 @@ def _rates(correct: np.ndarray, predicted: np.ndarray, gold: np.ndarray) -> Scor
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, 0 where there is no whole."""
+    """Return part / whole, and 0 where whole is 0."""
     return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
 
 
 def exact_matches(pairs: Pairs) -> np.ndarray:
-    """Whether the codes predicted for each note are just those of gold, [N]."""
+    """Return whether the predicted codes of each note equal its gold codes, [N]."""
     return np.bincount(pairs.note, pairs.gold != pairs.predicted, minlength=pairs.notes) == 0
+
+
+def answer_scores(gold: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """Return the micro F1 over codes and the fraction of notes with exactly the gold codes, for use during training.
+
+    Args:
+        gold: reference answer of each note, as text.
+        answers: generated answer of each note, as text.
+    """
+    pairs = Pairs.of(*([[item.code for item in parse_answer(text)] for text in texts] for texts in (gold, answers)))
+    return {
+        "micro_f1": float(score(pairs)["micro"]["f1"][0]),
+        "exact_match": float(exact_matches(pairs).mean()),
+    }
 
 
 def evaluate_codings(
@@ -138,25 +151,28 @@ def evaluate_codings(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores predictions by exact code (`exact`) and by 3-character category (`category`).
+    """Score predictions by exact code (`exact`) and by 3-character category (`category`).
 
-    Each has `micro`, `macro` ({precision, recall, f1}), `exact_match` (share of the notes), `intervals` (the same with
-    95 % bootstrap intervals over notes, [low, high]), the number of `gold`, `predicted` and `correct` codes, and all of
-    it again `by_role`, and without `exact_match` `by_chapter` and `by_frequency`.
+    Each of the two contains `micro` and `macro` ({precision, recall, f1}), `exact_match` (fraction of the notes),
+    `intervals` (95 % bootstrap intervals [low, high] of the same scores, over notes) and the number of `gold`,
+    `predicted` and `correct` codes. All of these are repeated in `by_role`, and without `exact_match` in `by_chapter`
+    and `by_frequency`.
 
     Args:
         gold: diagnoses of each note.
         predicted: diagnoses of each note, in the same order.
-        training: diagnoses of the notes that were trained on; a frequency is the number of them that hold a code. None:
-            of the gold notes instead.
-        samples: of the bootstrap.
-        seed: of the bootstrap.
+        training: diagnoses of the training notes, which define the frequency of a code: the number of notes that have
+            it. None uses the gold notes.
+        samples: number of bootstrap samples.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: no notes, or not as many predictions.
+        ValueError: there are no notes, or the number of predictions differs.
     """
     if not gold or len(gold) != len(predicted):
-        raise ValueError(f"expected as many predictions as gold notes and at least one, found {len(predicted)}")
+        raise ValueError(
+            f"expected as many predictions as gold notes ({len(gold)}, at least 1), found {len(predicted)}"
+        )
     weights = resample(len(gold), samples, seed)
     return {
         level: _describe_level(shorten, gold, predicted, gold if training is None else training, weights)
@@ -168,7 +184,7 @@ def _describe_level(
     shorten: Callable[[str], str],
     gold: Sequence[Coding],
     predicted: Sequence[Coding],
-    counted: Sequence[Coding],
+    training: Sequence[Coding],
     weights: np.ndarray,
 ) -> dict[str, Any]:
     def code_sets(codings: Sequence[Coding], roles: Collection[str | None] | None = None) -> list[set[str]]:
@@ -176,7 +192,7 @@ def _describe_level(
 
     pairs = Pairs.of(code_sets(gold), code_sets(predicted))
     of_roles = {role: Pairs.of(code_sets(gold, [role]), code_sets(predicted, [role])) for role in ROLES}
-    frequency = Counter(code for codes in code_sets(counted) for code in codes)
+    frequency = Counter(code for codes in code_sets(training) for code in codes)
     return {
         **_describe_notes(pairs, weights),
         "by_role": {role: _describe_notes(of_role, weights) for role, of_role in of_roles.items()},
@@ -192,7 +208,7 @@ def _band(frequency: int) -> str:
 
 
 def _by_group(pairs: Pairs, weights: np.ndarray, group_of: dict[str, str]) -> dict[str, Any]:
-    """Scores of the codes of each group, groups in the order of their codes."""
+    """Return the scores of each group of codes, in the order of `group_of`."""
     groups: dict[str, set[str]] = {}
     for code, group in group_of.items():
         groups.setdefault(group, set()).add(code)
@@ -222,37 +238,37 @@ def _describe_notes(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
 
 
 def interval(values: np.ndarray, score: float) -> list[float]:
-    """Where 95 % of the samples' values lie, moved to surround the score that they were drawn from.
+    """Return the 95 % interval of the bootstrap values, shifted so that their mean is the score on all notes.
 
-    A sample lacks some of the notes and so some of the rare codes, which the mean over codes then leaves out: sampled
-    macro scores lie beside the true one as a whole. Micro scores hardly move.
+    A bootstrap sample misses some notes and therefore some rare codes, which are then left out of the mean over codes:
+    sampled macro scores are biased. The shift removes the bias; it hardly changes micro scores.
     """
     bounds = np.quantile(values, _QUANTILES) - values.mean() + score
     return [float(bound) for bound in np.clip(bounds, 0, 1)]
 
 
 def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict[str, float]]:
-    """How often predictions name codes that do not exist or that the PMSI does not accept.
+    """Count predicted codes that do not exist or that the PMSI does not accept.
 
-    `unknown`: not in the table; `category`: a code with children; `closed`: one without, not to be used either; these
-    three as shares of all codes. `forbidden_DP`, `forbidden_DR`, `forbidden_DAS`: in the table, but not accepted in
-    this role, as shares of the codes given in it. `no_DP`, `several_DP`, `several_DR`: shares of the notes.
+    Out of all codes: `unknown` (not in the table), `category` (a type-3 code with children), `closed` (a type-3 code
+    without children). Out of the codes in the role: `forbidden_DP`, `forbidden_DR`, `forbidden_DAS` (in the table, but
+    not accepted in this role). Out of the notes: `no_DP`, `several_DP`, `several_DR`.
 
     Returns:
-        For each, {count, of, rate}; rate is 0 where there is nothing to count.
+        {count, of, rate} for each rule; rate is 0 if `of` is 0.
     """
     items = [item for coding in predicted for item in dict.fromkeys((found.role, found.code) for found in coding)]
     codes = [code for coding in predicted for code in {item.code for item in coding}]
-    banned = [code for code in codes if (entry := table.get(code)) and entry.type == 3]
+    unusable = [code for code in codes if (entry := table.get(code)) and entry.type == 3]
     counts = {
         "unknown": (sum(code not in table for code in codes), len(codes)),
-        "category": (sum(bool(table.children(code)) for code in banned), len(codes)),
-        "closed": (sum(not table.children(code) for code in banned), len(codes)),
+        "category": (sum(bool(table.children(code)) for code in unusable), len(codes)),
+        "closed": (sum(not table.children(code) for code in unusable), len(codes)),
     }
     for role in ROLES:
         given = [code for found, code in items if found == role]
-        wrong = sum(code in table and not table.allows(role, code) for code in given)
-        counts[f"forbidden_{role}"] = (wrong, len(given))
+        forbidden = sum(code in table and not table.allows(role, code) for code in given)
+        counts[f"forbidden_{role}"] = (forbidden, len(given))
     per_note = [Counter(role for role, _ in {(item.role, item.code) for item in coding}) for coding in predicted]
     counts["no_DP"] = (sum(roles["DP"] == 0 for roles in per_note), len(per_note))
     for role in ("DP", "DR"):

@@ -1,9 +1,9 @@
-"""The sentences that ICD-10 training, generation and evaluation share.
+"""The prompts and answer templates shared by ICD-10 training, generation and evaluation.
 
-They are those of the documents of recode-with-mistral-finetune, misspellings ("strandisé", "diagnistic relié",
-"distiguant") included: adapters were trained with these exact words, and would do worse with better French.
-Where those documents leave a choice: associated diagnoses are joined by ", " (they write "(code 1),..." once) and
-nothing to list is "aucun" for associated diagnoses as it is for the related one.
+They are copied from the documentation of recode-with-mistral-finetune, including its misspellings ("strandisé",
+"diagnistic relié", "distiguant"): existing adapters were trained with these exact words and would do worse with
+corrected French. Two points that the documentation leaves open: associated diagnoses are joined by ", " (it has
+"(code 1),..." once), and an empty list of associated diagnoses is "aucun", as for the related diagnosis.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ PRETRAIN_TEXT = "{note} ICD-10 codes : {codes}"
 
 
 def prompt_messages(note: str) -> list[dict[str, str]]:
-    """The conversation up to the answer, for generation."""
+    """Return the conversation up to the answer, for generation."""
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": USER_PROMPT.format(note=note)},
@@ -38,13 +38,13 @@ def prompt_messages(note: str) -> list[dict[str, str]]:
 
 
 def instruct_row(note: str, answer: str, row_id: str | None = None) -> dict[str, Any]:
-    """One line of instruct data; `id` comes first when given."""
+    """Return a row of instruct data; `id` comes first if given."""
     messages = [*prompt_messages(note), {"role": "assistant", "content": answer}]
     return {"id": row_id, "messages": messages} if row_id is not None else {"messages": messages}
 
 
 def pretrain_row(note: str, codes: str) -> dict[str, str]:
-    """One line of pretrain data: the note, ended by a full stop as in the documents, then its codes.
+    """Return a row of pretraining data: the note, which always ends with a period, then its codes.
 
     Args:
         note: text of the note.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.icd10.codes import CHAPTER_NAMES
 from utils.icd10.metrics import NO_CHAPTER
 
 if TYPE_CHECKING:
@@ -28,31 +29,7 @@ COUNT_NAMES = {
     "repeated_codes": "codes given more than once (counted once)",
     "unexpected_predictions": "predictions without a gold note (ignored)",
 }
-CHAPTER_NAMES = {
-    "I": "Infectious and parasitic diseases",
-    "II": "Neoplasms",
-    "III": "Blood and immune mechanism",
-    "IV": "Endocrine, nutrition, metabolism",
-    "V": "Mental and behavioral disorders",
-    "VI": "Nervous system",
-    "VII": "Eye",
-    "VIII": "Ear",
-    "IX": "Circulatory system",
-    "X": "Respiratory system",
-    "XI": "Digestive system",
-    "XII": "Skin",
-    "XIII": "Musculoskeletal system",
-    "XIV": "Genitourinary system",
-    "XV": "Pregnancy and childbirth",
-    "XVI": "Perinatal period",
-    "XVII": "Congenital malformations",
-    "XVIII": "Symptoms and abnormal findings",
-    "XIX": "Injury and poisoning",
-    "XX": "External causes",
-    "XXI": "Factors influencing health",
-    "XXII": "Special purposes",
-    NO_CHAPTER: "Outside every chapter",
-}
+_CHAPTER_TITLES = CHAPTER_NAMES | {NO_CHAPTER: "Outside every chapter"}
 ROLE_NAMES = {"DP": "DP, main diagnosis", "DR": "DR, related diagnosis", "DAS": "DAS, associated diagnoses"}
 
 _NAMED = 20  # notes without a prediction that the summary names
@@ -148,7 +125,7 @@ def _charts(result: Mapping[str, Any]) -> "dict[str, Figure]":
     notes = "gold notes" if training is None else f"of {training:,} training notes"
     return {
         "by_chapter": _chart(
-            result, "by_chapter", "F1 by chapter of the CIM-10", lambda key: f"{key}  {CHAPTER_NAMES[key]}"
+            result, "by_chapter", "F1 by chapter of the CIM-10", lambda key: f"{key}  {_CHAPTER_TITLES[key]}"
         ),
         "by_role": _chart(result, "by_role", "F1 by role", ROLE_NAMES.__getitem__),
         "by_frequency": _chart(

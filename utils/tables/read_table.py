@@ -1,5 +1,6 @@
 """Rows of csv, tsv, parquet, jsonl and json files as dicts by column, one at a time."""
 
+import argparse
 import codecs
 import csv
 import json
@@ -13,8 +14,17 @@ from utils.tables.jsonl import Row, SkippedRowError, load_row, read_lines, requi
 
 NumberedRows = Iterator[tuple[int, Row | SkippedRowError]]  # a SkippedRowError stands for a row that cannot be read
 
+FILE_TYPES = "csv, tsv, parquet, jsonl or json"
+
 _FIELD_LIMIT = 2**31 - 1  # characters in a csv field; the csv module's own limit of 128 KiB is less than a long stay
 _BATCH_ROWS = 256  # parquet rows held at once
+
+
+def add_encoding_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--encoding`, which the messages of `read_table` recommend."""
+    parser.add_argument(
+        "--encoding", default="utf-8", help="of csv, tsv, jsonl and json files, e.g. cp1252 (default: %(default)s)"
+    )
 
 
 def counts_lines(path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""Answers that can only name codes of a table: a grammar over bytes, met by the tokenizer's vocabulary.
+"""Constrained decoding: answers that can only contain codes of a table.
 
-The grammar is that of `build_answer`: one DP, at most one DR, any DAS, each "label (code)" of the table and allowed in
-its role. It works on bytes, so any tokenization of a label may be generated.
+The grammar is that of `build_answer`: one DP, at most one DR, any number of DAS, each "label (code)" from the table and
+allowed in its role. It is defined over bytes, so every tokenization of a label can be generated.
 """
 
 import bisect
@@ -19,7 +19,7 @@ _END = "end"
 
 
 class _State(NamedTuple):
-    """Inside a node: the texts [low, high) of its sorted list begin with the last `depth` bytes, and go on."""
+    """A position in a node: the strings [low, high) of its sorted list start with the last `depth` bytes written."""
 
     node: str
     low: int
@@ -31,13 +31,18 @@ States = frozenset[_State]
 
 
 class AnswerGrammar:
-    """Which bytes may follow which.
+    """A nondeterministic automaton over bytes.
 
-    A node is a sorted list of texts, one of which must be written, and the nodes that may follow.
+    A node is a sorted list of strings, one of which must be written, and the nodes that may come next.
     """
 
     def __init__(self, table: Cim10Table, prefix: str = "") -> None:
-        """Takes the codes of `table`; every answer begins with `prefix` (SentencePiece begins with a blank)."""
+        """Build the grammar of answers with codes of `table`.
+
+        Args:
+            table: allowed codes.
+            prefix: start of every answer (SentencePiece starts a text with a space).
+        """
         items = {
             role: [
                 CODE_ITEM.format(label=entry.label, code=entry.code)
@@ -57,25 +62,25 @@ class AnswerGrammar:
             "no DAS": ([NOTHING], (_END,)),
             "separator": ([ITEM_SEPARATOR], ("DAS",)),
         }
-        self._texts = {name: sorted({text.encode() for text in texts}) for name, (texts, _) in nodes.items()}
-        self._following = {name: following for name, (_, following) in nodes.items()}
+        self._strings = {name: sorted({text.encode() for text in texts}) for name, (texts, _) in nodes.items()}
+        self._next_nodes = {name: following for name, (_, following) in nodes.items()}
         self.start = self._enter("opening")
         self._item_ends = frozenset().union(*map(self._enter, ("before DR", "before DAS", "separator", _END)))
 
     def _enter(self, node: str) -> States:
-        return frozenset([_State(node, 0, len(self._texts.get(node, ())), 0)])
+        return frozenset([_State(node, 0, len(self._strings.get(node, ())), 0)])
 
-    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - lives as long as the grammar, which is one per command
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - a command builds one grammar and keeps it until it exits
     def following(self, states: States) -> Mapping[int, States]:
-        """The bytes that may come next, and where each leads."""
+        """Return the bytes that may come next, each with the states it leads to."""
         reached: defaultdict[int, set[_State]] = defaultdict(set)
         for node, low, high, depth in states:
-            texts = self._texts.get(node, ())
+            strings = self._strings.get(node, ())
             while low < high:
-                byte = texts[low][depth]
-                end = bisect.bisect_right(texts, byte, low, high, key=lambda text: text[depth])
-                if len(texts[low]) == depth + 1:  # the shortest stands first: it is complete here
-                    reached[byte].update(*(self._enter(entered) for entered in self._following[node]))
+                byte = strings[low][depth]
+                end = bisect.bisect_right(strings, byte, low, high, key=lambda string: string[depth])
+                if len(strings[low]) == depth + 1:  # the shortest string sorts first: it is complete after this byte
+                    reached[byte].update(*(self._enter(entered) for entered in self._next_nodes[node]))
                     low += 1
                 if low < end:
                     reached[byte].add(_State(node, low, end, depth + 1))
@@ -84,64 +89,80 @@ class AnswerGrammar:
 
     @staticmethod
     def may_end(states: States) -> bool:
+        """Return whether the answer may end here."""
         return any(state.node == _END for state in states)
 
     def at_item_end(self, states: States) -> bool:
-        """Whether an item has just been completed, so that the text could be cut here."""
+        """Return whether an item has just been completed, so that the answer can be truncated here."""
         return not self._item_ends.isdisjoint(states)
 
 
 def _fixed_parts() -> Sequence[str]:
-    """What stands before the DP, the DR, the DAS, and at the end."""
+    """Return the parts of the answer before the DP, before the DR, before the DAS, and after them."""
     mark = "\0"
     return ANSWER.format(DP=mark, DR=mark, DAS=mark).split(mark)
 
 
+class _TrieNode:
+    """A node of the trie of token bytes."""
+
+    __slots__ = ("children", "tokens")
+
+    def __init__(self) -> None:
+        self.children: dict[int, _TrieNode] = {}
+        self.tokens: list[int] = []  # ids of the tokens that end here
+
+
 class Vocabulary:
-    """The tokens of a tokenizer as a tree of bytes."""
+    """The tokens of a tokenizer as a trie of their bytes."""
 
     def __init__(self, pieces: Sequence[bytes | None], eos_id: int) -> None:
-        """Takes each token's bytes; None for tokens that write no text, such as control tokens."""
+        """Build the trie.
+
+        Args:
+            pieces: bytes of each token; None for tokens that produce no text, such as control tokens.
+            eos_id: id of the token that ends an answer.
+        """
         self.pieces = pieces
         self.eos_id = eos_id
-        self._root: dict = {}
+        self._root = _TrieNode()
         for token, piece in enumerate(pieces):
             if piece:
                 node = self._root
                 for byte in piece:
-                    node = node.setdefault(byte, {})
-                node.setdefault("tokens", []).append(token)
+                    node = node.children.setdefault(byte, _TrieNode())
+                node.tokens.append(token)
 
-    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - as above; the answers of a run pass through the same states
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - as above; the answers of a run share most of their states
     def allowed(self, grammar: AnswerGrammar, states: States) -> np.ndarray:
-        """Ids of the tokens whose bytes the grammar accepts from these states on."""
+        """Return the ids of the tokens that the grammar accepts from these states."""
         found: list[int] = [self.eos_id] if grammar.may_end(states) else []
-        open_nodes = [(self._root, states)]
-        while open_nodes:
-            node, at = open_nodes.pop()
-            for byte, reached in grammar.following(at).items():
-                if child := node.get(byte):
-                    found += child.get("tokens", ())
-                    open_nodes.append((child, reached))
+        to_visit = [(self._root, states)]
+        while to_visit:
+            node, current = to_visit.pop()
+            for byte, reached in grammar.following(current).items():
+                if child := node.children.get(byte):
+                    found += child.tokens
+                    to_visit.append((child, reached))
         return np.array(found)
 
 
 class AnswerConstraint:
-    """Follows one answer while it is generated; see `model.generate.Constraint`."""
+    """The state of one answer during generation; implements `model.generate.Constraint`."""
 
     def __init__(self, grammar: AnswerGrammar, vocabulary: Vocabulary) -> None:
         self._grammar = grammar
         self._vocabulary = vocabulary
         self._states = grammar.start
         self._written = bytearray()
-        self._complete = 0  # bytes up to the end of the last whole item
+        self._complete = 0  # number of bytes up to the end of the last complete item
 
     def allowed(self) -> np.ndarray:
-        """Ids that may come next."""
+        """Return the token ids that may come next."""
         return self._vocabulary.allowed(self._grammar, self._states)
 
     def take(self, token: int) -> None:
-        """Notes the token that was chosen."""
+        """Advance by the chosen token."""
         for byte in self._vocabulary.pieces[token] or b"":
             self._states = self._grammar.following(self._states)[byte]
             self._written.append(byte)
@@ -150,5 +171,5 @@ class AnswerConstraint:
 
     @property
     def text(self) -> str:
-        """The answer so far, without an item that was cut short."""
+        """The answer so far, without an incomplete last item."""
         return self._written[: self._complete].decode().strip()

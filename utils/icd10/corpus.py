@@ -1,7 +1,7 @@
-"""Coded stays from a hospital's rows, by the rules of the documents, with a reason for all that is left out.
+"""Build coded stays from a hospital's tables, and record why anything is dropped.
 
-A stay keeps one DP and at most one DR, the most frequent in the corpus when it has several, and its DAS without DP, DR
-and repetitions, those first that stand most often beside this DP in the corpus. Labels are the table's.
+A stay keeps one DP and at most one DR (if it has several, the most frequent in the corpus) and its DAS without the DP,
+the DR and duplicates, sorted by how often they occur with this DP in the corpus. Labels come from the table.
 """
 
 from collections import Counter, defaultdict
@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from utils.icd10.answers import Diagnosis
-from utils.icd10.codes import ROLES, Cim10Table, normalise_code
+from utils.icd10.codes import ROLES, Cim10Table, normalize_code
 
 CodeRow = tuple[str, str]  # condition_status_source_value, concept_code
-Dropped = defaultdict[str, list[str]]  # reason -> what was left out
+Dropped = defaultdict[str, list[str]]  # reason -> descriptions of what was dropped
 
 NO_TEXT = "without text"
 NO_CODES = "without codes"
-NO_DP = "without a DP that can be used"
-OF_DROPPED_STAY = "of a stay that was left out"
+NO_DP = "without a usable DP"
+OF_DROPPED_STAY = "of a dropped stay"
 
 
-class Stay(NamedTuple):
-    """A stay to learn from: DP, DR if any, DAS."""
+class CodedStay(NamedTuple):
+    """A stay with its note and its codes in the order of the answer: DP, DR if any, DAS."""
 
     id: str
     text: str
@@ -29,17 +29,17 @@ class Stay(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Stays in the order of their texts, and what was left out, by reason: ids of stays, codes in words."""
+    """Stays in the order of their notes, and what was dropped, by reason: ids of stays, descriptions of codes."""
 
-    stays: list[Stay]
+    stays: list[CodedStay]
     dropped_stays: Dropped
     dropped_codes: Dropped
 
 
 def build_corpus(texts: Mapping[str, str], codes: Mapping[str, Sequence[CodeRow]], table: Cim10Table) -> Corpus:
-    """Makes stays of texts and codes by stay.
+    """Build the corpus from the text and the codes of each stay.
 
-    Every stay of either mapping is kept or stands once in `dropped_stays`; every code is kept or stands once in
+    Every stay of either mapping is kept or listed once in `dropped_stays`. Every code is kept or listed once in
     `dropped_codes`.
     """
     dropped_stays: Dropped = defaultdict(list)
@@ -62,7 +62,9 @@ def build_corpus(texts: Mapping[str, str], codes: Mapping[str, Sequence[CodeRow]
     chosen = _choose(usable, dropped_codes)
     return Corpus(
         [
-            Stay(stay, texts[stay].strip(), [Diagnosis(role, code, table.label(code) or "") for role, code in found])
+            CodedStay(
+                stay, texts[stay].strip(), [Diagnosis(role, code, table.label(code) or "") for role, code in found]
+            )
             for stay, found in chosen.items()
         ],
         dropped_stays,
@@ -75,13 +77,13 @@ def _describe(role: str, code: str, stay: str) -> str:
 
 
 def _usable_codes(stay: str, rows: Sequence[CodeRow], table: Cim10Table, dropped: Dropped) -> dict[str, list[str]]:
-    """Codes by role that the PMSI accepts there, each once."""
+    """Return the distinct codes of each role that the PMSI accepts in it."""
     usable: dict[str, list[str]] = {role: [] for role in ROLES}
     for status, written in rows:
-        role, code = status.strip().upper(), normalise_code(written)
-        reason = _objection(role, code, table)
+        role, code = status.strip().upper(), normalize_code(written)
+        reason = _rejection_reason(role, code, table)
         if reason is None and code in usable[role]:
-            reason = f"given twice as {role}"
+            reason = f"duplicate {role}"
         if reason:
             dropped[reason].append(_describe(status, written, stay))
         else:
@@ -89,11 +91,11 @@ def _usable_codes(stay: str, rows: Sequence[CodeRow], table: Cim10Table, dropped
     return usable
 
 
-def _objection(role: str, code: str, table: Cim10Table) -> str | None:
-    """Why a code cannot stand in a role, None if it can."""
+def _rejection_reason(role: str, code: str, table: Cim10Table) -> str | None:
+    """Return why a code is not accepted in a role, or None if it is."""
     entry = table.get(code)
     if role not in ROLES:
-        return f"with a status that is none of {', '.join(ROLES)}"
+        return f"with a status other than {', '.join(ROLES)}"
     if entry is None:
         return "not in the CIM-10 table"
     if entry.type == 3:
@@ -102,13 +104,13 @@ def _objection(role: str, code: str, table: Cim10Table) -> str | None:
 
 
 def _choose(usable: Mapping[str, dict[str, list[str]]], dropped: Dropped) -> dict[str, list[tuple[str, str]]]:
-    """Roles and codes of each stay in the order of its answer."""
+    """Return (role, code) pairs of each stay in the order of its answer."""
     frequency = Counter(
         (role, code) for by_role in usable.values() for role, codes in by_role.items() for code in codes
     )
     chosen: dict[str, dict[str, list[str]]] = {}
     for stay, by_role in usable.items():
-        # max takes the hospital's first among equals.
+        # On ties, max returns the code that the hospital lists first.
         dp = max(by_role["DP"], key=lambda code: frequency["DP", code])
         dr = max((code for code in by_role["DR"] if code != dp), key=lambda code: frequency["DR", code], default=None)
         das = [code for code in by_role["DAS"] if code not in (dp, dr)]
@@ -121,6 +123,6 @@ def _choose(usable: Mapping[str, dict[str, list[str]]], dropped: Dropped) -> dic
     pairs = Counter((found["DP"][0], code) for found in chosen.values() for code in found["DAS"])
     for found in chosen.values():
         dp = found["DP"][0]
-        # Ties: the code that is more frequent as DAS, then the alphabet, so that one order is learnt.
+        # Ties: the code that is more frequent as DAS, then alphabetical order, so that the order to learn is unique.
         found["DAS"].sort(key=lambda code: (-pairs[dp, code], -frequency["DAS", code], code))
     return {stay: [(role, code) for role in ROLES for code in found[role]] for stay, found in chosen.items()}
