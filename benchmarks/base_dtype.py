@@ -1,7 +1,7 @@
-"""What a base of 4 or 8 bits does to the losses: the demo's training, 300 steps, on each `base_dtype`.
+"""Effect of a 4-bit or 8-bit base on the losses: the demo's training, 300 steps, with each `base_dtype`.
 
-`make demo` first, for its model and notes. `python -m benchmarks.base_dtype` trains and appends to
-results/base_dtype.jsonl; `--show` prints its last table.
+Run `make demo` first to create its model and notes. `python -m benchmarks.base_dtype` trains and appends to
+results/base_dtype.jsonl; `--show` prints the last table.
 """
 
 import argparse
@@ -29,8 +29,8 @@ COLUMNS = {
 
 
 def train_demo(base_dtype: str, seed: int, folder: Path) -> dict[str, float]:
-    """Trains in this process with the demo's settings."""
-    import train  # takes seconds, and the parent does not need it
+    """Train in this process with the demo's settings, and return its losses."""
+    import train  # takes seconds, and the parent process does not need it
 
     settings = yaml.safe_load(Path("example/demo.yaml").read_text(encoding="utf-8"))
     settings |= {"base_dtype": base_dtype, "seed": seed, "run_dir": str(folder / "run"), "no_ckpt": True, "log_freq": 1}
@@ -50,11 +50,13 @@ def train_demo(base_dtype: str, seed: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
-    parser.add_argument("--seeds", type=int, default=1, help="of the adapter and the order of the notes")
-    parser.add_argument("--alone", choices=BASE_DTYPES, help="train in this process, with the seed --seeds")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="number of seeds, for the adapter and the order of the notes"
+    )
+    parser.add_argument("--alone", choices=BASE_DTYPES, help="train in this process, using --seeds as the seed")
     options = parser.parse_args()
     if not options.show and not MODEL.is_dir():
-        raise UserError(f"There is no {MODEL}: `make demo` writes it.")
+        raise UserError(f"{MODEL} does not exist: run `make demo` to create it.")
     if options.alone:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(train_demo(options.alone, options.seeds, Path(folder))))
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def compare(seeds: int) -> dict[str, Any]:
-    """Trains on each in turn, each time in a fresh process; a round is a seed."""
+    """Train with every `base_dtype`, each in a fresh process; each round uses another seed."""
     command = (sys.executable, "-m", "benchmarks.base_dtype", "--alone")
     rounds = {base_dtype: iter(range(seeds)) for base_dtype in BASE_DTYPES}
 

@@ -1,4 +1,4 @@
-"""The rows the benchmarks read: made once by our own generator and kept between runs; nothing is downloaded."""
+"""The rows that the benchmarks read: generated once and kept between runs; nothing is downloaded."""
 
 import itertools
 import json
@@ -20,12 +20,12 @@ WORK_DIR = Path(tempfile.gettempdir()) / "recode-benchmarks"
 
 
 def icd_file(megabytes: int) -> Path:
-    """A jsonl file of this size; each row is a stay of one to three fictional notes, coded (median 2,000 tokens)."""
+    """Return a jsonl file of this size with coded stays of one to three fictional notes each (median 2,000 tokens)."""
     return rows_file("stays", megabytes)
 
 
 def rows_file(kind: str, megabytes: int) -> Path:
-    """A jsonl file of this size with rows of one of the kinds in `ROWS`."""
+    """Return a jsonl file of this size with rows of a kind in `ROWS`."""
     name = "icd" if kind == "stays" else kind
     path = WORK_DIR / f"{name}-{megabytes}MB.jsonl"
     if path.is_file():
@@ -45,7 +45,7 @@ def _notes() -> Iterator[FictionalNote]:
 
 
 def _stays(notes: Iterator[FictionalNote]) -> Iterator[dict[str, Any]]:
-    """900 to 3,400 tokens, 6 % of them trained."""
+    """Yield stays of 900 to 3,400 tokens, 6 % of them trained."""
     draw = random.Random(0)
     while True:
         stay = [next(notes) for _ in range(draw.randint(1, 3))]
@@ -53,13 +53,13 @@ def _stays(notes: Iterator[FictionalNote]) -> Iterator[dict[str, Any]]:
 
 
 def _short_stays(notes: Iterator[FictionalNote]) -> Iterator[dict[str, Any]]:
-    """About 620 tokens, 10 % of them trained."""
+    """Yield stays of about 620 tokens, 10 % of them trained."""
     for note in notes:
         yield instruct_row(" ".join(note.text.split()[:145]), build_answer(note.diagnoses[:2]))
 
 
 def _chats(notes: Iterator[FictionalNote]) -> Iterator[dict[str, Any]]:
-    """Three exchanges, about 1,200 tokens, most of them trained."""
+    """Yield chats of three exchanges, about 1,200 tokens, most of them trained."""
     words = (word for note in notes for word in note.text.split())
     while True:
         messages = [
@@ -71,7 +71,7 @@ def _chats(notes: Iterator[FictionalNote]) -> Iterator[dict[str, Any]]:
 
 
 def _texts(notes: Iterator[FictionalNote]) -> Iterator[dict[str, Any]]:
-    """So long that hardly a sequence holds more than one, every token trained."""
+    """Yield texts so long that few sequences contain more than one, all tokens trained."""
     while True:
         yield {"text": "\n\n".join(note.text for note in itertools.islice(notes, 256))}
 

@@ -1,8 +1,8 @@
-"""How much batching gains, and that constraints hold: `python -m benchmarks.generate [--threads 1] [--answers 10000]`.
+"""Speed of batched and constrained generation: `python -m benchmarks.generate [--threads 1] [--answers 10000]`.
 
-An untrained model of the demo's shape codes fictional notes one at a time and 16 at a time, freely and under the
-constraint of the generator's CIM-10 table (or --cim10). With --answers N, samples of as many constrained answers are
-drawn instead, and the codes that the table does not allow are counted.
+An untrained model of the demo's size codes fictional notes, one and 16 at a time, without constraints and constrained
+to the generator's CIM-10 table (or --cim10). With --answers N, it samples N constrained answers instead and counts the
+codes that the table does not allow.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vo
 from utils.icd10.prompts import prompt_messages
 from utils.models.demo_model import demo_model_args
 
-NEW_TOKENS = 70  # a usual answer
-LONGEST_ANSWER = 200  # of the sampled ones, whose spelling takes twice as many tokens
-AT_A_TIME = 250
+NEW_TOKENS = 70  # a typical answer
+LONGEST_ANSWER = 200  # sampled answers spell their words in twice as many tokens
+BATCH_SIZE = 250  # of sampled answers
 
 
 def untrained_model() -> Transformer:
@@ -47,8 +47,8 @@ def prompts_of(count: int) -> list[list[int]]:
     return sorted((encoder.encode_prompt(parse_conversation(row).messages) for row in rows), key=len)
 
 
-class ConstraintOf:
-    """Constraints by one table."""
+class ConstraintFactory:
+    """Creates constraints from a table."""
 
     def __init__(self, table: Cim10Table) -> None:
         tokenizer = MistralTokenizer.v3().instruct_tokenizer
@@ -61,27 +61,27 @@ class ConstraintOf:
 
 
 def speed(
-    model: Transformer, prompts: list[list[int]], batch: int, constraint_of: ConstraintOf | None
+    model: Transformer, prompts: list[list[int]], batch: int, new_constraint: ConstraintFactory | None
 ) -> dict[str, float]:
-    eos_id = constraint_of.eos_id if constraint_of else -1  # freely, every answer takes all tokens
+    eos_id = new_constraint.eos_id if new_constraint else -1  # without constraints, every answer uses all tokens
     start = time.perf_counter()
     for first in range(0, len(prompts), batch):
         chunk = prompts[first : first + batch]
-        constraints = [constraint_of() for _ in chunk] if constraint_of else None
+        constraints = [new_constraint() for _ in chunk] if new_constraint else None
         generate(model, chunk, NEW_TOKENS, eos_id, constraints=constraints)
     return {"notes_per_second": len(prompts) / (time.perf_counter() - start)}
 
 
 def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict[str, float]:
-    """Samples constrained answers and counts the codes that `table` does not allow in their role."""
-    constraint_of, random = ConstraintOf(table), torch.Generator().manual_seed(0)
+    """Sample constrained answers and count the codes that `table` does not allow in their role."""
+    new_constraint, random = ConstraintFactory(table), torch.Generator().manual_seed(0)
     counts: Counter[str] = Counter(codes=0, not_allowed=0, without_code=0, cut_short=0)
     start = time.perf_counter()
-    for first in tqdm(range(0, answers, AT_A_TIME), desc="Answering", disable=None):
-        constraints = [constraint_of() for _ in range(min(AT_A_TIME, answers - first))]
-        nothing = [[1]] * len(constraints)  # notes would mean nothing to an untrained model
-        written = generate(model, nothing, LONGEST_ANSWER, constraint_of.eos_id, 1.0, random, constraints)
-        counts["cut_short"] += sum(tokens[-1] != constraint_of.eos_id for tokens in written)
+    for first in tqdm(range(0, answers, BATCH_SIZE), desc="Answering", disable=None):
+        constraints = [new_constraint() for _ in range(min(BATCH_SIZE, answers - first))]
+        prompts = [[1]] * len(constraints)  # notes would have no effect on an untrained model
+        outputs = generate(model, prompts, LONGEST_ANSWER, new_constraint.eos_id, 1.0, random, constraints)
+        counts["cut_short"] += sum(tokens[-1] != new_constraint.eos_id for tokens in outputs)
         for constraint in constraints:
             found = parse_answer(constraint.text)
             counts["codes"] += len(found)
@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--notes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--answers", type=int, help="count forbidden codes in so many answers instead")
-    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="table of the constraint")
+    parser.add_argument("--answers", type=int, help="sample this many answers and count forbidden codes")
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="table to constrain answers to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, prompts = untrained_model(), prompts_of(options.notes)
@@ -111,7 +111,7 @@ def main() -> None:
         for constrained in (False, True)
         for batch in (1, 16)
     ]
-    kinds = {False: None, True: ConstraintOf(table)}
+    kinds = {False: None, True: ConstraintFactory(table)}
     record = measure(
         "generate", cases, options.rounds, lambda case: speed(model, prompts, case["batch"], kinds[case["constrained"]])
     )

@@ -1,7 +1,7 @@
-"""Peak memory and time of loading a checkpoint of 1.1 GB, against its size.
+"""Peak memory and time of loading a 1.1 GB checkpoint, relative to its size.
 
 `python -m benchmarks.load_checkpoint [--rounds 3]` measures and appends to results/load_checkpoint.jsonl; `--show`
-prints its last table. Weights are bf16 on disk; LoRA of rank 16 stands on top, as in training.
+prints the last table. Weights are bf16 on disk; a LoRA adapter of rank 16 is added, as in training.
 """
 
 import argparse
@@ -57,7 +57,7 @@ COLUMNS = {
 
 
 def checkpoint(file: str) -> Path:
-    """A model folder with random weights in this file."""
+    """Return a model folder with random weights in this file."""
     folder = WORK_DIR / file
     path = folder / file
     if path.is_file():
@@ -78,7 +78,7 @@ def checkpoint(file: str) -> Path:
 
 
 def load(folder: Path, dtype: str) -> dict[str, float] | None:
-    """Measures this process and those beside it; rank 0 returns the largest of each number."""
+    """Measure every rank; rank 0 returns the maximum of each number."""
     import_bytes = peak_rss()
     with init_world() as world:
         numbers = _maximum(_build(folder, dtype, world) | {"import_bytes": import_bytes}, world.size)
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
-    parser.add_argument("--folder", type=Path, help="measure this process alone, on this model")
+    parser.add_argument("--folder", type=Path, help="measure only this process, on this model")
     parser.add_argument("--dtype", default="bf16")
     options = parser.parse_args()
     if options.folder:

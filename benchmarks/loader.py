@@ -1,6 +1,6 @@
-"""Time to the first batch, tokenise-and-pack throughput and memory of the data loader, against the file's size.
+"""Time to first batch, tokenize-and-pack throughput and memory of the data loader, for two file sizes.
 
-`python -m benchmarks.loader [--rounds 5]` measures and appends to results/loader.jsonl; `--show` prints its last table.
+`python -m benchmarks.loader [--rounds 5]` measures and appends to results/loader.jsonl; `--show` prints the last table.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from finetune.data.data_loader import build_data_loader
 from finetune.data.tokenize import load_instruct_tokenizer
 
 SEQ_LEN = 8192
-POSITIONS = 3_000_000  # of batches after the first, for the throughput
+POSITIONS = 3_000_000  # in batches after the first, to measure throughput
 CASES = [{"megabytes": size, "packing": packing} for packing in ("concat", "best_fit") for size in (20, 200)]
 COLUMNS = {
     "packing": lambda result: result["packing"],
     "file, MB": lambda result: str(result["megabytes"]),
     "index, s": lambda result: spread(result["index_seconds"]),
     "CPU s": lambda result: spread(result["index_cpu_seconds"]),
-    "first batch after it, s": lambda result: spread(result["first_batch_seconds"]),
-    "CPU s of it": lambda result: spread(result["first_batch_cpu_seconds"]),
+    "then first batch, s": lambda result: spread(result["first_batch_seconds"]),
+    "CPU s of that": lambda result: spread(result["first_batch_cpu_seconds"]),
     "million tokens/s": lambda result: spread(result["tokens_per_second"], 1e6),
     "per CPU s": lambda result: spread(result["tokens_per_cpu_second"], 1e6),
     "positions filled, %": lambda result: spread(result["filled"], 0.01, 1),
@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 def load(path: Path, packing: str) -> dict[str, float]:
-    """Measures this process: v3 tokenizer, shuffling and dynamic chunks on, one rank."""
+    """Measure this process: v3 tokenizer, shuffling and dynamic chunks on, one rank."""
     tokenizer = load_instruct_tokenizer(Path("has no tokenizer"), 32768)
     import_bytes = peak_rss()
     start = _clocks()
@@ -52,7 +52,7 @@ def load(path: Path, packing: str) -> dict[str, float]:
     done = _clocks()
     loader.close()
     tokens = loader.counts.filled - before
-    (index, first_batch, rest) = (end - begin for begin, end in itertools.pairwise((start, indexed, first, done)))
+    index, first_batch, rest = (end - begin for begin, end in itertools.pairwise((start, indexed, first, done)))
     return {
         "index_seconds": index[0],
         "index_cpu_seconds": index[1],
@@ -67,7 +67,7 @@ def load(path: Path, packing: str) -> dict[str, float]:
 
 
 def _clocks() -> np.ndarray:
-    """[2] seconds: the wall's, and the processor's for this process; others on the machine slow down only the first."""
+    """Return [wall time, CPU time of this process] in seconds; other load on the machine affects mainly the first."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
-    parser.add_argument("--file", type=Path, help="measure this process alone, on this file")
+    parser.add_argument("--file", type=Path, help="measure only this process, on this file")
     parser.add_argument("--packing", default="best_fit")
     options = parser.parse_args()
     if options.file:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, the machine's facts, result files and tables."""
+"""Shared by the benchmarks: fresh processes, machine information, result files and tables."""
 
 import datetime
 import importlib.metadata
@@ -19,15 +19,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-MB = 1e6  # all sizes are told in these
 
-# Their versions are told, where they are installed.
+# Packages whose versions are recorded, if installed.
 _PACKAGES = ("torch", "mistral-common", "sentencepiece", "safetensors", "numpy", "xformers")
 _PEERS = ("transformers", "peft", "flash-attn")
 
 
 def peak_rss() -> int:
-    """The most bytes of memory this process ever held (Linux). Unlike getrusage's it knows nothing of the parent."""
+    """Return this process's peak memory in bytes (Linux). Unlike getrusage's, it does not include the parent's."""
     return _kilobytes("/proc/self/status", "VmHWM:") * 1024
 
 
@@ -37,7 +36,7 @@ def _kilobytes(file: str, key: str) -> int:
 
 
 def run_json(*command: str) -> dict[str, Any]:
-    """Runs a command of the project and reads the JSON object it prints last."""
+    """Run a command of the project and return the JSON object in its last line of output."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -47,17 +46,17 @@ def run_json(*command: str) -> dict[str, Any]:
 def measure(
     name: str, cases: Sequence[dict[str, Any]], rounds: int, run: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Measures each case once per round, so that what else the machine does meets all alike; appends the result.
+    """Measure each case once per round, so that other load affects all cases equally, and append the record to a file.
 
     Args:
-        name: of the benchmark; its results stand in results/NAME.jsonl.
+        name: of the benchmark; its results are in results/NAME.jsonl.
         cases: settings of each case.
-        rounds: how often each is measured.
+        rounds: number of measurements per case.
         run: measures a case.
 
     Returns:
-        The line written: under "results" each case with [lowest, median, highest] of every number measured, and the
-        texts of its last round.
+        The record: its "results" hold each case with [lowest, median, highest] of every measured number, and the
+        strings of its last round.
     """
     load = [os.getloadavg()[0]]
     measured: list[list[dict[str, Any]]] = [[] for _ in cases]
@@ -116,12 +115,12 @@ def _cpu_model() -> str:
 
 
 def last_record(name: str) -> dict[str, Any]:
-    """The newest line of a benchmark's result file."""
+    """Return the last record of a benchmark's result file."""
     return json.loads((RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 def print_table(record: dict[str, Any], columns: dict[str, Callable[[dict[str, Any]], str]]) -> None:
-    """Prints a Markdown table of a record's results, a column per entry, under a line on where it was measured."""
+    """Print a line about the machine, then a Markdown table of a record's results with the given columns."""
     machine = record["machine"]
     before, after = machine["load_before_and_after"]
     print(
@@ -135,6 +134,6 @@ def print_table(record: dict[str, Any], columns: dict[str, Callable[[dict[str, A
 
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
-    """`median (lowest-highest)`, or one number where all are the same."""
+    """Format as `median (lowest-highest)`, or as one number if all are equal."""
     low, median, high = (f"{value / scale:,.{digits}f}" for value in values)
     return median if low == high else f"{median} ({low}-{high})"

@@ -1,8 +1,8 @@
-"""How near the arithmetic of finetune/memory_estimate.py comes to the memory that training takes.
+"""Accuracy of finetune/memory_estimate.py: estimated memory compared with measured memory of training.
 
 `python -m benchmarks.plan [--preset cpu-60m] [--rounds 1]` trains two steps of each setting in a fresh process and
-appends to results/plan.jsonl; `--show` prints the table of the last results. On a CPU the process's high-water mark
-is compared with what it held before, `import_bytes`, and the estimate; on a GPU the most that tensors took.
+appends to results/plan.jsonl; `--show` prints the last table. On a CPU, the process's high-water mark is compared with
+the estimate plus the memory used before training (`import_bytes`); on a GPU, the peak allocated for tensors.
 """
 
 import argparse
@@ -27,14 +27,14 @@ COLUMNS = {
     "seq_len": lambda result: f"{result['seq_len']:,}",
     "vocabulary": lambda result: f"{result['vocab_size']:,}",
     "measured, MB": lambda result: spread(result["measured_bytes"], 1e6, 0),
-    "of which before, MB": lambda result: spread(result["import_bytes"], 1e6, 0),
+    "of which before training, MB": lambda result: spread(result["import_bytes"], 1e6, 0),
     "estimate, MB": lambda result: spread(result["estimated_bytes"], 1e6, 0),
     "error, %": lambda result: spread(result["error"], 0.01, 1),
 }
 
 
 def cases(preset_name: str, device: str, threads: int) -> list[dict[str, Any]]:
-    """Every mode, at the preset's own shapes, with longer sequences and with a larger vocabulary."""
+    """Return every `checkpoint` mode with the preset's shapes, longer sequences and a larger vocabulary."""
     preset = PRESETS[preset_name]
     seq_len, vocab_size = preset.seq_len, preset.shapes.vocab_size
     shapes = [(seq_len, vocab_size), (2 * seq_len, vocab_size), (seq_len, _LARGE_VOCABULARY)]
@@ -47,9 +47,9 @@ def cases(preset_name: str, device: str, threads: int) -> list[dict[str, Any]]:
 
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:
-    """Trains in a fresh process and tells its memory beside the estimate."""
+    """Train in a fresh process and return its memory and the estimate."""
     numbers = in_fresh_process("ours", case)
-    before = numbers.get("import_bytes", 0)  # none of it is the GPU's
+    before = numbers.get("import_bytes", 0)  # absent on a GPU, which holds none of it
     estimate = before + estimated_bytes(case, numbers["trained_share"])
     measured = numbers["peak_bytes"]
     return {
@@ -62,7 +62,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimated_bytes(case: dict[str, Any], trained_share: float) -> float:
-    """What the arithmetic says of a setting."""
+    """Return the memory that training needs according to the estimate."""
     preset, device = PRESETS[case["preset"]], torch.device(case["device"])
     shapes = dataclasses.replace(preset.shapes, vocab_size=case["vocab_size"])
     args = train_args(preset, case)

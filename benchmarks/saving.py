@@ -1,6 +1,6 @@
-"""What saving costs: seconds per step of the demo's training without checkpoints and with one every 10 steps.
+"""Cost of saving: seconds per step of the demo's training without checkpoints and with one every 10 steps.
 
-`python -m benchmarks.saving [--rounds 5]` measures and appends to results/saving.jsonl; `--show` prints its last table.
+`python -m benchmarks.saving [--rounds 5]` measures and appends to results/saving.jsonl; `--show` prints the last table.
 """
 
 import argparse
@@ -27,8 +27,8 @@ COLUMNS = {
 
 
 def train_demo(model: Path, ckpt_freq: int, folder: Path) -> dict[str, float]:
-    """Trains in this process with the demo's settings; the steps after the warm-up count, with the last save's end."""
-    import train  # takes seconds, and the parent does not need it
+    """Train in this process with the demo's settings; time the steps after the warm-up, including the last save."""
+    import train  # takes seconds, and the parent process does not need it
 
     settings = yaml.safe_load(Path("example/demo.yaml").read_text(encoding="utf-8"))
     settings |= {"data": {"instruct_data": str(icd_file(20)), "packing": "best_fit"}, "model_id_or_path": str(model)}
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
-    parser.add_argument("--model", type=Path, help="measure this process alone, with this model")
+    parser.add_argument("--model", type=Path, help="measure only this process, with this model")
     parser.add_argument("--ckpt_freq", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def compare(model: Path, rounds: int) -> dict[str, Any]:
-    """Runs the cases in turn, each in a fresh process, on one random model of the demo's size."""
+    """Run the cases alternately, each in a fresh process, on one random model of the demo's size."""
     from utils.models.demo_model import demo_model_args, make_demo_model
 
     make_demo_model(model, demo_model_args(128, 2), seed=0)

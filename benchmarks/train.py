@@ -1,9 +1,9 @@
-"""How fast and how small training is, beside transformers with PEFT, on random weights.
+"""Training speed and memory compared with transformers + PEFT, on random weights.
 
-`python -m benchmarks.train --preset cpu-60m --impl ours --device cpu` measures one of them in this process;
-`--paired peft` has both train alternately, each time in a fresh process, and ends with a line of JSON: `speed_ratio`
-and `memory_ratio`, ours / the peer's (medians over the rounds). Both append to results/train.jsonl. `--show` prints
-the last result of each setting and draws results/train.png.
+`python -m benchmarks.train --preset cpu-60m --impl ours --device cpu` measures one implementation in this process.
+`--paired peft` runs both alternately, each in a fresh process, and ends with a line of JSON: `speed_ratio` and
+`memory_ratio`, ours / peer (medians over the rounds). Both append to results/train.jsonl. `--show` prints the last
+result of each setting and draws results/train.png.
 """
 
 import argparse
@@ -49,27 +49,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu-60m")
     parser.add_argument("--impl", choices=BUILDERS, default="ours")
-    parser.add_argument("--paired", choices=[name for name in BUILDERS if name != "ours"], help="the peer")
-    parser.add_argument("--rounds", type=int, default=3, help="of a paired measurement")
+    parser.add_argument(
+        "--paired", choices=[name for name in BUILDERS if name != "ours"], help="compare with this peer"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="number of paired measurements")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checkpoint", default="true", help="as in a training YAML; the peer knows true and false")
+    parser.add_argument("--checkpoint", default="true", help="as in a training YAML; the peer supports true and false")
     parser.add_argument("--dtype", default="auto", help="param_dtype of a training YAML")
-    parser.add_argument("--attention", default="auto", help="the project's engine, or the peer's attn_implementation")
+    parser.add_argument("--attention", default="auto", help="attention engine, or the peer's attn_implementation")
     parser.add_argument("--seq_len", type=int, help="default: the preset's")
-    parser.add_argument("--vocab_size", type=int, help="default: the preset's; larger ones only enlarge the model")
-    parser.add_argument("--warmup", type=int, help="steps that are not timed; default: the preset's")
-    parser.add_argument("--steps", type=int, help="steps that are; default: the preset's")
+    parser.add_argument("--vocab_size", type=int, help="default: the preset's; must not be smaller")
+    parser.add_argument("--warmup", type=int, help="untimed steps; default: the preset's")
+    parser.add_argument("--steps", type=int, help="timed steps; default: the preset's")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more keys of a training YAML")
-    parser.add_argument("--unrecorded", action="store_true", help="print this process's numbers and keep nothing")
-    parser.add_argument("--show", action="store_true", help="print and draw what has been measured")
+    parser.add_argument("--unrecorded", action="store_true", help="print this process's numbers without recording them")
+    parser.add_argument("--show", action="store_true", help="print and draw the recorded results")
     return parser
 
 
 def _case(options: argparse.Namespace) -> dict[str, Any]:
-    """The setting, complete: what the result file says of it and what a fresh process is told."""
+    """Return the complete setting, as it is recorded and passed to a fresh process."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but PyTorch finds no GPU here.")
+        raise UserError("--device is cuda, but PyTorch finds no GPU.")
     preset = PRESETS[options.preset]
     case = {key: getattr(options, key) for key in ("preset", "device", "checkpoint", "dtype", "attention", "threads")}
     for key in ("seq_len", "warmup", "steps"):
@@ -88,7 +90,7 @@ def _case(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def paired(ours: str, peer: str, case: dict[str, Any]) -> dict[str, Any]:
-    """One round: both in fresh processes, one after the other."""
+    """Measure one round: both implementations, one after the other, in fresh processes."""
     numbers = {impl: in_fresh_process(impl, case) for impl in (ours, peer)}
     ratios = zip(_RATIOS, ("tokens_per_second", "peak_bytes"), strict=True)
     return {ratio: numbers[ours][key] / numbers[peer][key] for ratio, key in ratios} | {
@@ -97,7 +99,7 @@ def paired(ours: str, peer: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_fresh_process(impl: str, case: dict[str, Any]) -> dict[str, Any]:
-    """Measures an implementation alone. Only ours knows the keys of `--set`."""
+    """Measure one implementation in a fresh process. Only ours supports the keys of `--set`."""
     command = [sys.executable, "-m", "benchmarks.train", "--unrecorded", "--impl", impl]
     for key, value in case.items():
         if key != "set":

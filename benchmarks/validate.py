@@ -1,6 +1,6 @@
 """Wall time and memory of the validator on one and two cores.
 
-`python -m benchmarks.validate [--rounds 3]` measures and appends to results/validate.jsonl; `--show` prints its last
+`python -m benchmarks.validate [--rounds 3]` measures and appends to results/validate.jsonl; `--show` prints the last
 table.
 """
 
@@ -28,13 +28,13 @@ COLUMNS = {
 
 
 def validate(case: dict[str, Any]) -> dict[str, float]:
-    """Runs the command as a user does, with imports and all."""
+    """Run the command as a user would, including imports."""
     statistics = WORK_DIR / "stats.json"
     command = [sys.executable, "-m", "utils.validate_data", "--train_yaml", str(_yaml(case["megabytes"]))]
     command += ["--num_workers", str(case["cores"]), "--num_gpus", "1", "--train_stats_json", str(statistics)]
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)  # of the process and those it started
+    _, status, usage = os.wait4(process.pid, 0)  # includes the processes it started
     seconds = time.perf_counter() - start
     if status:
         sys.exit(f"{' '.join(command)} failed: run it to see why.")

@@ -1,4 +1,4 @@
-"""This project, put together from its own parts as `train.run_training` does."""
+"""This project, assembled from its parts as `train.run_training` does."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from .weights import RandomWeights
 
 
 def build_ours(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trainee:
-    """A model of random weights and the step that trains it."""
+    """Return the training step of a model with random weights."""
     hardware = choose_hardware(device, args.param_dtype, args.attention, shapes)
     base = BaseModel(Path(args.model_id_or_path), shapes, RandomWeights(shapes, device, hardware.dtype), adapter=None)
     world = World(0, 1, device)
-    args.checkpoint = resolve_checkpoint(base, args, hardware, world).checkpoint  # as the results tell it
+    args.checkpoint = resolve_checkpoint(base, args, hardware, world).checkpoint  # as recorded in the results
     model = build_model(base, args, hardware, world)
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     scaler = LossScaler(hardware.dtype)

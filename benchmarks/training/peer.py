@@ -1,7 +1,7 @@
-"""The peer: transformers' Mistral with PEFT's LoRA, in the fastest of the settings that its users have.
+"""The peer: transformers' Mistral with PEFT's LoRA, in the fastest settings available to its users.
 
-Weights, adapters, batches, optimizer and schedule are those that this project trains with, so the losses of both are
-the same up to rounding. With a bf16 base the adapters are bf16, too: PEFT's default of fp32 would cast every input.
+Weights, adapters, batches, optimizer and schedule are the same as for this project, so both have the same losses up to
+rounding. With a bf16 base, the adapters are also bf16: PEFT's default of fp32 would cast every input.
 """
 
 import importlib.util
@@ -32,34 +32,34 @@ _IGNORED = -100  # label of a position without loss
 
 
 def build_peft(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trainee:
-    """A model of random weights and the step that trains it.
+    """Return the training step of a model with random weights.
 
     Raises:
-        UserError: transformers or PEFT is missing, or a setting that they do not have.
+        UserError: transformers or PEFT is not installed, or they do not support a setting.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import peft  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            '--impl peft needs transformers and PEFT: pip install "recode-mistral-finetune[test]"'
-        ) from error
+        raise UserError('--impl peft needs transformers and PEFT: run `pip install -e ".[test]"`.') from error
     recompute = str(args.checkpoint).lower()
     if recompute not in ("true", "false"):
-        raise UserError(f"--checkpoint is {recompute}; transformers knows true and false.")
+        raise UserError(f"--checkpoint is {recompute}; transformers supports true and false.")
     if shapes.moe:
-        raise UserError("--impl peft has no mixture of experts; measure --impl ours beside the preset cpu-60m.")
+        raise UserError(
+            "--impl peft does not support mixtures of experts; compare --impl ours with the preset cpu-60m."
+        )
     dtype = choose_dtype(args.param_dtype, device)
     if dtype == torch.float16:
-        raise UserError("--impl peft is measured in bf16 or fp32: in fp16 it would train without a loss scale.")
+        raise UserError("--impl peft is measured in bf16 or fp32: in fp16 it would train without loss scaling.")
     attention = _attention(args.attention, device)
     model = _build_model(args, shapes, device, dtype, attention)
     if recompute == "true":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = trainable_parameters(model)
     optimizer, schedule = build_optimizer(parameters, args.optim, args.max_steps)
-    for group in optimizer.param_groups:  # as transformers' Trainer has it
+    for group in optimizer.param_groups:  # as in transformers' Trainer
         group["fused"], group["foreach"] = True, False
 
     def step(batches: list[Batch]) -> torch.Tensor:
@@ -125,7 +125,7 @@ def _fill_adapters(model: nn.Module, args: TrainArgs, shapes: ModelArgs, dtype: 
 
 
 def _inputs(batch: Batch, seq_len: int, device: torch.device) -> dict[str, Any]:
-    """A batch as [B, seq_len], in which restarting positions tell where the documents begin."""
+    """Return a batch as [B, seq_len]; positions restart at each document."""
     labels = batch.y if batch.y_mask is None else np.where(batch.y_mask, batch.y, _IGNORED)
     positions = np.concatenate([np.arange(size) for size in batch.sizes])
     inputs = {"input_ids": batch.x, "position_ids": positions, "labels": labels, "shift_labels": labels}

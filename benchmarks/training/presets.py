@@ -1,4 +1,4 @@
-"""The settings that training is measured in: shapes, batches and rows."""
+"""Settings of the training benchmark: shapes, batches and rows."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ _7B = ModelArgs(
 )
 _8X7B = dataclasses.replace(_7B, moe=MoeArgs(num_experts=8, num_experts_per_tok=2))
 _60M = dataclasses.replace(_7B, dim=512, n_layers=8, head_dim=64, hidden_dim=1408, n_heads=8, n_kv_heads=4)
-# Two experts of a token are as wide together as the dense model's feed-forward network: the same active parameters.
+# The two experts of a token are together as wide as the dense feed-forward network: the same active parameters.
 _60M_MOE = dataclasses.replace(_60M, hidden_dim=704, moe=_8X7B.moe)
 _TINY = dataclasses.replace(_60M, dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2)
 
@@ -27,11 +27,11 @@ class Preset:
     shapes: ModelArgs
     rows: str  # one of benchmarks.data.ROWS
     seq_len: int
-    rank: int  # of the adapters, which all seven linear layers of a block have
+    rank: int  # of the adapters on all seven linear layers of a block
     batch_size: int = 1
     num_microbatches: int = 1
     packing: str = "concat"
-    warmup: int = 3  # steps before those that are timed
+    warmup: int = 3  # untimed steps
     steps: int = 7
 
 

@@ -1,4 +1,4 @@
-"""The table and the picture of what benchmarks.train has measured."""
+"""Table and plot of the results of benchmarks.train."""
 
 import json
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from .session import BUILDERS
 
 _COLUMNS = ("preset", "device", "dtype", "checkpoint", "seq_len", "vocab_size", "set", "threads", "attention")
 _RATIOS = ("speed_ratio", "memory_ratio")
+_LABELS = {"ours": "this project", "peft": "transformers + PEFT"}
 Result = dict[str, Any]
 
 
 def latest() -> list[tuple[dict[str, Any], Result]]:
-    """Of each setting on each machine, the newest record and its result, oldest first."""
+    """Return the latest record and result of each setting on each machine, oldest first."""
     found = {}
     for line in (RESULTS / "train.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -26,7 +27,7 @@ def latest() -> list[tuple[dict[str, Any], Result]]:
 
 
 def implementations(result: Result) -> tuple[str, ...]:
-    """Those that a result holds numbers of."""
+    """Return the implementations measured in a result."""
     return tuple(impl for impl in BUILDERS if f"{impl}.tokens_per_second" in result)
 
 
@@ -41,7 +42,7 @@ def _setting(result: Result) -> str:
 
 
 def print_results(records: Sequence[tuple[dict[str, Any], Result]]) -> None:
-    """Prints a Markdown table, a line per implementation: medians with the lowest and the highest of the rounds."""
+    """Print a Markdown table, one line per implementation: medians with the lowest and highest of the rounds."""
     print(
         "| machine | setting | impl | tokens/s | samples/s | peak, GB | MFU, % | HFU, % | speed ratio | memory ratio |"
     )
@@ -56,14 +57,14 @@ def print_results(records: Sequence[tuple[dict[str, Any], Result]]) -> None:
 
 
 def draw(records: Sequence[tuple[dict[str, Any], Result]]) -> None:
-    """Draws speed and memory of every setting to results/train.png: a bar per implementation, ranges as whiskers."""
+    """Plot speed and memory of each setting to results/train.png: a bar per implementation, whiskers for ranges."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.5 + 0.7 * len(records)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = [f"{_setting(result)}\n{_machine(record)}" for record, result in records]
     for axes, key, title, scale in zip(
-        panels, ("tokens_per_second", "peak_bytes"), ("tokens/s", "peak memory, GB"), (1, 1e9), strict=True
+        panels, ("tokens_per_second", "peak_bytes"), ("tokens per second", "peak memory (GB)"), (1, 1e9), strict=True
     ):
         for index, impl in enumerate(BUILDERS):
             bars = [
@@ -72,7 +73,7 @@ def draw(records: Sequence[tuple[dict[str, Any], Result]]) -> None:
             rows = [row + 0.38 * (index - 0.5) for row, _ in bars]
             low, median, high = ([values[place] / scale for _, values in bars] for place in range(3))
             errors = [[b - a for a, b in zip(low, median)], [b - a for a, b in zip(median, high)]]
-            axes.barh(rows, median, height=0.36, xerr=errors, label=impl, capsize=2)
+            axes.barh(rows, median, height=0.36, xerr=errors, label=_LABELS[impl], capsize=2)
         axes.set(title=title, yticks=range(len(names)), yticklabels=names)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()

@@ -1,4 +1,4 @@
-"""Measures the training of one model in this process."""
+"""Measure the training of one model in this process."""
 
 import dataclasses
 import itertools
@@ -24,14 +24,14 @@ from .step import Trainee
 from .work import Work, matmul_rate, model_flops, recomputed_flops, synchronize
 
 BUILDERS = {"ours": build_ours, "peft": build_peft}
-_MEGABYTES = 4  # of rows, read again and again
+_MEGABYTES = 4  # of rows, read repeatedly
 
 
 def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
-    """Builds, warms up and times one implementation in one setting (the options of benchmarks.train).
+    """Build, warm up and time one implementation in one setting (the options of benchmarks.train).
 
     Raises:
-        UserError: a setting that the implementation does not have.
+        UserError: the implementation does not support a setting.
     """
     import_bytes = peak_rss()
     torch.set_num_threads(case["threads"])
@@ -64,7 +64,7 @@ def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_args(preset: Preset, case: dict[str, Any]) -> TrainArgs:
-    """The YAML of a run in this setting, read as a user's would be; `case["set"]` adds keys and overrides them."""
+    """Write a YAML for this setting and read it like a user's; `case["set"]` adds or overrides keys."""
     source = "data" if preset.rows == "texts" else "instruct_data"
     settings = {
         "data": {source: str(rows_file(preset.rows, _MEGABYTES)), "packing": preset.packing},
@@ -87,7 +87,7 @@ def train_args(preset: Preset, case: dict[str, Any]) -> TrainArgs:
 
 
 def packed_batches(args: TrainArgs) -> TrainLoader:
-    """What every implementation is fed: mistral-common's v3 tokens, whatever the model's vocabulary."""
+    """Return the batches for every implementation: tokens of mistral-common's v3, for any vocabulary size."""
     tokenizer = load_instruct_tokenizer(Path("has no tokenizer"), V3_VOCABULARY)
     return build_data_loader(tokenizer, args.data, args.batch_size, args.seq_len, args.seed, 0, 1, is_eval=False)
 
@@ -118,7 +118,7 @@ def _timed_steps(
 
 
 def _memory(device: torch.device, import_bytes: int) -> dict[str, int]:
-    """The process's peak since its start; on a GPU, what tensors took and what was reserved for them."""
+    """Return the process's peak memory; on a GPU, the peaks allocated and reserved for tensors."""
     if device.type == "cpu":
         return {"peak_bytes": peak_rss(), "import_bytes": import_bytes}
     return {

@@ -1,4 +1,4 @@
-"""What every implementation gives the benchmark."""
+"""The interface of an implementation to the benchmark."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,5 +10,5 @@ from finetune.data.data_loader import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Trainee:
-    step: Callable[[list[Batch]], torch.Tensor]  # one optimizer step on these micro-batches; their mean loss
+    step: Callable[[list[Batch]], torch.Tensor]  # runs one optimizer step on micro-batches and returns their mean loss
     attention: str  # the engine in use

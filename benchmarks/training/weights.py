@@ -1,4 +1,4 @@
-"""Weights that need no file: random, made on the device when they are asked for, the same at every asking."""
+"""Random weights without files: generated on the device when they are read, the same at every read."""
 
 import zlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from model.transformer import Transformer
 
 
 class RandomWeights:
-    """Takes the place of a `model.weights.WeightsReader`."""
+    """Replaces a `model.weights.WeightsReader`."""
 
     def __init__(self, shapes: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
         with torch.device("meta"):
@@ -21,7 +21,7 @@ class RandomWeights:
         self._device = device
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or some of its rows: norms are 1, the columns of matrices add up to variance 1."""
+        """Return a tensor, or some of its rows: norms are 1, matrices preserve the variance of their input."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=self._device)[rows or slice(None)]

@@ -1,4 +1,4 @@
-"""What a training step has to compute, and how fast the machine multiplies."""
+"""FLOPs of a training step, and the machine's rate of matrix products."""
 
 import dataclasses
 import time
@@ -10,19 +10,19 @@ import torch
 from finetune.data.data_loader import Batch
 from model.args import ModelArgs
 
-_BOS, _EOS = 1, 2  # of every tokenizer of Mistral's
+_BOS, _EOS = 1, 2  # in all of Mistral's tokenizers
 _MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclasses.dataclass
 class Work:
-    """What some batches held."""
+    """Counts over batches."""
 
-    positions: int = 0  # padding included
+    positions: int = 0  # including padding
     trained: int = 0  # positions with a loss
-    pairs: int = 0  # of a position and one that it sees, itself included
+    pairs: int = 0  # of a position and a position it attends to, including itself
     documents: int = 0
-    complete: int = 0  # documents that are whole samples
+    complete: int = 0  # documents that are complete samples
 
     def add(self, batch: Batch) -> None:
         sizes = np.array(batch.sizes)
@@ -34,7 +34,7 @@ class Work:
 
 
 def _complete(batch: Batch) -> Iterator[bool]:
-    """Of each document, whether it begins and ends as a sample does; padding does not."""
+    """Yield for each document whether it begins and ends like a sample, which padding does not."""
     end = 0
     for size in batch.sizes:
         start, end = end, end + size
@@ -42,11 +42,12 @@ def _complete(batch: Batch) -> Iterator[bool]:
 
 
 def model_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
-    """Floating-point operations of a step, counted alike for whoever computes it.
+    """Return the floating-point operations of a step, by the same formula for every implementation.
 
-    Two per weight and position forward; as many for the input's gradient; of an adapter, as many again for its own.
-    Attention's backward pass has twice the products of its forward pass; the head only counts where there is a loss.
-    What this project does not compute of the last block, on positions without a loss, is counted as the others'.
+    Two per weight and position in the forward pass, two for the input's gradient, and for adapters two more for their
+    own gradient. Attention's backward pass has twice the products of its forward pass. The head counts only at
+    positions with a loss. Products of the last block count at all positions, although this project skips those without
+    a loss.
     """
     base, adapters = _block_weights(shapes, rank)
     blocks = shapes.n_layers * work.positions * (4 * base + 6 * adapters)
@@ -55,16 +56,16 @@ def model_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
 
 
 def recomputed_flops(shapes: ModelArgs, rank: int, work: Work) -> float:
-    """What recomputing every block adds to `model_flops`: their forward pass.
+    """Return what recomputing every block adds to `model_flops`: their forward pass.
 
-    This project leaves out the last product of each, which is not deducted: its HFU is an upper bound.
+    This project skips the last product of each block, which is not subtracted, so its HFU is an upper bound.
     """
     base, adapters = _block_weights(shapes, rank)
     return shapes.n_layers * work.positions * 2 * (base + adapters) + _attention_flops(shapes, work)
 
 
 def _block_weights(shapes: ModelArgs, rank: int) -> tuple[int, int]:
-    """Weights of a block's linear layers, and of their adapters, that a token goes through."""
+    """Return the number of weights in a block's linear layers, and in their adapters, that each token uses."""
     queries, keys = shapes.n_heads * shapes.head_dim, shapes.n_kv_heads * shapes.head_dim
     dim, hidden = shapes.dim, shapes.hidden_dim
     experts, gate = (shapes.moe.num_experts_per_tok, dim * shapes.moe.num_experts) if shapes.moe else (1, 0)
@@ -74,12 +75,12 @@ def _block_weights(shapes: ModelArgs, rank: int) -> tuple[int, int]:
 
 
 def _attention_flops(shapes: ModelArgs, work: Work) -> float:
-    """Of one forward pass: scores and their sum of values, where the causal mask lets them be."""
+    """Return the FLOPs of one forward pass: scores and weighted sums of values, within the causal mask."""
     return 4 * shapes.n_layers * shapes.n_heads * shapes.head_dim * work.pairs
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> float:
-    """The highest FLOP/s of products of square random matrices: what the others are measured against."""
+    """Return the highest FLOP/s of products of square random matrices, the reference for MFU and HFU."""
     size = _MATMUL_SIZES[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
@@ -94,6 +95,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> fl
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device's queue of work."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

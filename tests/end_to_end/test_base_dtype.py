@@ -1,4 +1,4 @@
-"""Training on a base that is stored in 4 or 8 bits."""
+"""Training on a 4-bit or 8-bit base."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ NF4 = ("nf4", "nf4-dq")
 
 
 def rounded(base: Path, folder: Path, name: str) -> Path:
-    """The model of `base` whose linear layers hold what is left of them in a format."""
+    """Copy the model `base`, with the weights of its linear layers rounded to a format."""
     tensors = load_file(base / "consolidated.safetensors")
     for key, weight in tensors.items():
         if key.split(".")[-2] in BLOCK_LINEARS:
@@ -57,14 +57,14 @@ def config(folder: Path, name: str, model: Path, base_dtype: str, **settings) ->
 
 
 def outcome(run_dir: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    lines = read_jsonl(run_dir / "metrics.train.jsonl")  # a later line of a step stands for it
+    lines = read_jsonl(run_dir / "metrics.train.jsonl")  # the last line of a step is the valid one
     losses = list({line["step"]: line["loss"] for line in lines if "loss" in line}.values())
     return losses, load_file(run_dir / f"checkpoints/checkpoint_{STEPS:06d}/consolidated" / ADAPTER_NAME)
 
 
 @pytest.mark.parametrize("checkpoint", [True, "selective"])
 @pytest.mark.parametrize("base_dtype", NF4)
-def test_an_nf4_base_trains_as_the_weights_it_stands_for(base_dtype, checkpoint, models, tmp_path):
+def test_nf4_base_trains_like_its_dequantized_weights(base_dtype, checkpoint, models, tmp_path):
     train.train(str(config(tmp_path, "nf4", models["same"], base_dtype, checkpoint=checkpoint)))
     train.train(str(config(tmp_path, "dense", models[base_dtype], "same")))
     torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
@@ -72,7 +72,7 @@ def test_an_nf4_base_trains_as_the_weights_it_stands_for(base_dtype, checkpoint,
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
-def test_an_fp8_base_trains_nearly_as_the_whole_one(models, tmp_path):
+def test_fp8_base_trains_almost_like_the_unquantized_one(models, tmp_path):
     for base_dtype in ("fp8", "same"):
         train.train(str(config(tmp_path, base_dtype, models["same"], base_dtype)))
     losses = [torch.tensor(outcome(tmp_path / base_dtype)[0]) for base_dtype in ("fp8", "same")]
@@ -93,7 +93,7 @@ def test_two_processes_share_a_quantized_base(models, tmp_path):
     torch.testing.assert_close(outcome(tmp_path / "moe_nf4"), outcome(tmp_path / "moe"))
 
 
-def test_a_run_on_a_quantized_base_goes_on(models, tmp_path):
+def test_run_on_a_quantized_base_resumes(models, tmp_path):
     settings = {"ckpt_freq": 2, "resume": "auto"}
     train.train(str(config(tmp_path, "whole", models["same"], "nf4", **settings)))
     part = config(tmp_path, "part", models["same"], "nf4", **settings)
@@ -115,7 +115,7 @@ def test_a_run_on_a_quantized_base_goes_on(models, tmp_path):
         ({"save_adapters": False}, "python -m utils.merge_lora"),
     ],
 )
-def test_settings_that_do_not_go_together_are_named(settings, message, models, tmp_path):
+def test_incompatible_settings_are_reported(settings, message, models, tmp_path):
     path = config(tmp_path, "run", models["same"], settings.pop("base_dtype", "nf4"), **settings)
     assert any(message in problem.message for problem in read_problems(path))
 
@@ -126,7 +126,7 @@ def read_problems(path: Path) -> list[Problem]:
     return found
 
 
-def test_a_weight_that_does_not_fit_the_format_is_named(tmp_path):
+def test_weight_unsupported_by_the_format_is_rejected(tmp_path):
     model = make_tiny_checkpoint(tmp_path / "model", hidden_dim=72)
     with pytest.raises(UserError, match=r"layers\.0\.feed_forward\.w2.*multiple of 64"):
         train.train(str(config(tmp_path, "run", model, "nf4")))

@@ -1,4 +1,4 @@
-"""benchmarks.train: both implementations compute the same, and what is reported of them is right."""
+"""benchmarks.train: both implementations compute the same losses, and the reported numbers are correct."""
 
 import dataclasses
 import itertools
@@ -40,8 +40,8 @@ def small_vocabulary(batch: Batch, size: int) -> Batch:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_ours_and_the_peer_compute_the_same_losses(batch_size):
-    """On packed documents, from the same weights, step after step: the peer's documents do not see each other."""
+def test_ours_and_the_peer_have_the_same_losses(batch_size):
+    """From the same weights, over several steps, on packed documents, which must not attend to each other."""
     settings = [f"batch_size={batch_size}", "optim.lr=0.01", "optim.pct_start=0.5"]
     args = train_args(PRESETS["tiny"], TINY | {"steps": 3, "seq_len": 640, "set": settings})
     shapes = dataclasses.replace(PRESETS["tiny"].shapes, vocab_size=512)
@@ -53,7 +53,7 @@ def test_ours_and_the_peer_compute_the_same_losses(batch_size):
     for impl, build in BUILDERS.items():
         trainee = build(args, shapes, torch.device("cpu"))
         losses[impl] = [trainee.step(micro_batches).item() for micro_batches in steps]
-    assert losses["ours"][0] != pytest.approx(losses["ours"][2], rel=1e-3)  # it does learn
+    assert losses["ours"][0] != pytest.approx(losses["ours"][2], rel=1e-3)  # the loss changes
     np.testing.assert_allclose(losses["ours"], losses["peft"], rtol=2e-5)
 
 
@@ -73,12 +73,12 @@ def test_the_paired_mode_ends_with_the_ratios(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("benchmarks.training.report.RESULTS", tmp_path)
     print_results(latest())
-    assert len(capsys.readouterr().out.splitlines()) == 4  # head, rule, a line each
+    assert len(capsys.readouterr().out.splitlines()) == 4  # header, separator, one line per implementation
     draw(latest())
     assert (tmp_path / "train.png").stat().st_size > 10_000
 
 
-def test_a_fresh_process_prints_what_it_measured():
+def test_fresh_process_prints_its_measurements():
     numbers = train.in_fresh_process("ours", TINY | {"seq_len": 512, "checkpoint": "true", "set": ["lora.rank=2"]})
     assert numbers["tokens"] == 2 * 512
     assert numbers["tokens_per_second"] == pytest.approx(numbers["tokens"] / numbers["seconds"])
@@ -95,28 +95,28 @@ def test_a_fresh_process_prints_what_it_measured():
         (("--vocab_size", "100"), "--vocab_size is 100; the tokenizer has 32768 tokens"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(options, message, monkeypatch):
+def test_invalid_options_are_reported(options, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "--preset", "tiny", "--device", "cpu", "--unrecorded", *options])
     with pytest.raises(UserError, match=message):
         train.main()
 
 
-def test_the_peer_refuses_what_it_does_not_have():
+def test_peer_rejects_unsupported_settings():
     args = train_args(PRESETS["tiny"], TINY)
     args.checkpoint = "selective"
-    with pytest.raises(UserError, match="--checkpoint is selective; transformers knows true and false"):
+    with pytest.raises(UserError, match="--checkpoint is selective; transformers supports true and false"):
         build_peft(args, PRESETS["tiny"].shapes, torch.device("cpu"))
 
 
-def test_a_larger_vocabulary_only_enlarges_the_model():
+def test_larger_vocabulary_does_not_change_the_batches():
     case = TINY | {"vocab_size": 40000, "set": ["lora.rank=4"]}
     args = train_args(PRESETS["tiny"], case)
     assert next(packed_batches(args)).x.max() < 32768
 
 
-def test_work_counts_documents_pairs_and_whole_samples():
+def test_work_counts_documents_pairs_and_complete_samples():
     work = Work()
-    x = np.array([1, 7, 8, 9, 1, 5, 0, 0])  # the end of no sample follows 9; padding is no document
+    x = np.array([1, 7, 8, 9, 1, 5, 0, 0])  # the document ending in 9 is cut; padding is not a document
     y = np.array([7, 8, 9, 4, 5, 2, 0, 0])
     work.add(
         Batch(
@@ -130,8 +130,8 @@ def test_work_counts_documents_pairs_and_whole_samples():
     assert work == Work(positions=8, trained=4, pairs=10 + 3 + 3, documents=2, complete=1)
 
 
-def test_flops_are_those_that_pytorch_counts():
-    """Everything trained and unpacked, the formula must be what PyTorch's counter says of each product."""
+def test_flops_match_pytorchs_counter():
+    """With all positions trained and a single document, the formula must match PyTorch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes = ModelArgs(32, 2, 8, 48, 4, 2, 1e-5, 64)
