@@ -13,7 +13,7 @@ help:
 	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
 	@echo "make sample-data  write 1,000 fictional notes and their codes to sample_data: train, eval and test"
 	@echo "make notebooks    run the tutorials; outputs in runs/tutorials"
-	@echo "make test         run all tests;  make test-fast  skip those that start processes"
+	@echo "make test         run all tests;  make test-fast  skip the slow ones"
 	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
 	@echo "make fuzz         10,000 random inputs per fuzz target"
 	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
@@ -62,11 +62,13 @@ SAMPLE_NOTES := 1000
 sample-data: setup
 	$(BIN)/python -m utils.generate_notes --out sample_data --n $(SAMPLE_NOTES) --split 0.8,0.1,0.1 --overwrite
 
+# One worker per core, up to four: tests start processes of their own.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not ranks"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 # Without a key, so that running a tutorial is never charged.
 notebooks: setup

@@ -20,16 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for the workers of pytest-xdist, longest groups first.
+    """Mark end-to-end tests as slow and group tests for the workers of pytest-xdist, the slow groups first.
 
-    A module is one group, so that its fixtures are built once. All tests that start several ranks are another, so that
-    no two of them compete for the cores.
+    A module is one group, so that its fixtures are built once.
     """
-    slow_modules = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not item.get_closest_marker("ranks"), item.path not in slow_modules))
+    end_to_end = [item for item in items if "end_to_end" in item.path.parts]
+    for item in end_to_end:
+        item.add_marker(pytest.mark.slow)
+    items[:] = end_to_end + [item for item in items if "end_to_end" not in item.path.parts]
     for item in items:
-        group = "ranks" if item.get_closest_marker("ranks") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="module")
