@@ -2,7 +2,7 @@
 
 `python -m utils.plan CONFIG.yaml [--model FOLDER_OR_NAME] [--gpu h100 | --gpu_gb 80] [--gpus 8] [--json]`
 
-Lists which settings of `base_dtype` and `checkpoint` fit, the longest `seq_len` that does, and how long the run takes.
+Lists which settings of `base_dtype` and `checkpoint` fit, the longest `seq_len` that does, and the duration.
 Memory is computed from shapes and settings (finetune/memory_estimate.py), speed from operations per token and the share
 of a GPU's peak rate that is assumed to be reached (finetune/speed_estimate.py). All figures are estimates.
 """
@@ -269,7 +269,7 @@ def _expected_lines(run: dict[str, Any]) -> list[str]:
         lines.append(f"Time: {run['hours']:.1f} hours, without start-up, evaluation and checkpoints.")
     mode = str(run["checkpoint"]).lower()
     lines.append(
-        f"With `checkpoint: {mode}` a token takes {run['flops_per_token'] / 1e9:.1f} GFLOP if documents are as long as "
+        f"With `checkpoint: {mode}` a token needs {run['flops_per_token'] / 1e9:.1f} GFLOP if documents are as long as "
         "seq_len; shorter ones need less."
     )
     return lines

@@ -14,6 +14,7 @@ import train
 from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
 from finetune.distributed import World
+from finetune.run_dir import saved_checkpoints
 from model.args import LoraArgs
 from model.errors import UserError
 from tests.support.checkpoints import make_tiny_checkpoint
@@ -22,6 +23,7 @@ from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.codes import Cim10Table
+from utils.icd10.predictions import describe_origin
 from utils.icd10.prompts import instruct_row
 from utils.models.predictor import Predictor, predict_file, read_prompts
 
@@ -121,6 +123,14 @@ def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -
         lines = list(csv.DictReader(file))
     expected = [code["code"] for row in read(tmp_path / "p.jsonl") for code in row["codes"]]
     assert [line["code"] for line in lines] == expected
+
+
+def test_origin_of_the_answers_is_recorded(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    checkpoint = str(saved_checkpoints(run_dir / "checkpoints")[-1])
+    for name, table, answers in (("free", None, "not constrained"), ("limited", load_table(tmp_path), "constrained")):
+        code_notes(run_dir, notes, tmp_path / f"{name}.jsonl", table, batch_size=5, max_tokens=8)
+        origin = {"Checkpoint": checkpoint, "Answers": f"{answers} to codes of the CIM-10 table"}
+        assert describe_origin(tmp_path / f"{name}.jsonl") == origin
 
 
 def load_table(folder: Path) -> Cim10Table:

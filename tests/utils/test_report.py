@@ -20,7 +20,7 @@ VOID = {"meta"}
 
 
 class Page(HTMLParser):
-    """Checks that every element is closed; keeps tags, text, and the cells of each table."""
+    """Check that every element is closed; keep tags, text, and the cells of each table."""
 
     def __init__(self, html):
         super().__init__()
@@ -63,7 +63,7 @@ def train_record(step, loss, **more):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A run folder with losses 3, 2, 1 and two evaluations; keyword arguments are settings of its args.yaml."""
+    """Make a run folder with losses 3, 2, 1 and three evaluations; keyword arguments are settings of its args.yaml."""
 
     def make(name="run_a", losses=(3.0, 2.0, 1.0), **settings):
         folder = tmp_path / name

@@ -114,7 +114,7 @@ def line_chart(
 
 @contextlib.contextmanager
 def _drawing(name: str, height: float) -> Iterator[Canvas]:
-    """Give a figure whose points are units of the SVG element; what is drawn within has the page's style."""
+    """Yield a figure whose points are units of the SVG element; draw and save it inside the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
@@ -244,7 +244,7 @@ def _svg(figure: Canvas, name: str, title: str, tips: Mapping[str, Sequence[str]
         element.tag = element.tag.rpartition("}")[2]  # HTML knows SVG's elements without a namespace
         element.text = element.text and element.text.strip()
         element.tail = None
-    for unwanted in ("metadata", "defs"):  # an address; a style sheet, which would apply to the whole page
+    for unwanted in ("metadata", "defs"):  # an address, and a style sheet that would apply to the whole page
         root.remove(next(child for child in root if child.tag == unwanted))
     for group in root.iter("g"):
         for mark, text in zip(_marks(group), tips.get(group.attrib.pop("id", ""), ())):
