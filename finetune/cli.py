@@ -12,7 +12,6 @@ from pathlib import Path
 from model.errors import UserError
 
 from .redaction import redacted
-from .run_dir import BEST_NAME
 
 
 def run_cli(main: Callable[[], object]) -> None:
@@ -53,6 +52,8 @@ def add_step_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse_step(value: str) -> int | str:
+    from .run_dir import BEST_NAME  # imports yaml and pydantic, which most commands do not need
+
     if value != BEST_NAME and not value.isdecimal():
         raise argparse.ArgumentTypeError(f"{value!r} is neither a step number nor `{BEST_NAME}`")
     return value if value == BEST_NAME else int(value)

@@ -27,7 +27,7 @@ from utils.icd10.metrics import evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, describe_origin, read_gold, read_predictions
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, warnings
 from utils.tables.jsonl import require_own_names, save
-from utils.tables.named_rows import match_names
+from utils.tables.rows_by_id import match_ids
 
 MAX_ERRORS = 15  # codes listed among the most often missed and added
 
@@ -170,7 +170,7 @@ def main() -> None:
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = list(read_gold(args.train).values()) if args.train else None
     gold = read_gold(args.gold)
-    predictions = match_names(gold, read_predictions(args.predictions))
+    predictions = match_ids(gold, read_predictions(args.predictions))
     result = evaluate(gold, predictions, table, training, args.seed)
     contents = {args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"}
     if args.html:

@@ -29,7 +29,7 @@ import numpy as np
 from finetune.cli import run_cli
 from utils.icd10.metrics import interval, resample
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
-from utils.tables.named_rows import last_answer, match_names, read_named_rows
+from utils.tables.rows_by_id import last_answer, match_ids, read_by_id
 
 SCORE_NAMES = {"word_recall": "word recall", "contains": "contains reference"}
 
@@ -90,7 +90,7 @@ def read_references(path: Path) -> dict[str, str]:
     Raises:
         UserError: a row does not end with an answer of at least one word, or an id appears twice.
     """
-    return read_named_rows(path, _reference)
+    return read_by_id(path, _reference)
 
 
 def read_answers(path: Path) -> dict[str, str]:
@@ -99,7 +99,7 @@ def read_answers(path: Path) -> dict[str, str]:
     Raises:
         UserError: a row has no answer, or an id appears twice.
     """
-    return read_named_rows(path, _answer)
+    return read_by_id(path, _answer)
 
 
 def _reference(row: Row) -> str:
@@ -148,7 +148,7 @@ def main() -> None:
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
     require_own_names([args.json] if args.json else [], [args.gold, args.predictions])
-    result = evaluate(references, match_names(references, read_answers(args.predictions)), args.seed)
+    result = evaluate(references, match_ids(references, read_answers(args.predictions)), args.seed)
     if args.json:
         save({args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"})
     print(summarize(result))

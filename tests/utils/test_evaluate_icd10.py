@@ -291,11 +291,11 @@ GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
 @pytest.mark.parametrize(
     ("predictions", "said"),
     [
-        ([GOOD, GOOD], "p.jsonl, line 2: the id 'a' stands twice"),
+        ([GOOD, GOOD], "p.jsonl, line 2: duplicate id 'a'"),
         ([GOOD, {"id": "b"}], "p.jsonl, line 2: neither an `answer` string nor a `codes` list"),
         ([{"id": "a", "codes": [10]}], 'p.jsonl, line 1: a code that is neither "I10" nor'),
         ([{"id": "a", "codes": [{"role": "chief", "code": "I10"}]}], "line 1: a code that is neither"),
-        ([{"id": "z", "answer": "I10"}], "No prediction is for a gold row: the first is for 'z'"),
+        ([{"id": "z", "answer": "I10"}], "No prediction has the id of a gold row: the first prediction has 'z'"),
         ([], "p.jsonl is empty"),
         ([["I10"]], "p.jsonl, line 1: not a valid JSON object"),
     ],

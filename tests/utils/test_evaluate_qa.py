@@ -93,8 +93,8 @@ def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
         ([question("?!", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: no words in the last message"),
         ([{"text": "x", "id": "a"}], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: "),
         ([question("x", "a")], [{"id": "a", "codes": []}], "p.jsonl, line 1: no `answer` string (keys: id, c"),
-        ([question("x", "a")], [{"id": "b", "answer": "x"}], "No prediction is for a gold row"),
-        ([question("x", "a"), question("y", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 2: the id 'a' stands"),
+        ([question("x", "a")], [{"id": "b", "answer": "x"}], "No prediction has the id of a gold row"),
+        ([question("x", "a"), question("y", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 2: duplicate id 'a'"),
     ],
 )
 def test_invalid_rows_are_reported(gold, predictions, said, jsonl, command, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code
 from utils.tables.jsonl import Row, SkippedRowError
-from utils.tables.named_rows import last_answer, read_named_rows
+from utils.tables.rows_by_id import last_answer, read_by_id
 
 NOT_RECORDED = "not recorded"
 
@@ -47,7 +47,7 @@ def read_gold(path: Path) -> dict[str, list[Diagnosis]]:
     Raises:
         UserError: the answer of a row contains no code, or an id appears twice.
     """
-    return read_named_rows(path, _gold_diagnoses)
+    return read_by_id(path, _gold_diagnoses)
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
@@ -56,7 +56,7 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
     Raises:
         UserError: a row has neither `answer` nor `codes`, or an id appears twice.
     """
-    return read_named_rows(path, _prediction)
+    return read_by_id(path, _prediction)
 
 
 def origin_path(predictions: Path) -> Path:
