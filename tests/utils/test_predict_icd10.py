@@ -128,7 +128,7 @@ def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -
 def test_origin_of_the_answers_is_recorded(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     checkpoint = str(saved_checkpoints(run_dir / "checkpoints")[-1])
     for name, table, answers in (("free", None, "not constrained"), ("limited", load_table(tmp_path), "constrained")):
-        code_notes(run_dir, notes, tmp_path / f"{name}.jsonl", table, batch_size=5, max_tokens=8)
+        predict_file(run_dir, notes, tmp_path / f"{name}.jsonl", table, batch_size=5, max_tokens=8)
         origin = {"Checkpoint": checkpoint, "Answers": f"{answers} to codes of the CIM-10 table"}
         assert describe_origin(tmp_path / f"{name}.jsonl") == origin
 
