@@ -7,7 +7,7 @@ comma := ,
 
 NOTEBOOKS := generate_fictives_notes prepare_data_for_generative_finetuning mistral_finetune_7b
 
-.PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format constraints clean
+.PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format docs constraints clean
 help:
 	@echo "make setup        create .venv with the versions of constraints.txt"
 	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
@@ -17,6 +17,7 @@ help:
 	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
 	@echo "make fuzz         10,000 random inputs per fuzz target"
 	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
+	@echo "make docs         regenerate docs/configuration.md from the settings in the code"
 	@echo "make constraints  write the versions installed in .venv to constraints.txt, after make test passed"
 	@echo "make clean        remove what make demo and make sample-data wrote"
 
@@ -94,6 +95,9 @@ format: setup
 	$(BIN)/ruff format .
 
 # Build tags (2.13.0+cpu) are left out: they differ between machines.
+docs: setup
+	$(BIN)/python -m docs.generate_configuration
+
 constraints: setup
 	(echo "# Versions that all tests passed with. pyproject.toml has the supported ranges."; \
 		$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.txt

@@ -40,16 +40,16 @@ CheckpointMode = Bool | Literal["selective", "auto"]
 class OptimArgs(Settings):
     """Optimizer and learning-rate schedule: lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
 
-    # optimizer. adamw8bit: bitsandbytes' AdamW, whose state needs 2 bytes per parameter instead of 8
+    # optimizer. `adamw8bit`: that of bitsandbytes, whose state needs 2 bytes per parameter instead of 8
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    # shape of the learning-rate curve. onecycle: PyTorch's OneCycleLR, which also varies beta1; cosine, linear,
-    # constant: that decay after a linear warm-up, with a beta1 of 0.9
+    # shape of the learning-rate curve. `onecycle`: PyTorch's OneCycleLR, which also varies beta1; `cosine`, `linear`,
+    # `constant`: that decay (or none) after a linear warm-up, with a beta1 of 0.9
     schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
     lr: NonNegativeFloat = 1e-4  # highest learning rate. 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
     weight_decay: NonNegativeFloat = 0.1  # decoupled weight decay of AdamW
     pct_start: Annotated[float, Field(ge=0, le=1), Number] = 0.05  # fraction of the steps spent warming up
-    div_factor: PositiveFloat = 25.0  # the learning rate starts at lr / div_factor
-    final_div_factor: PositiveFloat = 1e4  # the learning rate ends at lr / div_factor / final_div_factor
+    div_factor: PositiveFloat = 25.0  # the learning rate starts at `lr` / `div_factor`
+    final_div_factor: PositiveFloat = 1e4  # the learning rate ends at `lr` / `div_factor` / `final_div_factor`
 
 
 @dataclasses.dataclass
@@ -58,10 +58,10 @@ class GenerationArgs(Settings):
 
     file: Str = ""  # instruct jsonl file with the questions; empty: no generation
     n_samples: PositiveInt = 32  # number of rows to answer, from the start of the file
-    max_tokens: PositiveInt = 256  # longest answer
-    batch_size: PositiveInt = 16  # answers that each process generates at a time
+    max_tokens: PositiveInt = 256  # longest answer, in tokens
+    batch_size: PositiveInt = 16  # number of answers that each process generates at a time
     freq: NonNegativeInt = 0  # steps between generations; 0: only before the first step and after the last
-    keep_answers: Bool = True  # write the answers to run_dir/answers. They may quote notes
+    keep_answers: Bool = True  # write the answers to `run_dir`/answers; they may quote notes
 
     def problems(self) -> list[Problem]:
         if self.file and not os.path.isfile(self.file):
@@ -72,21 +72,21 @@ class GenerationArgs(Settings):
 
 @dataclasses.dataclass
 class EarlyStoppingArgs(Settings):
-    """The metric that decides for `patience` and `keep_best`."""
+    """When to stop early, and the metric that `patience` and `keep_best` compare."""
 
-    # metric to compare. eval_loss: lower is better; micro_f1, exact_match: those of `eval_generation`
+    # metric to compare. `eval_loss`: lower is better; `micro_f1`, `exact_match`: scores of `eval_generation`
     metric: Literal["eval_loss", "micro_f1", "exact_match"] = "eval_loss"
     patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0: never
 
 
 @dataclasses.dataclass
 class GuardArgs(Settings):
-    """When a run with non-finite gradients or loss spikes is stopped."""
+    """When to stop a run that goes wrong: non-finite gradients and loss spikes."""
 
     # stop after this many steps in a row with a non-finite gradient. fp16 needs some to find its loss scale
     max_skipped_steps: PositiveInt = 25
-    spike_factor: NonNegativeFloat = 4.0  # report a loss of this many times the running median; 0: never
-    spike_window: Annotated[int, Field(ge=10), Number] = 100  # logged losses in the running median
+    spike_factor: NonNegativeFloat = 4.0  # report a loss of more than this many times the running median; 0: never
+    spike_window: Annotated[int, Field(ge=10), Number] = 100  # number of logged losses in the running median
     stop_on_spike: Bool = False  # stop at a loss spike instead of reporting it
 
     def problems(self) -> list[Problem]:
@@ -104,20 +104,21 @@ class TrainArgs(Settings):
     model_id_or_path: Str  # folder with params.json and consolidated.safetensors, or a Hugging Face model's folder
     run_dir: Str  # folder to create for checkpoints, metrics and logs
 
+    lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
-    # never; auto: resume the run in run_dir if there is one; or the folder of a checkpoint to resume from
+    # what to resume. `never`: nothing; `auto`: the run in `run_dir` if there is one; a folder: this checkpoint
     resume: Str = "never"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1), Number] = 0  # random seed of adapter weights, data order, dropout
-    num_microbatches: PositiveInt = 1  # batches whose gradients are averaged for a step
-    # how the loss of a step or an evaluation is averaged. microbatch: mean of the batches' means; tokens: mean over all
-    # trained tokens of all batches and processes, so that every token counts the same
+    num_microbatches: PositiveInt = 1  # number of batches whose gradients are averaged for a step
+    # how the loss of a step or an evaluation is averaged. `microbatch`: mean of the batches' means; `tokens`: mean over
+    # all trained tokens of all batches and processes, so that every token counts the same
     loss_normalization: Literal["microbatch", "tokens"] = "microbatch"
     seq_len: PositiveInt = 2048  # tokens per packed sequence
     batch_size: PositiveInt = 1  # sequences per process and micro-batch
     max_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
-    # length of the run in epochs, instead of max_steps. An epoch is as many sequences as packing every row once needs
+    # length of the run in epochs, instead of `max_steps`. An epoch is as many sequences as packing all rows once yields
     epochs: PositiveFloat | None = None
-    # length of the run in steps. A step sees num_microbatches * batch_size * seq_len tokens per process
+    # length of the run in steps. A step sees `num_microbatches` * `batch_size` * `seq_len` tokens per process
     max_steps: PositiveInt = 100
     log_freq: PositiveInt = 1  # steps between log lines
 
@@ -127,35 +128,35 @@ class TrainArgs(Settings):
     num_ckpt_keep: PositiveInt | None = 3  # number of latest checkpoints to keep; null: all
 
     eval_freq: NonNegativeInt = 0  # steps between evaluations; 0: only after the last step
-    no_eval: Bool = True  # do not evaluate on data.eval_instruct_data
+    no_eval: Bool = True  # do not evaluate on `data.eval_instruct_data`
 
     eval_generation: GenerationArgs = dataclasses.field(default_factory=GenerationArgs)
     early_stopping: EarlyStoppingArgs = dataclasses.field(default_factory=EarlyStoppingArgs)
-    keep_best: Bool = False  # save a checkpoint at each evaluation that improves; checkpoints/best links to the best
+    # save a checkpoint at each evaluation that improves `early_stopping.metric`; checkpoints/best links to it
+    keep_best: Bool = False
 
-    # activation checkpointing: what the backward pass recomputes. true: all of each block, for the least memory;
-    # selective: the feed-forward networks; false: nothing; auto: the fastest of these that fits in memory
+    # activation checkpointing: what the backward pass recomputes. `true`: all of each block, for the least memory;
+    # `selective`: the feed-forward networks; `false`: nothing; `auto`: the fastest of these that fits in memory
     checkpoint: CheckpointMode = True
-    # dtype of computation and of frozen weights. auto: bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU
+    # dtype of computation and of frozen weights. `auto`: bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU
     param_dtype: Literal["auto", ParamDtype] = "auto"
-    # format of the blocks' frozen weights. same: that of param_dtype; nf4: 4 bits, as in QLoRA; nf4-dq: with double
-    # quantization; fp8: 8 bits, and fp8 matrix products on GPUs that have them, from Hopper on
+    # format of the blocks' frozen weights. `same`: that of `param_dtype`; `nf4`: 4 bits, as in QLoRA; `nf4-dq`: with
+    # double quantization; `fp8`: 8 bits, and fp8 matrix products on GPUs that have them, from Hopper on
     base_dtype: BaseDtype = "same"
-    attention: Literal["auto", AttentionEngine] = "auto"  # attention engine. auto: the first of these that runs here
-    compile: Bool = False  # torch.compile element-wise ops: pays in long runs, adds about a minute at the start
-    # how weights are sharded. full: over all processes; hybrid: over those of each node, so that only the adapter's
-    # gradients cross the network. The same on a single node
+    attention: Literal["auto", AttentionEngine] = "auto"  # attention engine. `auto`: the first of these that runs here
+    compile: Bool = False  # compile element-wise ops with torch.compile; worthwhile for long runs, takes about a minute
+    # how weights are sharded. `full`: over all processes; `hybrid`: over those of each node, so that only the adapter's
+    # gradients cross the network. No difference on a single node
     sharding: Literal["full", "hybrid"] = "full"
     cpu_offload: Bool = False  # keep weights and optimizer in host memory: for small GPUs, slower
 
-    # number of processes, recorded in args.yaml. It has no effect here: set it with torchrun's --nproc-per-node and
-    # --nnodes
+    # number of processes, recorded in args.yaml. It has no effect here: set it with torchrun's `--nproc-per-node` and
+    # `--nnodes`
     world_size: Int | None = None
 
     guards: GuardArgs = dataclasses.field(default_factory=GuardArgs)
     wandb: WandbArgs = dataclasses.field(default_factory=WandbArgs)
     mlflow: MLFlowArgs = dataclasses.field(default_factory=MLFlowArgs)
-    lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
 
     def problems(self) -> list[Problem]:
         found = [*self._path_problems(), *self._precision_problems(), *self._saving_problems()]

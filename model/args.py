@@ -61,10 +61,11 @@ class LoraArgs(Settings):
     """Low-rank adapters (Hu et al., 2021): y = W x + scaling * B(A(dropout(x)))."""
 
     enable: Bool = True  # train an adapter; false: full fine-tuning
-    rank: Int = 16  # inner dimension R of A [R, in] and B [out, R]. 8 to 128 are usual
+    rank: Int = 16  # inner dimension R of A [R, in] and B [out, R], at least 1. 8 to 128 are usual
     dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.0  # probability of zeroing an input of A in training
-    scaling: PositiveFloat | None = None  # factor of the adapter's output; null: alpha / rank if alpha is set, else 2.0
-    alpha: PositiveFloat | None = None  # PEFT's way to give the scaling. args.yaml and checkpoints record the scaling
+    # factor of the adapter's output; null: `alpha` / `rank` if `alpha` is set, else 2.0
+    scaling: PositiveFloat | None = None
+    alpha: PositiveFloat | None = None  # PEFT's way to set `scaling`, which is what args.yaml and checkpoints record
     # layers with an adapter. `gate` is the router of a mixture of experts. mistral-inference ignores an adapter on
     # `output`, the head: export such a model merged
     targets: list[LoraTarget] = dataclasses.field(default_factory=lambda: list(BLOCK_LINEARS))

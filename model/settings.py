@@ -5,14 +5,16 @@ description, in error messages and in docs/configuration.md.
 """
 
 import dataclasses
+import inspect
 import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 from simple_parsing.docstring import get_attribute_docstring
 from simple_parsing.helpers import Serializable
 
@@ -64,7 +66,7 @@ class Settings(Serializable):
     Values are checked where they are read from YAML or by `from_dict`; constructing a block in Python checks nothing.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @classmethod
     def from_dict(cls, obj: Mapping[str, Any], drop_extra_fields: bool | None = None) -> Self:
@@ -75,7 +77,11 @@ class Settings(Serializable):
         """
         if drop_extra_fields:
             raise NotImplementedError
-        return TypeAdapter(cls).validate_python(obj)
+        try:
+            return TypeAdapter(cls).validate_python(obj)
+        except ValidationError as error:
+            details = cast(list[InitErrorDetails], error.errors())
+            raise ValidationError.from_exception_data(error.title, details, hide_input=True) from None
 
     def problems(self) -> list[Problem]:
         """Return what is wrong with values that are valid one by one; look at paths, read no weights and no rows."""
@@ -99,9 +105,9 @@ def list_settings(block: type[Settings], prefix: str = "") -> dict[str, Setting]
     for field in dataclasses.fields(block):
         hint, default = hints[field.name], field.default
         if dataclasses.is_dataclass(hint):
-            description = (hint.__doc__ or "").strip()
+            description = inspect.cleandoc(hint.__doc__ or "")
             found[prefix + field.name] = Setting("a block of keys", description, field.default_factory, is_block=True)
-            found |= list_settings(typing.cast(type[Settings], hint), f"{prefix}{field.name}.")
+            found |= list_settings(cast(type[Settings], hint), f"{prefix}{field.name}.")
             continue
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

@@ -14,7 +14,7 @@ _LARGEST_WEIGHT = 1e9  # so that the sum of the weights stays finite
 
 @dataclasses.dataclass
 class InstructArgs(Settings):
-    """Options of the conversations."""
+    """How conversations are read."""
 
     shuffle: Bool = True  # read each file's rows in a new seeded order in each epoch
     # a row with tools also yields the conversations that end at its earlier answers
@@ -33,11 +33,11 @@ class DataArgs(Settings):
     instruct_data: Str = ""  # conversations: the assistant's messages are trained
     eval_instruct_data: Str = ""  # conversations to evaluate on
     instruct: InstructArgs = dataclasses.field(default_factory=InstructArgs)
-    # how samples fill sequences. concat: one after the other, split at sequence boundaries, as in mistral-finetune;
-    # best_fit: whole samples, with some padding
+    # how samples fill sequences. `concat`: one after the other, split at sequence boundaries, as in mistral-finetune;
+    # `best_fit`: whole samples, with some padding
     packing: Literal["concat", "best_fit"] = "concat"
-    # what best_fit does with a sample longer than seq_len. shorten: text inside the note is removed; drop: the
-    # sample is left out; error: training is refused
+    # what `best_fit` does with a sample longer than `seq_len`. `shorten`: remove text inside the note; `drop`: leave
+    # the sample out; `error`: refuse to train
     overlong: Literal["shorten", "drop", "error"] = "shorten"
     # titles of sections that `shorten` removes last, for example Conclusion
     keep_sections: list[Str] = dataclasses.field(default_factory=list)

@@ -10,12 +10,12 @@ from model.settings import Bool, Settings, Str
 
 @dataclasses.dataclass
 class WandbArgs(Settings):
-    """Weights & Biases. An empty string means unset, as in mistral-finetune's example YAMLs."""
+    """Tracking with Weights & Biases. An empty string means unset, as in mistral-finetune's example YAMLs."""
 
     project: Str | None = None  # project name; unset: wandb is neither imported nor contacted
-    offline: Bool = False  # record under run_dir/wandb, to upload later with `wandb sync`
+    offline: Bool = False  # record under `run_dir`/wandb, to upload later with `wandb sync`
     run_name: Str | None = None  # name of the run; unset: that of the run folder
-    # API key; unset: WANDB_API_KEY or an earlier `wandb login`. It is never written to args.yaml
+    # API key; unset: the environment variable WANDB_API_KEY or an earlier `wandb login`. Never written to args.yaml
     key: Str | None = dataclasses.field(default=None, repr=False, metadata={"to_dict": False})
 
     def __post_init__(self) -> None:
@@ -31,9 +31,10 @@ class WandbArgs(Settings):
 
 @dataclasses.dataclass
 class MLFlowArgs(Settings):
-    """MLflow. An empty string means unset."""
+    """Tracking with MLflow. An empty string means unset."""
 
-    tracking_uri: Str | None = None  # such as http://localhost:5000 or sqlite:///mlflow.db; unset: no MLflow
+    # where to record, such as http://localhost:5000 or sqlite:///mlflow.db; unset: MLflow is not used
+    tracking_uri: Str | None = None
     experiment_name: Str | None = None  # name of the experiment; unset: MLflow's default experiment
 
     def __post_init__(self) -> None:

@@ -3,16 +3,22 @@
 import dataclasses
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from finetune.args import TrainArgs, load_train_args
+from finetune.args import OptimArgs, TrainArgs, load_train_args
 from finetune.data.args import Source, parse_sources
+from finetune.monitoring.args import WandbArgs
 from finetune.run_dir import create_run_dir
 from model.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +178,30 @@ def test_args_yaml_loads_to_the_same_settings_without_the_key():
     without_key = dataclasses.replace(args, world_size=2, wandb=dataclasses.replace(args.wandb, key=None))
     assert load_train_args(Path("run/args.yaml")) == without_key
     assert "0123secret" not in repr(args)
+
+
+def test_from_dict_converts_and_checks_like_the_yaml():
+    optim = OptimArgs.from_dict({"lr": "1e-4", "schedule": "cosine"})
+    assert (optim.lr, optim.schedule) == (1e-4, "cosine")
+    for mistake in ({"lr": -1}, {"rate": 1}, {"schedule": "cosin"}):
+        with pytest.raises(ValidationError) as error:
+            OptimArgs.from_dict(mistake)
+    with pytest.raises(ValidationError) as error:
+        WandbArgs.from_dict({"key": ["0123secret"]})
+    assert "0123secret" not in str(error.value)
+
+
+def test_settings_without_effect_are_warnings():
+    assert load(BASE | {"world_size": 2}).warnings(2) == load(BASE).warnings(2) == []
+    [warning] = load(BASE | {"world_size": 8}).warnings(2)
+    assert warning.startswith("`world_size: 8` has no effect: this run has 2 processes.")
+    [warning] = load(BASE | {"data": {"instruct_data": "train.jsonl", "eval_instruct_data": "eval.jsonl"}}).warnings()
+    assert warning.startswith("`data.eval_instruct_data` is not used, because `no_eval` is true")
+
+
+def test_reading_settings_imports_neither_torch_nor_a_tokenizer():
+    code = "import sys, finetune.args; print([name for name in ('torch', 'mistral_common') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
 # ---- what is refused ----
