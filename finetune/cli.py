@@ -46,6 +46,17 @@ def run_cli(main: Callable[[], object]) -> None:
         sys.exit(code)
 
 
+def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a command line with one training YAML, by position or as `--train_yaml`, which becomes `config`."""
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="the training YAML")
+    parser.add_argument("--train_yaml", type=Path, metavar="CONFIG.yaml", help="the same, by name")
+    options = parser.parse_args()
+    if (options.config is None) == (options.train_yaml is None):
+        parser.error("give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml")
+    options.config = options.config or options.train_yaml
+    return options
+
+
 def add_step_option(parser: argparse.ArgumentParser) -> None:
     """Add `--step`, which selects a checkpoint of a run: an int, "best", or None."""
     parser.add_argument("--step", type=_parse_step, help="checkpoint of a run: step number or best (default: latest)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.args import CheckpointMode, TrainArgs, read_train_args
-from finetune.cli import run_cli
+from finetune.cli import parse_config_args, run_cli
 from finetune.speed_estimate import (
     GPUS,
     TYPICAL_SHARE,
@@ -277,8 +277,6 @@ def _expected_lines(run: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="the training YAML")
-    parser.add_argument("--train_yaml", type=Path, metavar="CONFIG.yaml", help="the same, by name")
     parser.add_argument("--model", help="a model's folder or a known name, instead of the YAML's model_id_or_path")
     parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--gpu_gb", type=float, help="memory per GPU in GiB (default: that of --gpu, else 80)")
@@ -298,11 +296,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options() -> argparse.Namespace:
-    parser = _parser()
-    options = parser.parse_args()
-    if (options.config is None) == (options.train_yaml is None):
-        parser.error("give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml")
-    options.config = options.config or options.train_yaml
+    options = parse_config_args(_parser())
     for name in ("gpus", "gpu_gb", "tokens_per_second", "trained_share", "mfu"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):

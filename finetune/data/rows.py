@@ -4,14 +4,15 @@ import collections
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from model.errors import UserError, quoted
 from model.file_kinds import looks_like
 
 from .exceptions import BadRowError, JsonError, RowError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_ROW_BYTES = 1 << 24  # the longest notes have about 100 kB; more is a file without line ends
 _MAX_DEPTH = 100  # nesting of objects and lists: far below the recursion limit of Python's own functions
@@ -19,7 +20,7 @@ _TOO_DEEP = f"Its JSON is nested too deeply, more than {_MAX_DEPTH} levels."
 _BLOCK = 1 << 20  # bytes read at a time while searching for line ends: fits into a core's cache
 
 
-def line_offsets(path: Path) -> np.ndarray:
+def line_offsets(path: Path) -> "np.ndarray":
     """Return the byte offsets [rows + 1] int64 at which rows start, and the end of the file.
 
     CR, LF and CRLF end a row.
@@ -27,6 +28,8 @@ def line_offsets(path: Path) -> np.ndarray:
     Raises:
         UserError: the file cannot be read.
     """
+    import numpy as np  # slow to import; commands that only parse rows do not need it
+
     starts = [np.zeros(1, dtype=np.int64)]
     position, after_cr = 0, False
     try:

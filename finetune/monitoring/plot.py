@@ -13,6 +13,7 @@ from .metrics_logger import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SMOOTH_FROM = 50  # with more points than this, a smoothed curve is drawn over a thin raw one
 LOG_SCALE_FROM = 50.0  # the loss axis is logarithmic if the ratio of largest to smallest loss is greater than this
@@ -28,14 +29,11 @@ def draw_loss_curve(run_dir: Path) -> Path:
     Raises:
         UserError: `run_dir` is not a folder.
     """
-    from matplotlib.figure import Figure  # slow to import; used without pyplot: no display, no global state
-
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run folder; expected a folder with metrics.train.jsonl.")
     train, evals = read_metrics(run_dir, "train"), read_metrics(run_dir, "eval")
-    figure = Figure(figsize=(9, 5.6), dpi=130, layout="constrained")
+    figure = new_figure(f"Loss of {run_dir.resolve().name}", height=5.6)
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    figure.suptitle(f"Loss of {run_dir.resolve().name}", x=0.01, ha="left", fontsize=13, fontweight="bold")
     _draw_losses(loss_axes, train, evals)
     _draw_learning_rate(lr_axes, train)
 
@@ -43,6 +41,22 @@ def draw_loss_curve(run_dir: Path) -> Path:
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
+
+
+def new_figure(title: str, height: float) -> "Figure":
+    """Return an empty figure in the style of all plots, `height` inches high."""
+    from matplotlib.figure import Figure  # slow to import; used without pyplot: no display, no global state
+
+    figure = Figure(figsize=(9, height), dpi=130, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+def tidy(axes: "Axes") -> None:
+    """Remove what distracts from the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def _draw_losses(axes: "Axes", train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
@@ -59,7 +73,7 @@ def _draw_losses(axes: "Axes", train: list[dict[str, Any]], evals: list[dict[str
     values = np.concatenate([losses, eval_losses])
     _scale_losses(axes, values[~np.isnan(values)])
     axes.set_ylabel("loss (nats per token)")
-    _tidy(axes)
+    tidy(axes)
     if len(values):
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=9)
 
@@ -96,13 +110,7 @@ def _draw_learning_rate(axes: "Axes", train: list[dict[str, Any]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("step")
     axes.set_ylabel("learning rate")
-    _tidy(axes)
-
-
-def _tidy(axes: "Axes") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes)
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -163,7 +163,7 @@ def test_what_is_no_length_of_a_run_is_refused(settings, message, tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_validate_data_says_the_steps_of_the_epochs(packing, tmp_path, tokenizer, monkeypatch, capsys):
+def test_validate_data_reports_the_steps_of_the_epochs(packing, tmp_path, tokenizer, monkeypatch, capsys):
     data = {"instruct_data": str(ICD), "packing": packing, "overlong": "drop"}
     data["instruct"] = {"shuffle": False, "dynamic_chunk_fn_call": False}
     settings = {"epochs": 4, "data": data, "seq_len": SEQ_LEN, "model_id_or_path": str(tmp_path / "model")}
@@ -174,4 +174,4 @@ def test_validate_data_says_the_steps_of_the_epochs(packing, tmp_path, tokenizer
     validate_data.main()
     expected = math.ceil(4 * steps_of(config, tokenizer, ranks=1))
     assert abs(json.loads(stats.read_text())["expected"]["max_steps"] - expected) <= (packing == "best_fit")
-    assert "The run itself counts its epochs' steps" in capsys.readouterr().out
+    assert "`epochs`: training counts its steps" in capsys.readouterr().out

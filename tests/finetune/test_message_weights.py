@@ -21,7 +21,7 @@ from tests.end_to_end.test_training import CPU, build, loaders, run_here, small_
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun
 from tests.support.tiny_tekken import load_tiny_tekken
-from utils.validation.check_rows import ObservingEncoder
+from utils.validation.check_rows import RecordingEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,10 +83,10 @@ def test_weights_out_of_range_are_an_error(weight, tokenizer):
 
 
 def test_the_validator_counts_weighted_tokens_as_trained(tokenizer):
-    encoder = ObservingEncoder(tokenizer, DataArgs(), 100, chunk=False)
+    encoder = RecordingEncoder(tokenizer, DataArgs(), 100, chunk=False)
     for weights in ((0.5, 0.25), (1, 1)):
         encoder.encode(conversation(*weights), SampleType.INSTRUCT)
-    assert encoder.samples[0] == encoder.samples[1] and encoder.training == 2 and not encoder.remarks
+    assert encoder.samples[0] == encoder.samples[1] and encoder.training == 2 and not encoder.warnings
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])

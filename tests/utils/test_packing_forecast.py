@@ -99,7 +99,7 @@ def test_best_fit_counts_shortened_and_dropped_samples():
     forecast.add(PackedSample(30, ((28, 30),), 0))  # left out
     forecast.add(PackedSample(10, (), 10))  # not trained
     figures = forecast.figures()
-    assert (figures.shortened, figures.left_out, figures.lost) == (1, 1, 4 + 30 + 10)
+    assert (figures.shortened, figures.dropped, figures.lost) == (1, 1, 4 + 30 + 10)
     assert figures.samples == 2
 
 

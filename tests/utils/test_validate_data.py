@@ -1,4 +1,4 @@
-"""The validator reports every faulty row, and counts what training will see. V1 to V11: see ../shared/DEFECTS.md."""
+"""The validator reports every invalid row and describes the data. V1 to V11: see ../shared/DEFECTS.md."""
 
 import json
 import os
@@ -16,11 +16,12 @@ from finetune.data.args import DataArgs
 from finetune.data.dataset import JsonlFile
 from finetune.data.shorten import FittingEncoder
 from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
+from finetune.monitoring.plot import new_figure
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture
 from tests.support.tiny_tekken import write_tiny_tekken
 from utils import plan, validate_data
-from utils.validation import check_rows
+from utils.validation import check_rows, length_plot, validator
 from utils.validation.word_cache import cache_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ def load_json(path: Path) -> dict:
 
 
 def row(*contents: str, **keys) -> str:
-    """A conversation of user and assistant in turn."""
+    """A conversation that alternates between user and assistant."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     return json.dumps({"messages": messages} | keys, ensure_ascii=False)
 
@@ -65,7 +66,7 @@ def write(path: Path, *lines: str | bytes) -> Path:
 
 
 class Command:
-    """`python -m utils.validate_data` in this process, in a folder of its own."""
+    """`python -m utils.validate_data` in this process, in a temporary folder."""
 
     def __init__(self, folder: Path, monkeypatch, capsys) -> None:
         self.folder = folder
@@ -74,7 +75,7 @@ class Command:
         self.out = self.err = ""
 
     def __call__(self, *flags: str, train: str = "", **keys) -> int:
-        """Runs it with a YAML of these keys; gives the exit code."""
+        """Run it with a YAML of these keys; return the exit code."""
         keys = {"model_id_or_path": "open-mistral-7b", "run_dir": "run", "data": {"instruct_data": train}} | keys
         write(self.folder / "train.yaml", yaml.safe_dump(keys))
         self._monkeypatch.setattr(sys, "argv", ["validate_data", "--train_yaml", "train.yaml", *flags])
@@ -94,24 +95,24 @@ class Command:
         return json.JSONDecoder().raw_decode(text)[0]["expected"]
 
     def figure(self, label: str) -> str:
-        """The rest of the report's line that starts with this label."""
+        """The rest of the line of the report that starts with this label."""
         return next(line[len(label) :].strip() for line in self.out.splitlines() if line.startswith(label))
 
 
 def load_tokenizer(folder: Path, vocab_size: int):
-    """Spares most tests the loading of the same tokenizer."""
+    """Load the default tokenizer only once."""
     return load_instruct_tokenizer(folder, vocab_size) if folder.is_dir() else TOKENIZER
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys) -> Command:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(validate_data, "visible_gpus", list)
-    monkeypatch.setattr(validate_data, "load_instruct_tokenizer", load_tokenizer)
+    monkeypatch.setattr(validator, "visible_gpus", list)
+    monkeypatch.setattr(validator, "load_instruct_tokenizer", load_tokenizer)
     return Command(tmp_path, monkeypatch, capsys)
 
 
-# --- faulty rows ---
+# --- invalid rows ---
 
 BAD_ROWS = {
     "not JSON": ("{", "Data load errors", "Expecting property name"),
@@ -163,7 +164,7 @@ def test_bad_pretrain_row_is_reported_with_its_line(command, bad):  # V3
     assert command.bad_lines() == [("p.jsonl", 2)]
 
 
-# What the original accepts and we do too; the last one since mistral-common does.
+# Accepted by mistral-finetune and by us; the last one because mistral-common accepts it.
 ACCEPTED = {
     "system_content_empty",
     "only_last_null",
@@ -181,8 +182,7 @@ BAD_LINES_OF_FILES = {
 }
 
 
-def test_all_golden_bad_files(command):
-    """Each alone, so that none can hide behind another."""
+def test_every_golden_bad_file_is_reported(command):
     kinds = load_json(GOLDEN / "inputs/bad/KINDS.json") if GOLDEN else {}
     results = load_json(GOLDEN / "expected/validate/bad_files.json")["files"] if GOLDEN else {}
     same_reasons = 0
@@ -194,7 +194,7 @@ def test_all_golden_bad_files(command):
         assert not command.err, name
         lines = [line for _, line in command.bad_lines()]
         if name in ("file_json_array", "file_pretty_printed"):
-            assert lines == list(range(1, 21)), name  # all of them are bad, the first ones are shown
+            assert lines == list(range(1, 21)), name  # all rows are bad, the first ones are shown
         else:
             default = [] if name in ACCEPTED else [kind.get("bad_line")]
             assert lines == BAD_LINES_OF_FILES.get(name, default), name
@@ -204,10 +204,10 @@ def test_all_golden_bad_files(command):
             assert len(corrected) == original["create_corrected"]["corrected_bytes"], name
         reason = re.search(r"is incorrectly formatted\.(.*?) *\n", original["validate"]["stdout"])
         same_reasons += reason is not None and reason[1] in command.out
-    assert same_reasons >= 16 or not kinds  # the words of mistral-common, weights apart, and of the JSON parser
+    assert same_reasons >= 16 or not kinds  # messages of mistral-common, except for weights, and of the JSON parser
 
 
-def test_bad_files_hide_nothing(command):  # V1, V8
+def test_errors_of_all_files_are_reported(command):  # V1, V8
     write(command.folder / "bad1.jsonl", "{", GOOD)
     write(command.folder / "bad2.jsonl", GOOD, "[]", OTHER)
     write(command.folder / "good.jsonl", GOOD, OTHER)
@@ -224,18 +224,18 @@ def test_bad_files_hide_nothing(command):  # V1, V8
     assert "Train States" not in command.out
 
 
-def test_file_in_train_and_eval_is_reported_once_and_named(command):
+def test_a_file_used_for_training_and_evaluation_is_reported_once(command):
     write(command.folder / "bad.jsonl", GOOD, "{")
     assert command("--create_corrected", data={"instruct_data": "bad.jsonl", "eval_instruct_data": "bad.jsonl"}) == 1
     assert command.bad_lines() == [("bad.jsonl", 2)]
-    assert "bad.jsonl is both trained and evaluated on." in command.out
+    assert "bad.jsonl is used for both training and evaluation." in command.out
     assert command.out.count("Saved bad.jsonl.corrected.") == 1
     write(command.folder / "bad.jsonl")
     assert command(data={"instruct_data": "bad.jsonl", "eval_instruct_data": "bad.jsonl"}) == 1
     assert command.out.count("bad.jsonl contains no rows") == 1
 
 
-def test_many_errors_are_cut_short_on_screen_only(command):
+def test_many_errors_are_abbreviated_on_screen_only(command):
     write(command.folder / "bad.jsonl", *["[]"] * 300, row("a", "b", "c"))
     assert command("--error_report_txt", "all.txt", train="bad.jsonl") == 1
     assert [line for _, line in command.bad_lines()] == [*range(1, 21), 301]
@@ -251,17 +251,17 @@ def test_many_errors_are_cut_short_on_screen_only(command):
     ("content", "sentence"),
     [
         (b"", "contains no rows"),
-        (GOOD.replace('"J459."', '"J459.", "weight": 0').encode(), "Not one row of the dataset a.jsonl trains"),
+        (GOOD.replace('"J459."', '"J459.", "weight": 0').encode(), "No row of the dataset a.jsonl has a trained token"),
     ],
 )
-def test_file_without_anything_to_train(command, content, sentence):
+def test_a_file_without_trained_tokens_is_an_error(command, content, sentence):
     (command.folder / "a.jsonl").write_bytes(content)
     write(command.folder / "good.jsonl", GOOD)
     assert command(train="good.jsonl,a.jsonl") == 1
     assert sentence in command.out
 
 
-def test_folder(command):  # V5
+def test_a_folder_is_searched(command):  # V5
     write(command.folder / "folder/b.jsonl", GOOD, "{")
     write(command.folder / "folder/sub/a.jsonl", "{", GOOD)
     write(command.folder / "folder/readme.txt", "{")
@@ -280,10 +280,10 @@ def test_byte_order_mark_and_line_ends(command):
     assert command.figure("rows  ") == "3"
 
 
-def test_too_few_rows_for_the_gpus(command):
+def test_too_few_rows_for_the_gpus_is_an_error(command):
     write(command.folder / "a.jsonl", GOOD, OTHER)
     assert command("--num_gpus", "3", train="a.jsonl") == 1
-    assert "has 2 rows, too few for 3 GPUs" in command.out
+    assert "has 2 rows, too few for one on each of 3 GPUs" in command.out
     assert command("--num_gpus", "2", train="a.jsonl") == 0
 
 
@@ -294,7 +294,7 @@ def test_too_few_rows_for_the_gpus(command):
     ("odd", "sentence"),
     [
         (calls(tools=(PING | {"function": PING["function"] | {"name": "other"}},)), "calls the function 'ping'"),
-        (GOOD.replace('"J459."', '"J459.", "weight": 0'), "trains nothing"),
+        (GOOD.replace('"J459."', '"J459.", "weight": 0'), "has no trained token"),
         (
             calls().replace(
                 '{"role": "assistant", "content"', '{"role": "user", "content": "?"}, {"role": "assistant", "content"'
@@ -303,7 +303,7 @@ def test_too_few_rows_for_the_gpus(command):
         ),
     ],
 )
-def test_suspicious_rows_are_warnings(command, odd, sentence):  # V9
+def test_probable_mistakes_are_warnings(command, odd, sentence):  # V9
     write(command.folder / "a.jsonl", GOOD, odd)
     assert command("--save_reports", train="a.jsonl") == 0
     warning = next(
@@ -314,7 +314,7 @@ def test_suspicious_rows_are_warnings(command, odd, sentence):  # V9
     assert "No errors!" in command.out
 
 
-def test_parallel_calls_and_empty_system_messages_are_fine(command):
+def test_parallel_calls_and_empty_system_messages_are_accepted(command):
     conversation = json.loads(calls())
     _, asked, answered, _ = conversation["messages"]
     asked["tool_calls"].append(asked["tool_calls"][0] | {"id": "aB3dE6gH8"})
@@ -331,7 +331,7 @@ def test_parallel_calls_and_empty_system_messages_are_fine(command):
 # --- corrected files and reports ---
 
 
-def test_corrected_file_holds_the_good_rows_byte_for_byte(command):
+def test_the_corrected_file_contains_the_good_rows_byte_for_byte(command):
     odd = GOOD.replace(" ", "  ").encode()
     content = b"\xef\xbb\xbf{\r\n" + odd + b"\r\n\r\n" + OTHER.encode() + b"\n[]\n" + GOOD.encode()
     (command.folder / "a.jsonl").write_bytes(content)
@@ -340,7 +340,7 @@ def test_corrected_file_holds_the_good_rows_byte_for_byte(command):
     corrected = (command.folder / "a.jsonl.corrected").read_bytes()
     assert corrected == odd + b"\r\n" + OTHER.encode() + b"\n" + GOOD.encode()
     assert (command.folder / "a.jsonl").read_bytes() == content
-    assert "No error in good.jsonl - no need to create a corrected version." in command.out
+    assert "good.jsonl has no errors; it needs no corrected version." in command.out
     assert sorted(os.listdir(command.folder)) == ["a.jsonl", "a.jsonl.corrected", "good.jsonl", "train.yaml"]
     (command.folder / "a.jsonl").write_bytes(corrected)
     assert command(train="a.jsonl") == 0
@@ -366,7 +366,7 @@ def test_save_reports(command):  # V4
 
 
 @pytest.mark.parametrize("flag", ["--error_report_txt", "--train_stats_json", "--plot"])
-def test_a_report_that_cannot_be_written_is_known_at_once(command, flag):
+def test_an_unwritable_report_is_an_error_before_validation(command, flag):
     write(command.folder / "a.jsonl", GOOD)
     assert command(flag, "absent/file", train="a.jsonl") == 1
     assert "the folder absent does not exist" in command.err
@@ -387,14 +387,14 @@ def test_a_report_that_cannot_be_written_is_known_at_once(command, flag):
         ({"model_id_or_path": ""}, "`model_id_or_path` is empty"),
     ],
 )
-def test_bad_yaml_is_one_message(command, keys, message):
+def test_an_invalid_yaml_gives_one_message(command, keys, message):
     write(command.folder / "a.jsonl", GOOD)
     assert command(train="a.jsonl", **keys) == 1
     assert command.err.startswith("error: ")
     assert message in command.err
 
 
-def test_missing_model_folder_is_a_warning(command):
+def test_a_missing_model_folder_is_a_warning(command):
     write(command.folder / "a.jsonl", GOOD)
     assert command(train="a.jsonl", model_id_or_path="models/mistral-7B-v0.3") == 0
     warning = command.out.splitlines()[-1]
@@ -403,7 +403,7 @@ def test_missing_model_folder_is_a_warning(command):
     assert command.expected()["eta"] == "unknown"
 
 
-def test_evaluation_data_that_will_not_be_used_are_a_warning(command):
+def test_unused_evaluation_data_is_a_warning(command):
     write(command.folder / "a.jsonl", GOOD)
     write(command.folder / "b.jsonl", OTHER)
     data = {"instruct_data": "a.jsonl", "eval_instruct_data": "b.jsonl"}
@@ -412,14 +412,14 @@ def test_evaluation_data_that_will_not_be_used_are_a_warning(command):
     assert command(data=data, no_eval=False) == 0 and sentence not in command.out
 
 
-def test_tokens_are_those_of_the_models_own_tokenizer(command):  # V6
+def test_tokens_are_counted_with_the_models_own_tokenizer(command):  # V6
     write(command.folder / "m/params.json", json.dumps(SHAPES | {"norm_eps": 1e-5, "vocab_size": 131072}))
     data = str(fixture("inputs/train_icd.jsonl"))
     assert command(train=data, model_id_or_path="m") == 0
     assert command.expected()["data_tokens"] == 13761  # tekken; with v3 they are 16592
     write_tiny_tekken(command.folder / "m/tekken.json", "v7")
     assert command(train=data, model_id_or_path="m") == 0
-    assert command.expected()["data_tokens"] > 30000  # a token for each byte
+    assert command.expected()["data_tokens"] > 30000  # one token per byte
     assert "does not exist" not in command.out
 
 
@@ -457,14 +457,14 @@ def test_estimate_of_a_mixture(command):
         ("mistral-large-latest", "04:53:57"),
     ],
 )
-def test_eta_on_eight_h100_is_the_originals(command, name, duration):
+def test_eta_on_eight_h100_equals_that_of_mistral_finetune(command, name, duration):
     data = {"instruct_data": "train_icd.jsonl"}
     expected = golden_run(command, data, model_id_or_path=name, seq_len=32768, max_steps=300)
     assert (expected["eta"], expected["data_tokens"], expected["epochs"]) == (duration, 16592, "4739.83")
 
 
 def test_golden_runs(command):
-    """The original's numbers with the mistral-common that tokenises as the current one does."""
+    """mistral-finetune's numbers, computed with a mistral-common that tokenizes like the current one."""
     name = "expected/validate/runs_env_mc1.5.4_pydantic2.14.json"
     cases = load_json(GOLDEN / name)["cases"] if GOLDEN else {}
     for name, case in cases.items():
@@ -474,16 +474,16 @@ def test_golden_runs(command):
             assert expected == json.loads(blocks[0])["expected"], name
 
 
-def test_model_of_any_size(command):  # V7
+def test_a_model_without_a_speed_estimate(command):  # V7
     params = SHAPES | {"norm_eps": 1e-5, "vocab_size": 32768}
     write(command.folder / "m/params.json", json.dumps(params))
     write(command.folder / "a.jsonl", GOOD)
     assert command(train="a.jsonl", model_id_or_path="m") == 0
     assert command.expected()["eta"] == "unknown"
-    assert "give your own with --wps" in command.out
-    assert command.out.count("unknown") == 3
+    assert "Give a measured speed with --wps" in command.out
+    assert command.out.count("unknown") == 4  # JSON, two durations, the explanation
     assert command("--wps", "100", train="a.jsonl", model_id_or_path="m", max_steps=10) == 0
-    assert command.expected()["eta"] == "00:08:24"  # 20,480 tokens and five minutes
+    assert command.expected()["eta"] == "00:08:24"  # 20,480 tokens plus five minutes
 
 
 def test_train_tokens_count_gpus_and_micro_batches(command):  # V7
@@ -491,11 +491,11 @@ def test_train_tokens_count_gpus_and_micro_batches(command):  # V7
     keys = {"seq_len": 64, "batch_size": 3, "num_microbatches": 5, "max_steps": 7}
     assert command("--num_gpus", "2", train="a.jsonl", **keys) == 0
     assert command.expected()["train_tokens"] == 7 * 5 * 3 * 64 * 2
-    assert "A step takes 1,920 tokens" in command.out
+    assert "Tokens per step: 1,920" in command.out
 
 
 def test_duration_on_the_visible_gpu_is_that_of_the_plan(command, run_command, monkeypatch):
-    monkeypatch.setattr(validate_data, "visible_gpus", lambda: ["Tesla V100-SXM2-32GB"] * 2)
+    monkeypatch.setattr(validator, "visible_gpus", lambda: ["Tesla V100-SXM2-32GB"] * 2)
     write(command.folder / "a.jsonl", *[row("Codez : " + "toux et fièvre, " * 2000, "R05, R509.")] * 2)
     assert command(train="a.jsonl", seq_len=1202, max_steps=100) == 0
     assert "2 x Tesla V100-SXM2-32GB" in command.out
@@ -508,7 +508,7 @@ def test_duration_on_the_visible_gpu_is_that_of_the_plan(command, run_command, m
 
 
 def icd_like(folder: Path, notes: int) -> Path:
-    """Rows of very different lengths, each a long note with a short answer."""
+    """Rows of very different lengths, a long note with a short answer each."""
     lengths = np.random.RandomState(0).lognormal(4.5, 0.7, notes).astype(int)
     return write(
         folder / "notes.jsonl", *(row("Codez : " + "toux et fièvre, " * int(n), "R05, R509.") for n in lengths)
@@ -523,7 +523,7 @@ def sample_lengths(path: Path) -> list[int]:
 
 def test_lengths_and_shares(command):
     lengths = sample_lengths(icd_like(command.folder, 101))
-    seq_len = sorted(lengths)[70] - 1  # which that row fits
+    seq_len = sorted(lengths)[70] - 1  # this row just fits
     assert command(train="notes.jsonl", seq_len=seq_len) == 0
     p50, p90, p99, longest = (f"{np.quantile(lengths, q, method='inverted_cdf'):,}" for q in (0.5, 0.9, 0.99, 1))
     assert command.figure("tokens per row") == f"p50 {p50}, p90 {p90}, p99 {p99}, max {longest}"
@@ -555,14 +555,14 @@ def test_overlong_samples_are_counted_as_training_treats_them(command, overlong)
     file = JsonlFile(path, SampleType.INSTRUCT, False, 0, 1)
     with path.open("rb") as handle:
         samples = [file.encode(handle, entry, encoder) for entry in range(len(file))]
-    left_out = [n for n, sample in enumerate(samples, 1) if not sample.tokens]
-    shortened = sum(sample.removed > 0 for sample in samples) - len(left_out)
+    dropped = [n for n, sample in enumerate(samples, 1) if not sample.tokens]
+    shortened = sum(sample.removed > 0 for sample in samples) - len(dropped)
     data = {"instruct_data": "notes.jsonl", "packing": "best_fit", "overlong": overlong}
     assert command(data=data, seq_len=600) == 0
     assert (
-        command.figure("samples shortened, samples left out").split("  ")[-1].strip() == f"{shortened}, {len(left_out)}"
+        command.figure("samples shortened, samples dropped").split("  ")[-1].strip() == f"{shortened}, {len(dropped)}"
     )
-    assert [int(n) for n in re.findall(r"line (\d+) of dataset notes.jsonl: It is left out", command.out)] == left_out[
+    assert [int(n) for n in re.findall(r"line (\d+) of dataset notes.jsonl: It is dropped", command.out)] == dropped[
         :20
     ]
 
@@ -575,7 +575,7 @@ def test_overlong_error_is_an_error(command):
     assert command(data=data, seq_len=500) == 0
 
 
-def test_recommended_steps_go_three_times_through_the_data(command):
+def test_recommended_steps_are_three_epochs(command):
     icd_like(command.folder, 300)
     data = {"instruct_data": "notes.jsonl", "packing": "best_fit"}
     assert command(data=data, seq_len=2048, num_microbatches=2) == 0
@@ -596,17 +596,45 @@ def test_shorter_conversations_of_rows_with_tools_are_counted(command):
     assert command.figure("rows  ") == str(rows)
 
 
-def test_plot(command):
-    write(command.folder / "a.jsonl", GOOD, OTHER)
-    assert command("--plot", "lengths.png", train="a.jsonl") == 0
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn."""
+    drawn = []
+    monkeypatch.setattr(
+        length_plot, "new_figure", lambda *args, **keys: drawn.append(new_figure(*args, **keys)) or drawn[-1]
+    )
+    return drawn
+
+
+def test_plot_shows_training_and_evaluation_rows(command, figures):
+    icd_like(command.folder, 300)
+    write(command.folder / "eval.jsonl", GOOD, OTHER)
+    data = {"instruct_data": "notes.jsonl", "eval_instruct_data": "eval.jsonl"}
+    assert command("--plot", "lengths.png", data=data, seq_len=1024) == 0
     assert (command.folder / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    lengths = re.search(r"tokens per row +(p50 .*)", command.out)[1]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert f"training: 300 rows, {lengths}" in labels and "seq_len 1,024" in labels
+    assert any(label.startswith("evaluation: 2 rows, p50 ") for label in labels)
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_plot_does_not_stretch_to_a_distant_seq_len(command, figures):
+    icd_like(command.folder, 300)
+    longest = max(sample_lengths(command.folder / "notes.jsonl"))
+    assert command("--plot", "lengths.png", train="notes.jsonl", seq_len=32768) == 0
+    (axes,) = figures[0].axes
+    assert axes.get_xlim()[1] < 1.5 * longest < 32768
+    assert [text.get_text() for text in axes.texts] == ["seq_len 32,768 →"]
 
 
 # --- processes ---
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_find_what_one_finds(command, monkeypatch, method):
+def test_several_processes_find_the_same_as_one(command, monkeypatch, method):
     icd_like(command.folder, 700)
     write(command.folder / "bad.jsonl", *[GOOD, "{", OTHER, "[]"] * 100)
     flags, train = ("--create_corrected", "--error_report_txt", "e.txt"), "notes.jsonl,bad.jsonl"
@@ -624,7 +652,7 @@ def test_processes_find_what_one_finds(command, monkeypatch, method):
     assert command.out == together
 
 
-def test_killed_process_is_a_message(monkeypatch):
+def test_a_killed_process_gives_a_clear_error(monkeypatch):
     file = check_rows.FileToCheck(JsonlFile(fixture("inputs/train_icd.jsonl"), SampleType.INSTRUCT, False, 0, 1))
     checker = check_rows.RowChecker([file], TOKENIZER, DataArgs(), 2048)
     monkeypatch.setattr(check_rows, "_SMALL", 0)
@@ -634,7 +662,7 @@ def test_killed_process_is_a_message(monkeypatch):
         list(checker.check_all(2))
 
 
-def test_interruption_leaves_nothing_behind(command, monkeypatch):
+def test_an_interruption_leaves_no_files(command, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -644,7 +672,7 @@ def test_interruption_leaves_nothing_behind(command, monkeypatch):
     assert sorted(os.listdir(command.folder)) == ["a.jsonl", "train.yaml"]
 
 
-# --- as a user starts it ---
+# --- command line ---
 
 
 def start(folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -661,10 +689,29 @@ def test_real_command(tmp_path):
     assert (bad.returncode, bad.stderr) == (1, "")
     assert f"The data in line 2 of dataset {data} is incorrectly formatted. Expecting" in bad.stdout
     os.replace(tmp_path / "a.jsonl.corrected", data)
-    good = start(tmp_path, "--train_yaml", str(config))
+    good = start(tmp_path, str(config))
     assert (good.returncode, good.stderr) == (0, "")
     assert "No errors! Data is correctly formatted!" in good.stdout
     missing = start(tmp_path, "--train_yaml", str(tmp_path / "absent.yaml"))
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: ")
     assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("a.yaml", "--train_yaml", "a.yaml")])
+def test_exactly_one_yaml_is_expected(tmp_path, flags):
+    failed = start(tmp_path, *flags)
+    assert failed.returncode == 2
+    assert "give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml" in failed.stderr
+
+
+@pytest.mark.parametrize("command", ["validate_data", "reformat_data", "reformat_data_glaive", "import_data"])
+def test_help_loads_neither_torch_nor_mistral_common(command):
+    code = (
+        f"import runpy, sys; sys.argv = ['{command}', '--help']\n"
+        f"try: runpy.run_module('utils.{command}', run_name='__main__')\n"
+        "finally: assert not {'torch', 'mistral_common', 'numpy'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")

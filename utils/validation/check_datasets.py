@@ -1,4 +1,4 @@
-"""Checks all the data of a run: rows, files, and whether they suffice."""
+"""Check all data of a run: its rows, and whether there are enough of them."""
 
 import collections
 import dataclasses
@@ -14,11 +14,11 @@ from finetune.data.dataset import JsonlFile
 from finetune.data.exceptions import BadRowError
 from finetune.data.tokenize import SampleType
 from utils.validation.check_rows import CheckedRows, FileToCheck, RowChecker
-from utils.validation.data_report import Findings
 from utils.validation.data_statistics import SourceStatistics
+from utils.validation.findings import Findings
 
-_DATASET_ERRORS = ("Dataset errors", "A dataset needs rows, at least one for each GPU, and something to learn in them.")
-_WARNINGS = ("Look at these", "They can be trained on; make sure that they are what you mean.")
+_DATASET_ERRORS = ("Dataset errors", "A dataset needs at least one row for each GPU, and trained tokens.")
+_WARNINGS = ("Check these", "They can be trained on, but may not be what you want.")
 
 
 @dataclasses.dataclass
@@ -38,17 +38,17 @@ class Dataset:
 
 @dataclasses.dataclass
 class CheckedFile:
-    """One file of a dataset, and what was found in it."""
+    """A file of a dataset, and what was found in it."""
 
     dataset: Dataset
     rows: JsonlFile
-    reported: bool  # what is wrong with it; false where another dataset has told already
-    training: int = 0  # rows that train something
+    reported: bool  # whether its errors are reported here; false if another dataset reports them
+    training: int = 0  # rows with trained tokens
     bad_rows: "array[int]" = dataclasses.field(default_factory=lambda: array("Q"))  # counted from 0
 
 
 def list_datasets(args: TrainArgs) -> list[Dataset]:
-    """The sources to check: those of the training first."""
+    """Return the sources to check, training data first."""
     data = args.data
     pretrain, instruct = training_sources(data)
     chunk = data.instruct.dynamic_chunk_fn_call
@@ -59,11 +59,12 @@ def list_datasets(args: TrainArgs) -> list[Dataset]:
 
 
 class Validation:
-    """Checks datasets and keeps what is to be said about them.
+    """Check datasets and collect errors and warnings.
 
     Args:
         datasets: training data first.
-        errors, warnings: take what is found.
+        errors: receives the errors.
+        warnings: receives the warnings.
     """
 
     def __init__(self, datasets: list[Dataset], errors: Findings, warnings: Findings) -> None:
@@ -79,26 +80,26 @@ class Validation:
     def _add_file(self, dataset: Dataset, path: Path) -> None:
         others = self._datasets_of[path.resolve()]
         if any(not other.is_eval for other in others):
-            twice = "both trained and evaluated on" if dataset.is_eval else "in two datasets: its rows train twice"
-            self.warnings.add(*_WARNINGS, f"{path} is {twice}.")
+            use = "used for both training and evaluation" if dataset.is_eval else "in two training datasets"
+            self.warnings.add(*_WARNINGS, f"{path} is {use}.")
         rows = JsonlFile(path, dataset.sample_type, chunk=False, rank=0, world_size=1)
-        told = any(other.sample_type is dataset.sample_type for other in others)
-        self.files.append(CheckedFile(dataset, rows, reported=not told))
+        reported = all(other.sample_type is not dataset.sample_type for other in others)
+        self.files.append(CheckedFile(dataset, rows, reported))
         others.append(dataset)
 
     def check_rows(self, args: TrainArgs, tokenizer: InstructTokenizerBase, workers: int) -> None:
-        """Reads all rows of all files."""
+        """Check all rows of all files with `workers` processes."""
         for dataset in self.datasets:
             print(f"Validating {dataset.name} ...", flush=True)
         files = [FileToCheck(file.rows, file.dataset.chunk) for file in self.files]
         checker = RowChecker(files, tokenizer, args.data, args.seq_len)
-        tqdm.monitor_interval = 0  # no thread beside those that fork
+        tqdm.monitor_interval = 0  # no other thread while processes fork
         with tqdm(total=sum(len(file.rows) for file in self.files), unit=" rows", disable=None) as progress:
             for checked in checker.check_all(workers):
-                self._take(checked)
+                self._collect(checked)
                 progress.update(checked.count)
 
-    def _take(self, checked: CheckedRows) -> None:
+    def _collect(self, checked: CheckedRows) -> None:
         file = self.files[checked.file]
         path = file.rows.path
         file.dataset.statistics.add(checked.samples, checked.chunks)
@@ -107,18 +108,18 @@ class Validation:
         if file.reported:
             for line, error in checked.errors:
                 self.errors.add(error.kind, error.hint, str(BadRowError(path, line, error)))
-            for line, remark in checked.warnings:
-                self.warnings.add(*_WARNINGS, f"The data in line {line} of dataset {path}: {remark}")
+            for line, warning in checked.warnings:
+                self.warnings.add(*_WARNINGS, f"The data in line {line} of dataset {path}: {warning}")
 
     def check_sizes(self, num_gpus: int) -> None:
-        """Says which files and datasets cannot be trained on for lack of rows; call it after `check_rows`."""
+        """Report files and datasets with too few rows to train on. Call it after `check_rows`."""
         for file in filter(lambda file: file.reported, self.files):
             if not len(file.rows):
                 self.errors.add(*_DATASET_ERRORS, f"The dataset {file.rows.path} contains no rows.")
             elif not file.training and not file.bad_rows:
-                self.errors.add(*_DATASET_ERRORS, f"Not one row of the dataset {file.rows.path} trains anything.")
+                self.errors.add(*_DATASET_ERRORS, f"No row of the dataset {file.rows.path} has a trained token.")
         for dataset in self.datasets:
             rows = sum(len(file.rows) for file in self.files if file.dataset is dataset)
             if not dataset.is_eval and 0 < rows < num_gpus:
-                sentence = f"The dataset {dataset.name} has {rows} rows, too few for {num_gpus} GPUs to have one each."
-                self.errors.add(*_DATASET_ERRORS, sentence)
+                message = f"The dataset {dataset.name} has {rows} rows, too few for one on each of {num_gpus} GPUs."
+                self.errors.add(*_DATASET_ERRORS, message)

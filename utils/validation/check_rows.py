@@ -1,4 +1,4 @@
-"""Reads rows exactly as training does, on all cores, and tells what there is to say about each."""
+"""Read rows exactly as training does, on all cores; collect their lengths, errors and warnings."""
 
 import collections
 import dataclasses
@@ -26,9 +26,9 @@ from model.errors import UserError
 from utils.validation.packing_forecast import PackedSample
 
 _ROWS_AT_ONCE = 128
-_TASKS_AHEAD = 8  # per process; results wait for their turn, so more of them would only take memory
-_SMALL = 1 << 20  # bytes that are read sooner than processes start
-# A forked process is ready at once; one that is spawned imports everything anew.
+_TASKS_AHEAD = 8  # per process; results are returned in order, so more would only use memory
+_SMALL = 1 << 20  # bytes; reading fewer takes less time than starting processes
+# A forked process is ready at once; a spawned one imports everything again.
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _TRAINED = re.compile(b"\x01+")
@@ -43,31 +43,31 @@ class Task(NamedTuple):
 
 
 class FileToCheck(NamedTuple):
-    """A file whose rows are to be checked."""
+    """A file whose rows are checked."""
 
     rows: JsonlFile
-    chunk: bool = False  # whether its rows with tools also train shorter conversations
+    chunk: bool = False  # whether rows with tools also train shorter conversations
 
 
 @dataclasses.dataclass
 class CheckedRows:
-    """What was found in some rows of a file. Lines count from 1."""
+    """What was found in some rows of a file. Lines are counted from 1."""
 
     file: int  # index in the list of files
-    count: int  # rows, bad ones included
-    training: int = 0  # rows that train something
-    samples: list[PackedSample] = dataclasses.field(default_factory=list)  # of the good rows, as they stand
+    count: int  # rows, including bad ones
+    training: int = 0  # rows with trained tokens
+    samples: list[PackedSample] = dataclasses.field(default_factory=list)  # of the good rows
     chunks: list[PackedSample] = dataclasses.field(default_factory=list)  # shorter conversations made of them
     errors: list[tuple[int, RowError]] = dataclasses.field(default_factory=list)
     warnings: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
-class ObservingEncoder(SampleEncoder):
-    """Encodes rows as training does, and keeps what there is to know about them.
+class RecordingEncoder(SampleEncoder):
+    """Encode rows as in training, and record their lengths and warnings.
 
     Args:
-        instruct_tokenizer: the model's.
-        data: packing, and what becomes of samples longer than a sequence.
+        instruct_tokenizer: of the model.
+        data: packing, and the treatment of samples longer than a sequence.
         seq_len: positions of a sequence.
         chunk: whether rows with tools also train shorter conversations.
     """
@@ -82,11 +82,12 @@ class ObservingEncoder(SampleEncoder):
         self.training = 0
         self.samples: list[PackedSample] = []
         self.chunks: list[PackedSample] = []
-        self.remarks: list[str] = []  # about the last row
+        self.warnings: list[str] = []  # about the last row
 
     def encode(self, row: dict[str, Any], sample_type: SampleType) -> TokenSample:
-        """As `SampleEncoder.encode`. Nothing is kept of a row that is refused."""
-        chunks, self.remarks = [], []
+        """Encode a row like `SampleEncoder.encode`. Nothing is recorded of a row that raises an error."""
+        chunks: list[PackedSample] = []
+        self.warnings = []
         if sample_type is SampleType.PRETRAIN:
             sample = self.encode_text(pretrain_text(row))
             packed = self._packed(sample, lambda: self._fitting.encode(row, sample_type))
@@ -96,11 +97,11 @@ class ObservingEncoder(SampleEncoder):
             packed = self._packed(sample, lambda: self._fitting.encode_conversation(conversation))
             if self._chunk:
                 chunks = [self._packed_chunk(conversation, keep) for keep in chunk_ends(conversation)]
-            self.remarks = suspicions(conversation)
+            self.warnings = find_warnings(conversation)
         if not packed.trained:
-            self.remarks.append("It trains nothing: each answer that could be learnt has `weight` 0.")
+            self.warnings.append("It has no trained token: each answer that would be trained has `weight` 0.")
         elif self._packs_whole and not packed.fitted:
-            self.remarks.append(f"It is left out: its {len(sample.tokens):,} tokens cannot be made to fit `seq_len`.")
+            self.warnings.append(f"It is dropped: its {len(sample.tokens):,} tokens cannot be made to fit `seq_len`.")
         else:
             self.training += 1
         self.samples.append(packed)
@@ -108,7 +109,7 @@ class ObservingEncoder(SampleEncoder):
         return sample
 
     def _packed_chunk(self, conversation: Conversation, keep: int) -> PackedSample:
-        shorter = dataclasses.replace(conversation, messages=conversation.messages[:keep])
+        shorter = conversation.up_to(keep)
         sample = self.encode_conversation(shorter)
         return self._packed(sample, lambda: self._fitting.encode_conversation(shorter))
 
@@ -117,14 +118,14 @@ class ObservingEncoder(SampleEncoder):
         if positions > self._seq_len:
             if self._packs_whole:
                 fitted = max(len(fit().tokens) - 1, 0)
-            else:  # concat cuts it; what best_fit would do need not be known to the token
+            else:  # concat splits it; for comparison, an estimate of what best_fit would keep
                 fitted = 0 if self._drops else self._seq_len
         trained = tuple(match.span() for match in _TRAINED.finditer(bytes(map(bool, sample.masks[1:]))))
         return PackedSample(positions, trained, fitted)
 
 
-def suspicions(conversation: Conversation) -> list[str]:
-    """What mistral-common accepts and nobody may have meant."""
+def find_warnings(conversation: Conversation) -> list[str]:
+    """Return what mistral-common accepts, but is probably a mistake."""
     declared = {tool.function.name for tool in conversation.tools or []}
     answers = (message for message in conversation.messages if isinstance(message, AssistantMessage))
     called = {call.function.name for message in answers for call in message.tool_calls or []}
@@ -132,13 +133,13 @@ def suspicions(conversation: Conversation) -> list[str]:
     found = [f"It calls the function {name!r}, which its tools do not declare." for name in undeclared]
     for before, message in zip(conversation.messages, conversation.messages[1:]):
         if isinstance(before, ToolMessage) and isinstance(message, UserMessage):
-            found.append("A user message follows a tool's answer, on which the assistant says nothing.")
+            found.append("A user message follows a tool message without an assistant message in between.")
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class RowChecker:
-    """Checks rows of a list of files."""
+    """Check the rows of a list of files."""
 
     files: list[FileToCheck]
     instruct_tokenizer: InstructTokenizerBase
@@ -146,26 +147,26 @@ class RowChecker:
     seq_len: int
 
     def tasks(self) -> Iterator[Task]:
-        """All rows of all files, in order."""
+        """Yield all rows of all files, in order."""
         for index, file in enumerate(self.files):
             for first in range(0, len(file.rows), _ROWS_AT_ONCE):
                 yield Task(index, first, min(first + _ROWS_AT_ONCE, len(file.rows)))
 
     def check(self, task: Task) -> CheckedRows:
         rows, chunk = self.files[task.file]
-        encoder = ObservingEncoder(self.instruct_tokenizer, self.data, self.seq_len, chunk)
+        encoder = RecordingEncoder(self.instruct_tokenizer, self.data, self.seq_len, chunk)
         checked = CheckedRows(task.file, task.last - task.first)
         with rows.path.open("rb") as handle:
             for entry in range(task.first, task.last):
                 try:
                     rows.encode(handle, entry, encoder)
-                    checked.warnings += [(entry + 1, remark) for remark in encoder.remarks]
+                    checked.warnings += [(entry + 1, warning) for warning in encoder.warnings]
                 except BadRowError as bad:
                     checked.errors.append((bad.line, bad.error))
         return dataclasses.replace(checked, training=encoder.training, samples=encoder.samples, chunks=encoder.chunks)
 
     def check_all(self, workers: int) -> Iterator[CheckedRows]:
-        """Checks all rows with so many processes; hands out results in the rows' order.
+        """Check all rows with `workers` processes; yield results in the order of the rows.
 
         Raises:
             UserError: a process was killed.
@@ -193,20 +194,20 @@ def _in_order(executor: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) 
         yield waiting.popleft().result()
 
 
-_checker: RowChecker  # of a process that checks
+_checker: RowChecker  # of a worker process
 
 
 def _start_process(checker: RowChecker) -> None:
     global _checker
     _checker = checker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its processes; they would wait for work for ever."""
+    """Exit when the parent is killed: it cannot stop its workers, which would wait forever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "this is no process that was started"
+    assert parent is not None, "not a worker process"
     parent.join()
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What a training run will see of its data, and for how long."""
+"""Statistics of training data, and of a run on it."""
 
 import collections
 import dataclasses
@@ -14,19 +14,19 @@ RECOMMENDED_EPOCHS = 3
 
 
 class SourceStatistics:
-    """Counts of one source's good rows. Its size does not grow with their number."""
+    """Counts of one source's good rows, in memory that does not grow with the number of rows."""
 
     def __init__(self, seq_len: int) -> None:
         self.rows = 0
-        self.tokens = 0  # of the rows as they stand
-        self.trained = 0  # of these, the ones that are learnt
+        self.tokens = 0  # of the complete rows, before packing
+        self.trained = 0  # of these, the trained ones
         self.lengths: collections.Counter[int] = collections.Counter()  # tokens of a row -> rows
         self.chunks = 0  # shorter conversations made of rows with tools
         self._concat = ConcatForecast(seq_len)
         self._best_fit = BestFitForecast(seq_len)
 
     def add(self, samples: Iterable[PackedSample], chunks: Iterable[PackedSample]) -> None:
-        """Counts rows, and the shorter conversations that train beside them."""
+        """Count rows, and the shorter conversations made of them."""
         for sample in samples:
             self.rows += 1
             self.tokens += sample.positions + 1
@@ -42,13 +42,13 @@ class SourceStatistics:
         self._best_fit.add(sample)
 
     def packings(self) -> dict[str, PackingFigures]:
-        """What each packing makes of an epoch; call it after the last row."""
+        """Return what each packing does to an epoch. Call it once, after the last row."""
         return {"concat": self._concat.figures(), "best_fit": self._best_fit.figures()}
 
 
 @dataclasses.dataclass
 class DataStatistics:
-    """Counts of several sources together."""
+    """Counts of several sources in total."""
 
     rows: int
     chunks: int
@@ -70,7 +70,7 @@ class DataStatistics:
         )
 
     def percentile(self, share: float) -> int:
-        """Length in tokens that a share of the rows do not exceed."""
+        """Return the length in tokens that a share of the rows does not exceed."""
         lengths = sorted(self.lengths)
         reached = list(itertools.accumulate(self.lengths[length] for length in lengths))
         rank = math.ceil(share * self.rows)
@@ -84,13 +84,13 @@ class DataStatistics:
         return lengths
 
     def longer_than(self, tokens: int) -> int:
-        """Rows of more tokens."""
+        """Return the number of rows with more tokens."""
         return sum(rows for length, rows in self.lengths.items() if length > tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """How much of the data a run takes."""
+    """How much of the data a run trains on."""
 
     args: TrainArgs
     num_gpus: int
@@ -104,7 +104,7 @@ class RunPlan:
         return self.sequences_per_step * self.args.seq_len
 
     def counted(self, statistics: DataStatistics) -> Self:
-        """The same with the steps that `epochs`, if they are given, come to."""
+        """Return the plan with the number of steps that `epochs`, if set, amounts to."""
         if self.args.epochs is None:
             return self
         max_steps = self.steps_of(self.args.epochs, statistics)
@@ -115,18 +115,18 @@ class RunPlan:
         return self.args.max_steps * self.tokens_per_step
 
     def epochs_of(self, max_steps: int, statistics: DataStatistics) -> float:
-        """Times that so many steps go through the data, as it is packed."""
+        """Return the number of passes over the packed data in `max_steps` steps."""
         return max_steps * self.sequences_per_step / self._sequences(statistics)
 
     def steps_of(self, epochs: float, statistics: DataStatistics) -> int:
-        """Steps that go through the data at least so many times."""
+        """Return the number of steps for at least `epochs` passes over the packed data."""
         return max(1, math.ceil(epochs * self._sequences(statistics) / self.sequences_per_step))
 
     def _sequences(self, statistics: DataStatistics) -> float:
         return statistics.packings[self.args.data.packing].sequences
 
     def expected(self, tokens: dict[str, int], weights: dict[str, float], eta: str) -> dict[str, Any]:
-        """mistral-finetune's estimate of the run, in its own keys and formats.
+        """Return mistral-finetune's estimate of the run, with its keys and formats.
 
         Args:
             tokens: of each training source.

@@ -14,7 +14,7 @@ class PackedSample(NamedTuple):
 
     positions: int
     trained: tuple[Span, ...]  # trained positions, in order
-    fitted: int  # positions that best_fit keeps: fewer if it shortens the sample, 0 if it leaves it out
+    fitted: int  # positions that best_fit keeps: fewer if it shortens the sample, 0 if it drops it
     epoch: int = 0
 
     def trains(self, start: int, end: int) -> bool:
@@ -35,7 +35,7 @@ class PackingFigures:
     split_samples: int = 0  # samples with an answer that does not see its complete prompt
     truncated_context_tokens: int = 0  # trained positions that see less than half of what precedes them
     shortened: int = 0
-    left_out: int = 0
+    dropped: int = 0
     lost: int = 0  # positions that are in no sequence
     sequences: float = 0.0  # filled by an epoch
     filled: float = 0.0  # of these, the part that is not padding
@@ -103,7 +103,7 @@ class BestFitForecast:
         self._figures.count(sample)
         if not sample.trained:
             return
-        self._figures.left_out += not sample.fitted
+        self._figures.dropped += not sample.fitted
         self._figures.shortened += 0 < sample.fitted < sample.positions
         if sample.fitted:
             fitted = PackedSample(sample.fitted, trained=((0, sample.fitted),), fitted=sample.fitted)
