@@ -118,10 +118,10 @@ def _answer(row: Row) -> str:
 def summarize(result: Mapping[str, Any]) -> str:
     """Return the scores with their intervals, and the warnings."""
     counts = result["counts"]
-    lines = [f"{'rows':20}  {counts['rows']:,}"]
+    lines = [f"{'rows':20}  {counts['rows']:,} (95 % intervals in brackets)"]
     for key, name in SCORE_NAMES.items():
         low, high = result["intervals"][key]
-        lines.append(f"{name:20}  {result[key]:.3f} [{low:.3f}, {high:.3f}]  (95 % interval)")
+        lines.append(f"{name:20}  {result[key]:.3f} [{low:.3f}, {high:.3f}]")
     if counts["missing_predictions"]:
         lines.append(f"rows without a prediction (scored as empty): {counts['missing_predictions']:,}")
     if counts["unexpected_predictions"]:

@@ -192,11 +192,11 @@ def test_incomplete_note_is_rejected(server, waits, reason):
 
 
 @pytest.mark.parametrize(
-    ("key", "said"), [("", "is not set"), ("  ", "is not set"), ("two words", "is not a valid key")]
+    ("key", "expected"), [("", "is not set"), ("  ", "is not set"), ("two words", "is not a valid key")]
 )
-def test_missing_or_malformed_key_is_rejected(monkeypatch, tmp_path, key, said):
+def test_missing_or_malformed_key_is_rejected(monkeypatch, tmp_path, key, expected):
     monkeypatch.setenv(api_notes.KEY_VARIABLE, key)
-    with pytest.raises(UserError, match=f"MISTRAL_API_KEY {said}") as error:
+    with pytest.raises(UserError, match=f"MISTRAL_API_KEY {expected}") as error:
         run(monkeypatch, "--n", 10, "--out", tmp_path / "out")
     assert "words" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -223,11 +223,11 @@ def test_command_writes_the_same_files_and_never_the_key(server, tmp_path):
     written = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
     assert all(KEY not in text for text in (result.stdout, result.stderr, *written))
     texts = read_csv(tmp_path / "text.csv")
-    asked = requests(10, length="long", model=api_notes.DEFAULT_MODEL)
-    assert [row["visit_occurence_id"] for row in texts] == [request.id for request in asked]
+    sent = requests(10, length="long", model=api_notes.DEFAULT_MODEL)
+    assert [row["visit_occurence_id"] for row in texts] == [request.id for request in sent]
     assert [row["text"] for row in texts] == [f"note {n} : séjour simple" for n in range(1, 11)]
     codes = [tuple(row.values()) for row in read_csv(tmp_path / "codes.csv")]
-    assert codes == [(request.id, *item) for request in asked for item in request.diagnoses]
+    assert codes == [(request.id, *item) for request in sent for item in request.diagnoses]
 
 
 def test_interrupted_command_continues(server, waits, monkeypatch, tmp_path):
@@ -249,8 +249,8 @@ def test_interrupted_command_continues(server, waits, monkeypatch, tmp_path):
     journal.write_bytes(complete[:-9])  # as after a crash in the middle of a line
     run(monkeypatch, "--n", 10, *arguments)
     assert len(server.requests) == 5 + 7
-    asked = [body["messages"] for _, _, body in server.requests]
-    assert [*asked[:3], *asked[5:]] == [request.messages for request in requests(10, model=api_notes.DEFAULT_MODEL)]
+    sent = [body["messages"] for _, _, body in server.requests]
+    assert [*sent[:3], *sent[5:]] == [request.messages for request in requests(10, model=api_notes.DEFAULT_MODEL)]
     texts = [row["text"] for row in read_csv(tmp_path / "text.csv")]
     assert texts == [f"note {n} : séjour simple" for n in (1, 2, 3, *range(6, 13))]
     # More notes are added to these; none is requested twice, and none before the output files may be written.
@@ -283,14 +283,14 @@ def test_dry_run_needs_no_connection_and_no_key(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (("--writer", "mistral", "--wordings", "train"), "--wordings train requires --writer templates"),
         (("--writer", "templates", "--dry-run"), "--dry-run requires --writer mistral"),
     ],
 )
-def test_options_of_the_other_writer_are_rejected(monkeypatch, tmp_path, arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_options_of_the_other_writer_are_rejected(monkeypatch, tmp_path, arguments, expected):
+    with pytest.raises(UserError, match=expected):
         run(monkeypatch, "--n", 10, "--out", tmp_path / "out", *arguments)
 
 

@@ -33,8 +33,8 @@ def evaluate(run_command, tmp_path):
 
     def run(gold, predictions, *options, out=tmp_path / "out.json"):
         arguments = ["--gold", gold, "--predictions", predictions, "--json", out, *options]
-        code, said = run_command(evaluate_icd10, *arguments)
-        return code, said, json.loads(out.read_text(encoding="utf-8")) if code == 0 else None
+        code, output = run_command(evaluate_icd10, *arguments)
+        return code, output, json.loads(out.read_text(encoding="utf-8")) if code == 0 else None
 
     return run
 
@@ -57,7 +57,7 @@ def test_scores_and_keys_of_the_json_file(jsonl, evaluate):
         {"id": "b", "answer": answer_of(("DP", "I10"), ("DAS", "J440"))},
         {"id": "a", "answer": answer_of(("DP", "J189"), ("DAS", "E1190"))},
     ])  # fmt: skip
-    code, said, result = evaluate(gold, predictions)
+    code, output, result = evaluate(gold, predictions)
     assert code == 0
     assert result["exact"]["micro"] == pytest.approx({"precision": 2 / 4, "recall": 2 / 4, "f1": 1 / 2})
     assert result["category"]["micro"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4})
@@ -71,7 +71,7 @@ def test_scores_and_keys_of_the_json_file(jsonl, evaluate):
         )
         assert all(len(bounds) == 2 for of in ("micro", "macro") for bounds in result[level]["intervals"][of].values())
     assert result["rates"] == {} and result["counts"]["notes"] == 2
-    assert re.search(r"micro precision +0\.500 \[.*\] +0\.750 \[", said)
+    assert re.search(r"micro precision +0\.500 \[.*\] +0\.750 \[", output)
 
 
 def test_precision_is_over_predicted_and_recall_over_gold_codes(gold, jsonl, evaluate):
@@ -112,13 +112,13 @@ def test_rows_without_id_are_matched_by_number(jsonl, evaluate, first, as_text):
 
 def test_missing_and_unexpected_predictions_are_counted_and_listed(gold, jsonl, evaluate):
     predictions = [*ANSWERS[2:], {"id": "unknown", "answer": ANSWERS[0]["answer"]}]
-    _, said, result = evaluate(gold, jsonl("p.jsonl", predictions))
+    _, output, result = evaluate(gold, jsonl("p.jsonl", predictions))
     counts = result["counts"]
     assert counts["missing_ids"] == [NOTES[0].id, NOTES[1].id] and counts["missing_predictions"] == 2
     assert counts["unexpected_ids"] == ["unknown"] and counts["answers_without_code"] == 0
     assert result["exact"]["micro"]["precision"] == 1 and result["exact"]["exact_match"] == 38 / 40
-    assert "notes without a prediction (scored as no codes): 2" in said and NOTES[0].id in said
-    assert "predictions without a gold note (ignored): 1" in said
+    assert "notes without a prediction (scored as no codes): 2" in output and NOTES[0].id in output
+    assert "predictions without a gold note (ignored): 1" in output
 
 
 def test_repeated_codes_count_once_and_are_counted(gold, jsonl, evaluate):
@@ -145,11 +145,11 @@ def test_table_and_training_rows_add_rates_and_frequencies(gold, jsonl, evaluate
     predictions = [{"id": row["id"], "answer": row["answer"] + ", Invention (A999)"} for row in ANSWERS]
     train = jsonl("train.jsonl", ROWS[:10])
     table = tmp_path / "notes/cim10.tsv"
-    _, said, result = evaluate(gold, jsonl("p.jsonl", predictions), "--cim10", table, "--train", train)
+    _, output, result = evaluate(gold, jsonl("p.jsonl", predictions), "--cim10", table, "--train", train)
     predicted = result["exact"]["predicted"]
     assert result["rates"]["unknown"] == {"count": 40, "of": predicted, "rate": 40 / predicted}
     assert result["rates"]["forbidden_DP"]["count"] == result["rates"]["no_DP"]["count"] == 0
-    assert f"codes that are not in the table: 40 of {predicted}" in said
+    assert f"codes that are not in the table: 40 of {predicted}" in output
     assert result["counts"]["training_notes"] == 10
     trained = {item.code for note in NOTES[:10] for item in note.diagnoses}
     unseen = sum(item.code not in trained for note in NOTES for item in note.diagnoses)
@@ -204,8 +204,8 @@ def page(jsonl, evaluate, tmp_path):
 
     def make(*options, rows=ROWS, predictions=ANSWERS, name="predictions.jsonl"):
         path = tmp_path / "report.html"
-        code, said, result = evaluate(jsonl("g.jsonl", rows), jsonl(name, predictions), "--html", path, *options)
-        assert code == 0, said
+        code, output, result = evaluate(jsonl("g.jsonl", rows), jsonl(name, predictions), "--html", path, *options)
+        assert code == 0, output
         parsed = Page()
         parsed.feed(path.read_text(encoding="utf-8"))
         return result, path.read_text(encoding="utf-8"), parsed
@@ -279,8 +279,8 @@ def test_bars_are_as_long_as_their_values():
 
 def test_no_output_contains_text_of_a_note(gold, jsonl, evaluate, tmp_path):
     outputs = [tmp_path / "r.html", tmp_path / "r.csv"]
-    _, said, _ = evaluate(gold, jsonl("p.jsonl", ANSWERS[5:]), "--html", outputs[0], "--csv", outputs[1])
-    written = said + "".join(path.read_text(encoding="utf-8") for path in [*outputs, tmp_path / "out.json"])
+    _, output, _ = evaluate(gold, jsonl("p.jsonl", ANSWERS[5:]), "--html", outputs[0], "--csv", outputs[1])
+    written = output + "".join(path.read_text(encoding="utf-8") for path in [*outputs, tmp_path / "out.json"])
     for note in NOTES:
         assert not any(sentence in written for sentence in re.split(r"[.\n]", note.text) if len(sentence) > 20)
 
@@ -289,7 +289,7 @@ GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
 
 
 @pytest.mark.parametrize(
-    ("predictions", "said"),
+    ("predictions", "expected"),
     [
         ([GOOD, GOOD], "p.jsonl, line 2: duplicate id 'a'"),
         ([GOOD, {"id": "b"}], "p.jsonl, line 2: neither an `answer` string nor a `codes` list"),
@@ -300,15 +300,15 @@ GOOD = {"id": "a", "answer": "diagnostic principal : HTA (I10)"}
         ([["I10"]], "p.jsonl, line 1: not a valid JSON object"),
     ],
 )
-def test_invalid_predictions_are_reported(predictions, said, jsonl, evaluate, tmp_path):
+def test_invalid_predictions_are_reported(predictions, expected, jsonl, evaluate, tmp_path):
     gold = jsonl("g.jsonl", [instruct_row("Note", answer_of(("DP", "I10")), "a")])
     code, message, _ = evaluate(gold, jsonl("p.jsonl", predictions))
-    assert code == 1 and message.startswith("error: ") and said in message, message
+    assert code == 1 and message.startswith("error: ") and expected in message, message
     assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "expected"),
     [
         ({"text": "Note"}, "not an instruct row"),
         ({"messages": []}, "no code in the last message"),
@@ -316,9 +316,9 @@ def test_invalid_predictions_are_reported(predictions, said, jsonl, evaluate, tm
         (instruct_row("Note", "Je ne sais pas."), "no code in the last message"),
     ],
 )
-def test_invalid_gold_rows_are_reported(row, said, jsonl, evaluate):
+def test_invalid_gold_rows_are_reported(row, expected, jsonl, evaluate):
     code, message, _ = evaluate(jsonl("g.jsonl", [ROWS[0], row]), jsonl("p.jsonl", [GOOD]))
-    assert code == 1 and "g.jsonl, line 2: " in message and said in message, message
+    assert code == 1 and "g.jsonl, line 2: " in message and expected in message, message
 
 
 def test_inputs_are_not_overwritten(gold, jsonl, evaluate, tmp_path):

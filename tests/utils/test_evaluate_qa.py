@@ -79,8 +79,8 @@ def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
     out = tmp_path / "out" / "qa.json"
     named = jsonl("g.jsonl", [question("Victor Hugo", "x"), question("1802", "y")])
     answers = jsonl("p.jsonl", [{"id": "y", "answer": "en 1802"}, {"id": "x", "answer": "Victor"}])
-    code, said = command("--gold", named, "--predictions", answers, "--json", out)
-    assert code == 0 and "word recall           0.750 [" in said and "contains reference    0.500 [" in said
+    code, output = command("--gold", named, "--predictions", answers, "--json", out)
+    assert code == 0 and "word recall           0.750 [" in output and "contains reference    0.500 [" in output
     assert json.loads(out.read_text(encoding="utf-8"))["word_recall"] == 0.75
     numbered = jsonl("n.jsonl", [question("Victor Hugo"), question("1802")])
     from_zero = jsonl("z.jsonl", [{"id": 1, "answer": "1802"}, {"id": 0, "answer": "Victor Hugo"}])
@@ -88,7 +88,7 @@ def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gold", "predictions", "said"),
+    ("gold", "predictions", "expected"),
     [
         ([question("?!", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: no words in the last message"),
         ([{"text": "x", "id": "a"}], [{"id": "a", "answer": "x"}], "g.jsonl, line 1: "),
@@ -97,10 +97,10 @@ def test_command_matches_rows_by_id_or_number(jsonl, command, tmp_path):
         ([question("x", "a"), question("y", "a")], [{"id": "a", "answer": "x"}], "g.jsonl, line 2: duplicate id 'a'"),
     ],
 )
-def test_invalid_rows_are_reported(gold, predictions, said, jsonl, command, tmp_path):
+def test_invalid_rows_are_reported(gold, predictions, expected, jsonl, command, tmp_path):
     files = ("--gold", jsonl("g.jsonl", gold), "--predictions", jsonl("p.jsonl", predictions))
     code, message = command(*files, "--json", tmp_path / "out.json")
-    assert code == 1 and message.startswith("error: ") and said in message, message
+    assert code == 1 and message.startswith("error: ") and expected in message, message
     assert not (tmp_path / "out.json").exists()
 
 
@@ -124,10 +124,10 @@ def test_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     )
     train.run_training(args, World(0, 1, torch.device("cpu")))
     capsys.readouterr()  # log lines of training, if other tests have configured logging
-    code, said = command("--gold", gold, "--run", tmp_path / "run")
+    code, output = command("--gold", gold, "--run", tmp_path / "run")
     (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
-    assert code == 0 and "without a prediction" not in said
-    assert said.startswith(command("--gold", gold, "--predictions", answers)[1]) and "Answering 2 of 2 rows" in said
+    assert code == 0 and "without a prediction" not in output
+    assert output.startswith(command("--gold", gold, "--predictions", answers)[1]) and "Answering 2 of 2 rows" in output
 
 
 def test_scores_need_no_torch():

@@ -217,10 +217,10 @@ def test_command_logs_its_progress_without_a_terminal(
     run_dir: Path, notes: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
 ) -> None:
     out = tmp_path / "p.jsonl"
-    code, said = run_command(predict_icd10, "--run", run_dir, "--notes", notes, "--out", out, "--max_tokens", 2)
+    code, output = run_command(predict_icd10, "--run", run_dir, "--notes", notes, "--out", out, "--max_tokens", 2)
     assert code == 0
-    assert f"Answering 5 of 5 rows with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in said.splitlines()
-    assert f"5 answers: {out}" in said.splitlines() and "%|" not in said
+    assert f"Answering 5 of 5 rows with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in output.splitlines()
+    assert f"5 answers: {out}" in output.splitlines() and "%|" not in output
 
 
 def test_tables_in_other_encodings_are_read(
@@ -229,8 +229,8 @@ def test_tables_in_other_encodings_are_read(
     table, out = tmp_path / "comptes rendus.csv", tmp_path / "p.jsonl"
     table.write_text("id;text\ns1;Dyspnée, séjour n°1\n", encoding="cp1252")
     arguments = ("--run", run_dir, "--notes", table, "--out", out, "--max_tokens", 1)
-    code, said = run_command(predict_icd10, *arguments)
-    assert code == 1 and "give --encoding (cp1252" in said and not out.exists()
-    code, said = run_command(predict_icd10, *arguments, "--encoding", "cp1252")
-    assert code == 0 and [row["id"] for row in read(out)] == ["s1"], said
+    code, output = run_command(predict_icd10, *arguments)
+    assert code == 1 and "give --encoding (cp1252" in output and not out.exists()
+    code, output = run_command(predict_icd10, *arguments, "--encoding", "cp1252")
+    assert code == 0 and [row["id"] for row in read(out)] == ["s1"], output
     assert "Dyspnée, séjour n°1" in read_prompts(table, "cp1252")[0].messages[-1]["content"]

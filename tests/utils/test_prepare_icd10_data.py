@@ -110,8 +110,8 @@ def check_files(out, source, table):
 
 
 def test_generated_notes_are_converted(warehouse, prepare, tmp_path):
-    code, said = prepare(tmp_path / "out", *tables_of(warehouse))
-    assert code == 0 and "Stays read: 120. Kept: 120." in said
+    code, output = prepare(tmp_path / "out", *tables_of(warehouse))
+    assert code == 0 and "Stays read: 120. Kept: 120." in output
     report = check_files(tmp_path / "out", warehouse, TABLE)
     assert [split["stays"] for split in report["splits"].values()] == [96, 12, 12]
 
@@ -220,7 +220,7 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
         + [("blank", "DP", "I10"), ("textless", "DP", "I10"), ("textless", "DAS", "E43")]
         + [("forbidden", "DP", "F03+00"), ("forbidden", "DAS", "I10"), ("das", "DAS", "I10")],
     )
-    code, said = prepare(tmp_path / "out", text, codes, mini_table, "--ratios", "1")
+    code, output = prepare(tmp_path / "out", text, codes, mini_table, "--ratios", "1")
     assert code == 0
     (row,) = read_jsonl(tmp_path / "out/train_instruct.jsonl")
     assert row["messages"][1]["content"].endswith("suivant : Une note.\n\nUne autre.")
@@ -252,7 +252,7 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
         "another number of fields than the header": 1,
     }
     for words in ("Stays read: 6. Kept: 1.", "without text: 2", "forbidden as DR: 1 (e.g. DR Z370 of stay kept)"):
-        assert words in said
+        assert words in output
 
 
 # --- Splits -----------------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ def test_a_patient_and_a_text_are_in_one_split(warehouse, prepare, tmp_path):
     _, codes, table = tables_of(warehouse)
     for seed in range(3):
         out = tmp_path / f"out{seed}"
-        code, said = prepare(out, text, codes, table, "--patient", "patient", "--seed", seed)
-        assert code == 0 and "the same text as another stay (kept in the same split): 2." in said
+        code, output = prepare(out, text, codes, table, "--patient", "patient", "--seed", seed)
+        assert code == 0 and "the same text as another stay (kept in the same split): 2." in output
         splits = splits_of(out)
         splits_by_patient = defaultdict(set)
         for stay, patient in patients.items():
@@ -360,8 +360,8 @@ def test_near_duplicate_in_another_split_is_reported(warehouse, prepare, tmp_pat
     tested = next(stay for stay, split in splits.items() if split == "test")
     source[tested] = source[trained] + " Signé le 3 mars."
     text = write_csv(tmp_path / "text.csv", TEXT_COLUMNS, source.items())
-    code, said = prepare(tmp_path / "after", text, codes, table)
-    assert code == 0 and "warning: near-duplicates of stays in another split: 1 " in said
+    code, output = prepare(tmp_path / "after", text, codes, table)
+    assert code == 0 and "warning: near-duplicates of stays in another split: 1 " in output
     duplicates = json.loads((tmp_path / "after/report.json").read_text(encoding="utf-8"))["duplicates"]
     (example,) = duplicates["examples"]
     assert (example["test"], example["train"]) == (tested, trained) and example["similarity"] > MIN_SIMILARITY
@@ -379,26 +379,26 @@ def test_normalized_text_contains_only_words():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("I10;Hypertension\n", "line 1: found 1 column(s)"),
         ("A00|0|NOOO|0|X|Choléra\n", "No stay of"),
         ("", "is empty; expected ATIH"),
     ],
 )
-def test_invalid_table_is_an_error_and_nothing_is_written(content, said, warehouse, prepare, tmp_path):
+def test_invalid_table_is_an_error_and_nothing_is_written(content, expected, warehouse, prepare, tmp_path):
     table = tmp_path / "table.txt"
     table.write_text(content, encoding="utf-8")
     text, codes, _ = tables_of(warehouse)
     code, message = prepare(tmp_path / "out", text, codes, table)
-    assert code == 1 and message.startswith("error: ") and said in message and message.count("\n") == 1
+    assert code == 1 and message.startswith("error: ") and expected in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_invalid_arguments_are_reported(warehouse, prepare, tmp_path):
     text, codes, table = tables_of(warehouse)
     out = tmp_path / "out"
-    for arguments, said in (
+    for arguments, expected in (
         ((codes, text, table), "no column 'text'; found 'visit_occurence_id', 'condition_status_source_value'"),
         ((text, codes, table, "--patient", "ipp"), "no column 'ipp'"),
         ((text, codes, table, "--ratios", "0.8,0.1"), "--ratios '0.8,0.1': expected the shares"),
@@ -407,7 +407,7 @@ def test_invalid_arguments_are_reported(warehouse, prepare, tmp_path):
         ((write_csv(tmp_path / "empty.csv", TEXT_COLUMNS, []), codes, table), "empty.csv has no rows"),
     ):
         code, message = prepare(out, *arguments)
-        assert code == 1 and message.startswith("error: ") and said in message, message
+        assert code == 1 and message.startswith("error: ") and expected in message, message
         assert not out.exists()
 
 
