@@ -48,9 +48,9 @@ def evaluate(
         training: diagnoses of the training notes, for the frequency bands; None for the frequencies in gold.
         seed: seed of the bootstrap.
     """
-    given = [predictions.get(name, Prediction([])) for name in gold]
+    given = [predictions.get(note_id, Prediction([])) for note_id in gold]
     codings = [prediction.diagnoses for prediction in given]
-    missing = [name for name in gold if name not in predictions]
+    missing = [note_id for note_id in gold if note_id not in predictions]
     return {
         "counts": {
             "notes": len(gold),
@@ -59,9 +59,9 @@ def evaluate(
             "answers_without_code": sum(not coding for coding in codings) - len(missing),
             "codes_without_role": sum(item.role is None for coding in codings for item in coding),
             "repeated_codes": sum(prediction.repeated for prediction in given),
-            "unexpected_predictions": sum(name not in gold for name in predictions),
+            "unexpected_predictions": sum(note_id not in gold for note_id in predictions),
             "missing_ids": missing,
-            "unexpected_ids": [name for name in predictions if name not in gold],
+            "unexpected_ids": [note_id for note_id in predictions if note_id not in gold],
         },
         **evaluate_codings(list(gold.values()), codings, training, seed=seed),
         "rates": rule_rates(codings, table) if table else {},
@@ -96,14 +96,14 @@ def note_rows(
     gold: Mapping[str, Sequence[Diagnosis]], predictions: Mapping[str, Prediction]
 ) -> Iterator[dict[str, Any]]:
     """Yield the codes and scores of each gold note, without its text."""
-    for name, expected in gold.items():
-        given = predictions[name].diagnoses if name in predictions else []
+    for note_id, expected in gold.items():
+        given = predictions[note_id].diagnoses if note_id in predictions else []
         missed, added = _differences(expected, given)
         codes, found = {item.code for item in expected}, {item.code for item in given}
         precision, recall, f1 = _note_scores(codes, found)
         _, _, f1_category = _note_scores({category(code) for code in codes}, {category(code) for code in found})
         yield {
-            "id": name,
+            "id": note_id,
             "gold": _with_roles(expected),
             "predicted": _with_roles(given),
             "missed": " ".join(missed),

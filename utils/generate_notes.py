@@ -23,7 +23,6 @@ from typing import IO
 from tqdm import tqdm
 
 from finetune.cli import run_cli
-from model.atomic import new_files
 from model.errors import UserError
 from utils.fictional_notes.api_notes import (
     DEFAULT_MODEL,
@@ -40,6 +39,7 @@ from utils.icd10.answers import build_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table, category
 from utils.icd10.prompts import instruct_row
 from utils.tables.jsonl import dump_row, file_errors
+from utils.tables.output_folder import new_outputs
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 
 JOURNAL, PROMPTS = "api_notes.jsonl", "prompts.jsonl"
@@ -69,22 +69,15 @@ def save_notes(
     """
     split_files = [f"{name}_instruct.jsonl" for name in SPLIT_NAMES]
     names = [TEXT, CODES, ALL_ROWS, *split_files[: max(splits) + 1], *([TABLE] if table else [])]
-    stale = [out / name for name in (*split_files, TABLE) if name not in names]
-    existing = [str(path) for path in (*(out / name for name in names), *stale) if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"{', '.join(existing)} already exist; give another --out, or --overwrite to replace them.")
-    with file_errors():
-        out.mkdir(parents=True, exist_ok=True)
-        with new_files(out / name for name in names) as temporaries, ExitStack() as opened:
-            files = {
-                path.name: opened.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-                for path, temporary in temporaries.items()
-            }
-            _write_rows(notes, files, [split_files[split] for split in splits])
-            if table:
-                files[TABLE].writelines(_table_lines(table))
-        for path in stale:
-            path.unlink(missing_ok=True)
+    stale = [name for name in (*split_files, TABLE) if name not in names]
+    with new_outputs(out, names, stale, overwrite) as temporaries, ExitStack() as opened:
+        files = {
+            name: opened.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+            for name, temporary in temporaries.items()
+        }
+        _write_rows(notes, files, [split_files[split] for split in splits])
+        if table:
+            files[TABLE].writelines(_table_lines(table))
 
 
 def _write_rows(notes: Iterable[FictionalNote], files: Mapping[str, IO[str]], split_of: Sequence[str]) -> None:

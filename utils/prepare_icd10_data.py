@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cli import run_cli
-from model.atomic import new_files
 from model.errors import UserError
 from utils.icd10.answers import build_answer, list_codes
 from utils.icd10.codes import Cim10Table, chapter
@@ -26,7 +25,8 @@ from utils.icd10.corpus import CodedStay, CodeRow, Corpus, Dropped, build_corpus
 from utils.icd10.near_duplicates import find_near_duplicates, normalize_text
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.splits import SPLITS, split_stays
-from utils.tables.jsonl import SkippedRowError, dump_row, file_errors
+from utils.tables.jsonl import SkippedRowError, dump_row
+from utils.tables.output_folder import new_outputs
 from utils.tables.read_table import FILE_TYPES, add_encoding_option, counts_lines, read_table
 from utils.tables.splits import parse_fractions
 
@@ -183,22 +183,13 @@ def save(stays: Sequence[CodedStay], splits: Sequence[int], report: dict[str, An
     """
     kinds = {"instruct": _instruct_line, "text": _text_line}
     names = [f"{split}_{kind}.jsonl" for split in SPLITS for kind in kinds]
-    existing = [str(out / name) for name in (*names, REPORT) if (out / name).exists()]
-    if existing and not overwrite:
-        raise UserError(f"{', '.join(existing)} already exist; give another --out, or --overwrite to replace them.")
-    written = [*names[: len(kinds) * (max(splits) + 1)], REPORT]
-    with file_errors():
-        out.mkdir(parents=True, exist_ok=True)
-        with new_files(out / name for name in written) as temporaries:
-            for number, split in enumerate(SPLITS[: max(splits) + 1]):
-                for kind, line_of in kinds.items():
-                    temporary = temporaries[out / f"{split}_{kind}.jsonl"]
-                    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                        file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
-            content = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
-            temporaries[out / REPORT].write_text(content, encoding="utf-8")
-        for stale in set(names) - set(written):
-            (out / stale).unlink(missing_ok=True)  # its stays are now in another split
+    used = names[: len(kinds) * (max(splits) + 1)]
+    with new_outputs(out, [*used, REPORT], names[len(used) :], overwrite) as temporaries:
+        for number, split in enumerate(SPLITS[: max(splits) + 1]):
+            for kind, line_of in kinds.items():
+                with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
+                    file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
+        temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _instruct_line(stay: CodedStay) -> str:
