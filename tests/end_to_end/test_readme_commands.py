@@ -70,6 +70,7 @@ ELSEWHERE = {
     "make sample-data": "test_readme.py::test_sample_data_has_three_splits",
     "make notebooks": "test_notebooks.py::test_mistral_finetune_7b",
     "make kill-test": "test_resume.py::test_a_run_killed_at_any_instant_goes_on_as_if_nothing_had_happened",
+    "make docs": "test_configuration_page.py::test_the_page_is_current",
     "make setup": "test_project.py::test_setup_uses_the_constraints",
     "make test": "runs this test",
     "torchrun --nproc-per-node 1 -m train CONFIG": "like python -m train CONFIG.yaml",
