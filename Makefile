@@ -42,7 +42,7 @@ demo: setup
 	$(DEMO_GENERATE) --out demo/held_out --n $(DEMO_HELD_OUT) --seed 1 --wordings train --split 1
 	$(DEMO_GENERATE) --out demo/unseen --n $(DEMO_HELD_OUT) --seed 1 --wordings unseen --split 1
 	$(BIN)/python -m utils.make_demo_model --out demo/model --cim10 $(DEMO_CODES) --steps $(DEMO_BASE_STEPS)
-	$(BIN)/python -m utils.validate_data --train_yaml example/demo.yaml
+	$(BIN)/python -m utils.validate_data example/demo.yaml
 	$(BIN)/torchrun --nproc-per-node 1 -m train example/demo.yaml
 	$(call demo_score,base,model,held_out)
 	$(call demo_score,tuned,run,held_out)

@@ -27,7 +27,7 @@ lora:
 optim.lr: 6e-5 # the same as `lr: 6e-5` inside `optim:`
 ```
 
-- All problems are reported in one message, before anything is written. `python -m utils.validate_data --train_yaml
+- All problems are reported in one message, before anything is written. `python -m utils.validate_data
   CONFIG.yaml` checks settings and data without a GPU.
 - A key inside a block may be written with dots, as `optim.lr` above, but only once.
 - A block or key that is left out has its default. `null` is accepted only where it is listed.
