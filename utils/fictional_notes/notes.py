@@ -83,11 +83,11 @@ def _family(writer: NoteWriter, condition: Condition) -> str:
 
 
 def _associated(writer: NoteWriter, condition: Condition) -> str:
-    """Write a sentence on an associated diagnosis outside the antecedents."""
+    """Write a sentence on an associated diagnosis outside the medical history."""
     templates: Sequence[str] = {
-        "chronic": phrases.BY_THE_WAY,
-        "bio": phrases.IN_BLOOD,
-        "imaging": phrases.ON_IMAGES,
+        "chronic": phrases.COMORBIDITIES,
+        "bio": phrases.IN_BLOOD_TEST,
+        "imaging": phrases.ON_IMAGING,
         "event": phrases.DURING_STAY,
     }[condition.kind]
     if writer.stay.days < 3:
@@ -100,7 +100,7 @@ def _managed(writer: NoteWriter, condition: Condition, separator: str = " ") -> 
     return separator + managed if managed and writer.chance(0.5) else ""
 
 
-def _antecedent(writer: NoteWriter, condition: Condition) -> str:
+def _history_item(writer: NoteWriter, condition: Condition) -> str:
     return writer.write_coded(condition, ("{nu}",)) + _managed(writer, condition)
 
 
@@ -112,7 +112,7 @@ def _shuffled(writer: NoteWriter, items_of: dict[Callable[[NoteWriter, Condition
 
 
 def _split_das(writer: NoteWriter) -> tuple[list[Condition], list[Condition]]:
-    """Split the associated diagnoses into those mentioned among the antecedents and those mentioned later."""
+    """Split the associated diagnoses into those mentioned in the medical history and those mentioned later."""
     early = [item for item in writer.stay.das if item.kind == "chronic" and writer.chance(0.8)]
     return early, [item for item in writer.stay.das if item not in early]
 
@@ -124,7 +124,7 @@ def _discharge(writer: NoteWriter) -> str:
     return writer.write(phrases.DISCHARGES["frail" if stay.age >= 80 and stay.days >= 5 else "home"])
 
 
-def _motive(writer: NoteWriter, templates: tuple[str, ...]) -> tuple[str, bool]:
+def _admission_reason(writer: NoteWriter, templates: tuple[str, ...]) -> tuple[str, bool]:
     """Write the first sentence; the second value is True if it names the main diagnosis rather than a complaint."""
     main = writer.stay.dp
     if main.complaints and writer.chance(0.5):
@@ -137,12 +137,12 @@ def _motive(writer: NoteWriter, templates: tuple[str, ...]) -> tuple[str, bool]:
 
 def _short_note(writer: NoteWriter, distractors: Distractors) -> str:
     rng, stay = writer.rng, writer.stay
-    motive, dp_named = _motive(writer, phrases.SHORT_MOTIVES)
+    reason, dp_named = _admission_reason(writer, phrases.SHORT_ADMISSION_REASONS)
     early, late = _split_das(writer)
-    items = _shuffled(writer, {_antecedent: early, _past: distractors.past, _family: distractors.family})
-    sentences = [motive]
+    items = _shuffled(writer, {_history_item: early, _past: distractors.past, _family: distractors.family})
+    sentences = [reason]
     if items:
-        sentences.append(writer.write(phrases.ANTECEDENTS, liste=", ".join(items)))
+        sentences.append(writer.write(phrases.MEDICAL_HISTORY, liste=", ".join(items)))
     findings = (*stay.dp.history, *stay.dp.exam, *stay.dp.tests)
     if findings and writer.chance(0.6):
         sentences.append(writer.write(findings))
@@ -158,18 +158,18 @@ def _short_note(writer: NoteWriter, distractors: Distractors) -> str:
 
 
 def _long_note(writer: NoteWriter, distractors: Distractors) -> str:
-    motive, dp_named = _motive(writer, phrases.MOTIVES)
+    reason, dp_named = _admission_reason(writer, phrases.ADMISSION_REASONS)
     early, late = _split_das(writer)
-    on_images = [item for item in late if item.kind in ("imaging", "bio") and writer.chance(0.7)]
-    during = [item for item in late if item not in on_images]
+    on_imaging = [item for item in late if item.kind in ("imaging", "bio") and writer.chance(0.7)]
+    during = [item for item in late if item not in on_imaging]
     ruled_out = [writer.write_uncoded(item, phrases.ABSENT) for item in distractors.absent if item.kind != "chronic"]
-    sections = {"motif": [writer.write(phrases.ADMISSIONS[writer.stay.dp.scheduled]), motive]}
-    sections["antécédents"] = _antecedents(writer, early, distractors)
+    sections = {"motif": [writer.write(phrases.ADMISSIONS[writer.stay.dp.scheduled]), reason]}
+    sections["antécédents"] = _medical_history(writer, early, distractors)
     sections["entrée"] = _drugs(writer, early)
-    sections["vie"] = [writer.write(phrases.LIVES["active" if writer.stay.age < 62 else "retired"])]
-    sections["histoire"] = _history(writer)
+    sections["vie"] = [writer.write(phrases.LIVING_SITUATIONS["active" if writer.stay.age < 62 else "retired"])]
+    sections["histoire"] = _present_illness(writer)
     sections["examen"] = _examination(writer)
-    sections["examens"] = [*_tests(writer, on_images), *ruled_out]
+    sections["examens"] = [*_tests(writer, on_imaging), *ruled_out]
     sections["évolution"] = _course(writer, dp_named, during)
     sections["conclusion"] = _conclusion(writer)
     sections["sortie"] = _drugs(writer, [*writer.stay.reasons, *writer.stay.das], filler=True)
@@ -201,9 +201,9 @@ def _heading(writer: NoteWriter, key: str, lines: list[str], style: str) -> str:
     return style.format(titre=title, TITRE=title.upper(), texte=text)
 
 
-def _antecedents(writer: NoteWriter, early: list[Condition], distractors: Distractors) -> list[str]:
+def _medical_history(writer: NoteWriter, early: list[Condition], distractors: Distractors) -> list[str]:
     """Write one list item per line: active and past diseases, surgery, diseases never had, family, allergies."""
-    items = _shuffled(writer, {_antecedent: early, _past: distractors.past})
+    items = _shuffled(writer, {_history_item: early, _past: distractors.past})
     groups = {condition.group for condition in writer.stay.conditions}
     possible = [
         surgery.text
@@ -227,7 +227,7 @@ def _drugs(writer: NoteWriter, conditions: list[Condition], filler: bool = False
     return list(reversed(by_drug.values()))
 
 
-def _history(writer: NoteWriter) -> list[str]:
+def _present_illness(writer: NoteWriter) -> list[str]:
     stay = writer.stay
     sentences = [writer.fill(sentence) for sentence in _some(writer, stay.dp.history, 2)]
     if stay.dr:

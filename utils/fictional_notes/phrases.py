@@ -65,7 +65,7 @@ HEADING_STYLES = ("{titre} :\n{texte}", "{TITRE}\n{texte}", "**{titre} :**\n{tex
 # --- Coded diagnoses --------------------------------------------------------------------------------------------------
 
 # For the main diagnosis, or for the complaint that is mentioned instead of it.
-MOTIVES = (
+ADMISSION_REASONS = (
     "Prise en charge {d_un}.",
     "{Nu}.",
     "Hospitalisation pour {un}.",
@@ -73,7 +73,7 @@ MOTIVES = (
     "{Pt} est adressé{e} par son médecin traitant pour {un}.",
     "{Civilité} {initiale}. nous est adressé{e} devant {un}.",
 )
-SHORT_MOTIVES = (
+SHORT_ADMISSION_REASONS = (
     "{Homme} de {age} ans, hospitalisé{e} pour {un}.",
     "{Homme} de {age} ans. Motif : {nu}.",
     "{Un_pt} de {age} ans est admis{e} pour {un}.",
@@ -101,25 +101,25 @@ CLOSING_CONCLUSIONS = (
     "En résumé, {un} chez {un_pt} de {age} ans.",
     "Prise en charge {d_un}, sans autre particularité à la sortie.",
 )
-ANTECEDENTS = (
+MEDICAL_HISTORY = (
     "ATCD : {liste}.",
     "Antécédents : {liste}.",
     "Terrain : {liste}.",
     "On note dans les antécédents : {liste}.",
 )
-BY_THE_WAY = (
+COMORBIDITIES = (
     "{Pt} est par ailleurs suivi{e} pour {un}{suite}.",
     "À noter {un}{suite}.",
     "Par ailleurs, {nu}{suite}.",
     "Terrain marqué par {un}{suite}.",
 )
-IN_BLOOD = (
+IN_BLOOD_TEST = (
     "Le bilan biologique retrouve {un}{suite}.",
     "Sur le plan biologique, {nu}{suite}.",
     "On note {un} à l'entrée{suite}.",
     "Le bilan met en évidence {un}{suite}.",
 )
-ON_IMAGES = (
+ON_IMAGING = (
     "L'imagerie met en évidence {un}{suite}.",
     "Le scanner retrouve {un}{suite}.",
     "Les images montrent {un}{suite}.",
@@ -176,7 +176,7 @@ ALLERGIES = ("aucune allergie médicamenteuse connue", "pas d'allergie connue")
 
 # --- Living situation, examination, laboratory ------------------------------------------------------------------------
 
-LIVES = {
+LIVING_SITUATIONS = {
     "active": (
         "Travaille comme {employé{e} de bureau|enseignant{e}|agent d'entretien|aide-soignant{e}}, deux enfants.",
         "En couple, exerce une activité de {commerce|conduite|secrétariat}.",
