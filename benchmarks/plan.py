@@ -49,7 +49,7 @@ def cases(preset_name: str, device: str, threads: int) -> list[dict[str, Any]]:
 def compare(case: dict[str, Any]) -> dict[str, Any]:
     """Train in a fresh process and return its memory and the estimate."""
     numbers = in_fresh_process("ours", case)
-    before = numbers.get("import_bytes", 0)  # absent on a GPU, which holds none of it
+    before = numbers.get("import_bytes", 0)  # not recorded on a GPU, where imports use none
     estimate = before + estimated_bytes(case, numbers["trained_share"])
     measured = numbers["peak_bytes"]
     return {

@@ -8,7 +8,7 @@ width, H query heads, K key/value heads, Dh head width, V vocabulary.
 #   TransformerBlock.recompute              finetune.wrapped_model, from `checkpoint`
 #   RMSNorm.compiled, FeedForward.swiglu    Transformer.compile_elementwise, from `compile`
 #   Linear.format                           model.lora.quantize_linears, from `base_dtype`
-#   Attention.engine                        model.generate, which puts its key/value cache in front for the duration
+#   Attention.engine                        model.generate, which inserts its key/value cache while it runs
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
