@@ -375,6 +375,7 @@ def assert_recorded(run):
     assert math.isnan(float(second["train.loss"]))
 
 
+@pytest.mark.slow
 def test_offline_wandb_records_everything_without_a_connection(tmp_path, server):
     script = training_script(f"WandbArgs(project='icd', offline=True, run_name='first', key='{KEY}')")
     printed = run_alone(script, tmp_path, HTTP_PROXY=server.url, HTTPS_PROXY=server.url)
@@ -388,6 +389,7 @@ def test_offline_wandb_records_everything_without_a_connection(tmp_path, server)
     assert KEY not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["yaml", "environment"])
 def test_wandb_with_an_unreachable_server_records_offline_and_never_writes_the_key(tmp_path, server, place):
     script = training_script(f"WandbArgs(project='icd'{f', key={KEY!r}' if place == 'yaml' else ''})")
@@ -404,6 +406,7 @@ def test_wandb_with_an_unreachable_server_records_offline_and_never_writes_the_k
     assert not (tmp_path / "home/.netrc").exists()
 
 
+@pytest.mark.slow
 def test_wandb_records_a_crash(tmp_path):
     script = (
         training_script("WandbArgs(project='icd', offline=True)")
@@ -419,6 +422,7 @@ except RuntimeError:
     assert sorted(run.exit_code for run in recorded_runs(tmp_path / "run")) == [0, 1]
 
 
+@pytest.mark.slow
 def test_wandb_is_not_imported_without_a_project(tmp_path):
     script = training_script("WandbArgs(project='', key='unused', run_name='')")
     script += "assert 'wandb' not in sys.modules and 'mlflow' not in sys.modules and not connected\n"

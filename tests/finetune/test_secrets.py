@@ -72,6 +72,7 @@ def assert_nothing_told(done: subprocess.CompletedProcess[str], folder: Path) ->
             assert not any(spelling in content for spelling in spellings(secret)), f"{secret} stands in {where}"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_all_secrets(tmp_path: Path, settings: dict):
     """What wandb does with a key where its server fails is for tests/finetune/test_monitoring.py."""
     done = run_train(tmp_path, yaml.safe_dump(settings))
@@ -81,6 +82,7 @@ def test_a_run_keeps_all_secrets(tmp_path: Path, settings: dict):
     assert_nothing_told(done, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_defect_that_quotes_secrets_keeps_them(tmp_path: Path, settings: dict):
     """A traceback, a log line and another exception behind it, all of which quote every secret."""
     before = f"""
@@ -155,6 +157,7 @@ def test_a_mistake_near_the_key_does_not_show_it(
     assert not any(secret[:12] in "".join(capfd.readouterr()) for secret in SECRETS)
 
 
+@pytest.mark.slow
 def test_a_command_does_not_show_a_secret_of_the_environment(tmp_path: Path, settings: dict):
     settings["data"]["instruct_data"] = f"https://user:{ENVIRONMENT['HF_TOKEN']}@huggingface.co/train.jsonl"
     done = run_train(tmp_path, yaml.safe_dump(settings))

@@ -376,6 +376,7 @@ def test_a_source_without_a_fitting_row_gives_a_clear_error(tiny, tmp_path):
         loader(tiny, path, overlong="error").wait_for_first()
 
 
+@pytest.mark.slow
 def test_the_run_summary_reports_packing(rows_file, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     args = TrainArgs(

@@ -325,6 +325,7 @@ def one_of_two_ranks(rank: int, rendezvous: str) -> None:
     os._exit(0)  # gloo's threads can abort Python's own shutdown, see finetune.cli
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TORCH < (2, 12), reason="FSDP2 of torch 2.11 shards floating parameters only")
 def test_fsdp_shards_the_bytes_without_changing_them(tmp_path: Path):
     torch.multiprocessing.spawn(one_of_two_ranks, args=(str(tmp_path / "rendezvous"),), nprocs=2)

@@ -116,6 +116,7 @@ def test_half_precision_is_close_to_float64(dtype, tolerance):
     assert (half.grad.double() - x.grad).norm() / x.grad.norm() < tolerance
 
 
+@pytest.mark.slow
 def test_compiled_kernels_match_eager_for_any_number_of_tokens():
     torch.manual_seed(0)
     norm = RMSNorm(WIDTH, 1e-3).requires_grad_(False)

@@ -154,6 +154,7 @@ def test_random_tokens_form_only_codes_from_the_table(vocabulary: Vocabulary) ->
     assert any(parse_answer(answer) for answer in answers)
 
 
+@pytest.mark.slow
 def test_hundreds_of_sampled_answers_are_valid_and_diverse(vocabulary: Vocabulary) -> None:
     grammar, model = AnswerGrammar(TABLE), tiny_model(vocab_size=len(vocabulary.pieces))
     constraints = [AnswerConstraint(grammar, vocabulary) for _ in range(300)]

@@ -288,6 +288,7 @@ print((kib("VmHWM") - before) * 1024 / reader.size_bytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory counters")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_reading_a_checkpoint_needs_little_more_memory_than_its_size(tmp_path, kind):

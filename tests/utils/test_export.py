@@ -310,6 +310,7 @@ def test_content_and_size_are_announced_before_writing(tmp_path, capsys):
     assert lines.index(announced) < lines.index(f"Exported {checkpoint_of(run)} to {tmp_path / 'out'}.")
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
     command = [sys.executable, "-m", "utils.export", str(run), "--to"]
@@ -323,6 +324,7 @@ def test_command_line(tmp_path):
     assert {path.name for path in (tmp_path / "y").iterdir()} >= {"config.json", "model.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["export", "merge_lora"])
 def test_help_does_not_load_torch(command):
     program = f"import sys, utils.{command}; sys.exit('torch' in sys.modules)"

@@ -158,6 +158,7 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, original, monkeypatch):
     assert list(tmp_path.iterdir()) == [original]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, original):
     command = [sys.executable, "-m", "utils.extend_model_vocab", "--original_model_ckpt"]
     target = ["--extended_model_ckpt", str(tmp_path / "new")]

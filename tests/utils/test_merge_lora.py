@@ -224,6 +224,7 @@ def test_a_failed_merge_leaves_nothing_behind(tmp_path, base, adapter, monkeypat
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, base, adapter):
     command = [sys.executable, "-m", "utils.merge_lora", "--initial_model_ckpt", str(base), "--lora_ckpt"]
     output = ["--dump_ckpt", str(tmp_path / "merged.safetensors")]

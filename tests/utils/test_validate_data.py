@@ -633,6 +633,7 @@ def test_plot_does_not_stretch_to_a_distant_seq_len(command, figures):
 # --- processes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_several_processes_find_the_same_as_one(command, monkeypatch, method):
     icd_like(command.folder, 700)
@@ -681,6 +682,7 @@ def start(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_real_command(tmp_path):
     data = write(tmp_path / "a.jsonl", GOOD, "{", OTHER)
     keys = {"data": {"instruct_data": str(data)}, "model_id_or_path": "m", "run_dir": "run"}
