@@ -25,7 +25,7 @@ from model.errors import UserError
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import load_tiny_tekken
-from train import run
+from train import run_training
 
 ENDS = 256  # characters kept at both ends of a text
 WORD = re.compile(r"\s*\S+")
@@ -388,9 +388,9 @@ def test_the_run_summary_reports_packing(rows_file, tmp_path, caplog):
         max_steps=3,
         no_ckpt=True,
     )
-    run(args, World(rank=0, size=1, device=torch.device("cpu")))
+    run_training(args, World(rank=0, size=1, device=torch.device("cpu")))
     facts = caplog.records[-1].getMessage()
     assert re.search(
-        r"packing +\d\d\.\d% of positions filled; of \d+ samples read \d+ shortened, \d+ dropped \([\d,]+ tokens\)",
+        r"packing +\d\d\.\d% of positions filled; \d+ of \d+ samples shortened, \d+ dropped \([\d,]+ tokens removed\)",
         facts,
     )

@@ -402,7 +402,7 @@ def test_memory_grows_far_slower_than_the_file(tmp_path):
         import_table(source, str(tmp_path / f"out{count}"), Recipe(text=template("{q}")))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 6000 * 100
+    assert peaks[1] - peaks[0] < 6000 * 200  # a row of the file has 508 bytes
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
