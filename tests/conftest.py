@@ -20,16 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark end-to-end tests as slow and group tests for the workers of pytest-xdist, the slow groups first.
+    """Mark end-to-end tests as slow, and run them first, so that no worker of pytest-xdist is left with one at the end.
 
-    A module is one group, so that its fixtures are built once.
+    A module runs in one worker (`--dist loadfile`), so that its fixtures are built once.
     """
     end_to_end = [item for item in items if "end_to_end" in item.path.parts]
     for item in end_to_end:
         item.add_marker(pytest.mark.slow)
     items[:] = end_to_end + [item for item in items if "end_to_end" not in item.path.parts]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="module")
