@@ -1,4 +1,4 @@
-"""From notes to scores without the network: nothing is connected to, sent to or looked up."""
+"""From notes to scores without network access: no connection, no data sent, no name lookup."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tests.support.no_network import without_network
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# One process runs the commands one after the other, as `python -m` would: torch is imported once.
+# One process runs all commands as `python -m` would, so that torch is imported once.
 DRIVER = """
 import json, runpy, sys
 for module, *arguments in json.loads(sys.argv[1]):
@@ -27,7 +27,7 @@ for module, *arguments in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs Python where sockets are refused: the finished process, and what was tried."""
+    """A function that runs Python without sockets; it returns the finished process and the recorded attempts."""
     environment, record = without_network(tmp_path, ROOT)
 
     def run(code, *arguments):
@@ -43,13 +43,13 @@ def python(tmp_path):
 @pytest.mark.parametrize(
     "attempt", ["socket.create_connection(('127.0.0.1', 9), 1)", "socket.getaddrinfo('localhost', 80)"]
 )
-def test_the_guard_sees_every_attempt_even_a_swallowed_one(python, attempt):
+def test_attempts_are_recorded_even_if_their_error_is_caught(python, attempt):
     done, tried = python(f"import socket\ntry: {attempt}\nexcept OSError as error: print(error)")
     assert "no network here" in done.stdout
     assert tried
 
 
-def test_from_notes_to_scores_without_a_socket(python, tmp_path):
+def test_pipeline_opens_no_socket(python, tmp_path):
     notes, data, run_dir = (str(tmp_path / name) for name in ("notes", "data", "run"))
     config = {
         "data": {"instruct_data": f"{data}/train_instruct.jsonl", "eval_instruct_data": f"{data}/val_instruct.jsonl"},

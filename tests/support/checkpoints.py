@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, the same bits on every machine (recipe and hashes: ../shared/golden, GENERATOR.md)."""
+"""Tiny random checkpoints, bit-identical on every machine (recipe and hashes: ../shared/golden, GENERATOR.md)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ TEKKEN_SHAPES = {"dim": 32, "n_layers": 1, "hidden_dim": 64, "n_heads": 2, "n_kv
 def make_tiny_checkpoint(
     folder: Path, *, moe: bool = False, seed: int | None = None, dtype: torch.dtype = torch.bfloat16, **overrides: Any
 ) -> Path:
-    """Writes params.json and consolidated.safetensors; without overrides they are golden's tiny_dense or tiny_moe.
+    """Write params.json and consolidated.safetensors; without overrides, the reference models tiny_dense or tiny_moe.
 
     Args:
-        folder: where to; it is created.
+        folder: the folder to write, created if necessary.
         moe: four experts per layer, two per token.
-        seed: of numpy's PCG64; None: 1 for dense, 2 for MoE, as golden.
-        dtype: of every tensor.
-        **overrides: keys of params.json, for instance `vocab_size=256`.
+        seed: seed of numpy's PCG64; None: 1 for dense, 2 for MoE, as in the reference models.
+        dtype: dtype of every tensor.
+        **overrides: keys of params.json, such as `vocab_size=256`.
 
     Returns:
         The folder.
@@ -61,7 +61,7 @@ def make_tiny_adapter(
     dtype: torch.dtype = torch.bfloat16,
     targets: Sequence[str] = BLOCK_LINEARS,
 ) -> Path:
-    """Writes a random adapter (A and B both non-zero) for these linears of a checkpoint."""
+    """Write a random adapter (A and B both non-zero) for the linear layers `targets` of a checkpoint."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in load_file(base / "consolidated.safetensors").items():
@@ -75,7 +75,7 @@ def make_tiny_adapter(
 
 
 def _tensors(params: dict[str, Any], generator: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
-    """Draws the tensors in the recipe's order, as float32."""
+    """Yield the tensors as float32, in the order of the recipe."""
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (generator.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)

@@ -1,20 +1,20 @@
-"""Copies a small part of ../shared/golden to tests/fixtures/golden: `python -m tests.support.make_golden_fixtures`.
+"""Copy a small part of ../shared/golden to tests/fixtures/golden: `python -m tests.support.make_golden_fixtures`.
 
-Run by hand, where ../shared/golden is, when golden changes. Paths below tests/fixtures/golden:
+Run this manually when the reference outputs in ../shared/golden change. Paths in tests/fixtures/golden:
 
-    inputs/*.jsonl, inputs/folder/       as they are
-    expected/tokens/*.jsonl.gz           as they are
+    inputs/*.jsonl, inputs/folder/       unchanged
+    expected/tokens/*.jsonl.gz           unchanged
     expected/tokens/rows_that_differ_under_mistral_common_1.5.4.json.gz
-    expected/lr/one_cycle.json           as it is
-    expected/train/tensors/*.safetensors LoRA initialisations and final adapters, as they are
+    expected/lr/one_cycle.json           unchanged
+    expected/train/tensors/*.safetensors LoRA initializations and final adapters, unchanged
     expected/batches/digests.json.gz     {"folder_order_used": [...], "settings": [...]}: a setting has the keys of
-        golden's index.json and `digests`: {"x", "y", "y_mask", "sizes"}, each a list with one `digest` per batch
+        index.json and `digests`: {"x", "y", "y_mask", "sizes"}, each a list with one `digest` per batch
         (null for a batch without a mask)
-    expected/train/trajectories.json.gz  {name: run}: a run is golden's expected/train/NAME.json with fewer keys:
+    expected/train/trajectories.json.gz  {name: run}: a run is expected/train/NAME.json with fewer keys:
         settings, param_dtype, world_size,
         steps: [{step, loss, lr, grad_norm, betas}, ...],
         per_rank: [{microbatch_loss: [...]}, ...],
-        eval_metrics: [{step, train_loss, eval_loss}, ...]  (on 2 ranks only the first is right),
+        eval_metrics: [{step, train_loss, eval_loss}, ...]  (on 2 ranks only the first is correct),
         run_dir_listing: [...], lora_init,
         checkpoints: {"checkpoint_000020": {"params.json", files: {name: bytes}, safetensors_file, file,
                       tensors: {key: {shape, dtype, sum, abs_sum, l2}} (last checkpoint only)}}
@@ -47,12 +47,12 @@ OTHER_VERSION = "expected/tokens/rows_that_differ_under_mistral_common_1.5.4.jso
 
 
 def digest(array: np.ndarray) -> str:
-    """Of the values as little-endian int64, so that it does not depend on the array's own type."""
+    """Return a hash of the values as little-endian int64, independent of the array's dtype."""
     return hashlib.sha256(np.ascontiguousarray(array, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def condense_batches(golden: Path) -> dict[str, Any]:
-    """golden's 250 loader settings with one digest per batch and array in place of the arrays."""
+    """Return the 250 data loader settings with one digest per batch and array instead of the arrays."""
     index = json.loads((golden / "expected/batches/index.json").read_text(encoding="utf-8"))
     settings = []
     for setting in index["settings"]:
@@ -77,7 +77,7 @@ def _digests(file: Path, batch_size: int) -> dict[str, list[str | None]]:
 
 
 def condense_runs(golden: Path) -> dict[str, Any]:
-    """golden's training runs by name, with what a comparison needs; runs that crashed before a step are left out."""
+    """Return the reference runs by name, with the values to compare; runs that crashed before a step are omitted."""
     files = sorted(file for pattern in RUNS for file in (golden / "expected/train").glob(f"{pattern}.json"))
     runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     return {name: _condense_run(run) for name, run in runs.items() if run["steps"]}
@@ -113,11 +113,11 @@ def _rounded(value: Any) -> Any:
 def _write_json_gz(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    path.write_bytes(gzip.compress(text.encode("utf-8"), mtime=0))  # no date: the same input gives the same file
+    path.write_bytes(gzip.compress(text.encode("utf-8"), mtime=0))  # no date, so that the file is reproducible
 
 
 def main() -> None:
-    assert GOLDEN is not None, "../shared/golden is not there"
+    assert GOLDEN is not None, "../shared/golden does not exist"
     for pattern in COPIES:
         for source in filter(Path.is_file, GOLDEN.glob(pattern)):
             target = FIXTURES / source.relative_to(GOLDEN)

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, on any device: what max_memory_allocated tells of a GPU."""
+"""Count the bytes of live tensors on any device, as torch.cuda.max_memory_allocated does for a GPU."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class AliveTensors(TorchDispatchMode):
-    """Of the tensors that operations make inside this context: bytes that are alive, and the most so far.
+    """Current and peak bytes of the tensors that operations create inside this context.
 
     Args:
-        known: tensors made before, which do not count.
+        known: existing tensors, which are not counted.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:

@@ -1,9 +1,9 @@
-"""Processes to which the network is refused, with a record of what they tried."""
+"""Processes without network access, and a record of their attempts."""
 
 import os
 from pathlib import Path
 
-# Python imports sitecustomize at every start, of child processes too. Whoever swallows the error is still recorded.
+# Python imports sitecustomize at every start, in child processes too. Attempts whose error is caught are recorded.
 SITECUSTOMIZE = """
 import os, socket, sys
 
@@ -15,7 +15,7 @@ def refuse(event, args):
     module, _, name = event.partition(".")
     if module != "socket" or name in HARMLESS or name in WITH_PEER and args[0].family == socket.AF_UNIX:
         return
-    if name == "bind" and args[1][0] == "::1":  # urllib3 asks at its import whether there is IPv6
+    if name == "bind" and args[1][0] == "::1":  # urllib3 checks for IPv6 when it is imported
         return
     if "LOOPBACK_ALLOWED" in os.environ:
         peer = args[1][0] if name in WITH_PEER else args[0][0] if name == "getnameinfo" else args[0]
@@ -30,12 +30,12 @@ sys.addaudithook(refuse)
 
 
 def without_network(folder: Path, root: Path, loopback: bool = False) -> tuple[dict[str, str], Path]:
-    """The environment of such processes, and the file that records what they try; none where they try nothing.
+    """Return the environment of such processes, and the file that records their attempts, if any.
 
     Args:
-        folder: for both files.
-        root: of the project, to import it from.
-        loopback: allow connections within this machine, which torchrun needs.
+        folder: folder for both files.
+        root: root folder of the project, added to the import path.
+        loopback: allow connections to this machine, which torchrun needs.
     """
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Independent implementations on a CPU: what they make of a folder that we wrote."""
+"""Independent implementations on the CPU, applied to folders that this project wrote."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def transformers_logits(folder: Path, tokens: Sequence[int], adapter: Path | None = None) -> torch.Tensor:
-    """transformers in fp32, with a PEFT adapter's folder or without: [T] -> [T, V]."""
+    """Return the logits of transformers in fp32, optionally with the folder of a PEFT adapter: [T] -> [T, V]."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -27,7 +27,7 @@ def transformers_logits(folder: Path, tokens: Sequence[int], adapter: Path | Non
 def transformers_answers(
     folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int
 ) -> list[list[int]]:
-    """transformers' greedy generation in fp32: the new tokens of each prompt, end of sequence included."""
+    """Return the new tokens of greedy generation with transformers in fp32, including the end-of-sequence token."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -40,7 +40,7 @@ def transformers_answers(
 
 
 def mistral_inference_logits(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
-    """mistral-inference in fp32; its attention kernels need CUDA, so PyTorch's take their place: [T] -> [T, V]."""
+    """Return logits of mistral-inference in fp32, with PyTorch's attention since its own needs CUDA: [T] -> [T, V]."""
     import mistral_inference.transformer
     import mistral_inference.transformer_layers
     from mistral_inference.cache import BufferCache
@@ -57,6 +57,6 @@ def mistral_inference_logits(folder: Path, tokens: Sequence[int]) -> torch.Tenso
         args = model.args
         cache = BufferCache(args.n_layers, 1, len(tokens), args.n_kv_heads, args.head_dim, args.sliding_window)
         cache.to(model.device, model.dtype)
-        cache.reset()  # without a cache it would not be causal
+        cache.reset()  # without a cache, its attention is not causal
         with torch.no_grad():
             return model.forward(torch.tensor(tokens), seqlens=[len(tokens)], cache=cache)

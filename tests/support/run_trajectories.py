@@ -1,4 +1,4 @@
-"""golden's training runs as YAML files, and several trainings in one process group.
+"""The reference runs as YAML files, and several runs in one process group.
 
 torchrun --nproc-per-node 2 -m tests.support.run_trajectories CONFIG.yaml CONFIG.yaml ...
 """
@@ -30,9 +30,9 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def golden_config(name: str, models: dict[str, Path], folder: Path, **more: Any) -> Path:
-    """Writes one of golden's runs as a YAML that trains into `folder/NAME`; `models` by the names of golden's.
+    """Write the YAML of a reference run with the run folder `folder/NAME`; `models` maps model names to folders.
 
-    `more` are settings the original did not have.
+    `more` adds settings that mistral-finetune does not have.
     """
     settings = copy.deepcopy(RUNS[name]["settings"])
     for key in ("data", "instruct_data", "eval_instruct_data"):
@@ -43,14 +43,14 @@ def golden_config(name: str, models: dict[str, Path], folder: Path, **more: Any)
 
 
 def write_config(folder: Path, name: str, settings: dict[str, Any]) -> Path:
-    """Writes `folder/NAME.yaml`, whose run folder is `folder/NAME` unless it says otherwise."""
+    """Write `folder/NAME.yaml`; unless set otherwise, its run folder is `folder/NAME`."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(folder / name)} | settings), encoding="utf-8")
     return path
 
 
 def short_run(folder: Path, model: Path, rows: Sequence[str]) -> dict[str, Any]:
-    """Settings of two steps in `folder`, where `model` and `train.jsonl`, with these lines, are put."""
+    """Copy `model` and write `train.jsonl` with `rows` to `folder`; return settings that train two steps."""
     shutil.copytree(model, folder / "model")
     (folder / "train.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     return {
@@ -69,7 +69,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs `[PREFIX] torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` from the root of the project."""
+    """Run `[PREFIX] torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` in the root folder of the project."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -83,12 +83,12 @@ def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600)
 
 
 def own_errors(done: subprocess.CompletedProcess[str]) -> str:
-    """What our processes wrote to stderr before torchrun's own report, which brings a traceback of torchrun's."""
+    """Return the stderr of our processes, without torchrun's report, which contains a traceback of its own."""
     return done.stderr.partition("torch/distributed/elastic")[0]
 
 
 def main(configs: list[str]) -> None:
-    """Trains one configuration after the other; they share the start of the processes, which takes seconds."""
+    """Train each configuration in turn; starting the processes takes seconds, so they share them."""
     torch.set_num_threads(1)
     with init_world() as world:
         set_up_logging(world.rank)

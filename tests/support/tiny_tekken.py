@@ -1,4 +1,4 @@
-"""Tekken tokenizers of any version, one token per byte: loaded in milliseconds, and all that is encoded decodes."""
+"""Tekken tokenizers of any version with one token per byte: they load in milliseconds and decode any encoded text."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ _WORDS = r"\p{L}+|\p{N}|[^\p{L}\p{N}]"
 
 
 def write_tiny_tekken(path: Path, version: str) -> Path:
-    """Writes a tekken.json of 256 bytes and all of mistral-common's control tokens.
+    """Write a tekken.json with 256 byte tokens and all control tokens of mistral-common.
 
     Args:
         path: the file to write.
@@ -44,6 +44,6 @@ def write_tiny_tekken(path: Path, version: str) -> Path:
 
 
 def load_tiny_tekken(folder: Path, version: str) -> MistralTokenizer:
-    """The tokenizer of `write_tiny_tekken`, in mistral-common's finetuning mode."""
+    """Return the tokenizer of `write_tiny_tekken` in mistral-common's finetuning mode."""
     path = write_tiny_tekken(folder / "tekken.json", version)
     return MistralTokenizer.from_file(str(path), mode=ValidationMode.finetuning)

@@ -1,7 +1,7 @@
-"""Reads a `.wandb` file: what an offline run recorded, without wandb's own reader (which it keeps private).
+"""Read a `.wandb` file, the record of an offline run; wandb's own reader is private.
 
-The file is a LevelDB log (blocks of 32 KiB, records that may be cut into pieces) after a header of 7 bytes; each
-record is a protocol buffer.
+After a header of 7 bytes, the file is a LevelDB log: blocks of 32 KiB with records that may be split. Each record is a
+protocol buffer.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 32768
-HEADER = struct.Struct("<IHB")  # checksum, length, kind of piece
+HEADER = struct.Struct("<IHB")  # checksum, length, kind of fragment
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
@@ -45,7 +45,7 @@ def read_offline_run(path: Path) -> OfflineRun:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    assert data[:4] == b":W&B", "no .wandb file"
+    assert data[:4] == b":W&B", "not a .wandb file"
     at, pieces = 7, []
     while at + HEADER.size <= len(data):
         room = BLOCK - at % BLOCK
