@@ -1,6 +1,6 @@
-"""What a user can get wrong, from the YAML to the data: one clear message, soon, and nothing left behind.
+"""Mistakes in the YAML, the model folder and the data: one clear message before training, and no run folder.
 
-The names are those of the 58 trials of the original in golden's expected/train/errors.json.
+The cases are named after the 58 trials of mistral-finetune in ../shared/golden/expected/train/errors.json.
 """
 
 import json
@@ -28,17 +28,22 @@ def model(tmp_path_factory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("model"), **SHAPES)
 
 
+def valid_run(folder: Path, model: Path) -> dict:
+    """Write `model`, `one.jsonl` (one row) and `train.jsonl` to `folder`; return the settings of a valid run."""
+    rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "one.jsonl").write_text(rows[0] + "\n", encoding="utf-8")
+    return short_run(folder, model, rows[:6])
+
+
 @pytest.fixture
 def settings(model, tmp_path, monkeypatch) -> dict:
-    """Of a run that works, in a folder of its own: `model`, `one.jsonl` (one row), `train.jsonl`, `run`."""
+    """The settings of a valid run in the current folder."""
     monkeypatch.chdir(tmp_path)
-    rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines()
-    Path("one.jsonl").write_text(rows[0] + "\n", encoding="utf-8")
-    return short_run(tmp_path, model, rows[:6])
+    return valid_run(tmp_path, model)
 
 
 def merged(settings: dict, changes: dict) -> dict:
-    """`settings` with some keys changed, at any depth; None as a text, "-", removes one."""
+    """Return `settings` with some keys changed, at any depth; "-" removes a key."""
     result = dict(settings)
     for key, value in changes.items():
         if value == "-":
@@ -54,14 +59,14 @@ def write_config(settings: dict) -> Path:
 
 
 def refusal(settings: dict) -> str:
-    """The message a run is refused with; there must be no run folder afterwards."""
+    """Return the error message of a run; no run folder may exist afterwards."""
     with pytest.raises(UserError) as error:
         train.train(str(write_config(settings)))
     assert not Path("run").exists()
     return str(error.value)
 
 
-# --- What the YAML says
+# --- Settings
 
 BAD_SETTINGS = {
     "lora_off_save_adapters_default": (
@@ -99,12 +104,12 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_a_bad_setting_is_named(name, settings):
-    changes, sentence = BAD_SETTINGS[name]
-    assert sentence in refusal(merged(settings, changes))
+def test_invalid_setting_is_named(name, settings):
+    changes, expected = BAD_SETTINGS[name]
+    assert expected in refusal(merged(settings, changes))
 
 
-def test_all_bad_settings_are_named_in_one_message(settings):
+def test_all_invalid_settings_are_named_in_one_message(settings):
     contradictory = {
         "lora": {"enable": False},
         "no_eval": False,
@@ -133,7 +138,7 @@ def test_all_bad_settings_are_named_in_one_message(settings):
     assert len(message.splitlines()) == 1 + 9
 
 
-# --- What the model folder holds
+# --- Model folder
 
 
 def edit_params(**changes) -> None:
@@ -197,28 +202,28 @@ BAD_MODELS = {
         reshaped("layers.0.attention.wq.weight", 17, 16),
         ["layers.0.attention.wq.weight is [17, 16], expected [16, 16]"],
     ),
-    # ours
+    # not among the trials
     "truncated_safetensors": (
         lambda: truncate("model/consolidated.safetensors"),
-        ["consolidated.safetensors", "damaged"],
+        ["consolidated.safetensors", "corrupt"],
     ),
     "truncated_pth": (
         lambda: (as_pth(keep_safetensors=False), truncate("model/consolidated.00.pth")),
-        ["consolidated.00.pth", "damaged"],
+        ["consolidated.00.pth", "corrupt"],
     ),
     "params_no_json": (lambda: Path("model/params.json").write_text("{"), ["model/params.json is not valid JSON"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
-def test_a_bad_model_folder_is_named(name, settings):
-    damage, parts = BAD_MODELS[name]
-    damage()
+def test_invalid_model_folder_is_named(name, settings):
+    corrupt, parts = BAD_MODELS[name]
+    corrupt()
     message = refusal(settings)
     assert all(part in message for part in parts), message
 
 
-def test_without_adapters_missing_weights_are_named_too(settings):
+def test_missing_weights_are_named_without_lora(settings):
     """weights_missing_norm_lora_off"""
     without("norm.weight")()
     assert "norm.weight is missing" in refusal(settings | {"lora": {"enable": False}, "save_adapters": False})
@@ -233,23 +238,23 @@ def bad_adapter(rank=2, params=None):
 
 BAD_ADAPTERS = {
     "missing": (lambda: None, "adapter does not exist"),
-    "truncated": (lambda: (bad_adapter(), truncate("adapter/lora.safetensors")), "damaged"),
+    "truncated": (lambda: (bad_adapter(), truncate("adapter/lora.safetensors")), "corrupt"),
     "other rank": (lambda: bad_adapter(rank=3), "lora_A.weight is [3, 16], expected [2, 16]"),
     "other scaling": (lambda: bad_adapter(params='{"lora": {"scaling": 4.0}}'), "trained with `lora.scaling: 4.0`"),
-    "params no json": (lambda: bad_adapter(params="{"), "adapter/params.json is not valid JSON"),
-    "params no object": (lambda: bad_adapter(params="[]"), "adapter/params.json must hold a JSON object"),
+    "params not json": (lambda: bad_adapter(params="{"), "adapter/params.json is not valid JSON"),
+    "params not an object": (lambda: bad_adapter(params="[]"), "adapter/params.json must hold a JSON object"),
     "no adapter": (lambda: shutil.copytree("model", "adapter"), "adapter/lora.safetensors does not exist"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ADAPTERS)
-def test_a_bad_adapter_is_named(name, settings):
-    damage, sentence = BAD_ADAPTERS[name]
-    damage()
-    assert sentence in refusal(merged(settings, {"lora": {"from_adapter": "adapter"}}))
+def test_invalid_adapter_is_named(name, settings):
+    corrupt, expected = BAD_ADAPTERS[name]
+    corrupt()
+    assert expected in refusal(merged(settings, {"lora": {"from_adapter": "adapter"}}))
 
 
-# --- What the data hold
+# --- Data
 
 
 def file_with(*rows: str) -> None:
@@ -264,19 +269,19 @@ BAD_DATA = {
     "blank line": ([ROW, "", ROW], "The data in line 2 of dataset bad.jsonl"),
     "nothing to train on": ([UNTRAINED, UNTRAINED], "bad.jsonl"),
     "last message is the user's": ([ROW.replace("assistant", "user")], "The data in line 1 of dataset bad.jsonl"),
-    "no object": (["3"], "The data in line 1 of dataset bad.jsonl"),
+    "not an object": (["3"], "The data in line 1 of dataset bad.jsonl"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_training_data_are_named(name, settings):
-    rows, sentence = BAD_DATA[name]
+def test_invalid_training_data_is_named(name, settings):
+    rows, expected = BAD_DATA[name]
     file_with(*rows)
-    assert sentence in refusal(merged(settings, {"data": {"instruct_data": "bad.jsonl"}}))
+    assert expected in refusal(merged(settings, {"data": {"instruct_data": "bad.jsonl"}}))
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_evaluation_data_are_named_before_training(name, settings):
+def test_invalid_evaluation_data_is_named_before_training(name, settings):
     rows, _ = BAD_DATA[name]
     file_with(*rows)
     message = refusal(merged(settings, {"no_eval": False, "data": {"eval_instruct_data": "bad.jsonl"}}))
@@ -287,13 +292,13 @@ def test_bad_evaluation_data_are_named_before_training(name, settings):
 @pytest.mark.parametrize(
     "source", ["nowhere.jsonl", "train.jsonl:0", "train.jsonl,train.jsonl", "a:b:c", "empty_folder"]
 )
-def test_a_bad_source_is_quoted_with_its_key(key, source, settings):
+def test_invalid_source_is_quoted_with_its_key(key, source, settings):
     Path("empty_folder").mkdir()
     message = refusal(merged(settings, {"data": {key: source}}))
     assert f"data.{key}" in message and source.partition(":")[0].partition(",")[0] in message
 
 
-# --- What works
+# --- Valid runs
 
 
 def use_pth() -> None:
@@ -315,7 +320,7 @@ GOOD = {
     "params_extra_key_ok": (lambda: edit_params(extra=1), {}),
     "weights_float32_file_ok": (float32_weights, {}),
     "yaml_div_factor_in_upstream": (None, {"optim": {"div_factor": 10.0}}),
-    "yaml_lora_null": (None, {"lora": None}),  # as where all keys of the block are commented out
+    "yaml_lora_null": (None, {"lora": None}),  # all keys of the block are commented out
     "yaml_lr_as_text": (None, {"optim": {"lr": "1e-3"}}),
     "yaml_wandb_project_empty": (None, {"wandb": {"project": ""}}),
     "yaml_world_size_given": (None, {"world_size": 1}),
@@ -327,7 +332,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_works_works(name, settings):
+def test_valid_run_trains(name, settings):
     prepare, changes = GOOD[name]
     if prepare:
         prepare()
@@ -338,7 +343,7 @@ def test_what_works_works(name, settings):
     assert Path(f"run/checkpoints/checkpoint_{steps:06d}/consolidated/lora.safetensors").is_file()
 
 
-ELSEWHERE = {  # cases with a test of their own
+ELSEWHERE = {  # cases with a separate test
     "weights_missing_norm_lora_off",
     "yaml_mlflow_uri",  # test_args.py: a tracker that is not installed
     "run_dir_exists_torchrun",
@@ -349,13 +354,13 @@ ELSEWHERE = {  # cases with a test of their own
 }
 if GOLDEN:
 
-    def test_all_trials_of_the_original_are_here():
+    def test_all_trials_of_mistral_finetune_are_covered():
         trials = json.loads((GOLDEN / "expected/train/errors.json").read_text(encoding="utf-8"))
         assert len(trials) == 58
         assert trials.keys() <= {*BAD_SETTINGS, *BAD_MODELS, *BAD_DATA, *GOOD, *ELSEWHERE}
 
 
-# --- As a user meets it
+# --- Command line
 
 
 def run_train(config: Path) -> subprocess.CompletedProcess[str]:
@@ -365,12 +370,12 @@ def run_train(config: Path) -> subprocess.CompletedProcess[str]:
 
 
 def absolute(settings: dict, tmp_path: Path) -> dict:
-    """The same with paths that hold in any working directory."""
+    """Return `settings` with absolute paths."""
     data = {key: str(tmp_path / v) if isinstance(v, str) else v for key, v in settings["data"].items()}
     return settings | {"data": data, **{key: str(tmp_path / settings[key]) for key in ("model_id_or_path", "run_dir")}}
 
 
-def test_an_existing_run_folder_is_refused_and_left_alone(settings):
+def test_existing_run_folder_is_refused_and_left_alone(settings):
     """run_dir_exists_torchrun, run_dir_exists_no_torchrun"""
     Path("run").mkdir()
     Path("run/args.yaml").write_text("mine", encoding="utf-8")
@@ -380,7 +385,7 @@ def test_an_existing_run_folder_is_refused_and_left_alone(settings):
     assert Path("run/args.yaml").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_command_line_says_it_once_and_fails(settings, tmp_path):
+def test_command_prints_the_message_once_and_fails(settings, tmp_path):
     edit_params(vocab_size=32000)
     done = run_train(write_config(absolute(settings, tmp_path)))
     assert done.returncode == 1
@@ -389,7 +394,7 @@ def test_a_command_line_says_it_once_and_fails(settings, tmp_path):
     assert not Path("run").exists()
 
 
-def test_a_yaml_that_is_none_says_where(tmp_path):
+def test_invalid_yaml_is_reported_with_its_line(tmp_path):
     (tmp_path / "config.yaml").write_text("data: [1,\nmodel: {", encoding="utf-8")
     done = run_train(tmp_path / "config.yaml")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/config.yaml is not valid YAML")
@@ -397,9 +402,9 @@ def test_a_yaml_that_is_none_says_where(tmp_path):
 
 
 TWO_RANKS = {
-    # All ranks see it.
+    # Found by both ranks.
     "bad settings": (None, {"seq_len": 0, "lora": {"rank": 0}}, ["`seq_len` is 0", "`lora.rank` is 0"]),
-    # Only the second rank sees it.
+    # Found by the second rank only.
     "train_one_line_two_ranks": (
         None,
         {"data": {"instruct_data": "one.jsonl"}},
@@ -418,20 +423,34 @@ TWO_RANKS = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_rank_folders(model, tmp_path_factory) -> tuple[dict[str, Path], str]:
+    """One folder per case, and the output of one process group that started all runs."""
+    folders = {name: tmp_path_factory.mktemp("two_ranks") for name in TWO_RANKS}
+    configs = []
+    for name, (prepare, changes, _) in TWO_RANKS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folders[name])
+            settings = valid_run(folders[name], model)
+            if prepare:
+                prepare()
+            configs.append(write_config(absolute(merged(settings, changes), folders[name])))
+    done = torchrun("tests.support.run_refused", *configs, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folders, done.stdout
+
+
 @pytest.mark.parametrize("name", TWO_RANKS)
-def test_two_ranks_end_together_with_one_message(name, settings, tmp_path):
-    prepare, changes, parts = TWO_RANKS[name]
-    if prepare:
-        prepare()
-    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)), timeout=60)
-    errors = own_errors(done)
-    assert done.returncode != 0
-    assert errors.count("error: ") == 1 and "Traceback" not in errors
-    assert all(errors.count(part) == 1 for part in parts), errors
-    assert not Path("run").exists()
+def test_two_ranks_end_together_with_one_message(name, two_rank_folders):
+    folders, output = two_rank_folders
+    endings = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    (_, _, message), (_, _, code) = sorted(entry for entry in endings if entry[0] == f"{folders[name]}/config.yaml")
+    assert code == 1, "the second rank ends without a message"
+    assert all(message.count(part) == 1 for part in TWO_RANKS[name][2]), message
+    assert not (folders[name] / "run").exists()
 
 
-def test_a_bad_row_met_while_training_ends_both_ranks_and_keeps_the_checkpoints(settings, tmp_path):
+def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoints(settings, tmp_path):
     rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines()
     file_with(*rows[:21], "{")  # the second rank's last row
     in_order = {"instruct_data": "bad.jsonl", "instruct": {"shuffle": False, "dynamic_chunk_fn_call": False}}
