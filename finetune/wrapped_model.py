@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from model.args import LoraArgs, ModelArgs, load_model_args, read_params
 from model.errors import UserError
+from model.frozen_weights import FORMATS
 from model.hf_format import open_model_weights
 from model.lora import add_lora, initial_lora_tensors, quantizable_linears, quantize_linears
 from model.transformer import Recompute, Transformer
@@ -174,11 +175,12 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter's name and this rank's rows of it."""
     rows = {name: _local_rows(parameter) for name, parameter in model.named_parameters()}
-    quantized = dict(quantizable_linears(model)) if args.base_dtype != "same" else {}
+    weight_format = FORMATS.get(args.base_dtype)  # None: the same as `param_dtype`
+    quantized = dict(quantizable_linears(model)) if weight_format else {}
     for name in base.weights.shapes:
         tensor, layer_name = base.weights.read(name, rows[name]), name.removesuffix(".weight")
-        if layer := quantized.get(layer_name):
-            for part, stored in layer.format.quantize(tensor.to(hardware.device)).items():
+        if weight_format and layer_name in quantized:
+            for part, stored in weight_format.quantize(tensor.to(hardware.device)).items():
                 yield f"{layer_name}.{part}", stored
         else:
             yield name, tensor

@@ -72,6 +72,18 @@ def test_torch_is_not_even_loaded(package):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+HEAVY = ["torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+HEAVY += ["torch.distributed.tensor", "torch.utils.tensorboard", "jinja2", "matplotlib", "sympy", "wandb"]
+
+
+def test_train_imports_heavy_modules_only_when_they_are_used():
+    """They would more than double the time that `import torch` needs. torch itself may load some of them."""
+    code = "import sys, torch; before = set(sys.modules); import train; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "finetune.run" in done.stdout.split()
+    assert [name for name in HEAVY if name in done.stdout.split()] == []
+
+
 def test_importing_train_does_nothing(capfd):
     subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, check=True)
     assert capfd.readouterr() == ("", "")
