@@ -1,8 +1,8 @@
-"""Trainings killed at random instants and started again: `python -m tests.end_to_end.kill_runs --kills 200`.
+"""Kill training runs at random times and restart them: `python -m tests.end_to_end.kill_runs --kills 200`.
 
-Each trial starts a run, kills all its processes with SIGKILL at a random instant, looks at the checkpoints that are
-visible then, starts the same command again and compares the metrics with those of a run that nobody disturbed.
-Processes are forked from one that has imported torch, so that the instants fall into the run and not into its imports.
+Each trial starts a run, kills all its processes with SIGKILL at a random time, verifies the checkpoints that exist
+then, starts the same command again and compares the metrics with those of an uninterrupted run. Processes are forked
+from one that has imported torch, so that the kills hit the run and not its imports.
 """
 
 import argparse
@@ -17,8 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401  imported before forking, as everything a run needs
+import matplotlib.pyplot  # noqa: F401  everything a run needs is imported before forking
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 import torch.utils.tensorboard
 
 import train
@@ -33,7 +36,7 @@ COMPARED = {"train": ("step", "loss", "lr", "grad_norm"), "eval": ("step", "eval
 
 
 def kill_test_config(folder: Path, name: str, **settings: object) -> Path:
-    """A run of some seconds that saves and evaluates often, with dropout, over a model made on first use."""
+    """Write the YAML of a run of a few seconds that saves and evaluates often, with dropout. Creates its model once."""
     model = folder / "model"
     if not model.exists():
         make_tiny_checkpoint(model, dtype=torch.float32, **SMALL)
@@ -55,7 +58,7 @@ def kill_test_config(folder: Path, name: str, **settings: object) -> Path:
 
 
 class ForkedRun:
-    """`ranks` processes that train as a configuration says."""
+    """A training run in `ranks` forked processes."""
 
     def __init__(self, config: Path, ranks: int) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -70,7 +73,7 @@ class ForkedRun:
             log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has put its own there
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             torch.set_num_threads(1)
@@ -86,12 +89,12 @@ class ForkedRun:
         os._exit(code)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Signals all its processes."""
+        """Send a signal to all processes."""
         for pid in self.pids:
             os.kill(pid, number)
 
     def wait(self) -> list[int]:
-        """The processes' exit codes; minus the signal where one ended it."""
+        """Return the processes' exit codes; a negative signal number if a signal ended the process."""
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
 
     @property
@@ -100,14 +103,14 @@ class ForkedRun:
 
 
 def curve(run_dir: Path) -> dict[str, list[list[float]]]:
-    """What must not depend on whether a run was interrupted."""
+    """Return the metrics that must not depend on whether a run was interrupted."""
     return {
         tag: [[record[key] for key in keys] for record in read_metrics(run_dir, tag)] for tag, keys in COMPARED.items()
     }
 
 
-def stage(log: str, run_dir: Path) -> str:
-    """What a killed run was doing, as far as can be seen from outside."""
+def stage_of(log: str, run_dir: Path) -> str:
+    """Return what a killed run was doing, judging by its log and files."""
     if list((run_dir / "checkpoints").glob("tmp.*")):
         return "saving"
     if "Run dir:" not in log:
@@ -115,19 +118,19 @@ def stage(log: str, run_dir: Path) -> str:
     return "training" if "step:" in log else "loading"
 
 
-def trial(folder: Path, name: str, ranks: int, instant: float, expected: dict[str, list]) -> str:
-    """Kills a run after `instant` seconds and starts it again. Returns what it was doing.
+def trial(folder: Path, name: str, ranks: int, delay: float, expected: dict[str, list]) -> str:
+    """Kill a run after `delay` seconds and restart it. Return what it was doing when it was killed.
 
     Raises:
-        AssertionError: a damaged checkpoint was visible, the second start failed, or the curve differs.
+        AssertionError: a checkpoint was corrupt, the restarted run failed, or its metrics differ.
     """
     config = kill_test_config(folder, name)
     run_dir = config.with_suffix("")
     first = ForkedRun(config, ranks)
-    time.sleep(instant)
+    time.sleep(delay)
     first.kill()
     first.wait()
-    doing = stage(first.log, run_dir)
+    stage = stage_of(first.log, run_dir)
     for checkpoint in saved_checkpoints(run_dir / "checkpoints"):
         assert find_corruption(checkpoint) is None, f"{checkpoint}: {find_corruption(checkpoint)}"
     second = ForkedRun(config, ranks)
@@ -135,33 +138,34 @@ def trial(folder: Path, name: str, ranks: int, instant: float, expected: dict[st
     assert curve(run_dir) == expected, second.log
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert left == {"checkpoint_000014", "checkpoint_000016", "last"}, left
-    return doing
+    return stage
 
 
 def run_trials(folder: Path, ranks: int, kills: int, seed: int) -> dict[str, int]:
-    """Runs `kills` trials. Returns how many fell into what."""
-    undisturbed = kill_test_config(folder, f"undisturbed_{ranks}")
+    """Run `kills` trials. Return the number of kills per stage of the run."""
+    uninterrupted = kill_test_config(folder, f"uninterrupted_{ranks}")
     start = time.monotonic()
-    run = ForkedRun(undisturbed, ranks)
+    run = ForkedRun(uninterrupted, ranks)
     assert run.wait() == [0] * ranks, run.log
     seconds = time.monotonic() - start
-    expected = curve(undisturbed.with_suffix(""))
+    expected = curve(uninterrupted.with_suffix(""))
     assert [row[0] for row in expected["train"]] == list(range(1, 17))
-    instants = random.Random(seed)
+    generator = random.Random(seed)
     return collections.Counter(
-        trial(folder, f"trial_{ranks}_{index}", ranks, instants.uniform(0, seconds), expected) for index in range(kills)
+        trial(folder, f"trial_{ranks}_{index}", ranks, generator.uniform(0, seconds), expected)
+        for index in range(kills)
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kills trainings at random instants and starts them again.")
-    parser.add_argument("--kills", type=int, default=200, help="half of them with one process, half with two")
+    parser = argparse.ArgumentParser(description="Kill training runs at random times and restart them.")
+    parser.add_argument("--kills", type=int, default=200, help="half with one process, half with two (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for ranks in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            doing = run_trials(Path(folder), ranks, options.kills // 2, options.seed)
-        print(json.dumps({"ranks": ranks, "kills": sum(doing.values()), "while": doing, "all_curves_equal": True}))
+            stages = run_trials(Path(folder), ranks, options.kills // 2, options.seed)
+        print(json.dumps({"ranks": ranks, "kills": sum(stages.values()), "while": stages, "all_curves_equal": True}))
 
 
 if __name__ == "__main__":

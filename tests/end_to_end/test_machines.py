@@ -1,4 +1,4 @@
-"""Several nodes, hybrid sharding over them, and the model in host memory."""
+"""Multi-node runs, hybrid sharding and CPU offload."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def train_in(folder: Path, name: str, ranks: int, **settings) -> tuple[Path, str]:
-    """Trains; returns the run folder and the output."""
+    """Train. Return the run folder and the output."""
     config = kill_test_config(folder, name, **SHORT | settings)
     run = ForkedRun(config, ranks)
     assert run.wait() == [0] * ranks, run.log
@@ -44,20 +44,20 @@ def train_in(folder: Path, name: str, ranks: int, **settings) -> tuple[Path, str
 
 @pytest.fixture(scope="module")
 def full(folder) -> dict[int, Path]:
-    """Runs with full sharding, by the number of processes; the one of a single process is not sharded."""
+    """Runs with full sharding by number of processes; a single process does not shard."""
     return {ranks: train_in(folder, f"full_{ranks}", ranks)[0] for ranks in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def hybrid(folder) -> Path:
-    """A run of four processes on two machines, each of which has a copy of the model."""
+    """A run of four processes on two machines, each with a copy of the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         return train_in(folder, "hybrid", 4, sharding="hybrid")[0]
 
 
 def assert_same_run(run_dir: Path, expected: Path) -> None:
-    """The same losses, rates, norms and exported weights."""
+    """Compare losses, learning rates, gradient norms and exported weights."""
     curves = curve(run_dir), curve(expected)
     for tag in COMPARED:
         assert len(curves[0][tag]) == len(curves[1][tag]) > 0
@@ -70,7 +70,7 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
 
 
 def half_of(run_dir: Path, folder: Path, name: str) -> None:
-    """A copy of a run of 4 steps that stands at step 2."""
+    """Copy a run of 4 steps and remove its last checkpoint, so that step 2 is the latest."""
     shutil.copytree(run_dir, folder / name, symlinks=True)
     shutil.rmtree(folder / name / "checkpoints" / "checkpoint_000004")
 
@@ -78,24 +78,24 @@ def half_of(run_dir: Path, folder: Path, name: str) -> None:
 # --- Hybrid sharding
 
 
-def test_hybrid_sharding_computes_what_full_sharding_does(full, hybrid):
+def test_hybrid_sharding_trains_as_full_sharding(full, hybrid):
     assert_same_run(hybrid, full[4])
-    assert numbers_in_state(hybrid) == numbers_in_state(full[4])  # both machines have them, and one saves them
+    assert elements_in_state(hybrid) == elements_in_state(full[4])  # both machines have a copy, one saves it
 
 
 @pytest.mark.parametrize("per_machine", [1, 2])
-def test_hybrid_sharding_without_copies_or_without_shards(per_machine, full, folder, monkeypatch):
+def test_hybrid_sharding_with_one_copy_or_without_shards(per_machine, full, folder, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_machine))
     assert_same_run(train_in(folder, f"hybrid_by_{per_machine}", 2, sharding="hybrid")[0], full[2])
 
 
-def numbers_in_state(run_dir: Path) -> int:
+def elements_in_state(run_dir: Path) -> int:
     files = (run_dir / "checkpoints/last/state").glob("*.safetensors")
     return sum(tensor.numel() for file in files for tensor in load_file(file).values())
 
 
 @pytest.mark.parametrize("before, after", [("full", "hybrid"), ("hybrid", "full")])
-def test_a_run_goes_on_with_another_sharding(before, after, full, hybrid, folder, monkeypatch):
+def test_a_run_resumes_with_another_sharding(before, after, full, hybrid, folder, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     half_of({"full": full[4], "hybrid": hybrid}[before], folder, f"{before}_to_{after}")
     run_dir, log = train_in(folder, f"{before}_to_{after}", 4, sharding=after)
@@ -111,7 +111,7 @@ class UnevenRun(ForkedRun):
         return super()._fork(config, rank, ranks, port)
 
 
-def test_hybrid_sharding_wants_machines_alike(folder, monkeypatch):
+def test_hybrid_sharding_needs_equally_many_processes_per_machine(folder, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
     run = UnevenRun(kill_test_config(folder, "uneven", sharding="hybrid"), 3)
     assert run.wait() == [1, 1, 1]
@@ -119,7 +119,7 @@ def test_hybrid_sharding_wants_machines_alike(folder, monkeypatch):
     assert "needs equally many processes on all machines; there are 1 on one and 2 on another" in run.log
 
 
-# --- The model in host memory
+# --- CPU offload
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -129,24 +129,24 @@ def test_a_model_in_host_memory_learns_the_same(ranks, full, folder):
     assert_same_run(run_dir, full[ranks])
 
 
-def test_a_run_goes_on_with_its_model_in_host_memory(full, folder):
+def test_a_run_resumes_with_its_model_in_host_memory(full, folder):
     half_of(full[1], folder, "offload_later")
     run_dir, log = train_in(folder, "offload_later", 1, cpu_offload=True)
     assert "(step 2)" in log
     assert_same_run(run_dir, full[1])
 
 
-def test_a_model_in_host_memory_is_exported_whole(folder):
+def test_a_model_in_host_memory_is_exported_completely(folder):
     settings = {"save_adapters": False, "max_steps": 2, "no_eval": True}
     runs = [train_in(folder, f"merged_{offload}", 1, cpu_offload=offload, **settings)[0] for offload in (True, False)]
-    held, expected = (load_file(run / "checkpoints/last/consolidated/consolidated.safetensors") for run in runs)
-    assert held.keys() == expected.keys()
-    for name, tensor in held.items():
+    offloaded, expected = (load_file(run / "checkpoints/last/consolidated/consolidated.safetensors") for run in runs)
+    assert offloaded.keys() == expected.keys()
+    for name, tensor in offloaded.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_gpu_need_not_hold_a_model_that_is_in_host_memory(folder, monkeypatch, tmp_path):
-    """`check_preflight`, told of a GPU that has room for two blocks and the embeddings, and for nothing else."""
+def test_with_cpu_offload_the_gpu_needs_memory_for_two_blocks_only(folder, monkeypatch, tmp_path):
+    """The simulated GPU has just enough memory for two blocks and the embeddings."""
     args = load_train_args(kill_test_config(folder, "memory", no_ckpt=True))
     base = open_base_model(args)
     offloaded = dataclasses.replace(args, cpu_offload=True)
@@ -163,7 +163,7 @@ def test_a_gpu_need_not_hold_a_model_that_is_in_host_memory(folder, monkeypatch,
         check_preflight(base, args, gpu, tmp_path, world)
 
 
-def test_host_memory_has_no_8_bit_optimizer(folder):
+def test_cpu_offload_with_the_8_bit_optimizer_is_refused(folder):
     config = kill_test_config(folder, "eight_bits", cpu_offload=True, optim={"name": "adamw8bit"})
     with pytest.raises(UserError, match=r"`cpu_offload: true` needs `optim.name: adamw`"):
         load_train_args(config)
@@ -172,19 +172,19 @@ def test_host_memory_has_no_8_bit_optimizer(folder):
 # --- Nodes
 
 
-def test_a_node_that_dies_and_comes_back_finishes_the_run(folder):
-    """Two torchruns with two processes each learn what four processes of one node do, to the last bit."""
+def test_a_restarted_node_finishes_the_run(folder):
+    """Two nodes with two processes each are bit-identical to one node with four."""
     reference = kill_test_config(folder, "reference")
     assert ForkedRun(reference, 4).wait() == [0] * 4
-    config = kill_test_config(folder, "died")
+    config = kill_test_config(folder, "restarted")
     nodes = two_nodes(config)
     assert any("Resuming from" in node.log for node in nodes)
     assert curve(config.with_suffix("")) == curve(reference.with_suffix(""))
 
 
-def test_nodes_that_find_each_other_by_rank_and_address(full, folder):
+def test_static_rendezvous_by_rank_and_address(full, folder):
     config = kill_test_config(folder, "static", **SHORT, sharding="hybrid")
-    two_nodes(config, static=True, die=False)
+    two_nodes(config, static=True, kill=False)
     assert_same_run(config.with_suffix(""), full[4])
     state = json.loads((config.with_suffix("") / "checkpoints/last/state/run.json").read_text())
     assert state["world_size"] == 4

@@ -1,4 +1,4 @@
-"""Runs that are interrupted, go wrong or cannot be gone on with: real processes, real signals, real files."""
+"""Interrupted, failing and resumed runs: real processes, real signals, real files."""
 
 import json
 import math
@@ -32,20 +32,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Holds the model that all runs share."""
+    """A folder with the model that all runs share."""
     return tmp_path_factory.mktemp("resume")
 
 
 @pytest.fixture(scope="module")
 def finished(folder) -> Path:
-    """A run of 16 steps that nobody disturbed."""
+    """An uninterrupted run of 16 steps."""
     config = kill_test_config(folder, "finished")
     assert ForkedRun(config, 1).wait() == [0]
     return config.with_suffix("")
 
 
 def start(config: Path, ranks: int = 1) -> tuple[list[int], str]:
-    """Trains. Returns exit codes and output."""
+    """Train. Return exit codes and output."""
     run = ForkedRun(config, ranks)
     return run.wait(), run.log
 
@@ -55,30 +55,30 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def copy_run(run_dir: Path, folder: Path, name: str, **settings) -> Path:
-    """A copy of a finished run that stands at step 14. Returns the configuration to go on with."""
+    """Copy a finished run and remove its last checkpoint, so that step 14 is the latest. Return a YAML to resume it."""
     copy = folder / name
     shutil.copytree(run_dir, copy, symlinks=True)
     shutil.rmtree(copy / "checkpoints" / "checkpoint_000016")
     return kill_test_config(folder, name, **settings)
 
 
-# --- Going on
+# --- Resuming
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_killed_at_any_instant_goes_on_as_if_nothing_had_happened(ranks, folder):
-    doing = run_trials(folder, ranks, kills=10, seed=ranks)
-    assert sum(doing.values()) == 10
+def test_a_run_killed_at_any_time_resumes_with_identical_metrics(ranks, folder):
+    stages = run_trials(folder, ranks, kills=4, seed=ranks)  # `make kill-test` does 200
+    assert sum(stages.values()) == 4
 
 
-def test_a_finished_run_started_again_does_nothing_more(finished, folder, tmp_path):
+def test_restarting_a_finished_run_trains_no_step(finished, folder, tmp_path):
     shutil.copytree(finished, folder / "again", symlinks=True)
     codes, log = start(kill_test_config(folder, "again"))
     assert codes == [0] and "16 of 16" in log
     assert curve(folder / "again") == curve(finished)
 
 
-def test_what_alters_data_or_model_is_refused_by_name(finished, folder):
+def test_changed_settings_that_affect_data_or_model_are_refused(finished, folder):
     settings = {"seq_len": 256, "lora": {"rank": 8, "dropout": 0.1}, "max_steps": 20, "log_freq": 2}
     codes, log = start(copy_run(finished, folder, "altered", **settings))
     assert codes == [1] and "Traceback" not in log
@@ -89,7 +89,7 @@ def test_what_alters_data_or_model_is_refused_by_name(finished, folder):
     assert steps(folder / "altered") == [14]
 
 
-def test_a_branch_started_again_goes_on_with_itself(finished, folder):
+def test_a_run_that_started_from_a_checkpoint_resumes_its_own_checkpoints(finished, folder):
     checkpoint = finished / "checkpoints" / "checkpoint_000014"
     config = kill_test_config(folder, "branch_again", resume=str(checkpoint), ckpt_freq=1)
     assert start(config)[0] == [0]
@@ -97,8 +97,8 @@ def test_a_branch_started_again_goes_on_with_itself(finished, folder):
     assert codes == [0] and f"Resuming from {folder / 'branch_again'}" in log, log
 
 
-def test_what_a_dying_process_left_half_done_is_finished(finished, folder):
-    """Killed behind the rename, before links and pruning; or while an older checkpoint was being removed."""
+def test_what_a_killed_process_left_unfinished_is_completed(finished, folder):
+    """Killed after the rename, before symlinks and pruning; or while an older checkpoint was being removed."""
     config = kill_test_config(folder, "half_done")
     checkpoints = folder / "half_done" / "checkpoints"
     shutil.copytree(finished, folder / "half_done", symlinks=True)
@@ -111,15 +111,15 @@ def test_what_a_dying_process_left_half_done_is_finished(finished, folder):
     assert (checkpoints / "last").resolve().name == "checkpoint_000016"
 
 
-def test_a_process_that_died_while_making_the_run_folder_is_no_hindrance(finished, folder):
-    config = kill_test_config(folder, "hardly_begun")
-    (folder / "hardly_begun").mkdir()
-    (folder / "hardly_begun" / "tmp.args.yaml").write_text("run_d")
+def test_a_run_folder_without_args_yaml_of_a_killed_process_is_used(finished, folder):
+    config = kill_test_config(folder, "args_unfinished")
+    (folder / "args_unfinished").mkdir()
+    (folder / "args_unfinished" / "tmp.args.yaml").write_text("run_d")
     assert start(config)[0] == [0]
-    assert curve(folder / "hardly_begun") == curve(finished)
+    assert curve(folder / "args_unfinished") == curve(finished)
 
 
-def test_changed_data_are_refused(finished, folder, tmp_path):
+def test_changed_data_is_refused(finished, folder, tmp_path):
     data = tmp_path / "data.jsonl"
     shutil.copyfile(INPUTS / "train_icd.jsonl", data)
     settings = {"data": {"instruct_data": str(data)}, "no_eval": True}
@@ -130,15 +130,15 @@ def test_changed_data_are_refused(finished, folder, tmp_path):
     assert codes == [1] and f"{data} has changed since the checkpoint" in log and "Traceback" not in log
 
 
-def test_what_only_watches_may_change(finished, folder):
-    watching = {"log_freq": 2, "ckpt_freq": 1, "no_eval": True, "num_ckpt_keep": 5, "guards": {"spike_factor": 2}}
-    codes, log = start(copy_run(finished, folder, "watched", **watching))
+def test_settings_that_only_affect_monitoring_may_change(finished, folder):
+    monitoring = {"log_freq": 2, "ckpt_freq": 1, "no_eval": True, "num_ckpt_keep": 5, "guards": {"spike_factor": 2}}
+    codes, log = start(copy_run(finished, folder, "monitored", **monitoring))
     assert codes == [0], log
-    assert steps(folder / "watched") == [14, 15, 16]
+    assert steps(folder / "monitored") == [14, 15, 16]
 
 
-def test_a_damaged_checkpoint_is_passed_over(finished, folder):
-    config = copy_run(finished, folder, "damaged", num_ckpt_keep=1)
+def test_a_corrupt_checkpoint_is_skipped(finished, folder):
+    config = copy_run(finished, folder, "corrupt", num_ckpt_keep=1)
     run_dir = config.with_suffix("")
     shutil.copytree(finished / "checkpoints" / "checkpoint_000016", run_dir / "checkpoints" / "checkpoint_000016")
     shard = next((run_dir / "checkpoints" / "checkpoint_000016" / "state").glob("*.safetensors"))
@@ -154,9 +154,9 @@ def test_a_damaged_checkpoint_is_passed_over(finished, folder):
     assert find_corruption(run_dir / "checkpoints" / "last") is None
 
 
-def test_nothing_sound_to_go_on_from_is_an_error(finished, folder):
-    config = copy_run(finished, folder, "unsound")
-    (folder / "unsound" / "checkpoints" / "checkpoint_000014" / "state" / "run.json").write_text("{}")
+def test_a_run_without_a_valid_checkpoint_is_an_error(finished, folder):
+    config = copy_run(finished, folder, "no_valid_checkpoint")
+    (folder / "no_valid_checkpoint" / "checkpoints" / "checkpoint_000014" / "state" / "run.json").write_text("{}")
     codes, log = start(config)
     assert codes == [1] and "can be resumed" in log and "Traceback" not in log
 
@@ -170,12 +170,12 @@ def test_a_named_checkpoint_starts_another_run_folder(inside, finished, folder):
     assert all(branch[tag] == [row for row in run[tag] if row[0] > 14] for tag in COMPARED)
 
 
-def test_a_run_folder_stands_for_its_newest_checkpoint(finished, folder):
+def test_resume_accepts_a_run_folder_and_takes_its_latest_checkpoint(finished, folder):
     codes, log = start(kill_test_config(folder, "from_run", resume=str(finished)))
     assert codes == [0] and f"Resuming from {finished / 'checkpoints' / 'checkpoint_000016'} (step 16)" in log, log
 
 
-def test_a_trained_adapter_starts_a_longer_run(finished, folder):
+def test_a_trained_adapter_can_start_a_longer_run(finished, folder):
     lora = {"rank": 4, "dropout": 0.1, "from_adapter": str(finished)}
     codes, log = start(kill_test_config(folder, "longer", lora=lora, max_steps=20))
     assert codes == [0] and len(curve(folder / "longer")["train"]) == 20, log
@@ -184,7 +184,7 @@ def test_a_trained_adapter_starts_a_longer_run(finished, folder):
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_with_weights_and_optimizer(before, after, folder):
+def test_a_different_number_of_processes_restores_weights_and_optimizer(before, after, folder):
     name = f"from_{before}_to_{after}"
     first = kill_test_config(folder, f"{name}_first")
     assert start(first, before)[0] == [0] * before
@@ -196,7 +196,7 @@ def test_another_number_of_processes_goes_on_with_weights_and_optimizer(before, 
     assert f"Resuming a {before}-process run with {after} processes" in log and "data is resharded" in log
     rates = {row["step"]: row["lr"] for row in read_jsonl(folder / name / "metrics.train.jsonl")}
     assert list(rates) == [15, 16] and rates[15] == state["schedule"]["last_lr"][0]
-    # One step at that small a rate changes little: what was loaded is what had been saved, and Adam's moments with it.
+    # One step at such a small learning rate changes little, so weights and moments are those that were saved.
     adapters = [checkpoint, folder / name / "checkpoints" / "checkpoint_000015"]
     saved, next_one = (load_file(path / "consolidated" / "lora.safetensors") for path in adapters)
     for tensor_name, tensor in saved.items():
@@ -212,54 +212,54 @@ def test_another_number_of_processes_goes_on_with_weights_and_optimizer(before, 
         ("thesis.docx", "never", "already exists"),
     ],
 )
-def test_an_inhabited_run_folder_is_left_alone(content, resume, expected, folder, tmp_path):
+def test_an_occupied_run_folder_is_not_touched(content, resume, expected, folder, tmp_path):
     run_dir = tmp_path / "mine"
     run_dir.mkdir()
-    (run_dir / content).write_text("precious")
-    config = kill_test_config(folder, "inhabited", resume=resume, run_dir=str(run_dir))
+    (run_dir / content).write_text("keep me")
+    config = kill_test_config(folder, "occupied", resume=resume, run_dir=str(run_dir))
     with pytest.raises(UserError, match=re.escape(expected)):
         train.train(str(config))
-    assert [path.name for path in run_dir.iterdir()] == [content] and (run_dir / content).read_text() == "precious"
+    assert [path.name for path in run_dir.iterdir()] == [content] and (run_dir / content).read_text() == "keep me"
 
 
-def test_a_checkpoint_of_mistral_finetune_cannot_be_gone_on_from(finished, folder):
+def test_a_checkpoint_of_mistral_finetune_cannot_be_resumed(finished, folder):
     config = copy_run(finished, folder, "stateless")
     shutil.rmtree(folder / "stateless" / "checkpoints" / "checkpoint_000014" / "state")
     codes, log = start(config)
     assert codes == [1] and "can be resumed" in log
 
 
-# --- Being asked to stop
+# --- Signals
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_ends_a_run_behind_a_saved_step(ranks, number, folder):
-    undisturbed = kill_test_config(folder, f"calm_{ranks}_{number}", ckpt_freq=0)
-    assert start(undisturbed, ranks)[0] == [0] * ranks
+def test_a_signal_ends_a_run_after_a_saved_step(ranks, number, folder):
+    uninterrupted = kill_test_config(folder, f"uninterrupted_{ranks}_{number}", ckpt_freq=0)
+    assert start(uninterrupted, ranks)[0] == [0] * ranks
     config = kill_test_config(folder, f"stopped_{ranks}_{number}", ckpt_freq=0)
     run_dir = config.with_suffix("")
     run = ForkedRun(config, ranks)
     wait_for(run_dir / "metrics.train.jsonl")
-    os.kill(run.pids[-1], number)  # one rank is enough
+    os.kill(run.pids[-1], number)  # on one rank only
     assert run.wait() == [75] * ranks, run.log
     assert (run_dir / MARKER_NAME).exists()
     assert steps(run_dir) == [len(curve(run_dir)["train"])] and steps(run_dir)[0] < 16
     assert start(config, ranks)[0] == [0] * ranks
     assert not (run_dir / MARKER_NAME).exists()
-    assert curve(run_dir) == curve(undisturbed.with_suffix(""))
+    assert curve(run_dir) == curve(uninterrupted.with_suffix(""))
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:
-    """Waits until a file has a line."""
+    """Wait until a file has a line."""
     end = time.monotonic() + seconds
     while not (path.exists() and path.read_bytes().count(b"\n")):
-        assert time.monotonic() < end, f"{path} did not come"
+        assert time.monotonic() < end, f"{path} was not written"
         time.sleep(0.01)
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(folder):
-    undisturbed = kill_test_config(folder, "calm_torchrun")
-    assert start(undisturbed, 2)[0] == [0, 0]
+    uninterrupted = kill_test_config(folder, "uninterrupted_torchrun")
+    assert start(uninterrupted, 2)[0] == [0, 0]
     config = kill_test_config(folder, "torchrun")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     log = folder / "torchrun.log"
@@ -276,13 +276,13 @@ def test_torchrun_restarts_a_run_that_lost_a_process(folder):
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     assert launcher.wait(timeout=180) == 0, log.read_text()
     assert "Resuming from" in log.read_text()
-    assert curve(config.with_suffix("")) == curve(undisturbed.with_suffix(""))
+    assert curve(config.with_suffix("")) == curve(uninterrupted.with_suffix(""))
 
 
-# --- Ranks that fail together
+# --- Failing ranks
 
 
-def test_one_ranks_exception_ends_all_within_seconds(folder):
+def test_an_exception_on_one_rank_ends_all_within_seconds(folder):
     data = folder / "bad_late.jsonl"
     row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 200}]})
     data.write_text("\n".join([row] * 41 + ["{broken"]) + "\n")  # of two ranks only the second reads line 42
@@ -296,11 +296,11 @@ def test_one_ranks_exception_ends_all_within_seconds(folder):
     assert run.log.count("error: The data in line 42") == 1, run.log
 
 
-# --- Numbers that go wrong
+# --- Anomalies
 
 
-def test_fp16_that_overflows_stops_with_sound_weights(folder):
-    """The story of the 15-hour V100 run: too high a rate in fp16, and a loss that turns into nan."""
+def test_a_run_that_overflows_in_fp16_stops_with_finite_weights(folder):
+    """As in a 15-hour run on a V100: too high a learning rate in fp16, and a loss that becomes NaN."""
     settings = {"param_dtype": "fp16", "optim": {"lr": 300.0, "pct_start": 0.3}, "max_steps": 300, "ckpt_freq": 1}
     settings |= {"no_eval": True, "num_ckpt_keep": None, "guards": {"max_skipped_steps": 30}, "max_norm": 1e9}
     config = kill_test_config(folder, "overflow", **settings)
@@ -312,7 +312,7 @@ def test_fp16_that_overflows_stops_with_sound_weights(folder):
     for checkpoint in checkpoints:
         for tensor in load_file(checkpoint / "consolidated" / "lora.safetensors").values():
             assert tensor.isfinite().all()
-    again, log = start(config)  # the state goes on, too, where the optimizer may not have taken a single step
+    again, log = start(config)  # resumes even if the optimizer has not taken a single step
     assert again == [1] and "Resuming from" in log and "Traceback" not in log, log
     kept = sorted((run_dir / "anomalies").iterdir())
     assert len(kept) == 30
@@ -321,15 +321,20 @@ def test_fp16_that_overflows_stops_with_sound_weights(folder):
     assert set(record) == {"step", "rows"}
 
 
-def test_a_metric_that_is_not_a_number_is_never_the_best():
-    best = EarlyStopping(EarlyStoppingArgs(metric="eval_loss", patience=3))
-    assert [best.update({"eval_loss": loss}) for loss in (math.nan, 2.0, math.inf, 1.0)] == [False, True, False, True]
+def test_a_non_finite_metric_is_never_the_best():
+    early_stopping = EarlyStopping(EarlyStoppingArgs(metric="eval_loss", patience=3))
+    assert [early_stopping.update({"eval_loss": loss}) for loss in (math.nan, 2.0, math.inf, 1.0)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_a_loss_that_jumps_is_reported_or_stops_the_run(stop, folder):
+def test_a_loss_spike_is_logged_or_stops_the_run(stop, folder):
     guards = {"spike_factor": 1.0001, "spike_window": 10, "stop_on_spike": stop}
-    config = kill_test_config(folder, f"jump_{stop}", guards=guards, optim={"lr": 1e-9})
+    config = kill_test_config(folder, f"spike_{stop}", guards=guards, optim={"lr": 1e-9})
     codes, log = start(config)
     assert "times the recent median" in log and codes == [int(stop)], log
     kept = next((config.with_suffix("") / "anomalies").iterdir())
@@ -348,8 +353,8 @@ exit $code
 """
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
-    """In a namespace of its own, where anybody may mount; the disk is gone with it."""
+def test_a_full_disk_ends_the_run_and_keeps_earlier_checkpoints(folder, tmp_path):
+    """In a mount namespace, where an unprivileged user may mount a small disk; it vanishes with the namespace."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     settings = {"run_dir": str(disk / "run"), "num_ckpt_keep": None, "no_eval": True, "lora": {"rank": 16}}
@@ -363,7 +368,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
         timeout=180,
     )
     if done.returncode == 99 or done.stderr.startswith("unshare:"):
-        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "could not be saved: " in done.stderr and "No space left on device" in done.stderr
     left = saved_checkpoints(kept / "checkpoints")
@@ -371,7 +376,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
     assert load_file(left[-1] / "consolidated" / "lora.safetensors")
 
 
-def test_a_disk_too_small_for_the_plan_is_known_at_once(folder, monkeypatch):
+def test_a_disk_too_small_for_all_checkpoints_is_reported_at_the_start(folder, monkeypatch):
     config = kill_test_config(folder, "planned", num_ckpt_keep=None)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
     with pytest.raises(UserError, match=r"8 more checkpoints of 0\.0 GiB need"):
@@ -379,7 +384,7 @@ def test_a_disk_too_small_for_the_plan_is_known_at_once(folder, monkeypatch):
     assert not config.with_suffix("").exists()
 
 
-def test_a_gpu_too_full_for_the_weights_is_known_at_once(monkeypatch):
+def test_a_gpu_too_full_for_the_weights_is_reported_at_the_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 32 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
     preflight.check_memory(torch.device("cuda", 0), 2**29)
@@ -387,7 +392,7 @@ def test_a_gpu_too_full_for_the_weights_is_known_at_once(monkeypatch):
         preflight.check_memory(torch.device("cuda", 0), 2 * 2**30)
 
 
-def test_out_of_memory_says_what_to_cut(folder):
+def test_out_of_memory_suggests_what_to_reduce(folder):
     args = load_train_args(kill_test_config(folder, "memory", batch_size=4, checkpoint=False))
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert preflight.out_of_memory_advice(error, args, rank=1) == (
@@ -397,7 +402,7 @@ def test_out_of_memory_says_what_to_cut(folder):
     )
 
 
-def test_a_manifest_tells_damage(tmp_path):
+def test_a_manifest_detects_corruption(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.bin").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"")
@@ -413,8 +418,8 @@ def test_a_manifest_tells_damage(tmp_path):
     assert "cannot be read" in find_corruption(tmp_path)
 
 
-def test_trackers_go_on_with_the_same_run(finished, folder):
-    """TensorBoard shows each step once, and wandb has one run."""
+def test_trackers_continue_the_same_run(finished, folder):
+    """TensorBoard shows each step once, and wandb continues one run."""
     settings = {"wandb": {"project": "icd", "offline": True}}
     config = copy_run(finished, folder, "tracked", **settings)
     run_dir = config.with_suffix("")

@@ -1,4 +1,4 @@
-"""Whole training runs: the original's numbers, oracles for ranks and micro-batches, fp16, and what checkpoints hold."""
+"""Complete training runs compared with mistral-finetune's; ranks and micro-batches; fp16; contents of checkpoints."""
 
 import errno
 import itertools
@@ -47,12 +47,12 @@ from tests.support.run_trajectories import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Of golden's 32 combinations of model, what trains, dtype, micro-batches and ranks: every pair of two settings.
+# A pairwise selection of the 32 recorded combinations of model, trained parameters, dtype, micro-batches and ranks.
 ONE_RANK = ["dense_lora_float32_mb1_w1", "dense_lora_bfloat16_mb1_w1", "moe_full_bfloat16_mb1_w1"]
 ONE_RANK += ["moe_lora_bfloat16_mb4_w1"]
 TWO_RANKS = ["moe_lora_float32_mb1_w2", "dense_full_float32_mb4_w2", "dense_lora_bfloat16_mb1_w2"]
 TWO_RANKS += ["moe_full_float32_mb1_w2", "x_merged_moe_lora_float32_w2"]
-# And what else a YAML can say.
+# Other settings of a YAML.
 ONE_RANK += [
     "x_batchsize2_dense_lora_float32",
     "x_float16_dense_lora",
@@ -81,7 +81,7 @@ LENGTHS = [len(prompt) for prompt in PROMPTS]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """golden's checkpoints, and smaller ones in fp32."""
+    """The checkpoints that the recorded runs trained, and smaller ones in fp32."""
     folder = tmp_path_factory.mktemp("models")
     return {
         "tiny_dense": make_tiny_checkpoint(folder / "tiny_dense"),
@@ -105,13 +105,13 @@ def small_config(folder: Path, model: Path, name: str = "run", **settings) -> Pa
 
 
 def run_here(config: Path) -> Path:
-    """Trains in this process. Returns the run folder."""
+    """Train in this process. Return the run folder."""
     train.train(str(config))
     return config.with_suffix("")
 
 
 def build(config: Path, from_adapter: Path | None = None) -> Transformer:
-    """The model a configuration starts from, or with its `lora.from_adapter`."""
+    """Build the initial model of a YAML, or the one with the adapter `from_adapter`."""
     args = load_train_args(config)
     args.lora.from_adapter = None if from_adapter is None else str(from_adapter)
     base = open_base_model(args)
@@ -119,7 +119,7 @@ def build(config: Path, from_adapter: Path | None = None) -> Transformer:
 
 
 def loaders(config: Path, world_size: int, is_eval: bool) -> list:
-    """What each rank of a world reads."""
+    """Return the data loader of each rank."""
     args = load_train_args(config)
     tokenizer = load_instruct_tokenizer(Path(args.model_id_or_path), open_base_model(args).args.vocab_size)
     loader = (tokenizer, args.data, args.batch_size, args.seq_len, args.seed)
@@ -135,7 +135,7 @@ def weights_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"checkpoint_{step:06d}" / "consolidated"
 
 
-# --- The original's numbers
+# --- The original's metrics and files
 
 
 def assert_follows_the_original(name: str, run_dir: Path) -> None:
@@ -166,7 +166,7 @@ def assert_saves_like_the_original(run, run_dir: Path) -> None:
     ours = {
         f"{path.relative_to(run_dir)}{'/' * path.is_dir()}" for path in run_dir.rglob("*") if path.parent.name != "tb"
     }
-    # What a run goes on from is ours.
+    # The original does not save the state needed to resume.
     ours = {name for name in ours if not re.match(r"checkpoints/(last/|[^/]*/(state/|manifest\.json))", name)}
     originals = {name for name in run["run_dir_listing"] if not name.startswith("tb/events")}
     assert ours - {"loss.png"} == originals
@@ -178,7 +178,7 @@ def assert_saves_like_the_original(run, run_dir: Path) -> None:
         if run["settings"]["save_adapters"]:
             assert Path(params["lora"].pop("base_model")).name == Path(run["settings"]["model_id_or_path"]).name
             assert params == saved["params.json"]
-        else:  # the original left its LoRA settings beside weights that hold no LoRA
+        else:  # the original writes its LoRA settings next to merged weights
             assert params == saved["params.json"] | {"lora": None}
         if "tensors" in saved:
             assert_same_tensors(run, saved, load_file(folder / saved["safetensors_file"]))
@@ -204,13 +204,13 @@ def test_one_process_follows_the_original(name, models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dense_lora_float32_mb1_w1", "moe_lora_float32_mb1_w1"])
-def test_no_optimisation_leads_away_from_the_original(name, models, tmp_path):
+def test_optimizations_do_not_change_the_training(name, models, tmp_path):
     config = golden_config(name, models, tmp_path, checkpoint="selective", compile=True)
     assert_follows_the_original(name, run_here(config))
 
 
 @pytest.mark.parametrize("compiles", [True, False])
-def test_compile_is_for_every_norm_and_activation(compiles, models, tmp_path):
+def test_compile_applies_to_every_norm_and_activation(compiles, models, tmp_path):
     model = build(small_config(tmp_path, models["moe"], compile=compiles))
     norms = [module.compiled for module in model.modules() if isinstance(module, RMSNorm)]
     activations = [module.swiglu.compiled for module in model.modules() if isinstance(module, FeedForward)]
@@ -222,7 +222,7 @@ def test_compile_is_for_every_norm_and_activation(compiles, models, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_ranks(models, tmp_path_factory) -> dict[str, Path]:
-    """Run folders by name, all trained in one launch of two processes."""
+    """Run folders by name, trained in one launch of two processes."""
     folder = tmp_path_factory.mktemp("two_ranks")
     one_row = folder / "one_row.jsonl"
     one_row.write_text((INPUTS / "eval_instruct.jsonl").read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
@@ -236,7 +236,7 @@ def two_ranks(models, tmp_path_factory) -> dict[str, Path]:
     ):
         settings = uneven | {"data": data | {"eval_instruct_data": str(rows)}} | more
         configs.append(small_config(folder, models["dense"], name, **settings))
-    configs.append(small_config(folder, models["moe"], "rank_1", lora={"rank": 1}))  # rank 1 holds no row of any A
+    configs.append(small_config(folder, models["moe"], "rank_1", lora={"rank": 1}))  # rank 1 has no row of any lora_A
     configs.append(small_config(folder, models["dense"], "fp16", param_dtype="fp16"))
     done = torchrun("tests.support.run_trajectories", *configs, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -249,8 +249,8 @@ def test_two_processes_follow_the_original(name, two_ranks):
 
 
 @pytest.mark.parametrize("name", ["one_row", "uneven", "uneven_batch_size_3"])
-def test_evaluation_is_the_mean_over_all_ranks_batches_each_time(name, two_ranks):
-    """In the original, padding counted from the second evaluation on, and a rank without rows crashed."""
+def test_evaluation_is_the_mean_over_all_ranks_batches(name, two_ranks):
+    """The original counts padding from the second evaluation on, and crashes on a rank without rows."""
     run_dir = two_ranks[name]
     config = run_dir.with_suffix(".yaml")
     per_rank = [list(loader) for loader in loaders(config, world_size=2, is_eval=True)]
@@ -274,7 +274,7 @@ def plain_mean_loss(model: Transformer, batches: Iterable[Batch]) -> float:
 
 
 @pytest.mark.parametrize("name", ["moe_lora_float32_mb1_w2", "rank_1"])
-def test_two_ranks_are_one_that_takes_both_ranks_batches_as_micro_batches(name, two_ranks):
+def test_two_ranks_equal_one_rank_with_both_batches_as_micro_batches(name, two_ranks):
     run_dir = two_ranks[name]
     config = run_dir.with_suffix(".yaml")
     args = load_train_args(config)
@@ -302,12 +302,12 @@ def test_two_ranks_train_in_fp16(two_ranks):
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_only_one_rank_speaks(two_ranks):
+def test_only_rank_0_logs_steps(two_ranks):
     assert two_ranks["stdout"].count("step: 000001 - done") == len(two_ranks) - 1
 
 
 def test_one_batch_of_four_is_four_micro_batches_of_one(models, tmp_path):
-    """Where every sequence has equally many trained tokens, as pretrain rows have, the means agree."""
+    """The means agree if every sequence has equally many trained tokens, as with pretraining rows."""
     data = {"data": str(INPUTS / "pretrain.jsonl")}
     big = run_here(small_config(tmp_path, models["dense"], "big", data=data, batch_size=4))
     small = run_here(small_config(tmp_path, models["dense"], "small", data=data, num_microbatches=4))
@@ -319,8 +319,8 @@ def test_one_batch_of_four_is_four_micro_batches_of_one(models, tmp_path):
         torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=1e-4)
 
 
-def test_an_evaluation_between_steps_changes_nothing(models, tmp_path):
-    """Dropout is the witness: it must be on again, and draw what it would have drawn."""
+def test_evaluating_between_steps_does_not_change_training(models, tmp_path):
+    """Dropout must be on again and draw the same random numbers."""
     common = {"lora": {"rank": 4, "dropout": 0.5}, "data": {"instruct_data": str(INPUTS / "train_icd.jsonl")}}
     common["data"]["eval_instruct_data"] = str(INPUTS / "eval_instruct.jsonl")
     runs = [
@@ -345,7 +345,7 @@ def test_fp16_trains_without_a_non_finite_loss(models, tmp_path):
 
 @pytest.fixture
 def fp16_step(models, tmp_path):
-    """Makes a step with a given loss scale: (model, scale, LossScaler, result)."""
+    """Return a model, its optimizer and a function that takes a step with a given LossScaler."""
     config = small_config(tmp_path, models["dense"], param_dtype="fp16", max_steps=100)
     model = build(config)
     args = load_train_args(config)
@@ -359,7 +359,7 @@ def fp16_step(models, tmp_path):
     loader.close()
 
 
-def test_an_overflow_halves_the_scale_and_leaves_weights_and_optimizer_alone(fp16_step):
+def test_an_overflow_halves_the_scale_and_changes_neither_weights_nor_optimizer(fp16_step):
     model, optimizer, step = fp16_step
     step(LossScaler(torch.float16))
     state = {name: tensor.clone() for name, tensor in training_state(model, optimizer)}
@@ -379,7 +379,7 @@ def training_state(model: Transformer, optimizer: torch.optim.Optimizer):
 
 
 def test_the_loss_scale_changes_neither_the_step_nor_the_clipping(models, tmp_path):
-    """Gradients are unscaled before their norm is taken and clipped."""
+    """Gradients are unscaled before their norm is computed and clipped."""
     results = []
     for scale in (1.0, 2.0**14):
         config = small_config(tmp_path, models["dense"], f"scale_{scale}", max_norm=0.01)
@@ -390,7 +390,7 @@ def test_the_loss_scale_changes_neither_the_step_nor_the_clipping(models, tmp_pa
         result = train.train_step(model, [next(loader)], optimizer, schedule, scaler, 0.01, CPU.device)
         loader.close()
         results.append((result.grad_norm, [p.grad for p in trainable_parameters(model)]))
-    assert results[0][0] > 0.02  # so clipping had something to do
+    assert results[0][0] > 0.02  # so clipping has an effect
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for plain, scaled in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-8)
@@ -415,7 +415,7 @@ def test_skipped_steps_are_counted_in_the_metrics(models, tmp_path, monkeypatch)
 
 
 def trained(folder: Path, model: Path, **settings) -> tuple[Path, Transformer]:
-    """A configuration and its model with an adapter that has an effect, as if it had been trained."""
+    """Return a YAML and its model with a random adapter, as if it had been trained."""
     config = small_config(folder, model, **settings)
     model = build(config)
     generator = torch.Generator().manual_seed(0)
@@ -426,7 +426,7 @@ def trained(folder: Path, model: Path, **settings) -> tuple[Path, Transformer]:
 
 
 def save(config: Path, model: Transformer, *steps: int) -> Path:
-    """Saves the model after each of the steps. Returns the run folder."""
+    """Save the model as a checkpoint of each step. Return the run folder."""
     args = load_train_args(config)
     tokenizer = load_instruct_tokenizer(Path(args.model_id_or_path), model.args.vocab_size)
     checkpointer = Checkpointer(model, tokenizer, args, Path(args.run_dir), model.compute_dtype, CPU)
@@ -461,7 +461,7 @@ def test_merged_weights_are_a_model_with_the_same_logits(name, param_dtype, tole
     assert (base - logits_of(model)).abs().max() > 5 * tolerance
 
 
-def test_saving_changes_nothing_about_the_model(models, tmp_path):
+def test_saving_does_not_change_the_model(models, tmp_path):
     config, model = trained(tmp_path, models["dense"], save_adapters=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save(config, model, 1)
@@ -469,13 +469,13 @@ def test_saving_changes_nothing_about_the_model(models, tmp_path):
 
 
 @pytest.mark.parametrize("keep, expected", [(1, [5]), (2, [4, 5]), (3, [3, 4, 5]), (None, [1, 2, 3, 4, 5])])
-def test_the_newest_checkpoints_are_kept(keep, expected, models, tmp_path):
+def test_the_latest_checkpoints_are_kept(keep, expected, models, tmp_path):
     config, model = trained(tmp_path, models["dense"], num_ckpt_keep=keep)
     run_dir = save(config, model, 1, 2, 3, 4, 5)
     assert saved_checkpoints(run_dir / "checkpoints") == [weights_folder(run_dir, step).parent for step in expected]
 
 
-def test_checkpoints_are_ordered_by_step_and_others_folders_are_left_alone(models, tmp_path):
+def test_checkpoints_are_ordered_by_step_and_other_folders_are_kept(models, tmp_path):
     config, model = trained(tmp_path, models["dense"], num_ckpt_keep=2)
     run_dir = save(config, model, 999_999, 1_000_000)
     (run_dir / "checkpoints" / "checkpoint_mine").mkdir()
@@ -506,7 +506,7 @@ def interrupted(*args, **kwargs):
 
 @pytest.mark.parametrize("where", ["model.weights.SafetensorsWriter.write", "shutil.copyfile", "os.replace"])
 @pytest.mark.parametrize("what, error", [(full_disk, UserError), (interrupted, KeyboardInterrupt)])
-def test_an_interrupted_save_leaves_what_was_there(where, what, error, models, tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_earlier_checkpoints(where, what, error, models, tmp_path, monkeypatch):
     config, model = trained(tmp_path, models["dense"])
     run_dir = save(config, model, 1)
     with monkeypatch.context() as patch:
@@ -537,7 +537,7 @@ train.train(sys.argv[1])
 """
 
 
-def test_a_process_killed_while_saving_leaves_only_whole_checkpoints(models, tmp_path):
+def test_a_process_killed_while_saving_leaves_only_complete_checkpoints(models, tmp_path):
     config = small_config(tmp_path, models["dense"], ckpt_freq=1)
     done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(config)], cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL
@@ -551,8 +551,8 @@ def test_a_process_killed_while_saving_leaves_only_whole_checkpoints(models, tmp
     assert build(config, from_adapter=weights_folder(tmp_path / "run", 1))
 
 
-def test_a_refused_save_ends_every_rank_with_one_message(models, tmp_path):
-    """A real refusal: no file may grow beyond 200 KiB, and the second adapter would."""
+def test_a_failed_save_ends_every_rank_with_one_message(models, tmp_path):
+    """`ulimit` permits no file above 200 KiB, and the adapter is larger."""
     config = small_config(tmp_path, models["dense"], lora={"rank": 256})
     limited = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "--"]
     done = torchrun("train", config, prefix=limited, timeout=120)
@@ -566,7 +566,7 @@ def test_a_refused_save_ends_every_rank_with_one_message(models, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 4, "targets": ["wq", "gate"]}, {"enable": False}])
-def test_parameters_are_counted_as_they_will_be(lora, models, tmp_path):
+def test_estimated_parameter_counts_are_exact(lora, models, tmp_path):
     config = small_config(tmp_path, models["moe"], lora=lora, save_adapters=lora.get("enable", True))
     args, model = load_train_args(config), build(config)
     shapes = open_base_model(args).args
@@ -576,19 +576,19 @@ def test_parameters_are_counted_as_they_will_be(lora, models, tmp_path):
 
 
 @pytest.mark.parametrize("no_eval", [True, False])
-def test_evaluation_data_given_in_vain_are_remarked_upon(no_eval, models, tmp_path, caplog):
+def test_unused_evaluation_data_is_warned_about(no_eval, models, tmp_path, caplog):
     data = {"instruct_data": str(INPUTS / "train_icd.jsonl"), "eval_instruct_data": str(INPUTS / "eval_instruct.jsonl")}
     run_here(small_config(tmp_path, models["dense"], data=data, no_eval=no_eval, max_steps=1))
-    remarks = [record for record in caplog.records if "`data.eval_instruct_data` is not used" in record.message]
-    assert len(remarks) == no_eval and all("set `no_eval: false`" in record.message for record in remarks)
+    warnings = [record for record in caplog.records if "`data.eval_instruct_data` is not used" in record.message]
+    assert len(warnings) == no_eval and all("set `no_eval: false`" in record.message for record in warnings)
 
 
-# --- Another implementation reads what we save
+# --- mistral-inference loads our checkpoints
 
 
 @pytest.fixture
 def mistral_inference(monkeypatch):
-    """mistral-inference on a CPU: its attention kernels need CUDA, so PyTorch's take their place."""
+    """mistral-inference on a CPU: its attention kernels need CUDA and are replaced with PyTorch's."""
     import mistral_inference.cache
     import mistral_inference.transformer
     import mistral_inference.transformer_layers as layers

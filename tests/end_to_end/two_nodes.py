@@ -1,7 +1,7 @@
-"""Two nodes of two processes on one machine, one of which dies: `python -m tests.end_to_end.two_nodes` tries every way.
+"""Two simulated nodes of two processes, one of which fails: `python -m tests.end_to_end.two_nodes` tests every way.
 
-Each node is a torchrun of its own, in a network namespace of its own where the kernel lets us make some (a veth pair
-joins them), else on loopback.
+Each node has its own torchrun in its own network namespace, connected by a veth pair, or on loopback if the kernel does
+not permit namespaces.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from finetune.manifest import MANIFEST_NAME
 from tests.end_to_end.kill_runs import ForkedRun, curve, kill_test_config
 from tests.support.run_trajectories import ROOT
 
-# Torchrun notices within seconds that a node is gone; by default, after 15 and then 30 more.
-PATIENCE = "keep_alive_interval=1,last_call_timeout=3"
+# torchrun detects a lost node within seconds instead of 15, and waits 3 seconds for it instead of 30.
+RENDEZVOUS_TIMES = "keep_alive_interval=1,last_call_timeout=3"
 
 
 class Network:
-    """Where two nodes live: the addresses they have, and how to start a program there."""
+    """The network of two nodes: their addresses, and how to start a program on them."""
 
-    def __init__(self, addresses: Sequence[str], interface: str, holders: Sequence[int]) -> None:
+    def __init__(self, addresses: Sequence[str], interface: str, namespace_pids: Sequence[int]) -> None:
         self.addresses = addresses
         self.interface = interface
-        self._holders = holders
+        self._namespace_pids = namespace_pids
         with socket.create_server(("", 0)) as free:
             self.port = str(free.getsockname()[1])
 
     def enter(self, node: int, *command: str) -> list[str]:
-        """A command line that runs `command` on a node."""
-        return [*_enter(self._holders[node]), *command] if self._holders else list(command)
+        """Return a command line that runs `command` on a node."""
+        return [*_enter(self._namespace_pids[node]), *command] if self._namespace_pids else list(command)
 
     def set_link(self, state: str) -> None:
-        """Cuts the nodes' connection ("down") or mends it ("up"): nobody is told, as when the power fails."""
-        assert self._holders, "Loopback cannot be cut."
+        """Disconnect the nodes ("down") or reconnect them ("up"), without closing connections, as a power failure."""
+        assert self._namespace_pids, "loopback cannot be disconnected"
         subprocess.run(self.enter(0, "ip", "link", "set", self.interface, state), check=True)
 
 
@@ -52,7 +52,7 @@ def _enter(pid: int) -> list[str]:
 
 @contextlib.contextmanager
 def network() -> Iterator[Network]:
-    """Two namespaces joined by a veth pair, or loopback where there is no right to them."""
+    """Yield two namespaces connected by a veth pair, or loopback if namespaces are not permitted."""
     with contextlib.ExitStack() as stack:
         try:
             found = _namespaces(stack)
@@ -69,13 +69,13 @@ def _namespaces(stack: contextlib.ExitStack) -> Network:
         end = time.monotonic() + 10
         while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
             if process.poll() is not None or time.monotonic() > end:
-                raise OSError("no namespace")
+                raise OSError("cannot create a namespace")
             time.sleep(0.01)
         return process.pid
 
     first = hold("unshare", "--user", "--map-root-user", "--net")
     made = Network(["10.77.0.1", "10.77.0.2"], "eth0", [first, hold(*_enter(first), "unshare", "--net")])
-    pair = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(made._holders[1])]
+    pair = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(made._namespace_pids[1])]
     subprocess.run(made.enter(0, *pair), check=True, capture_output=True)
     for node, address in enumerate(made.addresses):
         for words in (f"address add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
@@ -84,14 +84,14 @@ def _namespaces(stack: contextlib.ExitStack) -> Network:
 
 
 class Node:
-    """One of two nodes: a torchrun and its two processes."""
+    """A torchrun with its two processes."""
 
     def __init__(self, where: Network, number: int, config: Path, *options: str, nodes: str = "2") -> None:
         self._log = config.with_suffix(f".{number}.log")
         common = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "3"]
         common += ["--local-addr", where.addresses[number]]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *common, *options, "-m", "train", str(config)]
-        # A node that comes back finds the others only where torchrun makes a new store for each attempt.
+        # A restarted node finds the others only if torchrun creates a new store for each attempt.
         environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment["GLOO_SOCKET_IFNAME"] = where.interface
         with self._log.open("a") as log:
@@ -100,7 +100,7 @@ class Node:
             )
 
     def kill(self) -> None:
-        """Kills all its processes at once."""
+        """Kill all its processes at once."""
         if self.is_up:
             launcher = psutil.Process(self._launcher.pid)
             for process in [launcher, *launcher.children(recursive=True)]:
@@ -109,7 +109,7 @@ class Node:
         self._launcher.wait()
 
     def wait(self, seconds: float = 240) -> int:
-        """The exit code of its torchrun."""
+        """Return the exit code of its torchrun."""
         try:
             return self._launcher.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -126,11 +126,11 @@ class Node:
 
 
 def rendezvous_options(where: Network, number: int, static: bool = False) -> list[str]:
-    """How a node finds the first one: by c10d rendezvous, or statically."""
+    """Return torchrun's options to find the first node, by c10d or static rendezvous."""
     address = where.addresses[0]
     if static:
         return ["--node-rank", str(number), "--master-addr", address, "--master-port", where.port]
-    settings = f"{PATIENCE},is_host={number == 0}"  # the host's name does not stand for these addresses
+    settings = f"{RENDEZVOUS_TIMES},is_host={number == 0}"  # the host name does not resolve to these addresses
     endpoint = f"{address}:{where.port}"
     return ["--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", endpoint, "--rdzv-conf", settings]
 
@@ -142,17 +142,17 @@ def wait_for_checkpoint(config: Path, nodes: Sequence[Node], seconds: float = 12
         time.sleep(0.05)
 
 
-def two_nodes(config: Path, *, static: bool = False, die: bool = True, cut: bool = False) -> list[Node]:
-    """Trains on two nodes, the second of which may die behind the first checkpoint and come back.
+def two_nodes(config: Path, *, static: bool = False, kill: bool = True, disconnect: bool = False) -> list[Node]:
+    """Train on two nodes, the second of which may be killed after the first checkpoint and restarted.
 
     Args:
-        config: what to train.
-        static: rendezvous by rank and address in place of c10d.
-        die: kill the second node, and start it again.
-        cut: take the network away before, so that the first node is told nothing.
+        config: path of the YAML.
+        static: rendezvous by rank and address instead of c10d.
+        kill: kill the second node and restart it.
+        disconnect: disconnect the network before, so that the first node is not notified.
 
     Returns:
-        The nodes, which ended well.
+        The nodes, which finished successfully.
     """
     with network() as where:
 
@@ -161,12 +161,12 @@ def two_nodes(config: Path, *, static: bool = False, die: bool = True, cut: bool
 
         nodes = [start(0), start(1)]
         try:
-            if die:
+            if kill:
                 wait_for_checkpoint(config, nodes)
-                if cut:
+                if disconnect:
                     where.set_link("down")
                 nodes[1].kill()
-                if cut:
+                if disconnect:
                     where.set_link("up")
                 nodes[1] = start(1)
             for node in nodes:
@@ -178,7 +178,7 @@ def two_nodes(config: Path, *, static: bool = False, die: bool = True, cut: bool
 
 
 def one_node_left(config: Path) -> Node:
-    """Trains on two nodes, the second of which dies for good; the first goes on alone (`--nnodes 1:2`)."""
+    """Train on two nodes (`--nnodes 1:2`). The second is killed, and the first continues alone."""
     with network() as where:
         nodes = [Node(where, n, config, *rendezvous_options(where, n), nodes="1:2") for n in range(2)]
         try:
@@ -197,9 +197,9 @@ def main() -> None:
         assert ForkedRun(reference, 4).wait() == [0] * 4
         expected = curve(reference.with_suffix(""))
         ways: dict[str, Callable[[Path], object]] = {
-            "static_undisturbed": lambda config: two_nodes(config, static=True, die=False),
+            "static_uninterrupted": lambda config: two_nodes(config, static=True, kill=False),
             "c10d_killed": two_nodes,
-            "c10d_cut_and_killed": lambda config: two_nodes(config, cut=True),
+            "c10d_disconnected_and_killed": lambda config: two_nodes(config, disconnect=True),
             "static_killed": lambda config: two_nodes(config, static=True),
             "elastic_one_left": one_node_left,
         }

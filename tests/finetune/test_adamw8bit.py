@@ -1,4 +1,4 @@
-"""bitsandbytes' AdamW: it trains as PyTorch's does, in less memory, goes on exactly, and says what it needs."""
+"""bitsandbytes' AdamW: trains as PyTorch's with less memory, resumes exactly, and reports its requirements."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_con
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 20
-# Of a rank at which most tensors of the tiny model have the 4,096 elements from which on moments take 8 bits.
+# A rank with which most tensors of the tiny model have the 4,096 elements that 8-bit moments need.
 SETTINGS = {"lora": {"rank": 256, "dropout": 0.1}, "max_steps": STEPS, "ckpt_freq": 10, "num_ckpt_keep": None}
 
 
@@ -26,7 +26,7 @@ def optim(name: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Run folders by the optimizer's name."""
+    """Run folders by optimizer."""
     folder = tmp_path_factory.mktemp("runs")
     configs = {name: kill_test_config(folder, name, **SETTINGS, **optim(name)) for name in ("adamw", "adamw8bit")}
     for config in configs.values():
@@ -36,7 +36,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def saved_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors in a checkpoint."""
+    """Return the optimizer's tensors in a checkpoint."""
     (file,) = (run_dir / "checkpoints" / f"checkpoint_{step:06d}" / "state").glob("*.safetensors")
     return {name: tensor for name, tensor in load_file(file).items() if name.startswith("optimizer.")}
 
@@ -51,7 +51,7 @@ def test_it_trains_as_adamw_does(runs):
     assert losses["adamw8bit"] == pytest.approx(losses["adamw"], abs=0.05)
     assert losses["adamw8bit"] != losses["adamw"]
     (_, first, _), (_, last, _) = curve(runs["adamw"])["eval"][0], curve(runs["adamw"])["eval"][-1]
-    assert first - last > 0.1  # so that there was something to agree on
+    assert first - last > 0.1  # so the agreement is not trivial
     assert curve(runs["adamw8bit"])["eval"][-1][1] == pytest.approx(last, abs=0.05)
 
 
@@ -66,7 +66,7 @@ def test_its_state_takes_a_quarter(runs):
     assert {int(tensor) for name, tensor in small.items() if name.endswith(".step")} == {STEPS}
 
 
-def test_a_run_goes_on_as_if_nothing_had_happened(runs, tmp_path):
+def test_a_resumed_run_is_bit_identical(runs, tmp_path):
     checkpoint = runs["adamw8bit"] / "checkpoints" / "checkpoint_000010"
     settings = SETTINGS | {"resume": str(checkpoint), "model_id_or_path": str(runs["adamw8bit"].parent / "model")}
     later = kill_test_config(tmp_path, "later", **settings, **optim("adamw8bit"))
@@ -89,13 +89,13 @@ def test_several_processes_are_refused_before_anything_is_written(tmp_path):
     assert not config.with_suffix("").exists() and "Traceback" not in run.log
 
 
-def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
+def test_a_missing_bitsandbytes_is_reported_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[bitsandbytes\]"'):
         check_optimizer(OptimArgs(name="adamw8bit"), 1)
     check_optimizer(OptimArgs(), 2)
 
 
-def test_adamw_is_one_kernel_over_all_tensors():
+def test_adamw_is_fused():
     optimizer, _ = build_optimizer([torch.nn.Parameter(torch.zeros(2))], OptimArgs(), 10)
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["fused"]

@@ -1,4 +1,4 @@
-"""`epochs` in place of `max_steps`: how many steps they are, that they train as those do, and going on with them."""
+"""`epochs` instead of `max_steps`: number of steps, identical training, resuming."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def rows_of(batches: TrainLoader, sequences: int) -> list[str]:
 
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("path", [ICD, TOOLS], ids=["icd", "tools"])
-def test_an_epoch_is_over_when_every_row_has_been_packed(path, rank, world_size, tokenizer):
+def test_an_epoch_ends_when_every_row_has_been_packed(path, rank, world_size, tokenizer):
     settings = (tokenizer, path, rank, world_size)
     sequences = math.ceil(loader(*settings).count_epoch(show_progress=False) / SEQ_LEN)
     lines = range(rank, len(path.read_bytes().splitlines()), world_size)
@@ -59,7 +59,7 @@ def rows_read(batches: TrainLoader, sequences: int) -> int:
     return batches.counts.samples
 
 
-def test_of_whole_samples_each_comes_round_once_an_epoch(tokenizer):
+def test_complete_samples_are_seen_once_per_epoch(tokenizer):
     settings = {"packing": "best_fit", "overlong": "drop"}
     positions = loader(tokenizer, ICD, **settings).count_epoch(show_progress=False)
     rows = rows_of(loader(tokenizer, ICD, **settings), round(20 * positions / SEQ_LEN))
@@ -67,13 +67,13 @@ def test_of_whole_samples_each_comes_round_once_an_epoch(tokenizer):
     assert positions > 4 * SEQ_LEN
 
 
-def test_sources_add_up_whatever_their_weights(tokenizer):
+def test_the_length_of_an_epoch_is_the_sum_over_sources_for_any_weights(tokenizer):
     alone = [loader(tokenizer, path).count_epoch(show_progress=False) for path in (ICD, TOOLS)]
     both = loader(tokenizer, f"{ICD}:1,{TOOLS}:7").count_epoch(show_progress=False)
     assert both == sum(alone) and both % SEQ_LEN != 0
 
 
-def test_counting_does_not_move_the_place_in_the_data(tokenizer):
+def test_counting_does_not_change_the_data_position(tokenizer):
     counted, fresh = (loader(tokenizer, f"{ICD},{TOOLS}") for _ in range(2))
     before = counted.state_dict()
     counted.count_epoch(show_progress=False)
@@ -82,7 +82,7 @@ def test_counting_does_not_move_the_place_in_the_data(tokenizer):
 
 
 def steps_of(config: Path, tokenizer, ranks: int) -> float:
-    """Steps that an epoch takes."""
+    """Return the steps of an epoch."""
     args = read_train_args(config)
     parts = (tokenizer, args.data, args.batch_size, args.seq_len, args.seed)
     loaders = (build_data_loader(*parts, rank, ranks, is_eval=False) for rank in range(ranks))
@@ -103,9 +103,9 @@ def test_epochs_train_as_that_many_steps_do_and_go_on(tmp_path, tokenizer):
     assert yaml.safe_load(written.read_text())["max_steps"] == steps != load_train_args(epochs).max_steps
     assert load_train_args(written).max_steps == steps
 
-    told = kill_test_config(tmp_path, "told", max_steps=steps, **settings)
-    assert ForkedRun(told, 1).wait() == [0]
-    expected = curve(told.with_suffix(""))
+    stepped = kill_test_config(tmp_path, "stepped", max_steps=steps, **settings)
+    assert ForkedRun(stepped, 1).wait() == [0]
+    expected = curve(stepped.with_suffix(""))
     assert curve(epochs.with_suffix("")) == expected and expected["train"][-1][0] == steps
 
     checkpoint = str(epochs.with_suffix("") / "checkpoints" / "checkpoint_000004")
@@ -113,7 +113,7 @@ def test_epochs_train_as_that_many_steps_do_and_go_on(tmp_path, tokenizer):
     later = without_max_steps(kill_test_config(tmp_path, "later", resume=checkpoint, **by_epochs))
     run = ForkedRun(later, 1)
     assert run.wait() == [0] and curve(later.with_suffix("")) == rest
-    assert "Epochs:" not in run.log and "Counting" not in run.log  # what a checkpoint says need not be counted
+    assert "Epochs:" not in run.log and "Counting" not in run.log  # the checkpoint has the number of steps
     by_steps = kill_test_config(tmp_path, "by_steps", resume=checkpoint, max_steps=steps, **settings)
     assert ForkedRun(by_steps, 1).wait() == [0] and curve(by_steps.with_suffix("")) == rest
 
@@ -129,7 +129,7 @@ def without_max_steps(config: Path) -> Path:
     return config
 
 
-def test_all_ranks_take_the_same_steps(tmp_path, tokenizer):
+def test_all_ranks_take_the_same_number_of_steps(tmp_path, tokenizer):
     config = without_max_steps(kill_test_config(tmp_path, "two", epochs=0.5, no_eval=True))
     run = ForkedRun(config, 2)
     assert run.wait() == [0, 0], run.log
@@ -155,7 +155,7 @@ def test_a_bad_row_is_found_while_counting(tmp_path):
         ({"epochs": "three"}, "`epochs` is 'three'; expected a number greater than 0 or null"),
     ],
 )
-def test_what_is_no_length_of_a_run_is_refused(settings, message, tmp_path):
+def test_invalid_lengths_of_a_run_are_refused(settings, message, tmp_path):
     config = write_config(tmp_path, "run", settings | {"data": {"instruct_data": str(ICD)}, "model_id_or_path": "."})
     with pytest.raises(UserError) as caught:
         load_train_args(config)
@@ -163,7 +163,7 @@ def test_what_is_no_length_of_a_run_is_refused(settings, message, tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_validate_data_reports_the_steps_of_the_epochs(packing, tmp_path, tokenizer, monkeypatch, capsys):
+def test_validate_data_estimates_the_steps_of_the_epochs(packing, tmp_path, tokenizer, monkeypatch, capsys):
     data = {"instruct_data": str(ICD), "packing": packing, "overlong": "drop"}
     data["instruct"] = {"shuffle": False, "dynamic_chunk_fn_call": False}
     settings = {"epochs": 4, "data": data, "seq_len": SEQ_LEN, "model_id_or_path": str(tmp_path / "model")}

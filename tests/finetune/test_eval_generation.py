@@ -1,4 +1,4 @@
-"""Answers scored during training, the best checkpoint, and stopping early."""
+"""Answers generated and scored during training, the best checkpoint, early stopping."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from utils.icd10.metrics import answer_scores
 from utils.icd10.prompts import instruct_row
 
 WORLD = World(0, 1, torch.device("cpu"))
-NOTE = "Patient xylophonique de 70 ans, zibeline."  # words to look for where no note may stand
+NOTE = "Patient xylophonique de 70 ans, zibeline."  # words that must not appear outside of answers/
 ANSWER = build_answer([Diagnosis("DP", "I10", "Hypertension essentielle (primitive)")])
 
 
@@ -60,11 +60,11 @@ def eval_records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.eval.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_answers_are_scored_and_kept_and_appear_nowhere_else(tmp_path: Path, model_folder: Path, rows: Path) -> None:
+def test_answers_are_scored_and_saved_in_their_folder_only(tmp_path: Path, model_folder: Path, rows: Path) -> None:
     generation = GenerationArgs(file=str(rows), n_samples=3, max_tokens=4, batch_size=2, freq=2)
     wandb = WandbArgs(project="icd", offline=True)
     run_dir = run(tmp_path, model_folder, rows, max_steps=4, eval_generation=generation, wandb=wandb)
-    teardown()  # wandb's service, which processes that other tests start would find in their environment
+    teardown()  # else processes that other tests start would find wandb's service in their environment
     records = eval_records(run_dir)
     assert [record["step"] for record in records] == [0, 2, 4]
     assert all({"micro_f1", "exact_match", "ended"} <= record.keys() for record in records)
@@ -84,14 +84,14 @@ def test_answers_are_scored_and_kept_and_appear_nowhere_else(tmp_path: Path, mod
             assert b"Hypertension" not in content or path.name.startswith("tokenizer"), path
 
 
-def test_answers_need_not_be_kept(tmp_path: Path, model_folder: Path, rows: Path) -> None:
+def test_saving_answers_can_be_disabled(tmp_path: Path, model_folder: Path, rows: Path) -> None:
     generation = GenerationArgs(file=str(rows), n_samples=1, max_tokens=2, keep_answers=False)
     run_dir = run(tmp_path, model_folder, rows, max_steps=1, eval_generation=generation)
     assert not (run_dir / "answers").exists()
     assert len(eval_records(run_dir)) == 2
 
 
-def test_training_is_the_same_with_and_without_questions(tmp_path: Path, model_folder: Path, rows: Path) -> None:
+def test_generating_answers_does_not_change_training(tmp_path: Path, model_folder: Path, rows: Path) -> None:
     generation = GenerationArgs(file=str(rows), n_samples=2, max_tokens=3, freq=1)
     losses = []
     for name, settings in (("with", {"eval_generation": generation}), ("without", {})):
@@ -118,7 +118,7 @@ def test_the_best_checkpoint_is_linked_and_never_pruned(
     assert (checkpoints / "best" / "consolidated" / "lora.safetensors").is_file()
 
 
-def test_a_run_that_gets_no_better_stops_with_a_checkpoint(
+def test_early_stopping_saves_a_checkpoint(
     tmp_path: Path, model_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5, 0.5])
@@ -132,19 +132,19 @@ def test_a_run_that_gets_no_better_stops_with_a_checkpoint(
 @pytest.mark.parametrize(
     ("metric", "values"), [("eval_loss", [2.0, 1.0, 1.0, 0.5]), ("micro_f1", [0.1, 0.2, 0.2, 0.3])]
 )
-def test_better_means_lower_loss_and_higher_scores(metric: str, values: list[float]) -> None:
-    best = EarlyStopping(EarlyStoppingArgs(metric=metric, patience=1))
-    assert [best.update({metric: value}) for value in values[:2]] == [True, True]
-    assert not best.should_stop
-    assert not best.update({})  # nothing measured, nothing worse
-    assert not best.should_stop
-    assert not best.update({metric: values[2]})
-    assert best.should_stop
-    assert best.update({metric: values[3]})
-    assert not best.should_stop
+def test_a_lower_loss_or_a_higher_score_is_better(metric: str, values: list[float]) -> None:
+    early_stopping = EarlyStopping(EarlyStoppingArgs(metric=metric, patience=1))
+    assert [early_stopping.update({metric: value}) for value in values[:2]] == [True, True]
+    assert not early_stopping.should_stop
+    assert not early_stopping.update({})  # a step without this metric does not count
+    assert not early_stopping.should_stop
+    assert not early_stopping.update({metric: values[2]})
+    assert early_stopping.should_stop
+    assert early_stopping.update({metric: values[3]})
+    assert not early_stopping.should_stop
 
 
-def test_a_row_without_an_answer_cannot_be_asked(tmp_path: Path) -> None:
+def test_a_row_without_an_answer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "Bonjour"}]}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"line 1 of .*rows\.jsonl does not end with an answer"):
@@ -168,7 +168,7 @@ def test_answer_scores() -> None:
         ({"keep_best": True, "no_ckpt": True}, "there is no checkpoint to keep"),
     ],
 )
-def test_contradictory_settings_are_named(
+def test_contradictory_settings_are_reported(
     settings: dict[str, Any], sentence: str, model_folder: Path, rows: Path
 ) -> None:
     args = TrainArgs(DataArgs(instruct_data=str(rows)), str(model_folder), "run", **settings)

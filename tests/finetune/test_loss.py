@@ -1,4 +1,4 @@
-"""The chunked head: the plain cross-entropy over all logits is the oracle, for the loss and both gradients."""
+"""The chunked head compared with plain cross-entropy over all logits: the loss and both gradients."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def problem(tokens: int, dtype=torch.float32, weight_dtype=None, vocab=V):
 
 
 def plain(hidden, weight, targets, trained=None):
-    """Loss and gradients in float64."""
+    """Return loss and gradients, computed in float64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     kept = slice(None) if trained is None else trained
     loss = F.cross_entropy((hidden @ weight.T)[kept], targets[kept])
@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_the_plain_ones(rows_per_chunk, rows, tokens, m
     torch.testing.assert_close(weight.grad.double(), 3 * expected_weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_chunk_holds_at_least_one_row(monkeypatch):
+def test_a_chunk_has_at_least_one_row(monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK_ON_CPU", 1)
     hidden, weight, targets = problem(5)
     loss = cross_entropy_head(targets)(hidden, weight)
@@ -69,7 +69,7 @@ def test_nothing_to_train_on_gives_zero_loss_and_gradients():
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_frozen_tensors_get_no_gradient(frozen):
     hidden, weight, targets = problem(5)
     expected = dict(zip(("hidden", "weight"), plain(hidden, weight, targets)[1:]))
     tensors = {"hidden": hidden, "weight": weight}
@@ -103,24 +103,24 @@ def test_half_precision_stays_close(rows_per_chunk, dtype, tolerance, weight_dty
         assert error < tolerance
 
 
-def test_small_fp16_gradients_survive_a_large_batch(rows_per_chunk):
-    """Divided by the number of tokens before they are scaled up they would all round to zero."""
+def test_small_fp16_gradients_do_not_underflow_in_a_large_batch(rows_per_chunk):
+    """Divided by the number of tokens before the backward pass they would all round to zero."""
     tokens, scale = 20_000, 2.0**16
     rows_per_chunk(5000)
     generator = torch.Generator().manual_seed(0)
-    # A model that is sure and right: tiny gradients.
+    # Confident and correct predictions have tiny gradients.
     targets = torch.randint(V, (tokens,), generator=generator)
     hidden = (F.one_hot(targets, V) * 14 + torch.randn(tokens, V, generator=generator)).half().requires_grad_()
     weight = (torch.eye(V) * 0.5).half()
     (cross_entropy_head(targets)(hidden, weight) * scale).backward()
     expected = plain(hidden, weight, targets)[1]
-    assert expected.abs().max() < 2.0**-15 and expected.abs().median() < 2.0**-24  # fp16 cannot hold them as they are
+    assert expected.abs().max() < 2.0**-15 and expected.abs().median() < 2.0**-24  # below fp16's range
     error = (hidden.grad.double() / scale - expected).norm() / expected.norm()
     assert error < 0.01
 
 
 @pytest.mark.parametrize("rows", [2, 1000])
-def test_a_head_with_an_adapter_has_the_plain_ones_loss_and_gradients(rows_per_chunk, rows):
+def test_loss_and_gradients_of_an_adapted_head(rows_per_chunk, rows):
     rows_per_chunk(rows)
     hidden, weight, targets = problem(9)
     layer = LoRALinear(D, V, LoraArgs(rank=2, scaling=3.0))
@@ -146,7 +146,7 @@ def test_the_factors_of_an_adapted_layer_multiply_to_its_output(training):
     x = torch.randn(5, D)
     torch.manual_seed(0)
     expected = layer(x)
-    torch.manual_seed(0)  # the same inputs are dropped
+    torch.manual_seed(0)  # for the same dropout
     factor, matrix = layer.as_product(x)
     torch.testing.assert_close(factor @ matrix.T, expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_the_factors_of_an_adapted_layer_multiply_to_its_output(training):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation returns."""
+    """Record the largest number of elements of any tensor that an operation returns."""
 
     numel = 0
 
@@ -166,7 +166,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("full", [False, True], ids=["frozen head", "all trains"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_training_step_never_holds_all_logits(rows_per_chunk, full, masked):
+def test_a_training_step_never_materializes_all_logits(rows_per_chunk, full, masked):
     vocab, tokens, rows = 2000, 96, 4
     rows_per_chunk(rows, vocab)
     args = ModelArgs(

@@ -1,4 +1,4 @@
-"""What is learnt, and where: mean over tokens or micro-batches, and adapters of some layers, the head's among them."""
+"""Loss normalization (per token or per micro-batch), and adapters for selected layers, including the head."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_tokens(moe, dense, tmp_path_factory) -> dict[int, Path]:
-    """Run folders by number of ranks; the two ranks train an adapter of some layers."""
+    """Run folders by number of ranks; the two ranks train an adapter for selected layers."""
     folder = tmp_path_factory.mktemp("by_tokens")
     two = small_config(folder, moe, "two", lora={"rank": 4, "targets": TARGETS}, **EVERY_TOKEN)
     done = torchrun("tests.support.run_trajectories", two)
@@ -66,7 +66,7 @@ def by_tokens(moe, dense, tmp_path_factory) -> dict[int, Path]:
 
 
 def summed_loss(model: Transformer, batches: Iterable[Batch]) -> tuple[torch.Tensor, int]:
-    """Of all trained tokens, and their number."""
+    """Return the loss summed over all trained tokens, and their number."""
     total, count = torch.zeros(()), 0
     for batch in batches:
         logits = model(torch.from_numpy(batch.x), batch.sizes)
@@ -78,7 +78,7 @@ def summed_loss(model: Transformer, batches: Iterable[Batch]) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_trained_token_counts_the_same(ranks, by_tokens):
-    """The oracle: one loss over all tokens of all ranks and micro-batches, plain autograd, PyTorch's own clipping."""
+    """Reference: one loss over all tokens of all ranks and micro-batches, plain autograd, PyTorch's clipping."""
     run_dir = by_tokens[ranks]
     config = run_dir.with_suffix(".yaml")
     args = load_train_args(config)
@@ -101,7 +101,7 @@ def test_every_trained_token_counts_the_same(ranks, by_tokens):
         assert recorded["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for source in sources:
         source.close()
-    assert max(differences) > 0.01  # so the two kinds of mean can be told apart
+    assert max(differences) > 0.01  # so the two means differ
     saved = load_file(weights_folder(run_dir, args.max_steps) / "lora.safetensors")
     assert saved.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, tensor in saved.items():
@@ -122,7 +122,7 @@ def test_every_evaluated_token_counts_the_same(ranks, by_tokens):
         assert metrics["eval_loss"] == pytest.approx(total.item() / count, rel=1e-5)
 
 
-def test_a_run_with_an_adapter_of_some_layers_is_loaded_as_it_was(by_tokens):
+def test_a_run_with_an_adapter_for_selected_layers_can_be_loaded(by_tokens):
     run_dir = by_tokens[2]
     saved = load_file(weights_folder(run_dir, 4) / "lora.safetensors")
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in saved} == set(TARGETS)
@@ -145,14 +145,14 @@ def test_answers_during_training_come_from_the_adapted_head(dense, tmp_path):
     assert generate(build(tmp_path / "run.yaml"), prompts, 8, eos_id=2) != answers
 
 
-def test_layers_that_the_model_does_not_have_are_refused(dense, tmp_path):
+def test_targets_that_the_model_does_not_have_are_refused(dense, tmp_path):
     config = small_config(tmp_path, dense, lora={"targets": ["wq", "gate"]})
     with pytest.raises(UserError, match=r"`lora\.targets` names gate, which this model does not have"):
         run_here(config)
     assert not config.with_suffix("").exists()
 
 
-def test_an_adapter_of_other_layers_is_no_start(by_tokens, tmp_path, moe):
+def test_an_initial_adapter_for_other_layers_is_refused(by_tokens, tmp_path, moe):
     adapter = weights_folder(by_tokens[2], 4) / "lora.safetensors"
     config = small_config(tmp_path, moe, lora={"rank": 4, "targets": ["wq", "wk"], "from_adapter": str(adapter)})
     with pytest.raises(UserError, match=r"`lora.targets: \[wq, wk\]`: .*attention.wk.lora_A.weight is missing"):
@@ -160,7 +160,7 @@ def test_an_adapter_of_other_layers_is_no_start(by_tokens, tmp_path, moe):
 
 
 @pytest.mark.parametrize("name, ranks", [("cosine", 1), ("linear", 1), ("constant", 2)])
-def test_a_run_goes_on_with_schedule_targets_and_normalization(name, ranks, tmp_path):
+def test_a_run_resumes_with_schedule_targets_and_normalization(name, ranks, tmp_path):
     settings = {
         "optim": {"lr": 0.01, "schedule": name, "pct_start": 0.3},
         "lora": {"rank": 4, "dropout": 0.1, "alpha": 6, "targets": ["wv", "output"]},
@@ -177,7 +177,7 @@ def test_a_run_goes_on_with_schedule_targets_and_normalization(name, ranks, tmp_
     assert all(found[tag] == [row for row in expected[tag] if row[0] > 4] and found[tag] for tag in COMPARED)
 
 
-def test_these_settings_make_another_run_but_their_absence_does_not(tmp_path):
+def test_these_settings_must_not_change_but_may_be_missing_in_an_old_state(tmp_path):
     """A run saved before the settings existed has none of them in its state."""
     config = kill_test_config(tmp_path, "run", ckpt_freq=14)
     assert ForkedRun(config, 1).wait() == [0]

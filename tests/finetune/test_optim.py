@@ -1,4 +1,4 @@
-"""The schedule step by step as the original runs it, its corners, and the fp16 loss scale."""
+"""Learning rate schedules compared step by step with the original's, edge cases, and the fp16 loss scale."""
 
 import json
 import math
@@ -19,7 +19,7 @@ RUNS = load_json_gz(fixture("expected/train/trajectories.json.gz"))
 
 
 def simulate(args: OptimArgs, max_steps: int) -> list[tuple[float, float]]:
-    """(lr, beta1) that the optimizer uses at each step; warnings are errors."""
+    """Return the (lr, beta1) that the optimizer uses at each step; warnings are errors."""
     optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, max_steps)
     used = []
     with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def test_rates_and_betas_are_the_originals_at_every_step(schedule):
 
 
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if not name.startswith("fork")])
-def test_training_runs_used_these_rates_and_betas(name):
+def test_rates_and_betas_are_those_of_the_recorded_runs(name):
     run = RUNS[name]
     used = simulate(OptimArgs(**run["settings"]["optim"]), run["settings"]["max_steps"])
     for step in run["steps"]:
@@ -60,11 +60,11 @@ def test_training_runs_used_these_rates_and_betas(name):
         assert [used[step["step"] - 1][1], 0.95] == pytest.approx(step["betas"], rel=1e-8)
 
 
-CORNERS = [schedule for schedule in SCHEDULES if "crash" in schedule]
+EDGE_CASES = [schedule for schedule in SCHEDULES if "crash" in schedule]
 
 
-@pytest.mark.parametrize("schedule", CORNERS, ids=describe)
-def test_where_the_original_divides_by_zero_the_rate_rises_and_falls_like_any_other(schedule):
+@pytest.mark.parametrize("schedule", EDGE_CASES, ids=describe)
+def test_settings_that_divide_by_zero_in_the_original_give_a_regular_schedule(schedule):
     args, max_steps = optim_args(schedule), schedule["max_steps"]
     rates, betas = zip(*simulate(args, max_steps))
     if max_steps == 1:
@@ -77,28 +77,28 @@ def test_where_the_original_divides_by_zero_the_rate_rises_and_falls_like_any_ot
         assert rates[peak] == pytest.approx(args.lr, rel=0.01)
 
 
-def test_without_warm_up_the_rate_only_falls():
+def test_without_warm_up_the_rate_only_decreases():
     rates = [rate for rate, _ in simulate(OptimArgs(lr=1e-3, pct_start=0.0), 10)]
     assert rates == sorted(rates, reverse=True) and rates[0] > 0.9e-3
 
 
 def test_div_factors_set_the_first_and_the_last_rate():
-    """24p11 declared them and passed them on to nobody."""
+    """The 24p11 fork declared them and never used them."""
     args = OptimArgs(lr=1e-3, pct_start=0.2, div_factor=250.0, final_div_factor=10.0)
     rates = [rate for rate, _ in simulate(args, 20)]
     assert (rates[0], max(rates), rates[-1]) == pytest.approx((1e-3 / 250, 1e-3, 1e-3 / 250 / 10))
 
 
 def plain_rate(args: OptimArgs, max_steps: int, step: int) -> float:
-    """As finetune/args.py describes it, at a step counted from 0."""
+    """Return the learning rate as finetune/args.py documents it, at a step counted from 0."""
     first, peak = args.lr / args.div_factor, max(args.pct_start * max_steps - 1, 0)
     if step < peak:
         return first + (args.lr - first) * step / peak
     if args.schedule == "constant" or max_steps - 1 == peak:
         return args.lr
     done, last = (step - peak) / (max_steps - 1 - peak), first / args.final_div_factor
-    way = done if args.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
-    return args.lr * (1 - way) + last * way
+    decayed = done if args.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return args.lr * (1 - decayed) + last * decayed
 
 
 @pytest.mark.parametrize("max_steps, pct_start", [(1, 0.05), (2, 1), (20, 0), (20, 0.05), (20, 0.33), (50, 1)])
@@ -110,7 +110,7 @@ def test_other_schedules_warm_up_straight_and_leave_beta1_alone(name, max_steps,
     assert set(betas) == {0.9} and max(rates) <= args.lr * (1 + 1e-12)
 
 
-def test_the_way_down_of_cosine_is_one_cycles():
+def test_cosine_decays_as_one_cycle():
     one_cycle, cosine = (OptimArgs(schedule=name, pct_start=0.25) for name in ("onecycle", "cosine"))
     ours, theirs = ([rate for rate, _ in simulate(args, 40)] for args in (cosine, one_cycle))
     assert ours[9:] == pytest.approx(theirs[9:]) and ours[0] == pytest.approx(theirs[0])
@@ -118,8 +118,8 @@ def test_the_way_down_of_cosine_is_one_cycles():
 
 
 @pytest.mark.parametrize("name", get_args(get_type_hints(OptimArgs)["schedule"]))
-def test_a_schedule_told_its_place_goes_on_from_there(name):
-    """What finetune.resume keeps of it is last_epoch, last_lr and the groups' settings."""
+def test_a_restored_schedule_continues_from_its_step(name):
+    """finetune.resume saves last_epoch, last_lr and the groups' settings."""
     args = OptimArgs(schedule=name, lr=1e-3, pct_start=0.3)
     optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 20)
     schedule.last_epoch, expected = 11, simulate(args, 20)
@@ -142,7 +142,7 @@ def test_the_optimizer_is_adamw_with_the_yamls_weight_decay():
     torch.testing.assert_close(weight.data, torch.full((3,), 1 - rate * 0.5))  # decoupled: no gradient, only decay
 
 
-def test_bad_steps_halve_the_loss_scale_and_good_ones_in_a_row_double_it():
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_consecutive_good_steps():
     scaler = LossScaler(torch.float16, scale=1024.0, growth_interval=3)
     scales = []
     for finite in (True, True, False, True, True, True, True, True, False, False):
@@ -162,15 +162,15 @@ def test_other_dtypes_are_not_scaled(dtype):
 @pytest.mark.parametrize(
     "capability, expected", [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
 )
-def test_auto_takes_bf16_from_ampere_on_and_fp16_before(monkeypatch, capability, expected):
+def test_auto_is_bf16_on_ampere_and_later_and_fp16_before(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("auto", torch.device("cuda")) == expected
     assert choose_dtype("fp32", torch.device("cuda")) == torch.float32
 
 
-def test_auto_takes_fp32_on_a_cpu():
+def test_auto_is_fp32_on_a_cpu():
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def test_settings_know_every_dtype():
+def test_every_dtype_is_a_setting():
     assert tuple(DTYPES) == PARAM_DTYPES
