@@ -323,12 +323,8 @@ def test_a_run_that_overflows_in_fp16_stops_with_finite_weights(folder):
 
 def test_a_non_finite_metric_is_never_the_best():
     early_stopping = EarlyStopping(EarlyStoppingArgs(metric="eval_loss", patience=3))
-    assert [early_stopping.update({"eval_loss": loss}) for loss in (math.nan, 2.0, math.inf, 1.0)] == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    updates = [early_stopping.update({"eval_loss": loss}) for loss in (math.nan, 2.0, math.inf, 1.0)]
+    assert updates == [False, True, False, True]
 
 
 @pytest.mark.parametrize("stop", [False, True])

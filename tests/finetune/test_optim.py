@@ -10,7 +10,7 @@ import torch
 
 from finetune.args import OptimArgs
 from finetune.mixed_precision import DTYPES, LossScaler, choose_dtype
-from finetune.optim import build_optimizer
+from finetune.optim import build_optimizer, step_schedule
 from model.args import PARAM_DTYPES
 from tests.support.golden import fixture, load_json_gz
 
@@ -24,13 +24,12 @@ def simulate(args: OptimArgs, max_steps: int) -> list[tuple[float, float]]:
     used = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for step in range(max_steps):
+        for _ in range(max_steps):
             group = optimizer.param_groups[0]
             assert schedule.get_last_lr() == [group["lr"]]
             used.append((group["lr"], group["betas"][0]))
             optimizer.step()
-            if step < max_steps - 1:
-                schedule.step()
+            step_schedule(schedule)
     return used
 
 
@@ -75,6 +74,15 @@ def test_settings_that_divide_by_zero_in_the_original_give_a_regular_schedule(sc
     assert list(rates[:peak]) == sorted(rates[:peak]) and list(rates[peak:]) == sorted(rates[peak:], reverse=True)
     if max_steps > 2:
         assert rates[peak] == pytest.approx(args.lr, rel=0.01)
+
+
+def test_a_skipped_first_step_moves_the_schedule_without_a_warning():
+    optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimArgs(lr=1e-3), 20)
+    first_rate = optimizer.param_groups[0]["lr"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_schedule(schedule)  # without optimizer.step()
+    assert optimizer.param_groups[0]["lr"] != first_rate
 
 
 def test_without_warm_up_the_rate_only_decreases():
