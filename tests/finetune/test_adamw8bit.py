@@ -13,7 +13,7 @@ from finetune.optim import build_optimizer, check_optimizer
 from model.errors import UserError
 from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 STEPS = 20
 # A rank with which most tensors of the tiny model have the 4,096 elements that 8-bit moments need.

@@ -19,7 +19,7 @@ from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_con
 from tests.support.run_trajectories import INPUTS, write_config
 from utils import validate_data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SEQ_LEN = 512
 ICD, TOOLS = INPUTS / "train_icd.jsonl", INPUTS / "function_calling.jsonl"

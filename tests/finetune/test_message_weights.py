@@ -138,6 +138,7 @@ def test_loss_and_gradients_equal_those_of_the_weighted_mean(weighted, model, tm
     assert batch_loss(parameters, batch, CPU.device).item() != pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_loss_normalization_by_tokens_uses_weights(ranks, weighted, model, tmp_path):
     config = small_config(

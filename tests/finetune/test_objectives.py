@@ -27,7 +27,7 @@ from tests.end_to_end.test_training import build, loaders, logits_of, run_here, 
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 TARGETS = ["wq", "w2", "gate", "output"]
 EVERY_TOKEN = {
