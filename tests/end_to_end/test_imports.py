@@ -1,6 +1,7 @@
 """Who may import whom: train.py -> finetune -> model; utils -> finetune, model; never back."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_imports_go_one_way(folder):
 @pytest.mark.parametrize("name", ONLY_IN)
 def test_one_file_shards_and_one_calls_collectives(name):
     assert {file.name for file in source_files() if name in imported(file)} == {ONLY_IN[name]}
+
+
+def test_imports_form_no_cycle():
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in source_files()}
+    graphlib.TopologicalSorter({name: imported(file) & set(modules) for name, file in modules.items()}).prepare()
+
+
+def test_functions_have_at_most_60_lines():
+    for file in source_files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
 
 
 @pytest.mark.parametrize(
