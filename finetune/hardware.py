@@ -1,4 +1,4 @@
-"""The one place that decides device, dtype and attention engine."""
+"""The choice of device, dtype and attention engine, and the memory that is available."""
 
 import dataclasses
 import math
@@ -22,11 +22,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     device: torch.device
-    dtype: torch.dtype  # computes; frozen parameters are stored in it
+    dtype: torch.dtype  # of computation and of frozen parameters
     attention: str  # one of model.attention.ENGINES
 
     def settings(self) -> dict[str, Any]:
-        """The YAML keys that were resolved."""
+        """Return the resolved YAML keys."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         return {"param_dtype": names[self.dtype], "attention": self.attention}
 
@@ -36,10 +36,10 @@ class Hardware:
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """The process's own GPU where there is CUDA, else the CPU.
+    """Return the GPU of this process, or the CPU if there is no CUDA.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: the node has more processes than GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -52,17 +52,17 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def choose_hardware(device: torch.device, param_dtype: str, attention: str, model_args: ModelArgs) -> Hardware:
-    """Resolves what the YAML leaves to us.
+    """Resolve `param_dtype` and `attention`.
 
     Raises:
-        UserError: the attention engine asked for does not run here.
+        UserError: the requested attention engine does not run here.
     """
     dtype = choose_dtype(param_dtype, device)
     return Hardware(device, dtype, choose_engine(attention, device, dtype, model_args.head_dim))
 
 
 def check_compile(device: torch.device) -> None:
-    """Tries what `compile: true` needs.
+    """Compile a small function, to check that `compile: true` works here.
 
     Raises:
         UserError: torch.compile does not work here.
@@ -70,7 +70,7 @@ def check_compile(device: torch.device) -> None:
     x = torch.ones(4, 4, device=device)
     try:
         SwiGLU(compiled=True).forward(x, x)
-    except Exception as error:  # of a compiler, of Triton, of a missing header: there is no end of kinds
+    except Exception as error:  # from the compiler, Triton, a missing header: of any type
         raise UserError(
             f"`compile: true` does not work here: {first_line(error)}. It needs a C++ compiler, and "
             "on a GPU Triton. Set `compile: false`."
@@ -78,39 +78,40 @@ def check_compile(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(highest so far, now): memory allocated on the GPU, or the process's resident memory on a CPU."""
+    """Return the peak and the current memory in bytes: allocated on the GPU, or resident in RAM on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     try:
         with open("/proc/self/statm") as file:
             return peak, int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return peak, peak
 
 
 def free_bytes(device: torch.device, processes: int) -> float | None:
-    """Memory that this process may take: of its GPU, or its part of the machine's; None where that cannot be known.
+    """Return the bytes available to this process on its GPU, or its share of the node's RAM; None if unknown.
 
     Args:
-        processes: on this machine.
+        device: of the process.
+        processes: number of processes on this node.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
     available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
     if available is None:
         return None
-    return min(int(available) * 1024, _left_of_container()) / processes
+    return min(int(available) * 1024, _container_free_bytes()) / processes
 
 
-def _left_of_container() -> float:
-    """What a container or a batch job (cgroup v2) may still take; its file cache counts as taken."""
+def _container_free_bytes() -> float:
+    """Return what a container or a batch job (cgroup v2) may still allocate; its file cache counts as used."""
     try:
         most, now = ((_CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
         return float(most) - float(now)
-    except (OSError, ValueError):  # none, another version, or "max": no limit
+    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
         return math.inf

@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is loaded."""
+"""Checks that fail before anything is loaded: memory, disk, and the connection between processes."""
 
 import dataclasses
 import logging
@@ -49,14 +49,14 @@ def _memory_config(base: BaseModel, args: TrainArgs, hardware: Hardware, world: 
 
 
 def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_dir: Path, world: World) -> None:
-    """Checks that ranks reach each other and that memory and disk hold what is planned.
+    """Check that the ranks can communicate and that memory and disk suffice.
 
     Raises:
-        UserError: on every rank, with what is missing.
+        UserError: on every rank, if a check fails on any.
     """
     with world.synchronized_errors():
         check_optimizer(args.optim, world.size)
-    world.sum(torch.ones((), device=world.device))  # where ranks cannot reach each other, it shows here
+    world.sum(torch.ones((), device=world.device))  # fails if the ranks cannot communicate
     if args.compile:
         with world.synchronized_errors():
             check_compile(hardware.device)
@@ -70,7 +70,7 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     config = _memory_config(base, args, hardware, world)
     trained, frozen = config.trained_and_frozen()
     exported = trained if args.save_adapters else trained + frozen
-    state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # what trains is saved in fp32
+    state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # trained parameters are saved in fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
     memory = config.memory()
     held = memory.frozen + memory.trained + memory.gradients + memory.moments
@@ -81,15 +81,15 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
 
 
 def _shards_bytes() -> bool:
-    """Whether FSDP2 takes parameters that are no floating-point numbers."""
+    """Return whether FSDP2 supports parameters of integer dtypes."""
     major, minor, *_ = torch.__version__.split(".")
     return (int(major), int(minor)) >= (2, 12)
 
 
 def _planned(args: TrainArgs, run_dir: Path) -> int:
-    """Checkpoints there will be at once beside those there are: the kept ones, and the one being written."""
+    """Return how many more checkpoints there will be at once: those kept, and the one being written."""
     if args.epochs is not None:
-        return 1  # at least: they are counted later
+        return 1  # at least: the steps are not known yet
     saved = -(-args.max_steps // args.ckpt_freq) if args.ckpt_freq else 1
     if args.keep_best:
         saved += -(-args.max_steps // args.eval_freq) if args.eval_freq else 1
@@ -98,18 +98,18 @@ def _planned(args: TrainArgs, run_dir: Path) -> int:
 
 
 def uneven_machines(local_sizes: Sequence[int]) -> str | None:
-    """What is wrong with `sharding: hybrid` here, given how many processes the machine of each process has."""
+    """Return why `sharding: hybrid` does not work, or None, given the number of processes on each process's machine."""
     fewest, most = min(local_sizes), max(local_sizes)
     if fewest == most:
         return None
     return (
-        f"`sharding: hybrid` needs equally many processes on all machines; there are {fewest} on one and {most} on "
-        "another. Start torchrun with the same --nproc-per-node everywhere, or set `sharding: full`."
+        f"`sharding: hybrid` needs the same number of processes on all machines; there are {fewest} on one and {most} "
+        "on another. Start torchrun with the same --nproc-per-node everywhere, or set `sharding: full`."
     )
 
 
 def check_shared(run_dir: Path) -> None:
-    """Raises UserError where a process does not see the run folder that rank 0 made."""
+    """Raise UserError if this process does not see the run folder that rank 0 created."""
     if not (run_dir / "args.yaml").is_file():
         raise UserError(
             f"A process on {socket.gethostname()} does not see the run folder {run_dir}: `run_dir` must lie on a file "
@@ -118,32 +118,32 @@ def check_shared(run_dir: Path) -> None:
 
 
 def check_disk(run_dir: Path, checkpoint_bytes: float, planned: int) -> None:
-    """Raises UserError where the disk of `run_dir` has no room for `planned` checkpoints."""
+    """Raise UserError if the disk of `run_dir` has no space for `planned` checkpoints."""
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, checkpoint_bytes * planned
     if free < needed:
         raise UserError(
             f"The disk of {folder} has {free / _GIB:.1f} GiB free; {planned} more checkpoints of "
-            f"{checkpoint_bytes / _GIB:.1f} GiB need {needed / _GIB:.1f} GiB. Free some, choose another `run_dir`, or "
-            "lower `num_ckpt_keep`."
+            f"{checkpoint_bytes / _GIB:.1f} GiB need {needed / _GIB:.1f} GiB. Free some space, choose another "
+            "`run_dir`, or lower `num_ckpt_keep`."
         )
 
 
 def check_memory(device: torch.device, needed: float) -> None:
-    """Raises UserError where a GPU has not `needed` bytes free."""
+    """Raise UserError if a GPU has less than `needed` bytes free."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
     if free < needed:
         raise UserError(
             f"{device} ({torch.cuda.get_device_name(device)}) has {free / _GIB:.1f} of {total / _GIB:.1f} GiB free; "
-            f"weights, gradients and optimizer alone take {needed / _GIB:.1f} GiB. Does another process use it "
-            "(`nvidia-smi`)? Else use more GPUs, `cpu_offload: true`, a smaller `lora.rank` or a smaller model."
+            f"weights, gradients and optimizer alone take {needed / _GIB:.1f} GiB. Is another process using it "
+            "(`nvidia-smi`)? Otherwise use more GPUs, `cpu_offload: true`, a smaller `lora.rank` or a smaller model."
         )
 
 
 def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str:
-    """What to change after a GPU ran out of memory."""
+    """Return the settings to change after a GPU ran out of memory."""
     advice = [
         *([] if args.checkpoint is True else ["`checkpoint: true`"]),
         *([f"a smaller `batch_size` (now {args.batch_size})"] if args.batch_size > 1 else []),

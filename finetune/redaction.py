@@ -1,4 +1,4 @@
-"""Keeps secrets out of everything that is printed, logged or written."""
+"""Redaction of secrets in everything that is printed, logged or written."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -13,27 +13,27 @@ _VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-_SHORTEST = 8  # characters; hiding a shorter text would hide ordinary words, and no service gives such keys
+_MIN_LENGTH = 8  # characters; redacting a shorter string would hide ordinary words, and no service issues such keys
 _given: set[str] = set()
 
 
 def add_secret(secret: str) -> None:
-    """Makes `secret`, of a configuration, one of `known_secrets`."""
+    """Add a secret from a configuration to `known_secrets`."""
     _given.add(secret)
 
 
 def known_secrets() -> list[str]:
-    """The secrets this process knows: those of the environment and of the configurations read, the longest first."""
+    """Return the secrets in the environment and in the configurations read by this process, longest first."""
     found = _given | {os.environ.get(name, "").strip() for name in _VARIABLES}
-    return sorted((secret for secret in found if len(secret) >= _SHORTEST), key=len, reverse=True)
+    return sorted((secret for secret in found if len(secret) >= _MIN_LENGTH), key=len, reverse=True)
 
 
 def redacted(value: Any, secrets: Iterable[str] | None = None) -> Any:
-    """Returns a copy of nested dicts, lists and texts in which no secret stands.
+    """Return a copy of nested dicts, lists and strings with every secret replaced by `***`.
 
     Args:
         value: what is to be written.
-        secrets: what must not stand in it; None: `known_secrets`.
+        secrets: what to replace; None: `known_secrets`.
     """
     secrets = known_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):

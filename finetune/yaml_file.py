@@ -1,6 +1,6 @@
-"""Reads a configuration's YAML as plain data: no tags of Python, no key given twice, no file that explodes when read.
+"""Strict reading of a YAML configuration as plain data: no Python tags, no duplicate keys, bounded size and depth.
 
-Messages say where a mistake stands and never quote the line: an API key may stand in it.
+Messages give the line of a mistake and never quote it, because it may contain an API key.
 """
 
 from pathlib import Path
@@ -12,16 +12,16 @@ from model.errors import UserError
 from model.file_kinds import looks_like
 
 _MAX_BYTES = 1 << 18
-_MAX_VALUES = 10_000  # keys, values and blocks, with what an alias (`*name`) stands for wherever one stands
+_MAX_VALUES = 10_000  # values and blocks, those of an alias (`*name`) counted at each use
 _MAX_DEPTH = 50
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"  # merge: `<<: *name`
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns the `key: value` pairs of a YAML file.
+    """Return the `key: value` pairs of a YAML file.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or holds something else.
+        UserError: the file cannot be read, is not valid YAML, or contains anything else.
     """
     text = _read_text(path)
     try:
@@ -33,17 +33,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {what}{where}.") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{path} is not valid YAML: a control character stands in line {line}.") from None
+        raise UserError(f"{path} is not valid YAML: line {line} contains a control character.") from None
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: its blocks are nested too deeply.") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold `key: value` pairs, found {type(raw).__name__}.")
+        raise UserError(f"{path} must contain `key: value` pairs, found {type(raw).__name__}.")
     return raw
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"The configuration {path} does not exist (or is no file).")
+        raise UserError(f"The configuration {path} does not exist (or is not a file).")
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -60,7 +60,7 @@ def _read_text(path: Path) -> str:
 
 class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, token: type) -> None:
-        if self.flow_level == _MAX_DEPTH:  # PyYAML looks at all open brackets at each token
+        if self.flow_level == _MAX_DEPTH:  # PyYAML checks all open brackets at each token
             raise yaml.MarkedYAMLError(problem="blocks are nested too deeply", problem_mark=self.get_mark())
         super().fetch_flow_collection_start(token)
 
@@ -69,9 +69,10 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as error:  # `2024-13-45`, `!!int abc`: whatever a constructor makes of a wrong text
+        except Exception as error:  # of any type, depending on the constructor: `2024-13-45`, `!!int abc`
             kind = node.tag.rpartition(":")[2]
-            problem = str(error) if kind == "timestamp" and isinstance(error, ValueError) else f"this is no {kind}"
+            is_date = kind == "timestamp" and isinstance(error, ValueError)
+            problem = str(error) if is_date else f"the value is not a valid {kind}"
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
 
 
@@ -85,12 +86,12 @@ def _parse(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
-    """How many values a node stands for; refuses too many of them, and keys that are no text or given twice."""
+    """Return the number of values in a node, and raise an error for too many, or for an invalid or duplicate key."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in counts:
         return counts[id(node)]
-    counts[id(node)] = _MAX_VALUES  # for an alias inside of what it stands for
+    counts[id(node)] = _MAX_VALUES  # for an alias to a block that contains it
     inner = node.value
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
@@ -106,7 +107,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
     seen = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-            problem = "a key is given twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
+            problem = "a key is given twice" if isinstance(key, yaml.ScalarNode) else "a key is not a string"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         if key.tag != _MERGE:
             key.tag = _TEXT  # YAML 1.1 reads `on` as true

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Field
 from simple_parsing.helpers import Serializable
@@ -31,11 +31,10 @@ BASE_DTYPES: tuple[BaseDtype, ...] = get_args(BaseDtype)
 BlockLinear = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 LoraTarget = Literal[BlockLinear, "gate", "output"]
 BLOCK_LINEARS: tuple[BlockLinear, ...] = get_args(BlockLinear)
-LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 DEFAULT_SCALING = 2.0  # of B A, as in mistral-finetune
 
-# Far beyond every model; a params.json that asks for more would keep the machine busy before it is found wrong.
+# Far larger than any model; building a larger one would take long before the mistake is noticed.
 _LARGEST_WIDTH = 1 << 24
 _MOST_BLOCKS = 2_000  # feed-forward networks of all layers
 _MAX_PARAMS_BYTES = 1 << 20
@@ -43,7 +42,7 @@ _MAX_PARAMS_BYTES = 1 << 20
 
 @dataclasses.dataclass
 class MoeArgs(Serializable):
-    """Mixture of experts: each token goes through `num_experts_per_tok` of `num_experts` feed-forward networks."""
+    """Mixture of experts: each token is routed to `num_experts_per_tok` of `num_experts` feed-forward networks."""
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
@@ -51,7 +50,7 @@ class MoeArgs(Serializable):
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UserError(
-                f"`moe.num_experts_per_tok` is {self.num_experts_per_tok} but must lie between 1 and "
+                f"`moe.num_experts_per_tok` is {self.num_experts_per_tok}; expected between 1 and "
                 f"`moe.num_experts` ({self.num_experts})."
             )
 
@@ -101,6 +100,8 @@ class LoraArgs(Settings):
 
 @dataclasses.dataclass
 class ModelArgs(Serializable):
+    """Shapes of a Mistral model."""
+
     dim: int  # D, width of the residual stream
     n_layers: int
     head_dim: int  # Dh, width of one attention head (not always dim / n_heads)
@@ -110,7 +111,7 @@ class ModelArgs(Serializable):
     norm_eps: float
     vocab_size: int  # V
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    sliding_window: int | None = None  # a token sees this many; longer documents are refused, for them it would matter
+    sliding_window: int | None = None  # tokens that a token attends to; longer documents are refused
     moe: MoeArgs | None = None
 
     def __post_init__(self) -> None:
@@ -119,11 +120,11 @@ class ModelArgs(Serializable):
 
 
 def load_model_args(folder: Path) -> ModelArgs:
-    """Reads `folder/params.json`, or Hugging Face's config.json; keys this code does not use are ignored.
+    """Read `folder/params.json`, or Hugging Face's config.json. Other keys are ignored.
 
     Raises:
-        UserError: no such folder or file, no JSON object, keys that are missing or of the wrong kind, or a variant of
-            the architecture that this code does not compute.
+        UserError: the file cannot be read, a key is missing or has an invalid value, or the architecture is not
+            supported.
     """
     path = _params_path(folder)
     params = read_params(folder)
@@ -132,28 +133,26 @@ def load_model_args(folder: Path) -> ModelArgs:
         name for name, field in fields.items() if field.default is dataclasses.MISSING and params.get(name) is None
     ]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: it must state the shapes of a Mistral model.")
+        raise UserError(f"{path} lacks {', '.join(missing)}; expected the shapes of a Mistral model.")
     values: dict[str, Any] = {}
+    kinds = get_type_hints(ModelArgs)
     for name, field in fields.items():
-        value = params.get(name, field.default)
-        values[name] = _positive(path, name, value, field.type)
+        values[name] = _positive(path, name, params.get(name, field.default), kinds[name])
     for key in UNSUPPORTED:
         if params.get(key) is not None:
             raise UserError(
-                f"{path}: `{key}` is {quoted(params[key])}, which this code does not support; "
-                "training without it would quietly change the model."
+                f"{path}: `{key}` is {quoted(params[key])}, which is not supported; "
+                "training without it would silently change the model."
             )
     window = params.get("sliding_window")
     if isinstance(window, list):
-        raise UserError(f"{path}: `sliding_window` is {quoted(window)}; windows that alternate are not supported.")
+        raise UserError(f"{path}: `sliding_window` is {quoted(window)}; alternating windows are not supported.")
     window = None if window is None else int(_positive(path, "sliding_window", window, int))
     args = ModelArgs(moe=_moe_args(path, params), sliding_window=window, **values)
     if args.head_dim % 2:
-        raise UserError(f"{path}: `head_dim` is {args.head_dim}; rotary embeddings need an even one.")
+        raise UserError(f"{path}: `head_dim` is {args.head_dim}; rotary embeddings need an even number.")
     if (blocks := args.n_layers * (args.moe.num_experts if args.moe else 1)) > _MOST_BLOCKS:
-        raise UserError(
-            f"{path} asks for {blocks:,} feed-forward networks; no Mistral model has over {_MOST_BLOCKS:,}."
-        )
+        raise UserError(f"{path} describes {blocks:,} feed-forward networks; expected at most {_MOST_BLOCKS:,}.")
     return args
 
 
@@ -168,7 +167,7 @@ def _positive(path: Path, name: str, value: Any, kind: type) -> int | float:
 
 
 def _moe_args(path: Path, params: dict[str, Any]) -> MoeArgs | None:
-    """The keys of a mixture of experts stand in an object `moe` or, in some folders, beside the others."""
+    """Read the shapes of a mixture of experts: in an object `moe` or, in some models, at the top level."""
     known = {field.name for field in dataclasses.fields(MoeArgs)}
     moe = params.get("moe")
     if moe is None:
@@ -181,18 +180,19 @@ def _moe_args(path: Path, params: dict[str, Any]) -> MoeArgs | None:
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    """Returns `folder/params.json` as it stands; of a folder in Hugging Face's layout, what it would say.
+    """Return the contents of `folder/params.json`, or the equivalent of Hugging Face's config.json.
 
     Raises:
-        UserError: the folder or the file does not exist, it holds no JSON object, or config.json is of another model.
+        UserError: the folder or the file does not exist, the file is not a JSON object, or config.json describes
+            another architecture.
     """
     path = _params_path(folder)
     if not folder.is_dir():
-        raise UserError(f"The model folder {folder} does not exist (or is no folder).")
+        raise UserError(f"The model folder {folder} does not exist (or is not a folder).")
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: a model folder holds params.json beside its consolidated "
-            "weights, or config.json beside model*.safetensors."
+            f"{path} does not exist: a model folder contains params.json and consolidated weights, or config.json and "
+            "model*.safetensors."
         )
     if (size := path.stat().st_size) > _MAX_PARAMS_BYTES:
         raise UserError(f"{path} has {size:,} bytes: it does not describe a model.")
@@ -203,7 +203,7 @@ def read_params(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(params, dict):
-        raise UserError(f"{path} must hold a JSON object, found {type(params).__name__}.")
+        raise UserError(f"{path} must contain a JSON object, found {type(params).__name__}.")
     return params_from_config(path, params) if path.name == CONFIG_NAME else params
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how its messages quote what was found."""
+"""The exception for mistakes that the user can fix, and how messages quote values."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ _LONGEST_QUOTE = 500  # characters
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: its message says what was found, what was expected and what to do.
+    """A mistake in the user's input. The message contains the value found, what was expected and how to fix it.
 
-    Entry points print the message and exit with code 1; anything else is a defect of ours and keeps its traceback.
+    Entry points print the message and exit with code 1. Any other exception is a bug and keeps its traceback.
     """
 
 
@@ -24,14 +24,14 @@ class Problem(NamedTuple):
 
 
 def quoted(value: object) -> str:
-    """`repr(value)` for a message: cut where it is long, and of values that Python refuses to print too."""
+    """Return `repr(value)` for a message: truncated if long, and defined even if `repr` fails."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of over 4,300 digits; an endless nesting
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits; deep nesting
         return f"{type(value).__name__} too long to show"
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]} ..."
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says in its first line, or its kind where it says nothing."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,7 @@ from finetune.speed_estimate import (
     resolve_checkpoint,
     tokens_per_second,
 )
-from model.args import BASE_DTYPES, ModelArgs, load_model_args
+from model.args import BASE_DTYPES, BaseDtype, ModelArgs, load_model_args
 from model.errors import UserError
 from utils.models.known_models import KNOWN_MODELS, known_shapes
 
@@ -102,7 +102,7 @@ def choose_gpu(name: str | None, gib: float | None) -> tuple[Gpu, bool]:
     return dataclasses.replace(gpu, gib=gib or gpu.gib), True
 
 
-def memory_rows(config: "MemoryConfig", base_dtypes: tuple[str, ...], usable: float) -> list[dict[str, Any]]:
+def memory_rows(config: "MemoryConfig", base_dtypes: tuple[BaseDtype, ...], usable: float) -> list[dict[str, Any]]:
     """Estimate every combination of `base_dtype` and `checkpoint`.
 
     Args:
@@ -128,7 +128,7 @@ def memory_rows(config: "MemoryConfig", base_dtypes: tuple[str, ...], usable: fl
     return rows
 
 
-def _can_store(base_dtype: str, config: "MemoryConfig") -> bool:
+def _can_store(base_dtype: BaseDtype, config: "MemoryConfig") -> bool:
     """Return whether the model's shapes can be stored in this format."""
     try:
         dataclasses.replace(config, base_dtype=base_dtype).memory()

@@ -242,7 +242,7 @@ BAD_ADAPTERS = {
     "other rank": (lambda: bad_adapter(rank=3), "lora_A.weight is [3, 16], expected [2, 16]"),
     "other scaling": (lambda: bad_adapter(params='{"lora": {"scaling": 4.0}}'), "trained with `lora.scaling: 4.0`"),
     "params not json": (lambda: bad_adapter(params="{"), "adapter/params.json is not valid JSON"),
-    "params not an object": (lambda: bad_adapter(params="[]"), "adapter/params.json must hold a JSON object"),
+    "params not an object": (lambda: bad_adapter(params="[]"), "adapter/params.json must contain a JSON object"),
     "no adapter": (lambda: shutil.copytree("model", "adapter"), "adapter/lora.safetensors does not exist"),
 }
 

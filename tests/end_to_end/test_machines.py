@@ -116,7 +116,7 @@ def test_hybrid_sharding_needs_equally_many_processes_per_machine(folder, monkey
     run = UnevenRun(kill_test_config(folder, "uneven", sharding="hybrid"), 3)
     assert run.wait() == [1, 1, 1]
     assert run.log.count("error: ") == 1 and "Traceback" not in run.log
-    assert "needs equally many processes on all machines; there are 1 on one and 2 on another" in run.log
+    assert "needs the same number of processes on all machines; there are 1 on one and 2 on another" in run.log
 
 
 # --- CPU offload

@@ -457,9 +457,9 @@ def test_all_problems_are_named_in_one_message():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "must hold `key: value` pairs, found NoneType"),
-        (b"- a\n- b", "must hold `key: value` pairs, found list"),
-        (b"just a text", "must hold `key: value` pairs, found str"),
+        (b"", "must contain `key: value` pairs, found NoneType"),
+        (b"- a\n- b", "must contain `key: value` pairs, found list"),
+        (b"just a text", "must contain `key: value` pairs, found str"),
         (b"seq_len: [1", "is not valid YAML"),
         (b"\tseq_len: 1", "is not valid YAML"),
         (b"a: !!python/object/apply:os.getcwd []", "is not valid YAML"),

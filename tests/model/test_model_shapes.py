@@ -100,7 +100,7 @@ def test_nested_and_flat_moe_keys_are_equivalent(tmp_path):
     nested, flat = MODELS["mixtral-8x7b"][0], MODELS["mixtral-8x7b, flat keys"][0]
     args = load_model_args(write_params(tmp_path, nested))
     assert args.moe.num_experts == 8 and args == load_model_args(write_params(tmp_path, flat))
-    with pytest.raises(UserError, match=r"`moe.num_experts_per_tok` is 9 but must lie between 1 and"):
+    with pytest.raises(UserError, match=r"`moe.num_experts_per_tok` is 9; expected between 1 and"):
         load_model_args(write_params(tmp_path, flat | {"num_experts_per_tok": 9}))
 
 
