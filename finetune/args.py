@@ -331,12 +331,11 @@ def _remove(raw: Any, path: list[str]) -> None:
 
 
 def _describe(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
-    found: dict[str, Problem] = {}  # by message: an invalid `bool | Literal` is an error of each of the two
+    found: dict[Problem, None] = {}  # without duplicates: pydantic reports an invalid `bool | Literal` twice
     blocks_listed: set[str] = set()
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         if detail["type"] == "unexpected_keyword_argument":
-            problem = _unknown([str(part) for part in detail["loc"]], blocks_listed)
-            found[problem.message] = problem
+            found[_unknown([str(part) for part in detail["loc"]], blocks_listed)] = None
             continue
         key, verb = "", "is"
         value: Any = raw
@@ -350,8 +349,8 @@ def _describe(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
         message = f"`{key}` {verb} {_shown(key, value)}; expected {setting.expected}{about}."
         if detail["type"] == "missing":
             message = f"`{key}` is missing; it must be given{about}."
-        found[message] = Problem(key, message)
-    return list(found.values())
+        found[Problem(key, message)] = None
+    return list(found)
 
 
 def _unknown(path: list[str], blocks_listed: set[str]) -> Problem:
@@ -361,10 +360,9 @@ def _unknown(path: list[str], blocks_listed: set[str]) -> Problem:
     prefix = f"{block}." if block else ""
     siblings = [other.removeprefix(prefix) for other in known_settings() if other.rpartition(".")[0] == block]
     elsewhere = [other for other in known_settings() if other.rpartition(".")[2] == name]
-    if close := difflib.get_close_matches(name, siblings, n=1):
-        return Problem(key, f"`{key}` is not a known setting; did you mean `{prefix}{close[0]}`?")
-    if elsewhere:
-        return Problem(key, f"`{key}` is not a known setting; did you mean `{'` or `'.join(elsewhere)}`?")
+    similar = [prefix + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
+    if suggestions := elsewhere or similar:
+        return Problem(key, f"`{key}` is not a known setting; did you mean `{'` or `'.join(suggestions)}`?")
     # `key:0123`, without a space after the colon, is a key, too.
     what = f"A key of `{block}`" if block in _MAY_HOLD_SECRETS else f"`{prefix}{name[:_MAX_KEY_LENGTH]}`"
     expected = "" if block in blocks_listed else f"; expected one of {', '.join(sorted(siblings))}"

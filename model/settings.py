@@ -99,7 +99,7 @@ class Setting:
 
 
 def list_settings(block: type[Settings], prefix: str = "") -> dict[str, Setting]:
-    """Return every key of a block, and of the blocks in it, by its dotted path."""
+    """Return the keys of a block and of the blocks in it, by dotted path."""
     found: dict[str, Setting] = {}
     hints = typing.get_type_hints(block, include_extras=True)
     for field in dataclasses.fields(block):
@@ -145,7 +145,7 @@ def _range(metadata: list[Any]) -> str:
     for info in metadata:
         for limit in info.metadata if isinstance(info, FieldInfo) else ():
             limits |= {name: getattr(limit, name) for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
-    words = {"ge": "of at least", "gt": "greater than", "le": "of at most", "lt": "less than"}
     if limits.keys() == {"ge", "le"}:
         return f" between {limits['ge']} and {limits['le']}"
-    return "".join(f" and {words[name]} {limit}" for name, limit in limits.items()).replace(" and", "", 1)
+    words = {"ge": "of at least", "gt": "greater than", "le": "of at most", "lt": "less than"}
+    return " and".join(f" {words[name]} {limit}" for name, limit in limits.items())

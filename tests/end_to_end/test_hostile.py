@@ -1,4 +1,4 @@
-"""Files made to harm: nothing runs, nothing hangs, memory stays small, and one sentence says what is wrong."""
+"""Malicious and broken files: no code is executed, nothing hangs, memory stays small, and the error is one message."""
 
 import ast
 import contextlib
@@ -47,7 +47,7 @@ ROW = {"messages": [{"role": "user", "content": "question"}, {"role": "assistant
 
 
 def refusal(action: Callable[[], object], *, memory: int | None = None, seconds: float = 20) -> str:
-    """The one message an action is refused with: in time, and with so many bytes of memory where they are counted."""
+    """Return the message of the UserError that `action` raises within limits of time and memory (bytes, if given)."""
     start = time.monotonic()
     with counted_memory() if memory else contextlib.nullcontext([0]) as peak, pytest.raises(UserError) as error:
         action()
@@ -59,7 +59,7 @@ def refusal(action: Callable[[], object], *, memory: int | None = None, seconds:
 
 @contextlib.contextmanager
 def counted_memory() -> Iterator[list[int]]:
-    """Yields a list that holds the block's peak, in bytes, at its end."""
+    """Yield a list that contains the peak memory of the block in bytes once it has ended."""
     peak = [0]
     tracemalloc.start()
     try:
@@ -69,7 +69,7 @@ def counted_memory() -> Iterator[list[int]]:
         tracemalloc.stop()
 
 
-# ---- code in files
+# ---- Code in files
 
 
 FORBIDDEN_CALLS = {"pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
@@ -96,14 +96,14 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.pth", "old.bin", "weights.pt"])
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, name: str):
+def test_pickle_with_code(tmp_path: Path, name: str):
     marker = tmp_path / "executed"
     torch.save({"norm.weight": torch.ones(4), "evil": RunsCode(marker)}, tmp_path / name)
     assert f"{name} cannot be read as a table of tensors" in refusal(lambda: open_weights(tmp_path / name))
     assert not marker.exists()
 
 
-def test_yaml_that_runs_code_is_refused_with_its_line(tmp_path: Path):
+def test_yaml_with_code(tmp_path: Path):
     config, marker = tmp_path / "config.yaml", tmp_path / "executed"
     config.write_text(f"seed: 1\nrun_dir: !!python/object/apply:os.system ['touch {marker}']\n", encoding="utf-8")
     message = refusal(lambda: load_train_args(config))
@@ -111,11 +111,11 @@ def test_yaml_that_runs_code_is_refused_with_its_line(tmp_path: Path):
     assert not marker.exists()
 
 
-# ---- weights
+# ---- Weights
 
 
-class Lying:
-    """A tensor that claims another size than its storage has."""
+class WrongSize:
+    """A tensor whose size does not fit its storage."""
 
     def __init__(self, tensor: torch.Tensor, size: tuple[int, ...]) -> None:
         self.tensor, self.size = tensor, size
@@ -129,18 +129,18 @@ class Lying:
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
-def test_a_pth_that_claims_more_than_it_holds(tmp_path: Path):
-    torch.save({"a": Lying(torch.ones(4), (10**12,))}, tmp_path / "a.pth")
+def test_pth_with_a_tensor_larger_than_its_storage(tmp_path: Path):
+    torch.save({"a": WrongSize(torch.ones(4), (10**12,))}, tmp_path / "a.pth")
     assert "the end of 'a' according to its table" in refusal(lambda: open_weights(tmp_path / "a.pth"))
 
 
-def test_a_compressed_pth_is_not_unpacked(tmp_path: Path):
+def test_compressed_pth_is_not_decompressed(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", bytes(50 * MB))
     assert "compressed zip archive" in refusal(lambda: open_weights(tmp_path / "a.pth"), memory=16 * MB)
 
 
-def test_a_pth_of_other_tensors(tmp_path: Path):
+def test_pth_with_unsupported_tensors(tmp_path: Path):
     torch.save({"a": torch.ones(3).to_sparse()}, tmp_path / "a.pth")
     assert "is not a plain, named tensor" in refusal(lambda: open_weights(tmp_path / "a.pth"))
     torch.save({"a\n" * 9: torch.ones(3)}, tmp_path / "a.pth")
@@ -198,8 +198,8 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "a name twice": (as_safetensors(f'{{"a":{entry()},"a":{entry()}}}'.encode()), "a duplicate name"),
     "a name of a megabyte": (as_safetensors(f'{{"{"a" * MB}":{entry()}}}'.encode()), "an invalid tensor name"),
     "a name with line ends": (as_safetensors(f'{{"a\\nerror: b":{entry()}}}'.encode()), "an invalid tensor name"),
-    "no UTF-8": (as_safetensors(b'{"\xff":1}'), UNREADABLE),
-    "no JSON": (as_safetensors(b"{nonsense}"), UNREADABLE),
+    "not UTF-8": (as_safetensors(b'{"\xff":1}'), UNREADABLE),
+    "not JSON": (as_safetensors(b"{nonsense}"), UNREADABLE),
     "deep nesting": (as_safetensors(b'{"a":' + b"[" * 200_000), UNREADABLE),
     "a number of a million digits": (as_safetensors(b'{"a":' + b"9" * MB + b"}"), UNREADABLE),
     "a zip archive": (zipped(bytes(5000)), "it looks like a zip archive"),
@@ -210,7 +210,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path, name: str):
+def test_invalid_safetensors_header(tmp_path: Path, name: str):
     content, part = HEADERS[name]
     file = tmp_path / "consolidated.safetensors"
     file.write_bytes(content)
@@ -218,7 +218,7 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path, name: str):
     assert message.startswith(str(file)) and part in message
 
 
-def test_a_truncated_file_is_refused_at_any_length(tmp_path: Path):
+def test_file_truncated_at_any_length(tmp_path: Path):
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(40), "b": torch.ones(3, 5)}, file)
     whole = file.read_bytes()
@@ -227,8 +227,8 @@ def test_a_truncated_file_is_refused_at_any_length(tmp_path: Path):
         assert "Copy or download it again" in refusal(lambda: open_safetensors(file))
 
 
-def test_shapes_are_compared_with_params_json_before_anything_is_allocated(tmp_path: Path):
-    """The file is as large as its header says (it is sparse), and holds a tensor of 4 TB."""
+def test_shapes_are_checked_before_anything_is_allocated(tmp_path: Path):
+    """The file is as large as its header says (it is sparse): a tensor of 4 TB."""
     model = make_tiny_checkpoint(tmp_path / "model", dim=16, n_layers=1, hidden_dim=24, n_heads=2, n_kv_heads=1)
     header = f'{{"norm.weight":{entry(shape=[1 << 40], data_offsets=[0, 1 << 42])}}}'.encode()
     file = model / "consolidated.safetensors"
@@ -241,41 +241,41 @@ def test_shapes_are_compared_with_params_json_before_anything_is_allocated(tmp_p
 
 SHAPES = {"dim": 16, "n_layers": 1, "head_dim": 8, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-5}
 PARAMS: dict[str, Any] = {
-    "endless layers": {"n_layers": 10**9},
-    "layers of another sort": {"n_layers": "many"},
+    "too many layers": {"n_layers": 10**9},
+    "layers as a string": {"n_layers": "many"},
     "a huge width": {"dim": 10**30},
     "nan": {"dim": float("nan")},
     "infinity": {"hidden_dim": float("inf")},
-    "no whole number": {"n_heads": 2.5},
+    "not a whole number": {"n_heads": 2.5},
     "a float too large": {"rope_theta": 10**400},
     "an odd head": {"head_dim": 7},
-    "endless experts": {"n_layers": 100, "moe": {"num_experts": 10**6, "num_experts_per_tok": 2}},
-    "experts that are no number": {"moe": {"num_experts": "x"}},
+    "too many experts": {"n_layers": 100, "moe": {"num_experts": 10**6, "num_experts_per_tok": 2}},
+    "experts that are not a number": {"moe": {"num_experts": "x"}},
     "experts that are a list": {"moe": [1]},
 }
 
 
 @pytest.mark.parametrize("name", PARAMS)
-def test_impossible_shapes_are_refused_before_a_model_is_built(tmp_path: Path, name: str):
+def test_invalid_shapes_are_refused_before_a_model_is_built(tmp_path: Path, name: str):
     params = SHAPES | {"vocab_size": 32768} | PARAMS[name]
     (tmp_path / "params.json").write_text(json.dumps(params), encoding="utf-8")
     assert "params.json" in refusal(lambda: load_model_args(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"dim": ' + "9" * 10_000 + "}", " " * 2 * MB, "\xff"])
-def test_a_params_json_that_is_none(tmp_path: Path, content: str):
+def test_file_that_is_not_params_json(tmp_path: Path, content: str):
     (tmp_path / "params.json").write_bytes(content.encode("latin-1"))
     assert "params.json" in refusal(lambda: load_model_args(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, zipped(bytes(100)), b"\xff" * 1000, b'{"a": ' * 5000])
 @pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
-def test_a_tokenizer_that_is_none(tmp_path: Path, name: str, content: bytes):
+def test_file_that_is_not_a_tokenizer(tmp_path: Path, name: str, content: bytes):
     (tmp_path / name).write_bytes(content)
     assert f"{name} cannot be read" in refusal(lambda: load_instruct_tokenizer(tmp_path, 32768))
 
 
-# ---- rows
+# ---- Rows
 
 
 @pytest.fixture(scope="module")
@@ -284,14 +284,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> InstructTokenizerBase
 
 
 def training(tokenizer: InstructTokenizerBase, source: Path | str, **keys: Any) -> Callable[[], object]:
-    """Reads the first sequence of a source."""
+    """Return a function that reads the first sequence of a source."""
     data = DataArgs(instruct_data=str(source), **keys)
     return lambda: next(iter(build_training_stream(SampleEncoder(tokenizer), data, 32, 0, 0, 1)))
 
 
 @pytest.fixture
 def huge_row(tmp_path: Path) -> Path:
-    """A good row, and one of 100 MB, of which the disk holds nothing."""
+    """A valid row, and one of 100 MB in a sparse file."""
     file = tmp_path / "huge.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b"\n" + b'{"messages": [')
     os.truncate(file, 100_000_000)
@@ -299,26 +299,26 @@ def huge_row(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("chunk", [True, False])
-def test_a_row_of_100_mb_is_refused_unread(huge_row: Path, tokenizer: InstructTokenizerBase, chunk: bool):
+def test_row_of_100_mb_is_refused_unread(huge_row: Path, tokenizer: InstructTokenizerBase, chunk: bool):
     message = refusal(training(tokenizer, huge_row, instruct=InstructArgs(dynamic_chunk_fn_call=chunk)), memory=40 * MB)
     assert f"line 2 of dataset {huge_row}" in message and "It has 99,999," in message and "16,777,216" in message
 
 
-def test_the_other_readers_refuse_it_as_well(huge_row: Path):
+def test_other_readers_refuse_it_too(huge_row: Path):
     assert "line 2 of dataset" in refusal(lambda: list(read_rows(huge_row, 5)))
     assert "Line 2 of" in refusal(lambda: list(read_lines(huge_row)), memory=150 * MB)
     assert "Line 2 of" in refusal(lambda: rewrite_jsonl(huge_row, lambda row, *_: row), memory=150 * MB)
     assert [path.name for path in huge_row.parent.iterdir()] == ["huge.jsonl"]
 
 
-def test_the_validator_names_it_among_other_faults(huge_row: Path, tokenizer: InstructTokenizerBase):
+def test_validator_reports_it(huge_row: Path, tokenizer: InstructTokenizerBase):
     rows = JsonlFile(huge_row, SampleType.INSTRUCT, chunk=False, rank=0, world_size=1)
     checked = RowChecker([FileToCheck(rows)], tokenizer, DataArgs(), 64).check(Task(0, 0, 2))
     [(line, error)] = checked.errors
     assert (line, error.kind, checked.training) == (2, JsonError.kind, 1)
 
 
-def test_the_longest_row_that_is_allowed_is_read():
+def test_longest_allowed_row_is_read():
     frame = len(json.dumps({"text": ""}))
     assert len(parse_row(json.dumps({"text": "a" * (MAX_ROW_BYTES - frame)}).encode())["text"]) > 0.99 * MAX_ROW_BYTES
     with pytest.raises(JsonError, match="It has 16,777,217 bytes"):
@@ -347,7 +347,7 @@ LINES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_line_that_is_no_row_is_named(tmp_path: Path, tokenizer: InstructTokenizerBase, name: str):
+def test_invalid_row_is_named(tmp_path: Path, tokenizer: InstructTokenizerBase, name: str):
     content, part = LINES[name]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
@@ -355,10 +355,10 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, tokenizer: InstructToken
     assert f"line 1 of dataset {file}" in message and part in message
 
 
-def test_what_is_odd_but_sound_is_read(tmp_path: Path, tokenizer: InstructTokenizerBase):
+def test_unusual_but_valid_rows_are_read(tmp_path: Path, tokenizer: InstructTokenizerBase):
     rows = [
         b"\xef\xbb\xbf" + json.dumps(ROW).encode(),
-        json.dumps(ROW | {"score": float("nan"), "size": 1e999, "deep": [[[[]]]]}).encode(),  # of a table, unread
+        json.dumps(ROW | {"score": float("nan"), "size": 1e999, "deep": [[[[]]]]}).encode(),  # other columns, ignored
         json.dumps(ROW).replace("question", "\\u0000 \\ud83d\\ude00").encode(),
     ]
     file = tmp_path / "rows.jsonl"
@@ -368,17 +368,17 @@ def test_what_is_odd_but_sound_is_read(tmp_path: Path, tokenizer: InstructTokeni
         assert all(reader.encode(handle, index, SampleEncoder(tokenizer)).tokens for index in range(3))
 
 
-def test_arguments_nested_too_deeply_are_refused(tokenizer: InstructTokenizerBase):
+def test_deeply_nested_arguments_are_refused(tokenizer: InstructTokenizerBase):
     call = {"id": "abcdefghi", "function": {"name": "f", "arguments": "[" * 100_000}}
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
     assert refusal(lambda: SampleEncoder(tokenizer).encode(row, SampleType.INSTRUCT))
 
 
-# ---- sources
+# ---- Sources
 
 
 def in_time(action: Callable[[], object], seconds: float = 10) -> object:
-    """What an action gives or raises; fails where it waits, as opening a pipe does."""
+    """Return the result or the UserError of an action; fail if it blocks, as opening a pipe does."""
     result: list[object] = []
 
     def run() -> None:
@@ -390,7 +390,7 @@ def in_time(action: Callable[[], object], seconds: float = 10) -> object:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert result, "it hangs"
+    assert result, "it blocks"
     return result[0]
 
 
@@ -410,7 +410,7 @@ SPECIAL_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", SPECIAL_FILES)
-def test_a_source_that_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tokenizer):
+def test_source_that_is_not_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tokenizer):
     make, part = SPECIAL_FILES[name]
     monkeypatch.chdir(tmp_path)
     make(Path("a.jsonl"))
@@ -421,7 +421,7 @@ def test_a_source_that_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest
     assert isinstance(in_time(lambda: load_train_args(Path("config.yaml"))), UserError)
 
 
-def test_a_folder_with_a_loop_and_a_pipe_is_read(tmp_path: Path, tokenizer: InstructTokenizerBase):
+def test_folder_with_a_loop_and_a_pipe_is_read(tmp_path: Path, tokenizer: InstructTokenizerBase):
     (tmp_path / "data/inner").mkdir(parents=True)
     (tmp_path / "data/inner/up").symlink_to(tmp_path / "data")
     (tmp_path / "data/loop.jsonl").symlink_to(tmp_path / "data/loop.jsonl")
@@ -452,7 +452,7 @@ def test_a_folder_with_a_loop_and_a_pipe_is_read(tmp_path: Path, tokenizer: Inst
         (",,,", "name at least one training source"),
     ],
 )
-def test_a_source_with_tricks_is_refused(
+def test_invalid_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: InstructTokenizerBase, text: str, part: str
 ):
     monkeypatch.chdir(tmp_path)
@@ -462,13 +462,13 @@ def test_a_source_with_tricks_is_refused(
         training(tokenizer, text)()
 
 
-def test_very_different_weights_can_be_drawn(tmp_path: Path, tokenizer: InstructTokenizerBase):
+def test_very_different_weights(tmp_path: Path, tokenizer: InstructTokenizerBase):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(ROW) + "\n", encoding="utf-8")
     assert training(tokenizer, f"{tmp_path}/a.jsonl:1e9,{tmp_path}/b.jsonl:1e-320")()
 
 
-# ---- control tokens
+# ---- Control tokens
 
 TOKENIZERS = [
     "tokenizer.model.v1",
@@ -486,7 +486,7 @@ TOKENIZERS = [
 
 
 def tool_row(text: str) -> dict[str, Any]:
-    """A row that says a text wherever a user can."""
+    """A row with `text` in every place that a user can fill."""
     call = {"id": "abcdefghi", "function": {"name": "f", "arguments": json.dumps({"a": text})}}
     parameters = {"type": "object", "properties": {"a": {"type": "string", "description": text}}}
     return {
@@ -506,7 +506,7 @@ def chat_row(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_control_tokens_in_texts_are_ordinary_text(tmp_path: Path, name: str):
+def test_control_tokens_in_text_are_ordinary_text(tmp_path: Path, name: str):
     shipped = Path(mistral_common.__file__).parent / "data" / name
     file = shipped if shipped.is_file() else write_tiny_tekken(tmp_path / "tekken.json", name)
     encoder = SampleEncoder(MistralTokenizer.from_file(str(file)).instruct_tokenizer)
@@ -528,14 +528,14 @@ def test_control_tokens_in_texts_are_ordinary_text(tmp_path: Path, name: str):
     assert [token for token in tokens if written[token] is None] == [tokens[0], tokens[-1]]
 
 
-# ---- configurations
+# ---- Configurations
 
 CONFIGS: dict[str, tuple[bytes, str]] = {
-    "aliases that explode": (
+    "exponential aliases": (
         b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
         "over 10,000 values",
     ),
-    "blocks that explode": (
+    "exponential blocks": (
         b"a0: &a0 {x: 1}\n" + b"".join(b"a%d: &a%d {b: *a%d, c: *a%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
         "over 10,000 values",
     ),
@@ -558,7 +558,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "half a surrogate pair": (b'run_dir: "\\ud800"', "`run_dir` is '\\ud800'; expected a string"),
     "a number of 5,000 digits": (b"seed: " + b"9" * 5000, "the value is not a valid int (line 1, column 7)"),
     "the same in base 16": (b"seed: 0x" + b"f" * 5000, "`seed` is int too long to show"),
-    "a number of another sort": (b"seed: !!int abc", "the value is not a valid int (line 1, column 7)"),
+    "a tag that does not fit": (b"seed: !!int abc", "the value is not a valid int (line 1, column 7)"),
     "a list as a key": (b"? [1]\n: 2\n", "a key is not a string"),
     "two documents": (b"seed: 1\n---\nseed: 2\n", "another document (line 2, column 1)"),
     "thousands of unknown keys": (b"".join(b"k%d: 1\n" % i for i in range(4000)), "more"),
@@ -567,7 +567,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_that_is_none_is_refused(tmp_path: Path, name: str):
+def test_invalid_configuration(tmp_path: Path, name: str):
     content, part = CONFIGS[name]
     file = tmp_path / "config.yaml"
     file.write_bytes(content)
@@ -577,7 +577,7 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path, name: str):
     assert len(str(error.value)) < 30_000
 
 
-def test_anchors_in_measure_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ordinary_anchors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
     Path("a.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
@@ -589,7 +589,7 @@ def test_anchors_in_measure_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (args.run_dir, args.optim.lr) == ("model", 0.5)
 
 
-def test_bad_rows_keep_their_place(tmp_path: Path):
+def test_invalid_row_is_reported_with_its_line(tmp_path: Path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b"\n" + gzip.compress(b"x"))
     with pytest.raises(BadRowError, match=r"line 2 of dataset .* begins like a gzip archive"):

@@ -1,4 +1,4 @@
-"""The training YAML: what is read, and everything that is refused, in one message."""
+"""Reading the training YAML: conversions, and one message with all problems."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder_with_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
     for name in ("train", "eval", "texts"):
@@ -43,7 +43,7 @@ def load(content: str | dict[str, Any]) -> TrainArgs:
 
 
 def problems(**keys: Any) -> list[str]:
-    """What is said of BASE with these keys."""
+    """Return the lines of the message for BASE with these keys."""
     try:
         load(BASE | keys)
     except UserError as error:
@@ -54,10 +54,10 @@ def problems(**keys: Any) -> list[str]:
     return []
 
 
-# ---- what is read ----
+# ---- Conversion
 
 
-def test_defaults_are_the_originals():
+def test_defaults_are_those_of_mistral_finetune():
     args = load(BASE)
     assert args.data.instruct_data == "train.jsonl"
     assert (args.data.shuffle, args.data.instruct.shuffle, args.data.instruct.dynamic_chunk_fn_call) == (
@@ -76,13 +76,13 @@ def test_defaults_are_the_originals():
     assert (args.lora.targets, args.loss_normalization) == (["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "microbatch")
 
 
-def test_numbers_may_be_written_as_yaml_mistakes_them():
+def test_numbers_that_yaml_reads_as_strings():
     args = load(
         """
         model_id_or_path: model
         run_dir: 2024          # a number
         data: {instruct_data: train.jsonl}
-        optim: {lr: 1e-4, weight_decay: "0.5", pct_start: 0}   # YAML 1.1 reads 1e-4 as a text
+        optim: {lr: 1e-4, weight_decay: "0.5", pct_start: 0}   # YAML 1.1 reads 1e-4 as a string
         seq_len: "512"
         max_steps: 1e2
         no_eval: "True"
@@ -110,20 +110,20 @@ def test_alpha_is_another_way_to_give_the_scaling(lora: dict[str, Any], scaling:
     assert load(BASE | {"lora": args.to_dict()["lora"]}) == args
 
 
-def test_a_block_whose_keys_are_all_commented_out_has_its_defaults():
+def test_block_without_keys_has_its_defaults():
     text = yaml.safe_dump(BASE) + "".join(f"{block}:\n  # key: 1\n" for block in ("optim", "lora", "wandb", "guards"))
     assert load(text) == load(BASE)
     [problem] = problems(data=None)
     assert problem.startswith("`data.instruct_data` and `data.data` are both empty")
 
 
-def test_an_empty_text_means_unset_for_trackers():
+def test_empty_string_means_unset_for_trackers():
     keys = {"wandb": {"project": "", "run_name": "", "key": ""}, "mlflow": {"tracking_uri": ""}}
     args = load(BASE | keys)
     assert (args.wandb.project, args.wandb.run_name, args.wandb.key, args.mlflow.tracking_uri) == (None,) * 4
 
 
-def test_keys_may_be_dotted_at_any_depth():
+def test_dotted_keys_at_any_depth():
     dotted = load(
         """
         model_id_or_path: model
@@ -153,7 +153,7 @@ def test_keys_may_be_dotted_at_any_depth():
     assert load(BASE | {"data": {"instruct_data": "train.jsonl", "instruct.shuffle": True}}).data.instruct.shuffle
 
 
-def test_args_yaml_loads_to_the_same_settings_without_the_key():
+def test_args_yaml_loads_to_the_same_settings_without_the_api_key():
     args = load(
         BASE
         | {
@@ -204,10 +204,10 @@ def test_reading_settings_imports_neither_torch_nor_a_tokenizer():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
-# ---- what is refused ----
+# ---- Problems
 
 
-def test_an_unknown_key_is_named_with_the_one_that_was_meant():
+def test_unknown_key_with_suggestion():
     assert problems(seq_length=3) == ["`seq_length` is not a known setting; did you mean `seq_len`?"]
     assert problems(lora={"rnak": 3}) == ["`lora.rnak` is not a known setting; did you mean `lora.rank`?"]
     assert problems(**{"optim.learning": 3})[0].startswith(
@@ -218,14 +218,33 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant():
     assert problems(**{"wandb.project.name": "x"})[0].startswith("`wandb.project` is {'name': 'x'}; expected a string")
 
 
-def test_keys_that_are_no_texts_are_named():
+def test_key_of_another_block_is_suggested():
+    assert problems(rank=3) == ["`rank` is not a known setting; did you mean `lora.rank`?"]
+    assert problems(enable=3) == ["`enable` is not a known setting; did you mean `lora.enable`?"]
+    [problem] = problems(key=3)
+    assert problem == "`key` is not a known setting; did you mean `wandb.key`?"
+    [problem] = problems(**{"optim.shuffle": True})
+    assert problem.endswith("did you mean `data.shuffle` or `data.instruct.shuffle`?")
+
+
+def test_known_keys_are_listed_once_per_block():
+    found = problems(**{f"unknown_{i}_": i for i in range(60)}, wandb={"123": 1, "456": 2, "789": 3})
+    assert len(found) == 51 and found[-1] == "... and 13 more"
+    assert sum("expected one of" in problem for problem in found) == 2
+    assert found[:3] == [
+        "A key of `wandb` is not a known setting; expected one of key, offline, project, run_name.",
+        *["A key of `wandb` is not a known setting."] * 2,
+    ]
+
+
+def test_keys_that_yaml_does_not_read_as_strings():
     with pytest.raises(UserError, match="`on` is not a known setting"):
         load("on: 1")  # YAML 1.1 reads `on` as true
     with pytest.raises(UserError, match=r"`data\.3` is not a known setting"):
         load("data: {3: x}")
 
 
-def test_a_setting_given_in_both_ways_is_refused():
+def test_setting_given_both_dotted_and_nested():
     assert problems(**{"data.instruct_data": "texts.jsonl"}) == ["`data.instruct_data` is given twice; give it once."]
     assert "`lora` is 3; expected a block of keys." in problems(**{"lora": 3, "lora.rank": 8})
 
@@ -233,14 +252,14 @@ def test_a_setting_given_in_both_ways_is_refused():
 MISSING = ["`data` is missing; it must be given", "`model_id_or_path` is missing", "`run_dir` is missing"]
 
 
-def test_missing_keys_are_reported():
+def test_missing_keys():
     with pytest.raises(UserError) as error:
         load("{}")
     lines = str(error.value).splitlines()[1:]
     assert [sentence in line for sentence, line in zip(MISSING, lines, strict=True)] == [True] * 3
 
 
-def test_a_missing_key_does_not_hide_other_problems():
+def test_missing_key_does_not_hide_other_problems():
     with pytest.raises(UserError) as error:
         load({"data": {"instruct_data": "train.jsonl"}, "seq_len": 0, "lora": {"rank": 0}, "optim": {"lr": "fast"}})
     for sentence in ("`seq_len` is 0", "`lora.rank` is 0", "`optim.lr` is 'fast'", *MISSING[1:]):
@@ -272,7 +291,7 @@ WRONG_TYPES = [
 
 
 @pytest.mark.parametrize(("keys", "sentence"), WRONG_TYPES)
-def test_a_value_of_the_wrong_type_is_refused(keys: dict[str, Any], sentence: str):
+def test_value_of_the_wrong_type(keys: dict[str, Any], sentence: str):
     [problem] = problems(**keys)
     assert problem.startswith(sentence)
 
@@ -281,7 +300,7 @@ def of_data(**keys: Any) -> dict[str, Any]:
     return {"data": BASE["data"] | keys}
 
 
-IMPOSSIBLE = [
+INVALID = [
     *[
         ({key: value}, f"`{key}` is {value}; expected a whole number of at least 1 (")
         for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq")
@@ -398,13 +417,13 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "sentence"), IMPOSSIBLE)
-def test_an_impossible_setting_is_refused(keys: dict[str, Any], sentence: str):
+@pytest.mark.parametrize(("keys", "sentence"), INVALID)
+def test_invalid_setting(keys: dict[str, Any], sentence: str):
     [problem] = problems(**keys)
     assert problem.startswith(sentence)
 
 
-def test_the_limits_themselves_are_accepted():
+def test_limits_are_accepted():
     assert problems(seed=2**32 - 1, seq_len=1, max_steps=1, optim={"pct_start": 1, "lr": 0}, num_ckpt_keep=1) == []
     assert problems(lora={"enable": False, "rank": 0}, save_adapters=False) == []
     assert problems(lora={"enable": False}, no_ckpt=True) == []
@@ -418,7 +437,7 @@ def test_the_limits_themselves_are_accepted():
         ("mlflow", {"mlflow": {"tracking_uri": "x"}}, "mlflow.tracking_uri"),
     ],
 )
-def test_a_tracker_that_is_not_installed_is_refused(
+def test_tracker_that_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, package: str, keys: dict[str, Any], setting: str
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -426,7 +445,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
     assert problem.startswith(f"`{setting}` is set but {package} is not installed: run `pip install -e")
 
 
-def test_all_problems_are_named_in_one_message():
+def test_all_problems_are_in_one_message():
     found = problems(
         seq_len=0,
         batch_size="many",
@@ -459,7 +478,7 @@ def test_all_problems_are_named_in_one_message():
     [
         (b"", "must contain `key: value` pairs, found NoneType"),
         (b"- a\n- b", "must contain `key: value` pairs, found list"),
-        (b"just a text", "must contain `key: value` pairs, found str"),
+        (b"just a string", "must contain `key: value` pairs, found str"),
         (b"seq_len: [1", "is not valid YAML"),
         (b"\tseq_len: 1", "is not valid YAML"),
         (b"a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
@@ -468,19 +487,19 @@ def test_all_problems_are_named_in_one_message():
         ("run_dir: é".encode("latin-1"), "is not valid UTF-8 (byte 10)"),
     ],
 )
-def test_a_file_that_is_no_yaml_is_refused(content: bytes, reason: str):
+def test_file_that_is_not_yaml(content: bytes, reason: str):
     Path("config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(f"config.yaml {reason}")):
         load_train_args(Path("config.yaml"))
 
 
 @pytest.mark.parametrize("name", ["nope.yaml", "model"])
-def test_a_file_that_is_not_there_is_refused(name: str):
+def test_missing_file(name: str):
     with pytest.raises(UserError, match=f"The configuration {name} does not exist"):
         load_train_args(Path(name))
 
 
-# ---- sources ----
+# ---- Sources
 
 
 @pytest.mark.parametrize(
@@ -516,6 +535,6 @@ def test_sources_are_paths_with_weights(text: str, expected: list[tuple[str, flo
         ("a, b, ./a:2", "is listed twice in 'a, b, ./a:2'"),
     ],
 )
-def test_a_malformed_source_is_quoted(text: str, reason: str):
+def test_malformed_source_is_quoted(text: str, reason: str):
     with pytest.raises(UserError, match=re.escape(reason)):
         parse_sources(text)

@@ -1,4 +1,4 @@
-"""finetune.memory_estimate: the arithmetic is what training allocates, and `checkpoint: auto` goes by it."""
+"""The memory estimate agrees with what PyTorch allocates, and `checkpoint: auto` uses it."""
 
 import dataclasses
 import logging
@@ -31,14 +31,14 @@ TOKENS, VOCABULARY = 512, 300
 DENSE = ModelArgs(128, 4, 32, 352, 4, 2, 1e-5, VOCABULARY)
 SHAPES = {
     "dense": DENSE,
-    "narrow": dataclasses.replace(DENSE, hidden_dim=160),  # where attention takes more than the feed-forward network
+    "narrow": dataclasses.replace(DENSE, hidden_dim=160),  # attention needs more than the feed-forward network
     "mixture": dataclasses.replace(DENSE, hidden_dim=176, moe=MoeArgs(4, 2)),
 }
 LORA = LoraArgs(rank=8)
 
 
-def built(shapes: ModelArgs, lora: LoraArgs, dtype: torch.dtype, checkpoint: bool | str) -> Transformer:
-    """As finetune.wrapped_model builds it: what trains in fp32, the rest in `dtype`."""
+def build(shapes: ModelArgs, lora: LoraArgs, dtype: torch.dtype, checkpoint: bool | str) -> Transformer:
+    """Build a model as finetune.wrapped_model does: trained parameters in fp32, the others in `dtype`."""
     torch.manual_seed(0)
     model = Transformer(shapes, "sdpa", dtype)
     if lora.enable:
@@ -50,13 +50,13 @@ def built(shapes: ModelArgs, lora: LoraArgs, dtype: torch.dtype, checkpoint: boo
     return model.train()
 
 
-def measured(training: MemoryConfig) -> tuple[int, int]:
-    """Bytes kept behind the forward pass, and the most of a forward and a backward pass."""
-    model = built(training.model, training.lora, training.dtype, training.checkpoint)
-    ids = torch.randint(VOCABULARY, (training.seq_len,))
-    wanted = torch.arange(0, training.seq_len, round(1 / training.trained_share))
+def measure(config: MemoryConfig) -> tuple[int, int]:
+    """Return the bytes kept after the forward pass, and the peak of a forward and a backward pass."""
+    model = build(config.model, config.lora, config.dtype, config.checkpoint)
+    ids = torch.randint(VOCABULARY, (config.seq_len,))
+    positions = torch.arange(0, config.seq_len, round(1 / config.trained_share))
     with AliveTensors(model.parameters()) as alive:
-        loss = model(ids, [training.seq_len // 2] * 2, cross_entropy_head(ids[wanted]), wanted)
+        loss = model(ids, [config.seq_len // 2] * 2, cross_entropy_head(ids[positions]), positions)
         kept = alive.now
         loss.backward()
     return kept, alive.peak
@@ -66,45 +66,45 @@ def on_cpu(shapes: ModelArgs, **settings) -> MemoryConfig:
     return MemoryConfig(shapes, **{"lora": LORA, "seq_len": TOKENS, "device": "cpu", "attention": "sdpa"} | settings)
 
 
-# --- The arithmetic is what PyTorch allocates
+# --- Comparison with what PyTorch allocates
 
 
 @pytest.mark.parametrize("share", [1.0, 0.125])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_activations_and_the_peak_are_as_computed(shapes, checkpoint, dtype, share):
-    training = on_cpu(shapes, checkpoint=checkpoint, dtype=dtype, trained_share=share)
-    kept, peak = measured(training)
-    memory = training.memory()
+def test_activations_and_peak(shapes, checkpoint, dtype, share):
+    config = on_cpu(shapes, checkpoint=checkpoint, dtype=dtype, trained_share=share)
+    kept, peak = measure(config)
+    memory = config.memory()
     assert memory.activations == pytest.approx(kept, rel=0.02)
-    # The gradients of one block stand beside the peak, of all others they come later: less than a percent.
+    # Gradients of the current block's trained parameters are alive at the peak, too: less than a percent.
     assert memory.activations + memory.transient == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("targets", [["wq", "wv"], ["wk", "w2", "wo"]])
 def test_adapters_on_some_layers_only(targets):
     lora = LoraArgs(rank=64, targets=targets)
-    training = on_cpu(DENSE, checkpoint=False, dtype=torch.float32, lora=lora)
-    assert training.memory().activations == pytest.approx(measured(training)[0], rel=0.02)
+    config = on_cpu(DENSE, checkpoint=False, dtype=torch.float32, lora=lora)
+    assert config.memory().activations == pytest.approx(measure(config)[0], rel=0.02)
 
 
 @pytest.mark.parametrize(
     "lora", [LoraArgs(enable=False), LoraArgs(rank=8, dropout=0.1), LoraArgs(rank=8, targets=["wq", "output"])]
 )
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_what_goes_by_autograd_is_roughly_right(lora, checkpoint):
-    training = on_cpu(DENSE, checkpoint=checkpoint, dtype=torch.float32, lora=lora)
-    memory = training.memory()
-    assert memory.activations + memory.transient == pytest.approx(measured(training)[1], rel=0.25)
+def test_estimate_without_fused_lora_is_approximate(lora, checkpoint):
+    config = on_cpu(DENSE, checkpoint=checkpoint, dtype=torch.float32, lora=lora)
+    memory = config.memory()
+    assert memory.activations + memory.transient == pytest.approx(measure(config)[1], rel=0.25)
 
 
 @pytest.mark.parametrize("enable", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_gradients_and_moments_are_those_of_the_model(dtype, enable, tmp_path):
+def test_weights_gradients_and_optimizer_state(dtype, enable, tmp_path):
     lora = LoraArgs(rank=8, enable=enable)
-    training = on_cpu(SHAPES["mixture"], dtype=dtype, lora=lora)
-    model = built(training.model, lora, dtype, True)
+    config = on_cpu(SHAPES["mixture"], dtype=dtype, lora=lora)
+    model = build(config.model, lora, dtype, True)
     parameters = trainable_parameters(model)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -112,17 +112,17 @@ def test_weights_gradients_and_moments_are_those_of_the_model(dtype, enable, tmp
     optimizer, _ = build_optimizer(parameters, args.optim, 10)
     optimizer.step()
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-    memory = training.memory()
+    memory = config.memory()
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     assert memory.frozen == sum(tensor.nbytes for tensor in frozen)
     assert memory.trained == memory.gradients == sum(tensor.nbytes for tensor in parameters)
     assert memory.moments == sum(tensor.nbytes for tensor in moments)
     counts = sum(tensor.numel() for tensor in parameters), sum(tensor.numel() for tensor in frozen)
-    assert training.trained_and_frozen() == counts
+    assert config.trained_and_frozen() == counts
 
 
 @pytest.mark.parametrize("base_dtype", BASE_DTYPES[1:])
-def test_a_quantised_base_takes_the_bytes_of_its_format(base_dtype):
+def test_quantized_base(base_dtype):
     shapes = dataclasses.replace(DENSE, hidden_dim=384)
     with torch.device("meta"):
         model = Transformer(shapes)
@@ -136,23 +136,23 @@ def test_a_quantised_base_takes_the_bytes_of_its_format(base_dtype):
     assert quantized.trained_and_frozen() == same.trained_and_frozen()
 
 
-def test_ranks_share_weights_and_not_activations():
+def test_ranks_share_weights_but_not_activations():
     alone, shared = (MemoryConfig(DENSE, LORA, TOKENS, shards=shards).memory() for shards in (1, 4))
     for part in ("frozen", "trained", "gradients", "moments"):
         assert getattr(shared, part) == pytest.approx(getattr(alone, part) / 4, rel=0.01)
     assert (alone.unsharded, shared.activations) == (0, pytest.approx(alone.activations, rel=0.05))
-    block = 2 * sum(parameter.numel() for parameter in built(DENSE, LORA, torch.bfloat16, True).layers[0].parameters())
+    block = 2 * sum(parameter.numel() for parameter in build(DENSE, LORA, torch.bfloat16, True).layers[0].parameters())
     assert shared.unsharded > 2 * block
 
 
-def test_a_gpu_holds_nothing_that_is_in_host_memory():
+def test_cpu_offload_frees_gpu_memory():
     memory = MemoryConfig(DENSE, LORA, TOKENS, cpu_offload=True).memory()
     assert memory.frozen == memory.trained == memory.gradients == memory.moments == 0
     assert memory.total == memory.unsharded + memory.activations + memory.transient + memory.overhead
 
 
-def test_memory_hardly_depends_on_the_vocabulary_beside_the_weights():
-    """At one sequence length, with logits that would take a gigabyte more."""
+def test_vocabulary_size_affects_only_the_weights():
+    """Without chunks in the loss, the larger vocabulary would need a gigabyte more."""
     small, large = (
         MemoryConfig(dataclasses.replace(DENSE, vocab_size=size), LORA, 4096).memory() for size in (32768, 131072)
     )
@@ -160,12 +160,12 @@ def test_memory_hardly_depends_on_the_vocabulary_beside_the_weights():
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_the_longest_sequence_fits_and_one_more_does_not(checkpoint):
-    training = MemoryConfig(DENSE, LORA, 1, checkpoint=checkpoint)
-    longest = largest_seq_len(training, 1 << 30)
-    totals = [dataclasses.replace(training, seq_len=longest + more).memory().total for more in (0, 1)]
+def test_largest_seq_len_is_the_limit(checkpoint):
+    config = MemoryConfig(DENSE, LORA, 1, checkpoint=checkpoint)
+    longest = largest_seq_len(config, 1 << 30)
+    totals = [dataclasses.replace(config, seq_len=longest + more).memory().total for more in (0, 1)]
     assert totals[0] <= 1 << 30 < totals[1]
-    assert largest_seq_len(training, 1 << 20) == 0
+    assert largest_seq_len(config, 1 << 20) == 0
 
 
 # --- checkpoint: auto
@@ -178,10 +178,10 @@ def auto(tmp_path):
 
 
 @pytest.mark.parametrize("index", range(len(CHECKPOINTS)))
-def test_auto_is_the_fastest_mode_that_fits(index, auto, monkeypatch, caplog):
+def test_auto_selects_the_fastest_mode_that_fits(index, auto, monkeypatch, caplog):
     base, args, hardware, world = auto
-    training = MemoryConfig.of(args, base.args, torch.float32, "cpu", "sdpa", 1)
-    totals = [dataclasses.replace(training, checkpoint=mode).memory().total for mode in CHECKPOINTS]
+    config = MemoryConfig.of(args, base.args, torch.float32, "cpu", "sdpa", 1)
+    totals = [dataclasses.replace(config, checkpoint=mode).memory().total for mode in CHECKPOINTS]
     assert totals == sorted(totals, reverse=True)
     free = totals[index] / (1 - RESERVE)
     monkeypatch.setattr(preflight, "free_bytes", lambda device, processes: free * 1.0001)
@@ -189,29 +189,29 @@ def test_auto_is_the_fastest_mode_that_fits(index, auto, monkeypatch, caplog):
         assert resolve_checkpoint(base, args, hardware, world).checkpoint == CHECKPOINTS[index]
     assert f"`checkpoint: auto` is {str(CHECKPOINTS[index]).lower()}: false needs about" in caplog.text
     monkeypatch.setattr(preflight, "free_bytes", lambda device, processes: free * 0.9999)
-    less = CHECKPOINTS[min(index + 1, len(CHECKPOINTS) - 1)]  # and the smallest where nothing fits
+    less = CHECKPOINTS[min(index + 1, len(CHECKPOINTS) - 1)]  # the one that needs least if none fits
     assert resolve_checkpoint(base, args, hardware, world).checkpoint == less
 
 
-def test_the_smallest_memory_decides_for_all(auto, monkeypatch):
+def test_auto_uses_the_smallest_memory_of_all_ranks(auto, monkeypatch):
     base, args, hardware, world = auto
     monkeypatch.setattr(World, "gather", lambda self, value: [1 << 60, 1, 1 << 60])
     assert resolve_checkpoint(base, args, hardware, world).checkpoint is True
 
 
-def test_auto_recomputes_where_memory_is_not_known(auto, monkeypatch):
+def test_auto_recomputes_if_memory_is_unknown(auto, monkeypatch):
     base, args, hardware, world = auto
     monkeypatch.setattr(preflight, "free_bytes", lambda device, processes: None)
     assert resolve_checkpoint(base, args, hardware, world).checkpoint is True
 
 
-def test_what_is_given_stays(auto):
+def test_explicit_mode_is_kept(auto):
     base, args, hardware, world = auto
     args.checkpoint = "selective"
     assert resolve_checkpoint(base, args, hardware, world) is args
 
 
-def test_processes_of_a_machine_share_its_memory():
+def test_processes_of_a_node_share_its_memory():
     if not Path("/proc/meminfo").is_file():
         assert free_bytes(CPU, 1) is None
         return
@@ -219,16 +219,16 @@ def test_processes_of_a_machine_share_its_memory():
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_records_the_mode_it_chose(ranks, tmp_path):
+def test_run_records_the_selected_mode(ranks, tmp_path):
     config = kill_test_config(tmp_path, "run", checkpoint="auto", max_steps=1)
     run = ForkedRun(config, ranks)
     assert run.wait() == [0] * ranks, run.log
     recorded = yaml.safe_load((config.with_suffix("") / "args.yaml").read_text(encoding="utf-8"))
-    assert recorded["checkpoint"] is False  # so small a model fits anywhere
+    assert recorded["checkpoint"] is False  # this model fits anywhere
     assert run.log.count("`checkpoint: auto` is false") == 1
 
 
-def test_a_container_may_have_less_than_the_machine(tmp_path, monkeypatch):
+def test_memory_limit_of_a_container(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware_module, "_CGROUP", tmp_path)
     machine = free_bytes(torch.device("cpu"), 1)
     (tmp_path / "memory.max").write_text("3000\n")

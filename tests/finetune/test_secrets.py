@@ -1,4 +1,4 @@
-"""No secret of the configuration or the environment is ever printed, logged or written to a run's folder."""
+"""Secrets of the configuration and the environment are never printed, logged or written to a run folder."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ def settings(tmp_path: Path, model: Path) -> dict:
 
 
 def run_train(folder: Path, text: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Trains in a process of its own, in `folder`, as `python -m train` does after `before`."""
+    """Train in a new process in `folder`, as `python -m train` does, after the statements `before`."""
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     code = f"from finetune.cli import run_cli\nimport train\n{before}\nrun_cli(lambda: train.train('config.yaml'))"
     paths = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "TMPDIR": str(folder)}
@@ -61,30 +61,30 @@ def spellings(secret: str) -> list[bytes]:
     return [secret.encode(), secret[:24].encode(), base64.b64encode(f"api:{secret}".encode())]
 
 
-def assert_nothing_told(done: subprocess.CompletedProcess[str], folder: Path) -> None:
-    """Not a byte of a secret stands in what was printed or in any file but the configuration."""
+def assert_no_secret(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """Assert that no secret is in the output or in any file except the configuration."""
     contents = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "config.yaml":
             contents[str(path)] = path.read_bytes() + path.name.encode()
     for secret in SECRETS:
         for where, content in contents.items():
-            assert not any(spelling in content for spelling in spellings(secret)), f"{secret} stands in {where}"
+            assert not any(spelling in content for spelling in spellings(secret)), f"{secret} is in {where}"
 
 
 @pytest.mark.slow
-def test_a_run_keeps_all_secrets(tmp_path: Path, settings: dict):
-    """What wandb does with a key where its server fails is for tests/finetune/test_monitoring.py."""
+def test_run_does_not_show_secrets(tmp_path: Path, settings: dict):
+    """Failures of wandb's server are tested in tests/finetune/test_monitoring.py."""
     done = run_train(tmp_path, yaml.safe_dump(settings))
     assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")), "wandb recorded nothing: is the test still one?"
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")), "wandb recorded nothing"
     assert list(tmp_path.glob("run/checkpoints/*/consolidated/lora.safetensors"))
-    assert_nothing_told(done, tmp_path)
+    assert_no_secret(done, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_defect_that_quotes_secrets_keeps_them(tmp_path: Path, settings: dict):
-    """A traceback, a log line and another exception behind it, all of which quote every secret."""
+def test_traceback_with_secrets_is_redacted(tmp_path: Path, settings: dict):
+    """A traceback of two exceptions and a log line, all of which quote every secret."""
     before = f"""
 import logging
 def train_step(*args):
@@ -102,7 +102,7 @@ train.train_step = train_step
     assert done.returncode != 0 and "RuntimeError: ***-***" in done.stderr and "Traceback" in done.stderr
     assert "keys: ['***'" in done.stdout and "ValueError: *** ***" in done.stdout
     assert "RuntimeError: ***" in report.read_text(encoding="utf-8")
-    assert_nothing_told(done, tmp_path)
+    assert_no_secret(done, tmp_path)
 
 
 GOOD = f"""
@@ -115,12 +115,12 @@ wandb:
   key: {YAML_KEY}
 """
 MISTAKES = {
-    "no blank after key:": GOOD.replace("key: ", "key:"),
+    "no space after key:": GOOD.replace("key: ", "key:"),
     "no colon": GOOD.replace("key: ", "key "),
     "wrong indentation": GOOD.replace("  key: ", "    key: "),
     "a tab": GOOD.replace("  key: ", "\tkey: "),
-    "a quote left open": GOOD.replace("key: ", 'key: "'),
-    "a bracket left open": GOOD.replace("key: ", "key: ["),
+    "an unclosed quote": GOOD.replace("key: ", 'key: "'),
+    "an unclosed bracket": GOOD.replace("key: ", "key: ["),
     "a list": GOOD.replace("key: ", "key:\n  - "),
     "a block": GOOD.replace("key: ", "key:\n    value: "),
     "twice": GOOD + f"  key: {YAML_KEY}\n",
@@ -136,13 +136,13 @@ MISTAKES = {
     "a number's tag": GOOD.replace("key: ", "key: !!int "),
     "a control character": GOOD.replace(YAML_KEY, f"{YAML_KEY}\x07"),
     "Latin-1": GOOD.replace(YAML_KEY, f"{YAML_KEY}\udce9"),
-    "a bad setting beside it": GOOD + "seq_len: none\n",
-    "a bad path": GOOD.replace("train.jsonl", f"{ENVIRONMENT['HF_TOKEN']}.jsonl"),
+    "an invalid setting next to it": GOOD + "seq_len: none\n",
+    "an invalid path": GOOD.replace("train.jsonl", f"{ENVIRONMENT['HF_TOKEN']}.jsonl"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_near_the_key_does_not_show_it(
+def test_mistake_near_the_key_does_not_show_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], settings: dict, name: str
 ):
     monkeypatch.chdir(tmp_path)
@@ -151,28 +151,28 @@ def test_a_mistake_near_the_key_does_not_show_it(
     Path("config.yaml").write_bytes(MISTAKES[name].encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as error:
         load_train_args(Path("config.yaml"))
-    message = str(error.value) if name != "a bad path" else redaction.redacted(str(error.value))
+    message = str(error.value) if name != "an invalid path" else redaction.redacted(str(error.value))
     assert "config.yaml" in message
     assert not any(secret[:12] in message for secret in SECRETS), message
     assert not any(secret[:12] in "".join(capfd.readouterr()) for secret in SECRETS)
 
 
 @pytest.mark.slow
-def test_a_command_does_not_show_a_secret_of_the_environment(tmp_path: Path, settings: dict):
+def test_error_message_does_not_show_secrets_of_the_environment(tmp_path: Path, settings: dict):
     settings["data"]["instruct_data"] = f"https://user:{ENVIRONMENT['HF_TOKEN']}@huggingface.co/train.jsonl"
     done = run_train(tmp_path, yaml.safe_dump(settings))
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "***" in done.stderr
-    assert_nothing_told(done, tmp_path)
+    assert_no_secret(done, tmp_path)
 
 
-def test_an_error_is_redacted_before_it_is_cut(monkeypatch: pytest.MonkeyPatch):
+def test_error_is_redacted_before_it_is_truncated(monkeypatch: pytest.MonkeyPatch):
     secret = ENVIRONMENT["WANDB_API_KEY"]
     monkeypatch.setenv("WANDB_API_KEY", secret)
     for length in range(150, 210):
         assert secret[:8] not in describe(ValueError("x" * length + " " + secret))
 
 
-def test_short_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch):
+def test_short_words_are_not_redacted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "a")
     assert redaction.redacted("a word") == "a word"
     monkeypatch.setenv("HF_TOKEN", "longer-token")
