@@ -5,14 +5,12 @@ BIN := .venv/bin
 EXTRAS := test,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
 comma := ,
 
-NOTEBOOKS := generate_fictives_notes prepare_data_for_generative_finetuning mistral_finetune_7b
-
 .PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format docs constraints clean
 help:
 	@echo "make setup        create .venv with the versions of constraints.txt"
 	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
 	@echo "make sample-data  write 1,000 fictional notes and their codes to sample_data: train, eval and test"
-	@echo "make notebooks    run the tutorials; outputs in runs/tutorials"
+	@echo "make notebooks    run the tutorials and save their outputs in them; replaces runs/tutorials"
 	@echo "make test         run all tests;  make test-fast  skip the slow ones"
 	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
 	@echo "make fuzz         10,000 random inputs per fuzz target"
@@ -73,9 +71,8 @@ test-fast: setup
 
 # Without a key, so that running a tutorial is never charged.
 notebooks: setup
-	mkdir -p runs/tutorials
-	env -u MISTRAL_API_KEY $(BIN)/jupyter-execute --output='../runs/tutorials/{notebook_name}' \
-		$(NOTEBOOKS:%=tutorials/%.ipynb)
+	rm -rf runs/tutorials
+	env -u MISTRAL_API_KEY -u RECODE_QUICK $(BIN)/python -m tutorials.execute
 
 kill-test: setup
 	$(BIN)/python -m tests.end_to_end.kill_runs --kills 200
