@@ -1,4 +1,4 @@
-"""Extends a model of 32,000 tokens to the 32,768 of the v3 tokenizer, which this code trains with.
+"""Extend a model's vocabulary from 32,000 to the 32,768 tokens of the v3 tokenizer.
 
 python -m utils.extend_model_vocab --original_model_ckpt OLD --extended_model_ckpt NEW [--seed 0]
 """
@@ -29,15 +29,15 @@ TOKENIZER_NAME = "tokenizer.model.v3"
 
 
 def extend_model_vocab(original: Path, extended: Path, seed: int = 0) -> None:
-    """Writes the model folder `extended` with rows for the 768 new tokens, drawn from N(0, 1 / dim).
+    """Write the model folder `extended` with rows for the 768 new tokens, drawn from N(0, 1 / dim).
 
     Args:
         original: model folder, .pth or .safetensors.
         extended: folder to create.
-        seed: of the new rows; embeddings are drawn before the output head.
+        seed: for the new rows; embeddings are drawn before the output head.
 
     Raises:
-        UserError: the original has another vocabulary, is incomplete or damaged, or the folder holds something.
+        UserError: the original has another vocabulary, is incomplete or corrupt, or the folder is not empty.
     """
     args = load_model_args(original)
     weights = open_model_weights(original)
@@ -47,8 +47,8 @@ def extend_model_vocab(original: Path, extended: Path, seed: int = 0) -> None:
         name: torch.randn(N_NEW_TOKENS, args.dim, generator=generator) / math.sqrt(args.dim)
         for name in EXTENDED_TENSORS
     }
-    # rope_theta is written out because loaders disagree on what its absence means.
-    # Head and embeddings are written each by itself, their new rows differ.
+    # rope_theta is written because loaders disagree on the default.
+    # Head and embeddings are no longer tied, since their new rows differ.
     params = read_params(original) | {"vocab_size": NEW_VOCAB_SIZE, "rope_theta": args.rope_theta}
     params.pop("tied_embeddings", None)
     tensors = {
@@ -62,7 +62,7 @@ def extend_model_vocab(original: Path, extended: Path, seed: int = 0) -> None:
             for name in tqdm(weights.shapes, desc="extending", unit="tensor", disable=None):
                 tensor = weights.read(name)
                 writer.write(name, _with_new_rows(tensor, new_rows[name]) if name in new_rows else tensor)
-    print(f"Extended model saved to {extended}: {OLD_VOCAB_SIZE} -> {NEW_VOCAB_SIZE} tokens, new rows of seed {seed}.")
+    print(f"Extended model saved to {extended}: {OLD_VOCAB_SIZE} -> {NEW_VOCAB_SIZE} tokens, seed {seed}.")
 
 
 def _check(original: Path, args: ModelArgs, weights: WeightsReader) -> None:
@@ -79,20 +79,20 @@ def _check(original: Path, args: ModelArgs, weights: WeightsReader) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{weights.source} does not fit its params.json, which asks for {list(expected)}: {', '.join(wrong)}."
+            f"{weights.source} does not match its params.json, which requires {list(expected)}: {', '.join(wrong)}."
         )
 
 
 def _with_new_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Inserts rows [768, D] after the third row of [32000, D], in the tensor's dtype."""
+    """Insert rows [768, D] after the third row of [32000, D], in the tensor's dtype."""
     return torch.cat([tensor[:N_KEPT_TOKENS], rows.to(tensor.dtype), tensor[N_KEPT_TOKENS:]])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Extends a model of 32,000 tokens to 32,768.")
+    parser = argparse.ArgumentParser(description="Extend a model's vocabulary from 32,000 to 32,768 tokens.")
     parser.add_argument("--original_model_ckpt", type=Path, required=True, help="folder of the model to extend")
     parser.add_argument("--extended_model_ckpt", type=Path, required=True, help="folder to create")
-    parser.add_argument("--seed", type=int, default=0, help="of the new rows")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the new rows (default: 0)")
     args = parser.parse_args()
     extend_model_vocab(args.original_model_ckpt, args.extended_model_ckpt, args.seed)
 

@@ -1,9 +1,9 @@
-"""Makes training files of a table: `python -m utils.import_data SOURCE --out DIR --user TEMPLATE --assistant TEMPLATE`.
+"""Convert a table to training files: `python -m utils.import_data SOURCE --out DIR --user T --assistant T`.
 
 SOURCE is a csv, tsv, parquet, jsonl or json file. Templates name its columns in braces:
-  --user "{instruction}{context:\\n\\nContext: }" --assistant "{response}"     conversations, as dolly-15k wants
-  --text "{note}"                                                           plain texts to pretrain on
-{column.key} and {column.0} reach into objects and lists; {column:before} writes "before" only in front of a value.
+  --user "{instruction}{context:\\n\\nContext: }" --assistant "{response}"     conversations, as for dolly-15k
+  --text "{note}"                                                           plain text for pretraining
+{column.key} and {column.0} index into objects and lists; {column:before} inserts "before" if the value is not empty.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from utils.tables.templates import Recipe, Template
 
 @dataclasses.dataclass
 class Imported:
-    """What became of a table's rows."""
+    """The outcome of an import."""
 
     read: int
     dropped: LineReport
@@ -52,22 +52,22 @@ def import_table(
     encoding: str = "utf-8",
     overwrite: bool = False,
 ) -> Imported:
-    """Converts a table and splits it into train, eval and test files; all of them appear at the end, or none.
+    """Convert a table and split it into train, eval and test files, written atomically.
 
-    Rows keep the source's order within each file. Memory: some tens of bytes per row, and the groups' names.
+    Rows keep the order of the source within each file. Memory: about 100 bytes per row, and the names of groups.
 
     Args:
         source: see `read_table`.
-        out: a folder (it exists, or the name ends in a slash), or what the files' names begin with: `data/dolly` makes
+        out: a folder (it exists, or the name ends in a slash), or a prefix: `data/dolly` writes
             `data/dolly_train.jsonl`.
         recipe: how a row is converted.
-        fractions: shares of train, eval and test in this order; one, two or three that sum to 1.
+        fractions: shares of train, eval and test in this order; one to three numbers that sum to 1.
         seed: of the split.
         encoding: of a text source.
-        overwrite: replace files of an earlier import, and remove the splits that are no longer made.
+        overwrite: replace the files of an earlier import, and remove its splits that are not written again.
 
     Raises:
-        UserError: see `read_table`; a template names no column of the source; files in the way; a split without rows.
+        UserError: see `read_table`; a template names an unknown column, output files exist, or a split has no row.
     """
     require_file(source)
     paths = _output_paths(out)
@@ -82,12 +82,12 @@ def import_table(
             splits = split_rows(units, fractions, seed)
             _distribute(rows, splits, paths[: len(fractions)])
         for stale in paths[len(fractions) :]:
-            stale.unlink(missing_ok=True)  # it would hold rows that are now in another split
+            stale.unlink(missing_ok=True)  # its rows are now in another split
     return Imported(read, dropped, {path: splits.count(number) for number, path in enumerate(paths[: len(fractions)])})
 
 
 def _output_paths(out: str) -> list[Path]:
-    """One path per split name."""
+    """Return one path per split name."""
     if out.endswith(("/", os.sep)) or Path(out).is_dir():
         return [Path(out) / f"{name}.jsonl" for name in SPLIT_NAMES]
     return [Path(f"{out}_{name}.jsonl") for name in SPLIT_NAMES]
@@ -96,14 +96,14 @@ def _output_paths(out: str) -> list[Path]:
 def _require_free(paths: list[Path], source: Path, overwrite: bool) -> None:
     existing = [path for path in paths if path.exists()]
     if any(path.samefile(source) for path in existing):
-        raise UserError(f"{source} is the source and would be an output too; give another --out.")
+        raise UserError(f"{source} is the source and would also be an output; give another --out.")
     if existing and not overwrite:
         names = ", ".join(map(str, existing))
-        raise UserError(f"{names} exist already; give another --out, or --overwrite to replace the splits of --out.")
+        raise UserError(f"{names} already exist; give another --out, or --overwrite to replace the splits of --out.")
 
 
 def _convert_rows(source: Path, encoding: str, recipe: Recipe, out: TextIO) -> tuple[array, int, LineReport]:
-    """Writes the rows that can be used to `out`; gives their units, how many were read, and which were dropped."""
+    """Write usable rows to `out`; return their units, the number of rows read, and the dropped ones."""
     dropped = LineReport("line" if counts_lines(source) else "row")
     units = array("L")
     groups: dict[str, int] = {}
@@ -136,14 +136,16 @@ def _distribute(rows: TextIO, splits: bytearray, paths: list[Path]) -> None:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.text is not None and (args.user is not None or args.assistant is not None or args.system is not None):
-        raise UserError("--text makes pretraining rows; leave it, or leave --user, --assistant and --system.")
+        raise UserError(
+            "--text writes pretraining rows; give it alone, or give --user, --assistant and --system instead."
+        )
     if args.text is None and (args.user is None or args.assistant is None):
         raise UserError("Give --user and --assistant for conversations, or --text for pretraining.")
     given = {name: getattr(args, name) for name in ("user", "assistant", "system", "text")}
     parsed = {name: Template.parse(text, f"--{name}") for name, text in given.items() if text is not None}
     for name, template in parsed.items():
         if name != "system" and not template.fields:
-            raise UserError(f"--{name} {given[name]!r} names no column; columns stand in braces: '{{{given[name]}}}'.")
+            raise UserError(f"--{name} {given[name]!r} names no column; put columns in braces: '{{{given[name]}}}'.")
     return Recipe(
         user=parsed.get("user"),
         assistant=parsed.get("assistant"),
@@ -156,14 +158,14 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("--out", required=True, help="folder (ending in /), or what the files' names begin with")
-    parser.add_argument("--user", help="template of the user's message")
-    parser.add_argument("--assistant", help="template of the answer")
-    parser.add_argument("--system", help="template of the system prompt")
-    parser.add_argument("--text", help="template of a pretraining text")
+    parser.add_argument("--out", required=True, help="output folder (ending in /), or prefix of the file names")
+    parser.add_argument("--user", help="template for the user's message")
+    parser.add_argument("--assistant", help="template for the answer")
+    parser.add_argument("--system", help="template for the system prompt")
+    parser.add_argument("--text", help="template for a pretraining document")
     parser.add_argument("--split", default="0.9,0.1", help="shares of train, eval and test (default: 0.9,0.1)")
-    parser.add_argument("--group", metavar="COLUMN", help="rows of one value, such as a patient's, share a split")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument("--group", metavar="COLUMN", help="rows with the same value share a split, such as a patient's")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the split (default: 0)")
     add_encoding_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier import")
     args = parser.parse_args()

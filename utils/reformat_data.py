@@ -1,8 +1,8 @@
-"""Mends common chat layouts of a jsonl file in place: `python -m utils.reformat_data FILE.jsonl`.
+"""Convert common chat formats of a jsonl file in place: `python -m utils.reformat_data FILE.jsonl`.
 
 OpenAI's `functions`, `function_call` and role `function` become `tools`, `tool_calls` and role `tool`; call ids are
-made and matched; messages after the last answer are cut; rows with an empty message or no answer are left out.
-Rows without a conversation pass unchanged: `utils.validate_data` judges them.
+generated and matched; messages after the last answer are removed; rows with an empty message or without an answer are
+skipped. Rows without a conversation are kept unchanged; `utils.validate_data` checks them.
 """
 
 import json
@@ -10,20 +10,20 @@ from typing import Any
 
 from finetune.cli import run_cli
 from utils.tables.jsonl import Row, SkippedRowError
-from utils.tables.rewrite import NewId, Note, rewrite_command
+from utils.tables.rewrite import NewId, Warn, rewrite_command
 from utils.tables.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
 
 
-def reformat_row(row: Row, new_id: NewId, note: Note) -> Row:
-    """Converts one row.
+def reformat_row(row: Row, new_id: NewId, warn: Warn) -> Row:
+    """Convert a row.
 
     Args:
-        row: as it stands in the file; it is not edited.
-        new_id: makes a call id.
-        note: takes remarks about a row that is kept.
+        row: a row of the file; it is not modified.
+        new_id: generates a call id.
+        warn: called with warnings about a row that is kept.
 
     Raises:
-        SkippedRowError: it cannot be mended.
+        SkippedRowError: the row cannot be converted.
     """
     row = _with_tools(row)
     key = next((key for key in ("messages", "interactions") if key in row), None)
@@ -34,7 +34,7 @@ def reformat_row(row: Row, new_id: NewId, note: Note) -> Row:
     messages = end_with_assistant([_reformat_message(message) for message in row[key]])
     require_content(messages)
     if any(message.get("tool_calls") and (message.get("content") or message.get("text")) for message in messages):
-        note("an assistant message has both a text and tool calls, which tokenizers before v7 refuse")
+        warn("an assistant message has both content and tool calls, which tokenizers before v7 reject")
     return {**row, key: link_tool_calls(messages, new_id)}
 
 
@@ -66,7 +66,7 @@ def _reformat_message(message: Any) -> Row:
 
 
 def _tool_calls(message: Row) -> list[Row]:
-    """The calls of a message in either layout; a null or an empty list means none."""
+    """Return the calls of a message in either format; null and an empty list mean none."""
     call, calls = message.get("function_call"), message.get("tool_calls")
     if call and calls:
         raise SkippedRowError("both `function_call` and `tool_calls`")

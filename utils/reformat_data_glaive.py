@@ -1,7 +1,7 @@
-"""Turns Glaive function-calling rows into our layout, in place: `python -m utils.reformat_data_glaive FILE.jsonl`.
+"""Convert Glaive function-calling rows to our format in place: `python -m utils.reformat_data_glaive FILE.jsonl`.
 
-Rows have a `function_description` and `conversations`, a list of {"from": ..., "value": ...} by the speakers system,
-human, gpt, function-call and function-response. Rows that cannot be read are left out.
+Rows have a `function_description` and `conversations`, a list of {"from": ..., "value": ...} with the speakers system,
+human, gpt, function-call and function-response. Rows that cannot be parsed are skipped.
 """
 
 import ast
@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.cli import run_cli
 from utils.tables.jsonl import Row, SkippedRowError
-from utils.tables.rewrite import NewId, Note, rewrite_command
+from utils.tables.rewrite import NewId, Warn, rewrite_command
 from utils.tables.tool_calls import as_tool, as_tool_call, end_with_assistant, link_tool_calls, require_content
 
 _ROLES = {
@@ -22,19 +22,19 @@ _ROLES = {
     "function-call": "assistant",
     "function-response": "tool",
 }
-# The system prompt repeats the descriptions that `tools` holds: "... Use them if required - {...}".
+# The system prompt repeats the descriptions in `tools`: "... Use them if required - {...}".
 _REPEATED_FUNCTIONS = re.compile(r"\s*-\s*\[?\s*\{\s*\".*", re.DOTALL)
-# Glaive quotes the arguments as a shell would, which is neither JSON nor, with an apostrophe in it, Python.
+# Glaive puts the arguments in single quotes, which is not JSON and, if they contain an apostrophe, not Python either.
 _QUOTED_ARGUMENTS = re.compile(r"(?P<before>\{.*?\"arguments\":\s*)'(?P<arguments>.*)'\s*\}", re.DOTALL)
 
 
-def reformat_glaive_row(row: Row, new_id: NewId, note: Note) -> Row:
-    """Converts one row; arguments and raises are those of `reformat_data.reformat_row`."""
+def reformat_glaive_row(row: Row, new_id: NewId, warn: Warn) -> Row:
+    """Convert a row; arguments and errors as in `reformat_data.reformat_row`."""
     turns = row.get("conversations")
     if not isinstance(turns, list):
         raise SkippedRowError("no list `conversations`")
     tools = [as_tool(function) for function in _functions(row.get("function_description"))]
-    messages = [message for turn in turns if (message := _message(turn, bool(tools), note))]
+    messages = [message for turn in turns if (message := _message(turn, bool(tools), warn))]
     messages = end_with_assistant(messages)
     require_content(messages)
     _require_answers(messages)
@@ -43,7 +43,7 @@ def reformat_glaive_row(row: Row, new_id: NewId, note: Note) -> Row:
 
 
 def _functions(description: Any) -> list[Any]:
-    """The described functions: a list, or JSON objects one after the other with blank lines between them."""
+    """Return the described functions: a list, or JSON objects separated by blank lines."""
     values = _json_values(description) if isinstance(description, str) else [description]
     functions = [function for value in values for function in (value if isinstance(value, list) else [value])]
     return [function for function in functions if function]
@@ -60,14 +60,14 @@ def _json_values(text: str) -> Iterator[Any]:
         rest = rest[end:].lstrip()
 
 
-def _message(turn: Any, has_tools: bool, note: Note) -> Row | None:
-    """None for a speaker that has no part in a conversation."""
+def _message(turn: Any, has_tools: bool, warn: Warn) -> Row | None:
+    """Convert a turn; None for an unknown speaker."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise SkippedRowError("a turn of `conversations` without a `value`")
     speaker, value = turn.get("from"), turn["value"].strip()
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        note(f"turns of the unknown speaker {speaker!r} left out")
+        warn(f"turns of the unknown speaker {speaker!r} removed")
         return None
     if speaker == "function-call":
         calls = _called(value)
@@ -78,7 +78,7 @@ def _message(turn: Any, has_tools: bool, note: Note) -> Row | None:
 
 
 def _called(text: str) -> list[Any]:
-    """The calls of a function-call turn: JSON, JSON with its arguments in single quotes, or a Python literal."""
+    """Parse the calls of a function-call turn: JSON, JSON with arguments in single quotes, or a Python literal."""
     for parse in (json.loads, _unquoted, ast.literal_eval):
         try:
             calls = parse(text)
@@ -86,7 +86,7 @@ def _called(text: str) -> list[Any]:
             continue
         if calls:
             return calls if isinstance(calls, list) else [calls]
-    raise SkippedRowError("a function call cannot be read", text[:60])
+    raise SkippedRowError("a function call cannot be parsed", text[:60])
 
 
 def _unquoted(text: str) -> Any:
@@ -97,7 +97,7 @@ def _unquoted(text: str) -> Any:
 
 
 def _require_answers(messages: list[Row]) -> None:
-    """Raises SkippedRowError unless calls and responses balance whenever the assistant speaks again."""
+    """Raise SkippedRowError unless every call has a response before the next assistant message."""
     unanswered = 0
     for message in messages:
         if message["role"] == "tool":

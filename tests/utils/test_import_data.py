@@ -175,8 +175,8 @@ def test_broken_templates_are_named(written):
     ("arguments", "said"),
     [
         (["--user", "{q}"], "Give --user and --assistant"),
-        (["--text", "{q}", "--user", "{q}"], "--text makes pretraining rows"),
-        (["--user", "{q}", "--assistant", "a"], "--assistant 'a' names no column; columns stand in braces: '{a}'"),
+        (["--text", "{q}", "--user", "{q}"], "--text writes pretraining rows"),
+        (["--user", "{q}", "--assistant", "a"], "--assistant 'a' names no column; put columns in braces: '{a}'"),
         (["--text", "{q}", "--split", "0.9"], "--split '0.9': expected the shares"),
         (["--text", "{q}", "--encoding", "latin-0"], "Unknown encoding 'latin-0'"),
     ],
@@ -202,7 +202,7 @@ def test_a_column_that_does_not_exist_is_named_with_the_likely_one(suffix, tmp_p
         pq.write_table(pa.Table.from_pylist([{"instruction": "a", "response": "b"}] * 2), source)
     with pytest.raises(UserError) as error:
         import_table(source, str(tmp_path / "out"), chat("{instrution}", "{response}"))
-    assert "{instrution}: did you mean 'instruction'? There is: 'instruction', 'response'." in str(error.value)
+    assert "{instrution}: did you mean 'instruction'? Available: 'instruction', 'response'." in str(error.value)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -211,7 +211,7 @@ def test_a_mistaken_key_and_group_are_named_too(tmp_path):
     with pytest.raises(UserError) as error:
         import_table(source, str(tmp_path / "out"), chat("{context.sentense}{question}", "{answer}", group="patient"))
     assert "{context.sentense}: did you mean 'sentences'?" in str(error.value)
-    assert "{patient}: There is: 'question', 'answer', 'context'." in str(error.value)
+    assert "{patient}: Available: 'question', 'answer', 'context'." in str(error.value)
 
 
 def test_a_column_that_some_rows_lack_is_no_mistake(tmp_path):
@@ -227,11 +227,11 @@ def test_dropped_rows_are_counted_by_line_and_reason(tmp_path):
     assert (result.read, result.dropped.count) == (5, 4)
     said = str(result)
     assert "--user is empty: line 5" in said and "--assistant is empty: line 6" in said
-    assert "another number of fields than the header: line 7 (line 7: 2 instead of 3)" in said
+    assert "number of fields differs from the header: line 7 (line 7: 2 instead of 3)" in said
     assert "the group 'id' is empty, so its split cannot be chosen: line 8" in said
 
 
-def test_broken_json_costs_its_line(tmp_path):
+def test_invalid_json_affects_only_its_row(tmp_path):
     source = tmp_path / "source.jsonl"
     source.write_text('{"q": "a"}\nhello\n[1]\n{"q": "b"}\n{"q": "\\ud800"}\n', encoding="utf-8")
     result = import_table(source, str(tmp_path / "out"), Recipe(text=template("{q}")), [1])
@@ -240,7 +240,9 @@ def test_broken_json_costs_its_line(tmp_path):
     listed = tmp_path / "source.json"
     listed.write_text('[{"q": "a"}, 1, {"q": "\\ud800"}]', encoding="utf-8")
     result = import_table(listed, str(tmp_path / "out"), Recipe(text=template("{q}")), [1], overwrite=True)
-    assert "not a JSON object: row 2" in str(result) and "surrogate pair, which is no character: row 3" in str(result)
+    assert "not a JSON object: row 2" in str(result) and "unpaired surrogate, which is not a character: row 3" in str(
+        result
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,7 @@ def test_broken_json_costs_its_line(tmp_path):
     [
         ("a.xlsx", b"", "ends in '.xlsx'; expected .csv"),
         ("a.csv", b"", "No row of"),
-        ("a.csv", b"q,q\n1,2\n", "several columns of one name: 'q'"),
+        ("a.csv", b"q,q\n1,2\n", "columns with the same name: 'q'"),
         ("a.csv", b'q,a\n1,2\n"3,4\n5,6\n', "row beginning in line 3: unexpected end of data"),
         ("a.csv", b"q,a\nb,c\nfi\xe8vre,d\n", "is not utf-8: byte 0xe8 in line 3, column 3; give --encoding (cp1252"),
         ("a.jsonl", b'{"q": "\xe9"}\n', "is not utf-8: byte 0xe9 in line 1, column 8"),
@@ -278,7 +280,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     source = tmp_path / "source.parquet"
     source.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"recode-mistral-finetune\[parquet\]"):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[parquet\]"'):
         list(read_table(source))
 
 
@@ -379,7 +381,7 @@ def test_existing_files_are_replaced_only_when_asked_and_no_stale_split_stays(tm
     recipe = Recipe(text=template("{q}"))
     import_table(source, f"{tmp_path}/out/", recipe, [0.8, 0.1, 0.1])
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UserError, match="exist already"):
+    with pytest.raises(UserError, match="already exist"):
         import_table(source, f"{tmp_path}/out/", recipe, [0.5, 0.5])
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     result = import_table(source, f"{tmp_path}/out", recipe, [0.5, 0.5], overwrite=True)

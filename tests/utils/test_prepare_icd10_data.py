@@ -249,7 +249,7 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
     assert report["codes"]["read"] == 13 == report["codes"]["kept"] + sum(counts.values())
     assert {reason: found["count"] for reason, found in report["unreadable_rows"].items()} == {
         "without visit_occurence_id": 1,
-        "another number of fields than the header": 1,
+        "number of fields differs from the header": 1,
     }
     for words in ("Stays read: 6. Kept: 1.", "without text: 2", "forbidden as DR: 1 (e.g. DR Z370 of stay kept)"):
         assert words in output

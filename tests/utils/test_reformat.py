@@ -47,20 +47,20 @@ def copied(name, tmp_path):
     return Path(shutil.copy(FIXTURES / name, tmp_path / name))
 
 
-def mend(row, convert=reformat_row):
-    notes = []
-    return convert(row, call_ids(0), notes.append), notes
+def convert_row(row, convert=reformat_row):
+    warnings = []
+    return convert(row, call_ids(0), warnings.append), warnings
 
 
-def mend_messages(*messages, **row):
-    return mend({"messages": list(messages), **row})[0]["messages"]
+def convert_messages(*messages, **row):
+    return convert_row({"messages": list(messages), **row})[0]["messages"]
 
 
 def user(content="a"):
     return {"role": "user", "content": content}
 
 
-def says(content="b"):
+def assistant(content="b"):
     return {"role": "assistant", "content": content}
 
 
@@ -96,7 +96,7 @@ def assert_trainable(row):
 # What the original wrote, where it was right
 
 
-def test_reformat_data_keeps_what_the_original_kept_and_the_tool_calls_it_lost(tmp_path):
+def test_reformat_data_matches_the_original_and_keeps_tool_calls(tmp_path):
     path = copied("reformat_data.jsonl", tmp_path)
     result = rewrite_jsonl(path, reformat_row)
     rows = read_rows(path)
@@ -114,7 +114,7 @@ def test_reformat_data_keeps_what_the_original_kept_and_the_tool_calls_it_lost(t
     assert with_tools[0]["tools"][0]["function"]["name"] == "get_weather" and "functions" not in with_tools[0]
 
 
-def test_reformat_glaive_equals_the_original_but_for_arguments_that_are_json(tmp_path):
+def test_reformat_glaive_matches_the_original_except_for_json_arguments(tmp_path):
     path = copied("glaive.jsonl", tmp_path)
     result = rewrite_jsonl(path, reformat_glaive_row)
     ours, theirs = read_rows(path), read_rows(FIXTURES / "glaive.out.jsonl")
@@ -132,7 +132,7 @@ def test_reformat_glaive_equals_the_original_but_for_arguments_that_are_json(tmp
     assert result.skipped.count == 2
 
 
-def test_a_single_glaive_row_is_no_division_by_zero(tmp_path):
+def test_a_single_glaive_row_is_converted(tmp_path):
     path = write_rows(tmp_path / "one.jsonl", read_rows(FIXTURES / "glaive.jsonl")[:1])
     assert "Kept: 1" in str(rewrite_jsonl(path, reformat_glaive_row))
     assert len(read_rows(path)) == 1
@@ -141,9 +141,9 @@ def test_a_single_glaive_row_is_no_division_by_zero(tmp_path):
 # Rows of chat
 
 
-def test_trailing_messages_without_answer_are_cut():
-    assert mend_messages(user(), says(), user("and?"), answer()) == [user(), says()]
-    assert mend_messages(user(), calls(call()), answer())[-1]["tool_calls"]
+def test_messages_after_the_last_answer_are_removed():
+    assert convert_messages(user(), assistant(), user("and?"), answer()) == [user(), assistant()]
+    assert convert_messages(user(), calls(call()), answer())[-1]["tool_calls"]
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,17 @@ def test_trailing_messages_without_answer_are_cut():
         ({"messages": None}, "`messages` is not a list"),
         ({"messages": []}, "no assistant message"),
         ({"messages": [user()]}, "no assistant message"),
-        ({"messages": [user(), says("")]}, "an empty message"),
-        ({"messages": [user(" \n"), says()]}, "an empty message"),
+        ({"messages": [user(), assistant("")]}, "an empty message"),
+        ({"messages": [user(" \n"), assistant()]}, "an empty message"),
         ({"messages": [user(), {"role": "assistant"}]}, "an empty message"),
-        ({"messages": [{"role": "system", "content": ""}, user(), says()]}, "an empty message"),
-        ({"messages": [{"content": "a"}, says()]}, "a message without a `role`"),
-        ({"messages": ["a", says()]}, "a message without a `role`"),
-        ({"messages": [user(), calls(call(arguments="not json"))]}, "the arguments of a tool call are no JSON object"),
-        ({"messages": [user(), calls(call(arguments="[1]"))]}, "the arguments of a tool call are no JSON object"),
+        ({"messages": [{"role": "system", "content": ""}, user(), assistant()]}, "an empty message"),
+        ({"messages": [{"content": "a"}, assistant()]}, "a message without a `role`"),
+        ({"messages": ["a", assistant()]}, "a message without a `role`"),
+        (
+            {"messages": [user(), calls(call(arguments="not json"))]},
+            "the arguments of a tool call are not a JSON object",
+        ),
+        ({"messages": [user(), calls(call(arguments="[1]"))]}, "the arguments of a tool call are not a JSON object"),
         ({"messages": [user(), calls({"function": {}})]}, "a tool call has no function name"),
         ({"messages": [user(), calls("f")]}, "`tool_calls` is not a list of objects"),
         (
@@ -167,65 +170,70 @@ def test_trailing_messages_without_answer_are_cut():
             "both `function_call` and `tool_calls`",
         ),
         (
-            {"messages": [user(), calls(call("p")), answer(name="q"), says()]},
-            "a tool message answers none of the calls before it",
+            {"messages": [user(), calls(call("p")), answer(name="q"), assistant()]},
+            "a tool message matches no unanswered call before it",
         ),
         (
-            {"messages": [user(), calls(call(id="call_1")), answer(tool_call_id="call_2"), says()]},
-            "a tool message answers none of the calls before it",
+            {"messages": [user(), calls(call(id="call_1")), answer(tool_call_id="call_2"), assistant()]},
+            "a tool message matches no unanswered call before it",
         ),
-        ({"messages": [user(), says()], "functions": [{}]}, "a function description has no name"),
-        ({"messages": [user(), says()], "functions": {"name": "f"}}, "`functions` is not a list"),
-        ({"messages": [user(), says()], "functions": [{"name": "f"}], "tools": [{}]}, "both `functions` and `tools`"),
+        ({"messages": [user(), assistant()], "functions": [{}]}, "a function description has no name"),
+        ({"messages": [user(), assistant()], "functions": {"name": "f"}}, "`functions` is not a list"),
+        (
+            {"messages": [user(), assistant()], "functions": [{"name": "f"}], "tools": [{}]},
+            "both `functions` and `tools`",
+        ),
     ],
 )
-def test_rows_that_cannot_be_mended_say_why(row, reason):
+def test_unconvertible_rows_are_skipped_with_a_reason(row, reason):
     with pytest.raises(SkippedRowError) as skip:
-        mend(row)
+        convert_row(row)
     assert skip.value.reason == reason
 
 
-def test_rows_without_a_conversation_pass_unchanged():
-    assert mend({"text": "a note", "id": 3}) == ({"text": "a note", "id": 3}, [])
+def test_rows_without_a_conversation_are_unchanged():
+    assert convert_row({"text": "a document", "id": 3}) == ({"text": "a document", "id": 3}, [])
 
 
-def test_both_spellings_of_a_conversation_are_mended():
+def test_messages_and_interactions_are_converted():
     row = {"interactions": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "user"}]}
-    assert mend(row)[0] == {"interactions": row["interactions"][:2]}
+    assert convert_row(row)[0] == {"interactions": row["interactions"][:2]}
 
 
-def test_the_given_row_is_not_edited():
+def test_the_given_row_is_not_modified():
     for row in read_rows(FIXTURES / "reformat_data.jsonl"):
         before = copy.deepcopy(row)
         with contextlib.suppress(SkippedRowError):
-            mend(row)
+            convert_row(row)
         assert row == before
 
 
-def test_a_described_function_needs_no_parameters():
-    row = {"messages": [user(), says()], "functions": [{"name": "now", "parameters": None}]}
-    mended, _ = mend(row)
-    assert mended["tools"] == [{"type": "function", "function": {"name": "now", "description": "", "parameters": {}}}]
-    assert_trainable(mended)
+def test_a_function_description_needs_no_parameters():
+    row = {"messages": [user(), assistant()], "functions": [{"name": "now", "parameters": None}]}
+    converted, _ = convert_row(row)
+    assert converted["tools"] == [
+        {"type": "function", "function": {"name": "now", "description": "", "parameters": {}}}
+    ]
+    assert_trainable(converted)
 
 
 def test_empty_functions_and_null_calls_mean_none():
-    row = {"messages": [user(), {**says(), "function_call": None, "tool_calls": []}], "functions": []}
-    assert mend(row)[0] == {"messages": [user(), says()]}
+    row = {"messages": [user(), {**assistant(), "function_call": None, "tool_calls": []}], "functions": []}
+    assert convert_row(row)[0] == {"messages": [user(), assistant()]}
 
 
-def test_a_tool_may_answer_nothing_and_an_object_becomes_json():
-    messages = mend_messages(user(), calls(call(), call()), answer(""), answer({"degré": 9}), says())
+def test_tool_answers_may_be_empty_and_objects_become_json():
+    messages = convert_messages(user(), calls(call(), call()), answer(""), answer({"degré": 9}), assistant())
     assert [message["content"] for message in messages[2:4]] == ["", '{"degré": 9}']
     assert_trainable({"messages": messages})
 
 
-def test_text_beside_a_call_is_kept_and_told():
-    row = {"messages": [user(), {**says("Let me see."), "function_call": {"name": "p", "arguments": "{}"}}]}
-    mended, notes = mend(row)
-    assert mended["messages"][1]["content"] == "Let me see."
-    assert mended["messages"][1]["tool_calls"][0]["function"]["name"] == "p"
-    assert len(notes) == 1 and "before v7" in notes[0]
+def test_content_next_to_a_call_is_kept_with_a_warning():
+    row = {"messages": [user(), {**assistant("Let me see."), "function_call": {"name": "p", "arguments": "{}"}}]}
+    converted, warnings = convert_row(row)
+    assert converted["messages"][1]["content"] == "Let me see."
+    assert converted["messages"][1]["tool_calls"][0]["function"]["name"] == "p"
+    assert len(warnings) == 1 and "before v7" in warnings[0]
 
 
 # Arguments and ids
@@ -246,19 +254,19 @@ def test_arguments_are_json(arguments, written):
 
 
 @pytest.mark.parametrize("arguments", ["x", "[1]", "3", 3, [], "{'a': {1, 2}}", "{" * 10_000, '"{}"'])
-def test_other_arguments_are_refused(arguments):
+def test_other_arguments_are_rejected(arguments):
     with pytest.raises(SkippedRowError):
         json_arguments(arguments)
 
 
 def test_missing_ids_are_nine_alphanumerics_shared_by_call_and_answer():
-    linked = link_tool_calls([user(), calls(call("p", id=None)), answer(name="p"), says()], call_ids(0))
+    linked = link_tool_calls([user(), calls(call("p", id=None)), answer(name="p"), assistant()], call_ids(0))
     call_id = linked[1]["tool_calls"][0]["id"]
     assert linked[2]["tool_call_id"] == call_id
     assert len(call_id) == 9 and set(call_id) <= set(string.ascii_letters + string.digits)
 
 
-def test_valid_ids_stay_even_where_only_one_side_has_them():
+def test_valid_ids_are_kept_even_if_only_one_side_has_them():
     both = [calls(call(id="abcdefgh1")), answer(tool_call_id="abcdefgh1")]
     assert link_tool_calls(both, call_ids(0)) == both
     for messages in (
@@ -276,7 +284,7 @@ def test_foreign_ids_are_replaced_on_both_sides_and_answers_may_come_in_any_orde
     assert len({first, second}) == 2 and all(len(one) == 9 for one in (first, second))
 
 
-def test_answers_without_ids_go_by_name_and_then_by_order():
+def test_answers_without_ids_are_matched_by_name_then_by_order():
     messages = [calls(call("p", id=None), call("q", id=None), call("q", id=None))]
     messages += [answer(name="q"), answer(name="p"), answer()]
     linked = link_tool_calls(messages, call_ids(0))
@@ -285,7 +293,7 @@ def test_answers_without_ids_go_by_name_and_then_by_order():
 
 
 def test_an_answer_without_a_call_is_left_to_the_validator():
-    messages = mend_messages(answer(), says())
+    messages = convert_messages(answer(), assistant())
     assert len(messages[0]["tool_call_id"]) == 9
 
 
@@ -300,15 +308,15 @@ def test_linked_conversations_are_valid_and_linking_twice_changes_nothing(turns,
         messages.append(calls(*(call(f"f{i}", id=written[i]) for i in range(parallel))))
         answers = [answer(str(i), name=f"f{i}", tool_call_id=written[i]) for i in range(parallel)]
         messages += data.draw(st.permutations(answers))
-        messages.append(says())
-    messages.append(says())
+        messages.append(assistant())
+    messages.append(assistant())
     linked = link_tool_calls(messages, call_ids(1))
     assert_trainable({"messages": linked})
     assert link_tool_calls(linked, call_ids(2)) == linked
-    for asked, told in zip(messages, linked):
-        if asked["role"] == "tool":
+    for before, after in zip(messages, linked):
+        if before["role"] == "tool":
             names = {one["id"]: one["function"]["name"] for turn in linked for one in turn.get("tool_calls", [])}
-            assert names[told["tool_call_id"]] == told["name"]
+            assert names[after["tool_call_id"]] == after["name"]
 
 
 # Glaive rows
@@ -336,13 +344,13 @@ BMI = '{"name": "bmi", "description": "IMC", "parameters": {"type": "object", "p
         ('{"name": "bmi"}', {}),
     ],
 )
-def test_glaive_calls_are_read_in_every_quoting(written, arguments):
+def test_glaive_calls_are_parsed_in_every_quoting(written, arguments):
     row = glaive(
         ("human", "?"), ("function-call", written), ("function-response", "22"), ("gpt", "22"), description=BMI
     )
-    mended, _ = mend(row, reformat_glaive_row)
-    assert json.loads(mended["messages"][1]["tool_calls"][0]["function"]["arguments"]) == arguments
-    assert_trainable(mended)
+    converted, _ = convert_row(row, reformat_glaive_row)
+    assert json.loads(converted["messages"][1]["tool_calls"][0]["function"]["arguments"]) == arguments
+    assert_trainable(converted)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +359,7 @@ def test_glaive_calls_are_read_in_every_quoting(written, arguments):
         ({"messages": []}, "no list `conversations`"),
         (glaive(("human", "a"), ("gpt", "b"), description="{broken"), "`function_description` is not JSON"),
         (glaive(("human", "a"), ("gpt", "b"), description='{"x": 1}'), "a function description has no name"),
-        (glaive(("human", "a"), ("function-call", "garbage {")), "a function call cannot be read"),
+        (glaive(("human", "a"), ("function-call", "garbage {")), "a function call cannot be parsed"),
         (glaive(("human", "a"), ("function-response", "1"), ("gpt", "b")), "a function response without a call"),
         (
             glaive(
@@ -366,27 +374,29 @@ def test_glaive_calls_are_read_in_every_quoting(written, arguments):
         (glaive(("human", "a")), "no assistant message"),
     ],
 )
-def test_glaive_rows_that_cannot_be_read_say_why(row, reason):
+def test_unparsable_glaive_rows_are_skipped_with_a_reason(row, reason):
     with pytest.raises(SkippedRowError) as skip:
-        mend(row, reformat_glaive_row)
+        convert_row(row, reformat_glaive_row)
     assert skip.value.reason == reason
 
 
 def test_a_glaive_row_needs_no_description():
     row = {"conversations": [{"from": "human", "value": "a\n\n"}, {"from": "gpt", "value": "b"}]}
-    assert mend(row, reformat_glaive_row)[0] == {"messages": [user(), says()]}
+    assert convert_row(row, reformat_glaive_row)[0] == {"messages": [user(), assistant()]}
 
 
-def test_the_system_prompt_loses_only_the_functions_it_repeats():
+def test_only_repeated_functions_are_removed_from_the_system_prompt():
     system = "You have well-known functions. Use them if required -"
     row = glaive(("system", system + BMI), ("human", "a"), ("gpt", "b"), description=BMI)
-    assert mend(row, reformat_glaive_row)[0]["messages"][0]["content"] == system.removesuffix(" -")
+    assert convert_row(row, reformat_glaive_row)[0]["messages"][0]["content"] == system.removesuffix(" -")
 
 
-def test_turns_of_unknown_speakers_are_told():
-    mended, notes = mend(glaive(("human", "a"), ("narrator", "meanwhile"), ("gpt", "b")), reformat_glaive_row)
-    assert mended == {"messages": [user(), says()]}
-    assert notes == ["turns of the unknown speaker 'narrator' left out"]
+def test_turns_of_unknown_speakers_are_removed_with_a_warning():
+    converted, warnings = convert_row(
+        glaive(("human", "a"), ("narrator", "meanwhile"), ("gpt", "b")), reformat_glaive_row
+    )
+    assert converted == {"messages": [user(), assistant()]}
+    assert warnings == ["turns of the unknown speaker 'narrator' removed"]
 
 
 # The file
@@ -401,7 +411,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_mended_file_is_left_alone_the_second_time(tmp_path):
+def test_a_converted_file_is_not_written_again(tmp_path):
     path = copied("reformat_data.jsonl", tmp_path)
     rewrite_jsonl(path, reformat_row)
     first = path.stat()
@@ -414,45 +424,45 @@ def test_backups_are_kept_and_never_overwritten(tmp_path):
     path = copied("reformat_data.jsonl", tmp_path)
     original = path.read_bytes()
     assert rewrite_jsonl(path, reformat_row).backup.read_bytes() == original
-    second = write_rows(path, [{"messages": [user(), says(), user()]}]).read_bytes()
+    second = write_rows(path, [{"messages": [user(), assistant(), user()]}]).read_bytes()
     result = rewrite_jsonl(path, reformat_row)
     assert (result.backup.name, result.backup.read_bytes()) == ("reformat_data.jsonl.bak1", second)
     assert (tmp_path / "reformat_data.jsonl.bak").read_bytes() == original
 
 
-def test_no_backup_leaves_the_file_alone_in_its_folder(tmp_path):
+def test_no_backup_writes_no_other_file(tmp_path):
     rewrite_jsonl(copied("reformat_data.jsonl", tmp_path), reformat_row, backup=False)
     assert [file.name for file in tmp_path.iterdir()] == ["reformat_data.jsonl"]
 
 
 def test_a_file_without_a_usable_row_is_not_replaced(tmp_path):
-    path = tmp_path / "notes.csv"
+    path = tmp_path / "rows.csv"
     path.write_text("id,text\n1,bonjour\n", encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"No row of .*notes\.csv could be kept.*\n  not a valid JSON object: lines 1, 2"
+        UserError, match=r"No row of .*rows\.csv could be kept.*\n  not a valid JSON object: lines 1, 2"
     ):
         rewrite_jsonl(path, reformat_row)
     assert path.read_text(encoding="utf-8") == "id,text\n1,bonjour\n"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_crash_leaves_the_file_and_nothing_else(tmp_path):
+def test_a_crash_changes_nothing(tmp_path):
     path = copied("glaive.jsonl", tmp_path)
     original = path.read_bytes()
     rows = iter(range(3))
 
-    def crash(row, new_id, note):
+    def crash(row, new_id, warn):
         if next(rows) == 2:
             raise RuntimeError("power cut")
-        return reformat_glaive_row(row, new_id, note)
+        return reformat_glaive_row(row, new_id, warn)
 
     with pytest.raises(RuntimeError):
         rewrite_jsonl(path, crash)
     assert path.read_bytes() == original and list(tmp_path.iterdir()) == [path]
 
 
-def test_broken_lines_cost_themselves_alone(tmp_path):
-    good = json.dumps({"messages": [user("é"), says("b\u2028c")]}, ensure_ascii=False).encode()
+def test_invalid_lines_do_not_affect_other_rows(tmp_path):
+    good = json.dumps({"messages": [user("é"), assistant("b\u2028c")]}, ensure_ascii=False).encode()
     lines = [
         b"\xef\xbb\xbf" + good,
         b"hello",
@@ -474,10 +484,10 @@ def test_broken_lines_cost_themselves_alone(tmp_path):
 def test_a_call_whose_text_has_no_utf8_is_skipped(tmp_path):
     broken = glaive(("human", "a"), ("function-call", '{"name": "f", "arguments": {"a": "\\ud800"}}'))
     path = write_rows(tmp_path / "data.jsonl", [broken, glaive(("human", "a"), ("gpt", "b"))])
-    assert "half of a surrogate pair, which is no character: line 1" in str(rewrite_jsonl(path, reformat_glaive_row))
+    assert "an unpaired surrogate, which is not a character: line 1" in str(rewrite_jsonl(path, reformat_glaive_row))
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_a_symlink_is_preserved(tmp_path):
     path = copied("reformat_data.jsonl", tmp_path)
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
@@ -491,7 +501,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         path = tmp_path / f"{rows}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for number in range(rows):
-                file.write(json.dumps({"messages": [user("x" * 200), says("b" * (number % 2))]}) + "\n")
+                file.write(json.dumps({"messages": [user("x" * 200), assistant("b" * (number % 2))]}) + "\n")
         tracemalloc.start()
         rewrite_jsonl(path, reformat_row)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -499,7 +509,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peaks[1] < 1.3 * peaks[0]
 
 
-def test_a_report_names_the_first_lines_and_counts_the_others():
+def test_a_report_lists_the_first_lines_and_counts_the_rest():
     report = LineReport()
     for line in range(1, 3001):
         report.add(line, "broken", f"row {line}")
@@ -520,14 +530,14 @@ def test_the_commands(tool, fixture, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
+def test_a_user_error_is_one_line_and_exit_code_1(tmp_path):
     missing = tmp_path / "missing.jsonl"
     command = [sys.executable, "-m", "utils.reformat_data", str(missing)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"error: {missing} does not exist.\n")
 
 
-def test_call_ids_are_reproducible_and_leave_the_global_generator_alone():
+def test_call_ids_are_reproducible_without_the_global_generator():
     state = random.getstate()
     assert [call_ids(3)() for _ in range(2)] == [call_ids(3)()] * 2
     assert random.getstate() == state

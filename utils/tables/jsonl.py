@@ -1,4 +1,4 @@
-"""Reading jsonl row by row, writing it whole or not at all, and saying which rows were left out."""
+"""Read jsonl files row by row, write files atomically, and report skipped rows."""
 
 import dataclasses
 import itertools
@@ -16,15 +16,15 @@ from model.errors import UserError
 
 Row = dict[str, Any]
 
-SHOWN_LINES = 20  # line numbers a report names per reason
+SHOWN_LINES = 20  # line numbers that a report lists per reason
 
 
 class SkippedRowError(Exception):
     """A row that cannot be converted.
 
     Args:
-        reason: the kind of fault; a report groups its lines by it.
-        detail: what is particular to this row; a report quotes the first one of each reason.
+        reason: the kind of problem, by which a report groups lines.
+        detail: specific to this row; a report quotes the first one of each reason.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -41,7 +41,7 @@ class _Group:
 
 
 class LineReport:
-    """Lines of a file, grouped by what there is to say about them. Its size does not grow with their number."""
+    """Lines of a file, grouped by reason, in memory that does not grow with their number."""
 
     def __init__(self, unit: str = "line") -> None:
         self.count = 0
@@ -69,16 +69,16 @@ class LineReport:
 
 
 def require_file(path: Path) -> None:
-    """Raises UserError unless path is a file."""
+    """Raise UserError unless `path` is a file."""
     if not path.is_file():
         raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}.")
 
 
 def read_lines(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1; CR, LF and CRLF end a line, U+2028 does not.
+    """Yield non-blank lines with their numbers, counted from 1. CR, LF and CRLF end a line, U+2028 does not.
 
     Raises:
-        UserError: a line is too long to be a row; not all of it is read.
+        UserError: a line is too long for a row.
     """
     with path.open(encoding=encoding, errors=errors, newline=None) as file:
         for number in itertools.count(1):
@@ -93,10 +93,10 @@ def read_lines(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") 
 
 
 def load_row(line: str) -> Row:
-    """Parses a line; bytes that were not UTF-8 may stand in it as Python's surrogate escapes.
+    """Parse a line, in which bytes that are not UTF-8 are Python's surrogate escapes.
 
     Raises:
-        SkippedRowError: the line is no JSON object.
+        SkippedRowError: the line is not a JSON object.
     """
     try:
         return parse_row(line.encode("utf-8", "surrogateescape"))
@@ -105,7 +105,7 @@ def load_row(line: str) -> Row:
 
 
 def dump_row(row: Row) -> str:
-    """One line of jsonl, accents as they are.
+    """Return a row as a line of jsonl; accents are not escaped.
 
     Raises:
         SkippedRowError: the row cannot be written in UTF-8.
@@ -114,17 +114,17 @@ def dump_row(row: Row) -> str:
     try:
         line.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise SkippedRowError("half of a surrogate pair, which is no character") from error
+        raise SkippedRowError("an unpaired surrogate, which is not a character") from error
     return line
 
 
 def read_journal(path: Path) -> dict[str, Row]:
-    """Rows, by their first key `id`, that an interrupted command left in its output.
+    """Return the rows, by their first key `id`, that an interrupted command wrote to its output.
 
-    A last line that was cut short is removed from the file.
+    An incomplete last line is removed from the file.
 
     Raises:
-        UserError: the file is something else, and stays as it is.
+        UserError: the file is not such an output; it is not changed.
     """
     rows: dict[str, Row] = {}
     content = path.read_bytes() if path.exists() else b""
@@ -136,13 +136,13 @@ def read_journal(path: Path) -> dict[str, Row]:
             row = json.loads(line)
             rows[row["id"]] = row
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path} exists and is no output of this command; name another file.") from None
+            raise UserError(f"{path} exists and is not an output of this command; choose another file.") from None
     return rows
 
 
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """Turns what the operating system refuses (no permission, disk full) into a UserError."""
+    """Turn errors of the operating system (no permission, disk full) into UserErrors."""
     try:
         yield
     except OSError as error:
@@ -158,9 +158,9 @@ def save(contents: Mapping[Path, str]) -> None:
 
 
 def require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Raises UserError where an output would replace an input or another output."""
+    """Raise UserError if an output would replace an input or another output."""
     resolved = [path.resolve() for path in outputs]
     taken = {path.resolve() for path in inputs}
     for path, real in zip(outputs, resolved):
         if real in taken or resolved.count(real) > 1:
-            raise UserError(f"{path} would be written and is another file of this command; give another name.")
+            raise UserError(f"{path} is an output and also another file of this command; choose another name.")

@@ -1,4 +1,4 @@
-"""Rows of csv, tsv, parquet, jsonl and json files as dicts by column, one at a time."""
+"""Read rows of csv, tsv, parquet, jsonl and json files as dicts by column, one at a time."""
 
 import argparse
 import codecs
@@ -12,11 +12,11 @@ from typing import TextIO
 from model.errors import UserError
 from utils.tables.jsonl import Row, SkippedRowError, load_row, read_lines, require_file
 
-NumberedRows = Iterator[tuple[int, Row | SkippedRowError]]  # a SkippedRowError stands for a row that cannot be read
+NumberedRows = Iterator[tuple[int, Row | SkippedRowError]]  # an unreadable row is a SkippedRowError
 
 FILE_TYPES = "csv, tsv, parquet, jsonl or json"
 
-_FIELD_LIMIT = 2**31 - 1  # characters in a csv field; the csv module's own limit of 128 KiB is less than a long stay
+_FIELD_LIMIT = 2**31 - 1  # characters in a csv field; the csv module's own limit of 128 KiB is shorter than a long note
 _BATCH_ROWS = 256  # parquet rows held at once
 
 
@@ -28,24 +28,24 @@ def add_encoding_option(parser: argparse.ArgumentParser) -> None:
 
 
 def counts_lines(path: Path) -> bool:
-    """Whether the numbers of `read_table` are those of the file's lines, not of its rows."""
+    """Return whether the numbers of `read_table` count lines of the file, not rows."""
     return path.suffix.lower() in (".csv", ".tsv", ".jsonl")
 
 
 def has_fixed_columns(path: Path) -> bool:
-    """Whether every row has the same columns, so that the first one shows what there is."""
+    """Return whether every row has the same columns."""
     return path.suffix.lower() in (".csv", ".tsv", ".parquet")
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> NumberedRows:
-    """Reads a file by its suffix; memory does not grow with it, except for a .json file that is one list.
+    """Yield the rows of a file, whose suffix determines its format. Only a .json list is loaded into memory as a whole.
 
     Args:
         path: .csv (separated by commas, semicolons or tabs), .tsv, .parquet, .jsonl or .json.
-        encoding: of the text formats; a byte order mark is skipped in UTF-8.
+        encoding: of text formats; a UTF-8 byte order mark is skipped.
 
     Raises:
-        UserError: no such file or format, a wrong encoding, a broken file.
+        UserError: the file does not exist, or its format or encoding is wrong.
     """
     require_file(path)
     match path.suffix.lower():
@@ -72,7 +72,7 @@ def _with_bom(encoding: str) -> str:
 
 @contextmanager
 def _decoding(path: Path, encoding: str) -> Iterator[None]:
-    """Says where a file is not in its encoding: Python's own error counts from the start of a buffer."""
+    """Report where a file does not have the encoding: Python's own error counts from the start of a buffer."""
     try:
         yield
     except UnicodeError as error:
@@ -100,7 +100,7 @@ def _read_csv(path: Path, encoding: str) -> NumberedRows:
     with path.open(encoding=encoding, newline="") as file:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else _csv_delimiter(path, file)
         file.seek(0)
-        # strict: a quote that is never closed would otherwise swallow the rows after it without a word.
+        # strict: an unclosed quote would otherwise silently swallow the rows after it.
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         line = 1
         try:
@@ -113,13 +113,13 @@ def _read_csv(path: Path, encoding: str) -> NumberedRows:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(
-                f"{path}, row beginning in line {line}: {error}. A quote within a quoted text is written twice, "
-                "and each quote that opens must close."
+                f"{path}, row beginning in line {line}: {error}. Double each quote inside a quoted field, "
+                "and close every quote."
             ) from error
 
 
 def _csv_delimiter(path: Path, file: TextIO) -> str:
-    """The separator that cuts the header into most columns."""
+    """Return the separator that yields the most columns in the header."""
 
     def width(delimiter: str) -> int:
         file.seek(0)
@@ -134,12 +134,12 @@ def _csv_delimiter(path: Path, file: TextIO) -> str:
 def _require_unique(path: Path, columns: list[str]) -> None:
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated:
-        raise UserError(f"{path} has several columns of one name: {', '.join(map(repr, repeated))}; rename them.")
+        raise UserError(f"{path} has columns with the same name: {', '.join(map(repr, repeated))}; rename them.")
 
 
 def _csv_row(columns: list[str], fields: list[str]) -> Row | SkippedRowError:
     if len(fields) != len(columns):
-        return SkippedRowError("another number of fields than the header", f"{len(fields)} instead of {len(columns)}")
+        return SkippedRowError("number of fields differs from the header", f"{len(fields)} instead of {len(columns)}")
     return dict(zip(columns, fields))
 
 
@@ -152,7 +152,7 @@ def _read_jsonl(path: Path, encoding: str) -> NumberedRows:
 
 
 def _read_json(path: Path, encoding: str) -> NumberedRows:
-    """One list of rows, as HotpotQA is published, or in truth jsonl."""
+    """Read a list of rows, the format of HotpotQA, or jsonl under the wrong suffix."""
     with path.open(encoding=encoding) as file:
         if file.read(1024).lstrip()[:1] != "[":
             yield from _read_jsonl(path, encoding)
@@ -173,7 +173,7 @@ def _read_parquet(path: Path) -> NumberedRows:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError('Parquet files need pyarrow: pip install "recode-mistral-finetune[parquet]".') from error
+        raise UserError('Parquet files need pyarrow: `pip install -e ".[parquet]"`.') from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=_BATCH_ROWS)

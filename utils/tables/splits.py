@@ -1,4 +1,4 @@
-"""Dividing rows into train, eval and test, so that the rows of a group stay together."""
+"""Split rows into train, eval and test, keeping the rows of a group together."""
 
 import math
 import random
@@ -11,7 +11,7 @@ SPLIT_NAMES = ("train", "eval", "test")
 
 
 def parse_fractions(text: str, option: str = "--split") -> list[float]:
-    """Reads "0.9,0.1", which a message says was given as `option`.
+    """Parse "0.9,0.1", the value of the command-line option `option`.
 
     Raises:
         UserError: not one to three positive numbers that sum to 1.
@@ -30,15 +30,15 @@ def parse_fractions(text: str, option: str = "--split") -> list[float]:
 
 
 def split_rows(units: array, fractions: Sequence[float], seed: int) -> bytearray:
-    """Gives each row a split.
+    """Assign a split to each row.
 
     Args:
-        units: per row, the number of the unit (the row alone, or its group) that must stay together; 0 to n - 1.
-        fractions: of all rows, per split; they sum to 1.
-        seed: of the choice.
+        units: per row, the number of its unit (the row itself, or its group), 0 to n - 1. A unit is not divided.
+        fractions: share of all rows per split; they sum to 1.
+        seed: of the assignment.
 
     Returns:
-        The number of a split per row.
+        The split number of each row.
 
     Raises:
         UserError: a split would have no row.
@@ -59,20 +59,20 @@ def split_rows(units: array, fractions: Sequence[float], seed: int) -> bytearray
 def assign_splits(
     sizes: Sequence[int], fractions: Sequence[float], seed: int, strata: Sequence[int] | None = None
 ) -> bytearray:
-    """Gives each unit (a row, or all rows of a group) a split, so that the rows divide as `fractions` do.
+    """Assign a split to each unit (a row, or all rows of a group), so that the rows are divided as `fractions` say.
 
-    The largest units come first, in seeded order among equals; each goes where it overfills least (d'Hondt's rule). For
-    rows without groups the counts are exact wherever they can be. With strata, units of one stratum come one after the
-    other, so that each stratum divides as all rows do, give or take a unit or two.
+    Units are assigned largest first, in seeded order among equals, each to the split that it overfills least (d'Hondt's
+    method). Without groups the counts are exact up to rounding. With strata, the units of a stratum are assigned one
+    after the other, so that each stratum is divided like all rows, up to a unit or two.
 
     Args:
         sizes: rows per unit.
-        fractions: of all rows, per split; they sum to 1.
+        fractions: share of all rows per split; they sum to 1.
         seed: of the order.
-        strata: number of the stratum per unit, those of lower number first; None: all are one.
+        strata: stratum number of each unit, assigned in ascending order; None: a single stratum.
 
     Returns:
-        The number of a split per unit.
+        The split number of each unit.
     """
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)

@@ -1,4 +1,4 @@
-"""Templates like "{instruction}\\n{context}" that make the texts of a training row from a table's columns."""
+"""Templates such as "{instruction}\\n{context}", which build the strings of a training row from a table's columns."""
 
 import dataclasses
 import difflib
@@ -11,11 +11,11 @@ from typing import Any
 from model.errors import UserError
 from utils.tables.jsonl import Row, SkippedRowError
 
-_SHOWN_NAMES = 40  # columns or keys an error lists
+_SHOWN_NAMES = 40  # columns or keys that an error lists
 
 
 class MissingKeyError(Exception):
-    """A place a template names and a row does not have, with the names that stand there instead."""
+    """A field of a template that a row does not have, with the names that are available instead."""
 
     def __init__(self, available: list[str]) -> None:
         super().__init__(available)
@@ -26,19 +26,19 @@ class MissingKeyError(Exception):
 class Template:
     """Text with fields in braces.
 
-    `{column}` is a column's value, `{column.key}` and `{column.0}` reach into objects and lists, and a key put to a
-    list is put to each of its items: `{sub_questions.paragraph}`. `{column:before}` writes "before" in front of the
-    value, and neither where the value is empty. `{{` and `}}` are braces.
+    `{column}` is a column's value; `{column.key}` and `{column.0}` index into objects and lists; a key applied to a
+    list is applied to each item: `{sub_questions.paragraph}`. `{column:before}` inserts "before" before the value, and
+    nothing if the value is empty. `{{` and `}}` are literal braces.
     """
 
-    pieces: tuple[tuple[str, str | None, str], ...]  # text, the field after it, what stands before the field's value
+    pieces: tuple[tuple[str, str | None, str], ...]  # literal text, the field after it, the field's prefix
 
     @classmethod
     def parse(cls, text: str, option: str) -> "Template":
-        """Reads a template; the two characters `\\n`, as a shell passes them, are a newline, `\\t` a tab.
+        """Parse a template; the two characters `\\n`, as a shell passes them, are a newline, `\\t` a tab.
 
         Raises:
-            UserError: naming `option`, where the braces do not match or a field has no name.
+            UserError: names `option`; braces do not match or a field has no name.
         """
         text = text.replace("\\n", "\n").replace("\\t", "\t")
         try:
@@ -55,7 +55,7 @@ class Template:
         return [field for _, field, _ in self.pieces if field is not None]
 
     def render(self, values: dict[str, str]) -> str:
-        """The text for the values of its fields, without blanks around it."""
+        """Return the template with its fields replaced by `values`, stripped of surrounding whitespace."""
         text = ""
         for literal, field, before in self.pieces:
             value = values[field] if field is not None else ""
@@ -64,7 +64,7 @@ class Template:
 
 
 def look_up(row: Row, field: str) -> Any:
-    """The value of a field; None where something on the way to it is null or a list is too short.
+    """Return the value of a field; None if a parent is null or a list is too short.
 
     Raises:
         MissingKeyError: no such column or key.
@@ -92,7 +92,7 @@ def _step(value: Any, key: str) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A value as text: nothing for null and NaN, a list's items on a line each, a list within a list on one line."""
+    """Return a value as a string: empty for null and NaN, one line per item of a list or per nested list."""
     if value is None or value != value:
         return ""
     if isinstance(value, str):
@@ -112,26 +112,28 @@ def _on_one_line(value: Any) -> str:
 
 @dataclasses.dataclass
 class Recipe:
-    """How a row of the source becomes a row of ours: `user` and `assistant`, or `text` alone."""
+    """How a row of the source becomes a training row: `user` and `assistant`, or `text` alone."""
 
     user: Template | None = None
     assistant: Template | None = None
     system: Template | None = None
     text: Template | None = None
-    group: str | None = None  # the field whose equal values stay in one split
-    found: set[str] = dataclasses.field(default_factory=set, init=False)  # fields that some row had
-    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict, init=False)  # field: what stood there
+    group: str | None = None  # field; rows with equal values share a split
+    found: set[str] = dataclasses.field(default_factory=set, init=False)  # fields that at least one row had
+    missing: dict[str, list[str]] = dataclasses.field(
+        default_factory=dict, init=False
+    )  # field: the names available instead
 
     def templates(self) -> dict[str, Template]:
-        """The given templates by their option, the ones a row must fill first."""
+        """Return the given templates by option, the required ones first."""
         named = {"--user": self.user, "--assistant": self.assistant, "--text": self.text, "--system": self.system}
         return {option: template for option, template in named.items() if template is not None}
 
     def convert(self, row: Row) -> tuple[Row, str | None]:
-        """The new row, and its group if there are groups.
+        """Return the new row, and its group if there are groups.
 
         Raises:
-            SkippedRowError: what has to be learnt or said is empty, or the group is.
+            SkippedRowError: a required string or the group is empty.
         """
         templates = self.templates()
         fields = itertools.chain.from_iterable(template.fields for template in templates.values())
@@ -158,13 +160,13 @@ class Recipe:
         return value
 
     def require_found(self, path: Path) -> None:
-        """Raises UserError for the fields that no row had: names that are mistaken."""
+        """Raise UserError for fields that no row had: misspelled names."""
         problems = []
         for field, available in self.missing.items():
             if field not in self.found:
                 close = difflib.get_close_matches(field.split(".")[-1], available, n=1, cutoff=0.5)
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 names = ", ".join(map(repr, available[:_SHOWN_NAMES])) or "nothing"
-                problems.append(f"  {{{field}}}: {hint}There is: {names}.")
+                problems.append(f"  {{{field}}}: {hint}Available: {names}.")
         if problems:
-            raise UserError(f"No row of {path} has what is asked for:\n" + "\n".join(problems))
+            raise UserError(f"No row of {path} has these fields:\n" + "\n".join(problems))

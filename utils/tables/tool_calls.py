@@ -1,4 +1,4 @@
-"""Function calling in other layouts -> Mistral's `tools`, `tool_calls` and `tool_call_id`."""
+"""Convert other function-calling formats to Mistral's `tools`, `tool_calls` and `tool_call_id`."""
 
 import ast
 import json
@@ -12,10 +12,10 @@ _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 def as_tool(function: Any) -> Row:
-    """A function's description (OpenAI's `functions`, Glaive's) as an entry of `tools`.
+    """Return a function description (of OpenAI's `functions`, or Glaive's) as an entry of `tools`.
 
     Raises:
-        SkippedRowError: it is no description.
+        SkippedRowError: it is not a function description.
     """
     if isinstance(function, dict) and isinstance(function.get("function"), dict):
         function = function["function"]
@@ -28,10 +28,10 @@ def as_tool(function: Any) -> Row:
 
 
 def as_tool_call(function: Any, call_id: Any = None) -> Row:
-    """A function's name and arguments as an entry of `tool_calls`; its id is final only after `link_tool_calls`.
+    """Return a function's name and arguments as an entry of `tool_calls`; `link_tool_calls` sets the final id.
 
     Raises:
-        SkippedRowError: no name, or arguments that are no JSON object.
+        SkippedRowError: there is no name, or the arguments are not a JSON object.
     """
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise SkippedRowError("a tool call has no function name")
@@ -40,12 +40,12 @@ def as_tool_call(function: Any, call_id: Any = None) -> Row:
 
 
 def json_arguments(arguments: Any) -> str:
-    """A call's arguments as JSON text; text that is a JSON object already stays to the letter.
+    """Return a call's arguments as a JSON string; a string that is a JSON object is returned unchanged.
 
-    Python's repr of a dict (which earlier versions of such tools wrote) is read as what was meant.
+    The repr of a Python dict, which some conversion tools wrote, is accepted.
 
     Raises:
-        SkippedRowError: neither an object nor the text of one.
+        SkippedRowError: neither an object nor a string that encodes one.
     """
     if arguments is None or arguments == "":
         return "{}"
@@ -59,11 +59,11 @@ def json_arguments(arguments: Any) -> str:
                     return arguments if parse is json.loads else json.dumps(parsed, ensure_ascii=False)
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
-    raise SkippedRowError("the arguments of a tool call are no JSON object", repr(arguments)[:60])
+    raise SkippedRowError("the arguments of a tool call are not a JSON object", repr(arguments)[:60])
 
 
 def end_with_assistant(messages: list[Row]) -> list[Row]:
-    """Cuts what follows the last assistant message: nothing is learnt from it.
+    """Remove the messages after the last assistant message, which carry no loss.
 
     Raises:
         SkippedRowError: there is no assistant message.
@@ -75,7 +75,7 @@ def end_with_assistant(messages: list[Row]) -> list[Row]:
 
 
 def require_content(messages: list[Row]) -> None:
-    """Raises SkippedRowError where a message says nothing. A tool's answer may be empty, but not absent."""
+    """Raise SkippedRowError if a message is empty. A tool's answer may be empty, but not missing."""
     for number, message in enumerate(messages, start=1):
         content = message.get("content", message.get("text"))
         empty = content is None if message["role"] == "tool" else not content or not str(content).strip()
@@ -84,13 +84,13 @@ def require_content(messages: list[Row]) -> None:
 
 
 def link_tool_calls(messages: list[Row], new_id: NewId) -> list[Row]:
-    """Gives each tool call and its answer one id of 9 alphanumerics; ids that are right already stay.
+    """Give each tool call and its answer the same id of 9 alphanumerics; valid ids are kept.
 
-    An answer belongs to the call of its id; without ids, to the first unanswered call of its name; without a name, to
-    the first unanswered call. An answer without any call before it gets an id of its own: `validate_data` judges it.
+    An answer belongs to the call with its id; without ids, to the first unanswered call with its name; without a name,
+    to the first unanswered call. An answer without a call before it gets a new id, and `validate_data` reports it.
 
     Raises:
-        SkippedRowError: an answer names another id or function than the calls before it.
+        SkippedRowError: no call before an answer has its id or function.
     """
     linked = []
     unanswered: list[Row] = []
@@ -109,7 +109,7 @@ def link_tool_calls(messages: list[Row], new_id: NewId) -> list[Row]:
 
 
 def _link_answer(answer: Row, unanswered: list[Row], new_id: NewId) -> str:
-    """The id of an answer; completes the call it belongs to and takes it from the unanswered ones."""
+    """Return the id of an answer; set it in the call that it answers and remove that call from `unanswered`."""
     written = _written_id(answer.get("tool_call_id"))
     if not unanswered:
         return _valid_id(written) or new_id()
@@ -128,13 +128,13 @@ def _called_by(answer: Row, written: str | None, unanswered: list[Row]) -> Row:
         candidates = [call for call in candidates if call["function"]["name"] == answer["name"]]
     if not candidates:
         raise SkippedRowError(
-            "a tool message answers none of the calls before it", f"name {answer.get('name')}, id {written}"
+            "a tool message matches no unanswered call before it", f"name {answer.get('name')}, id {written}"
         )
     return candidates[0]
 
 
 def _written_id(call_id: Any) -> str | None:
-    """What a row says about an id; mistral-common's own default, "null", says nothing."""
+    """Return the id written in a row; mistral-common's default, "null", counts as none."""
     return None if call_id in (None, "", "null") else str(call_id)
 
 

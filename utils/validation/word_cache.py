@@ -1,8 +1,8 @@
-"""Sentencepiece that remembers how words are encoded: the same tokens, several times faster on natural language.
+"""A sentencepiece tokenizer with a cache of words: the same tokens, several times faster on natural language.
 
-A sentencepiece BPE model joins neighbouring pieces only into pieces of its vocabulary. Where no piece holds a blank
-after something else, nor a line end, nothing is ever joined across the start of a word, so a text's tokens are those
-of its words one after the other, and few words make up most of any text.
+A sentencepiece BPE model merges adjacent pieces only into pieces of its vocabulary. If no piece contains a space after
+another character, or a line break, no merge crosses the start of a word. The tokens of a string are then the
+concatenated tokens of its words, and a few words make up most of any text.
 """
 
 import itertools
@@ -12,15 +12,15 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
 _BLANK = "▁"  # how sentencepiece writes a space; it also puts one before the text
-_WORDS = re.compile(r" +[^ \n]+|\n[^ \n]*| +")  # blanks belong to the word behind them
+_WORDS = re.compile(r" +[^ \n]+|\n[^ \n]*| +")  # spaces belong to the word after them
 _REMEMBERED = 1 << 17  # words; some 40 MB
-_LONGEST = 32  # characters of a word worth remembering
-# Tokenizers that rewrite text (blanks trimmed, characters normalised) would encode this differently word by word.
+_LONGEST = 32  # characters of a word worth caching
+# Tokenizers that rewrite text (trim spaces, normalize characters) would encode this differently word by word.
 _PROBE = "  Motif :  ﬁèvre e\u0301 \u0308½\n\n \tÀ l'entrée ,\u00a038,5 °C\u2028 \r\n<s> [INST]  "
 
 
 class _WordTokens(dict[str, tuple[int, ...]]):
-    """Words, with what stands before them, and their tokens."""
+    """The tokens of words, including the whitespace before them."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _WordTokens(dict[str, tuple[int, ...]]):
 
 
 class WordCachingTokenizer(SentencePieceTokenizer):
-    """Encodes as SentencePieceTokenizer does."""
+    """A SentencePieceTokenizer that caches words; the tokens are the same."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         super().__init__(tokenizer.file_path, tokenizer.version)
@@ -56,14 +56,14 @@ class WordCachingTokenizer(SentencePieceTokenizer):
         return [self.bos_id] * bos + tokens + [self.eos_id] * eos
 
     def encodes_words_apart(self) -> bool:
-        """Whether a text's tokens are its words' tokens with this vocabulary."""
+        """Return whether, with this vocabulary, the tokens of a string are those of its words."""
         if any(re.search(rf"[^{_BLANK}]{_BLANK}|\n", piece) for piece in self.vocab()):
             return False
         return self.encode(_PROBE, bos=True, eos=True) == super().encode(_PROBE, bos=True, eos=True)
 
 
 def cache_words(instruct_tokenizer: InstructTokenizerBase) -> None:
-    """Makes a sentencepiece tokenizer remember words; leaves others, and those it cannot serve, as they are."""
+    """Give a sentencepiece tokenizer a word cache; other tokenizers and unsuitable vocabularies stay unchanged."""
     if type(instruct_tokenizer.tokenizer) is SentencePieceTokenizer:
         caching = WordCachingTokenizer(instruct_tokenizer.tokenizer)
         if caching.encodes_words_apart():
