@@ -33,7 +33,6 @@ from utils.fictional_notes.pretraining_examples import PretrainingExamples
 
 HEAD_DIM = 32
 EXAMPLES_PER_STEP = 16
-_OPTIM = OptimArgs(lr=4e-3, schedule="cosine", weight_decay=0.01, pct_start=0.1, div_factor=25, final_div_factor=2)
 _INITIAL_STD = 0.05
 
 
@@ -124,7 +123,7 @@ def train_demo_model(args: ModelArgs, examples: Sequence[TokenSample], seed: int
     model = Transformer(dataclasses.replace(args, vocab_size=len(used)))
     _initialize(model, generator)
     steps = range(0, len(samples), EXAMPLES_PER_STEP)
-    optimizer, schedule = build_optimizer(model.parameters(), _OPTIM, len(steps))
+    optimizer, schedule = build_optimizer(model.parameters(), _optim_args(len(steps)), len(steps))
     with tqdm(steps, unit="step", disable=None) as bar:
         for start in bar:
             chosen = slice(start, start + EXAMPLES_PER_STEP)
@@ -137,6 +136,19 @@ def train_demo_model(args: ModelArgs, examples: Sequence[TokenSample], seed: int
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     answered = np.unique(np.concatenate([sample[mask] for sample, mask in zip(samples, masks)]))
     return _expand(model, used, answered, args.vocab_size, generator)
+
+
+def _optim_args(steps: int) -> OptimArgs:
+    """Return the settings of a linear warm-up from 0 over 10 % of the steps, then a cosine decay to 2 % of the peak."""
+    warm_up = max(1.0, 0.1 * steps)
+    return OptimArgs(
+        lr=4e-3,
+        schedule="cosine",
+        weight_decay=0.01,
+        pct_start=0.1,
+        div_factor=warm_up,
+        final_div_factor=50 / warm_up,
+    )
 
 
 def _initialize(model: Transformer, generator: torch.Generator) -> None:
