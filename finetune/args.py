@@ -192,7 +192,7 @@ class TrainArgs(Settings):
             yield Problem("model_id_or_path", message)
         if not self.run_dir.strip():
             yield Problem("run_dir", "`run_dir` is empty; name a folder to create.")
-        if self.resume not in ("never", "auto") and not Path(self.resume).is_dir():
+        if self.resume not in ("never", "auto") and not os.path.isdir(self.resume):
             message = f"`resume` is {quoted(self.resume)}; expected never, auto, or the folder of a checkpoint."
             yield Problem("resume", message)
 
@@ -236,7 +236,7 @@ class TrainArgs(Settings):
 
 _MAX_KEY_LENGTH = 100  # characters of an unknown key that a message quotes
 _MAX_LISTED = 50  # problems in one message
-_MAY_HOLD_SECRETS = ("wandb", "wandb.key")  # an API key may be here, where it belongs or by mistake: never shown
+_MAY_HOLD_SECRETS = ("wandb", "wandb.key")  # an API key may be here, where it belongs or by mistake: never quoted
 
 
 def load_train_args(path: Path) -> TrainArgs:
@@ -371,4 +371,6 @@ def _unknown(path: list[str], blocks_listed: set[str]) -> Problem:
 
 
 def _shown(key: str, value: Any) -> str:
-    return f"{type(value).__name__} (not shown)" if key in _MAY_HOLD_SECRETS and value is not None else quoted(value)
+    nested = key.startswith("wandb.") and isinstance(value, dict | list)  # `key` with the wrong indentation
+    is_hidden = nested or (key in _MAY_HOLD_SECRETS and value is not None)
+    return f"{type(value).__name__} (not shown)" if is_hidden else quoted(value)

@@ -215,7 +215,9 @@ def test_unknown_key_with_suggestion():
     )
     [problem] = problems(**{"data.instruct.shufle": True})
     assert problem == "`data.instruct.shufle` is not a known setting; did you mean `data.instruct.shuffle`?"
-    assert problems(**{"wandb.project.name": "x"})[0].startswith("`wandb.project` is {'name': 'x'}; expected a string")
+    assert problems(**{"wandb.project.name": "x"})[0].startswith(
+        "`wandb.project` is dict (not shown); expected a string"
+    )
 
 
 def test_key_of_another_block_is_suggested():
@@ -321,6 +323,8 @@ INVALID = [
     ({"model_id_or_path": "nope"}, "`model_id_or_path`: the folder nope does not exist."),
     ({"model_id_or_path": "train.jsonl"}, "`model_id_or_path`: the folder train.jsonl does not exist."),
     ({"run_dir": ""}, "`run_dir` is empty; name a folder to create."),
+    ({"resume": "x" * 300}, "`resume` is 'xxx"),
+    ({"resume": "latest"}, "`resume` is 'latest'; expected never, auto, or the folder of a checkpoint."),
     ({"run_dir": " "}, "`run_dir` is empty; name a folder to create."),
     (
         {"no_eval": False},

@@ -123,6 +123,7 @@ MISTAKES = {
     "an unclosed bracket": GOOD.replace("key: ", "key: ["),
     "a list": GOOD.replace("key: ", "key:\n  - "),
     "a block": GOOD.replace("key: ", "key:\n    value: "),
+    "inside another key": GOOD.replace("project: icd", "project:").replace("  key: ", "    key: "),
     "twice": GOOD + f"  key: {YAML_KEY}\n",
     "twice, dotted": GOOD + f"wandb.key: {YAML_KEY}\n",
     "another name": GOOD.replace("key: ", "keyy: "),
