@@ -168,6 +168,12 @@ def test_largest_seq_len_is_the_limit(checkpoint):
     assert largest_seq_len(config, 1 << 20) == 0
 
 
+def test_another_seq_len_shares_the_parameters():
+    config = MemoryConfig(DENSE, LORA, 1)
+    longer = config.with_seq_len(7)
+    assert longer == dataclasses.replace(config, seq_len=7) and longer._parameters is config._parameters
+
+
 # --- checkpoint: auto
 
 
