@@ -61,7 +61,7 @@ SAMPLE_NOTES := 1000
 sample-data: setup
 	$(BIN)/python -m utils.generate_notes --out sample_data --n $(SAMPLE_NOTES) --split 0.8,0.1,0.1 --overwrite
 
-# One worker per core, up to four: tests start processes of their own.
+# One worker per core, up to four: tests start further processes.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --durations=15

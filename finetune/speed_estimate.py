@@ -84,7 +84,7 @@ def mean_context(lengths: Mapping[int, int], window: int | None = None) -> float
 
     Args:
         lengths: number of documents of each length in tokens.
-        window: of sliding-window attention.
+        window: width of sliding-window attention.
     """
     tokens = sum(length * count for length, count in lengths.items())
     attended = 0.0
@@ -121,7 +121,7 @@ def flops_per_token(
         context: tokens that a token attends to (see `mean_context`).
         checkpoint: what is recomputed in the backward pass: False, "selective" or True.
         lora: whether the base is frozen.
-        trained_share: of the tokens with a loss, the only ones that the head computes; 0 to 1.
+        trained_share: share of the tokens with a loss, for which alone the head is computed; 0 to 1.
     """
     blocks, head = _block_parameters(model), model.vocab_size * model.dim * trained_share
     attention = 4 * model.n_layers * model.n_heads * model.head_dim * context
@@ -137,7 +137,7 @@ def tokens_per_second(gpu: Gpu, model: ModelArgs, flops: float, share: float = T
         gpu: of `GPUS`.
         model: shapes.
         flops: operations per token (see `flops_per_token`).
-        share: of the peak rate that is reached, 0 to 1.
+        share: share of the peak rate that is reached, 0 to 1.
     """
     return share * gpu.tflops * 1e12 / flops if active_parameters(model) >= _FEWEST_PARAMETERS else None
 

@@ -1,7 +1,7 @@
 """Write files, folders and symlinks atomically: under a temporary name first, then renamed.
 
 Readers see the old content or the new, never a part. On an exception the temporary is removed and the old content
-stays; a killed process leaves its temporary behind, under a name that no command reads.
+stays; what a killed process has written remains under a name that no command reads.
 
 File contents are flushed to disk (fsync) before the rename, so a power failure cannot leave an empty or partial file
 under the final name. The rename itself is flushed only by `replace_folder`, whose callers delete older folders next.

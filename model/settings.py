@@ -44,7 +44,7 @@ def _string(value: object) -> str:
     if value is None or isinstance(value, bool | dict | list):
         raise ValueError
     text = str(value)
-    text.encode()  # refuses half of a surrogate pair
+    text.encode()  # rejects an unpaired surrogate
     if "\0" in text:
         raise ValueError
     return text

@@ -4,7 +4,7 @@ Module and parameter names are those of Mistral's checkpoints. Shapes: T packed 
 width, H query heads, K key/value heads, Dh head width, V vocabulary.
 """
 
-# Execution options: attributes that are set after construction. By whom, and from which setting:
+# Execution options: attributes that are set after construction, by the module and from the setting named here:
 #   TransformerBlock.recompute              finetune.wrapped_model, from `checkpoint`
 #   RMSNorm.compiled, FeedForward.swiglu    Transformer.compile_elementwise, from `compile`
 #   Linear.format                           model.lora.quantize_linears, from `base_dtype`

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from more, and sums come out the same everywhere."""
+    """Use one thread: tiny matrices gain nothing from more, and sums are the same on every machine."""
     import torch
 
     threads = torch.get_num_threads()
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[[str, Iterable[Any]], Path]:
-    """Writes rows to a file of this name in the test's folder."""
+    """Return a function that writes rows to a file of this name in the test's folder."""
 
     def write(name: str, rows: Iterable[Any]) -> Path:
         path = tmp_path / name
@@ -55,7 +55,7 @@ def jsonl(tmp_path: Path) -> Callable[[str, Iterable[Any]], Path]:
 
 @pytest.fixture
 def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs a command line in this process: its exit code and what it said."""
+    """Return a function that runs a command in this process; it returns the exit code and the output."""
 
     def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [module.__name__.rpartition(".")[2], *map(str, arguments)])

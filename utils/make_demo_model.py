@@ -4,7 +4,7 @@
 
 The model is pretrained for a minute or two to read fictional French notes and name their diagnoses
 (`utils.fictional_notes.pretraining_examples`). It has never seen a CIM-10 code or the answers of the fine-tuning task.
-`--steps 0` leaves the weights random.
+`--steps 0` keeps the random weights.
 """
 
 import argparse

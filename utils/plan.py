@@ -63,7 +63,7 @@ def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
     """Return the name and shapes of the model to plan for.
 
     Args:
-        args: of the YAML.
+        args: settings of the YAML.
         named: folder or name in `KNOWN_MODELS`, instead of the YAML's model.
 
     Raises:
@@ -106,8 +106,8 @@ def memory_rows(config: "MemoryConfig", base_dtypes: tuple[BaseDtype, ...], usab
     """Estimate every combination of `base_dtype` and `checkpoint`.
 
     Args:
-        config: of the YAML's settings.
-        base_dtypes: to try.
+        config: configuration of the YAML's settings.
+        base_dtypes: formats to try.
         usable: bytes of memory per GPU.
 
     Returns:
@@ -140,7 +140,7 @@ def _can_store(base_dtype: BaseDtype, config: "MemoryConfig") -> bool:
 def expected(
     args: TrainArgs, model: ModelArgs, options: argparse.Namespace, checkpoint: CheckpointMode
 ) -> dict[str, Any]:
-    """Estimate speed and hours, and say what they are based on."""
+    """Estimate speed and hours, and explain what they are based on."""
     gpu, is_known = choose_gpu(options.gpu, options.gpu_gb)
     tokens = args.max_steps * args.num_microbatches * args.batch_size * args.seq_len * options.gpus
     context = mean_context({args.seq_len: 1}, model.sliding_window)
@@ -231,7 +231,7 @@ def _memory_line(row: dict[str, Any], plan: dict[str, Any]) -> str:
 
 
 def _verdict(plan: dict[str, Any]) -> list[str]:
-    """Say whether the YAML's settings fit, and otherwise which do."""
+    """Report whether the YAML's settings fit, and if not, which do."""
     own = next(row for row in plan["memory"] if _is_own(row, plan))
     needs = f"Your settings (*) need {own['total'] / _GIB:.1f} of {plan['usable_bytes'] / _GIB:.1f} usable GiB"
     if own["fits"]:

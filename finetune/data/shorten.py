@@ -14,7 +14,7 @@ from .conversation import Conversation, parse_conversation, pretrain_text
 from .exceptions import RowError
 from .tokenize import SampleEncoder, SampleType, TokenSample
 
-_ENDS = 256  # characters kept at both ends of a text, where instructions are
+_ENDS = 256  # characters kept at both ends of a string, where instructions are
 _SLACK = 0.02  # share of a sequence that may stay free after shortening
 _ROUNDS = 6  # attempts to reach that share; two or three are usually enough
 _WORD = re.compile(r"\s*(\S+)")  # with the blanks before it, so that removing a word does not join its neighbors
@@ -107,7 +107,7 @@ class FittingEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class _Text:
-    """A text of a user or tool message."""
+    """A string in a user or tool message."""
 
     message: int  # index in the conversation
     chunk: int | None  # index in the message's content if that is a list of chunks
@@ -135,7 +135,7 @@ def _with_text(messages: list[FinetuningMessage], new: _Text) -> list[Finetuning
     return [*messages[: new.message], changed, *messages[new.message + 1 :]]
 
 
-Span = tuple[int, int]  # characters [start, end) of a text
+Span = tuple[int, int]  # characters [start, end) of a string
 Words = tuple[list[Span], list[Span]]  # words to remove first, and words of sections to keep, removed only after them
 
 

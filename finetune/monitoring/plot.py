@@ -24,7 +24,7 @@ RAW, TRAIN, EVAL, LR, BAD = "#9dbbd8", "#1f5f99", "#d9622b", "#5b6b73", "#b3261e
 def draw_loss_curve(run_dir: Path) -> Path:
     """Plot the metrics of a run to `run_dir/loss.png` and return its path.
 
-    If nothing has been logged yet, the plot says so.
+    If nothing has been logged yet, the plot states that.
 
     Raises:
         UserError: `run_dir` is not a folder.

@@ -1,4 +1,4 @@
-"""Whether a run's merged export answers in transformers as it does here: greedy tokens, note by note.
+"""Compare greedy answers of a run's merged export, in transformers, with ours, note by note.
 
 python -m tests.end_to_end.same_answers --run demo/run --notes demo/held_out/notes_instruct.jsonl --n 50
 """

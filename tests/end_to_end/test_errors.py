@@ -375,7 +375,7 @@ def absolute(settings: dict, tmp_path: Path) -> dict:
     return settings | {"data": data, **{key: str(tmp_path / settings[key]) for key in ("model_id_or_path", "run_dir")}}
 
 
-def test_existing_run_folder_is_refused_and_left_alone(settings):
+def test_existing_run_folder_is_refused_and_not_changed(settings):
     """run_dir_exists_torchrun, run_dir_exists_no_torchrun"""
     Path("run").mkdir()
     Path("run/args.yaml").write_text("mine", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every configuration in example/ and in README.md loads, and needs the memory and time that its header says."""
+"""Every configuration in example/ and in README.md loads, and needs the memory and time that its header states."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Whatever stands in a file, a command works or says what is wrong with it: no other exception, no hang.
+"""Whatever a file contains, a command works or reports what is wrong with it: no other exception, no hang.
 
 `make fuzz` tries 10,000 inputs of each kind instead of 300.
 """
@@ -40,7 +40,7 @@ fuzz = settings(
 
 @contextlib.contextmanager
 def mistakes_only() -> Iterator[None]:
-    """Passes where the block works or raises UserError, with a message that can be read, in time."""
+    """Pass if the block works or raises UserError with a readable message, in time."""
 
     def give_up(*_: object) -> None:
         raise TimeoutError
@@ -77,9 +77,9 @@ VALUES = st.recursive(
 
 
 @st.composite
-def mutated(draw: st.DrawFn, sound: dict[str, Any], values: st.SearchStrategy[Any] = VALUES) -> dict[str, Any]:
-    """`sound` with some of its values, at any depth, replaced, removed or given another key."""
-    result = copy.deepcopy(sound)
+def mutated(draw: st.DrawFn, valid: dict[str, Any], values: st.SearchStrategy[Any] = VALUES) -> dict[str, Any]:
+    """Return `valid` with some values replaced, removed or moved to another key, at any depth."""
+    result = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
         if not (places := paths(result)):
             break
@@ -106,9 +106,9 @@ ROWS = st.one_of(mutated(TOOL_ROW), mutated(PLAIN_ROW), st.dictionaries(KEYS, VA
 
 
 @st.composite
-def spoilt(draw: st.DrawFn, sound: bytes) -> bytes:
-    """`sound` with some bytes changed, removed, doubled or put in."""
-    data = bytearray(sound)
+def corrupted(draw: st.DrawFn, valid: bytes) -> bytes:
+    """Return `valid` with some bytes changed, removed, repeated or inserted."""
+    data = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
         end = min(start + draw(st.integers(0, 12)), len(data))
@@ -116,7 +116,9 @@ def spoilt(draw: st.DrawFn, sound: bytes) -> bytes:
     return bytes(data)
 
 
-LINES = st.one_of(st.binary(max_size=200), ROWS.map(as_line), spoilt(as_line(TOOL_ROW)), spoilt(as_line(PLAIN_ROW)))
+LINES = st.one_of(
+    st.binary(max_size=200), ROWS.map(as_line), corrupted(as_line(TOOL_ROW)), corrupted(as_line(PLAIN_ROW))
+)
 
 # ---- rows
 
@@ -199,7 +201,7 @@ PIECES += [": ", "- ", "{", "[", "]", "}", '"', "'", "|\n", "#", "%YAML 1.1\n", 
 PIECES += ["0x" + "f" * 5000, "1:59", ".inf", "~", "on", "wandb.key"]
 YAML_TEXTS = st.one_of(
     st.lists(st.one_of(TEXTS, st.sampled_from([*PIECES, *SETTINGS, "\n", "\n  "])), max_size=30).map("".join),
-    spoilt(yaml.safe_dump(SETTINGS).encode()).map(lambda data: data.decode("latin-1")),
+    corrupted(yaml.safe_dump(SETTINGS).encode()).map(lambda data: data.decode("latin-1")),
     mutated(SETTINGS).map(lambda keys: json.dumps(keys)),
     mutated(SETTINGS).map(lambda keys: yaml.safe_dump(keys, allow_unicode=True)),
 )
@@ -255,7 +257,7 @@ ANSWERS = st.one_of(st.text(max_size=80), st.lists(st.sampled_from(ANSWER_PIECES
 @example(text="(code" + " " * 50_000)
 @example(text="diagn" * 20_000)
 @fuzz
-def test_an_answer_is_parsed_whatever_it_says(text: str):
+def test_any_answer_can_be_parsed(text: str):
     with mistakes_only():
         diagnoses = parse_answer(text)
     assert len({diagnosis.code for diagnosis in diagnoses}) == len(diagnoses)
@@ -279,7 +281,7 @@ def as_safetensors(header: bytes) -> bytes:
     content=st.one_of(
         st.binary(max_size=100),
         mutated(HEADER).map(as_line).map(as_safetensors),
-        spoilt(as_safetensors(as_line(HEADER))),
+        corrupted(as_safetensors(as_line(HEADER))),
     )
 )
 @example(content=as_safetensors(as_line(HEADER)))

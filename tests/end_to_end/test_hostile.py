@@ -228,7 +228,7 @@ def test_file_truncated_at_any_length(tmp_path: Path):
 
 
 def test_shapes_are_checked_before_anything_is_allocated(tmp_path: Path):
-    """The file is as large as its header says (it is sparse): a tensor of 4 TB."""
+    """The file has the size that its header declares: a tensor of 4 TB, in a sparse file."""
     model = make_tiny_checkpoint(tmp_path / "model", dim=16, n_layers=1, hidden_dim=24, n_heads=2, n_kv_heads=1)
     header = f'{{"norm.weight":{entry(shape=[1 << 40], data_offsets=[0, 1 << 42])}}}'.encode()
     file = model / "consolidated.safetensors"

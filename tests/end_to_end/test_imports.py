@@ -1,4 +1,4 @@
-"""Who may import whom: train.py -> finetune -> model; utils -> finetune, model; never back."""
+"""The direction of imports: train.py -> finetune -> model; utils -> finetune, model; never back."""
 
 import ast
 import graphlib
@@ -27,7 +27,7 @@ def source_files(folder: str = "") -> list[Path]:
 
 
 def imported(file: Path) -> set[str]:
-    """Absolute names of what a file imports: `a.b` and `a.b.c` for `from a.b import c`."""
+    """Return the absolute names of what a file imports: `a.b` and `a.b.c` for `from a.b import c`."""
     package = file.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -75,7 +75,7 @@ def test_functions_have_at_most_60_lines():
         "utils.validate_data",
     ],
 )
-def test_torch_is_not_even_loaded(package):
+def test_text_tools_do_not_load_torch(package):
     """Text tools start at once, and the processes that read rows stay small."""
     files = source_files(package.replace(".", "/"))
     modules = [f"{package}.{file.stem}" for file in files if file.stem != "__init__"] or [package]

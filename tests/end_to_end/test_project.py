@@ -72,8 +72,8 @@ def test_every_address_of_the_project_is_the_same() -> None:
 
 def test_versions_agree() -> None:
     citation = yaml.safe_load(read("CITATION.cff"))
-    newest = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
-    assert newest and citation["version"] == PROJECT["version"] == newest[1]
+    latest = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
+    assert latest and citation["version"] == PROJECT["version"] == latest[1]
     assert citation["repository-code"] == PROJECT_URL and citation["license"] == PROJECT["license"]
 
 

@@ -66,7 +66,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     for target in re.findall(r"(?:\]\(|src=\")(?!http)([^)\s\"]+)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")
         linked = page.parent / name if name else page
@@ -81,7 +81,7 @@ def test_every_page_is_in_the_table_of_pages() -> None:
 
 @pytest.fixture(scope="module")
 def longest_sequences() -> dict[tuple[str, str], dict[str, dict]]:
-    """What utils.plan says for each model and column: for each `base_dtype` the row with `checkpoint: true`."""
+    """Return what utils.plan prints for each model, column and `base_dtype`: the row with `checkpoint: true`."""
     monkeypatch = pytest.MonkeyPatch()
     plans = {}
     named = re.findall(r"^\| `([\w.-]+)` \| .+? billion", TEXT, re.MULTILINE)

@@ -213,7 +213,7 @@ def test_all_line_ends_give_the_same_batches(
     assert as_digests(eval_loader(tiny, other)) == expected
 
 
-def test_a_folder_in_place_of_a_file_is_a_user_error(tmp_path: Path):
+def test_a_folder_instead_of_a_file_is_a_user_error(tmp_path: Path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path} cannot be read")):
         line_offsets(tmp_path)
 

@@ -90,7 +90,7 @@ def steps_of(config: Path, tokenizer, ranks: int) -> float:
     return positions / (args.batch_size * args.num_microbatches * args.seq_len * ranks)
 
 
-def test_epochs_train_as_that_many_steps_do_and_go_on(tmp_path, tokenizer):
+def test_epochs_train_like_that_many_steps_and_resume(tmp_path, tokenizer):
     settings = {"num_ckpt_keep": None, "num_microbatches": 2}
     by_epochs = {"epochs": 0.6, "max_steps": None} | settings
     epochs = without_max_steps(kill_test_config(tmp_path, "epochs", **by_epochs))

@@ -248,13 +248,13 @@ def test_failing_tracker_is_reported_once_and_training_continues(tmp_path, monke
 
 def test_tracker_that_cannot_start_is_omitted(tmp_path, monkeypatch, caplog):
     def refuse(*_):
-        raise OSError("disk says no")
+        raise OSError("disk failure")
 
     monkeypatch.setattr(metrics_logger, "TensorBoardTracker", refuse)
     with make_logger(tmp_path) as logger:
         logger.log({"step": 1}, 1)
     assert len(read_metrics(tmp_path, "train")) == 1
-    assert "TensorBoard could not start (OSError: disk says no); training continues" in caplog.text
+    assert "TensorBoard could not start (OSError: disk failure); training continues" in caplog.text
 
 
 def test_failing_tracker_is_retried_at_growing_intervals(monkeypatch):

@@ -111,7 +111,7 @@ def plain_rate(args: OptimArgs, max_steps: int, step: int) -> float:
 
 @pytest.mark.parametrize("max_steps, pct_start", [(1, 0.05), (2, 1), (20, 0), (20, 0.05), (20, 0.33), (50, 1)])
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_other_schedules_warm_up_straight_and_leave_beta1_alone(name, max_steps, pct_start):
+def test_other_schedules_warm_up_linearly_and_keep_beta1_constant(name, max_steps, pct_start):
     args = OptimArgs(schedule=name, lr=1e-3, pct_start=pct_start, div_factor=10.0, final_div_factor=5.0)
     rates, betas = zip(*simulate(args, max_steps))
     assert rates == pytest.approx([plain_rate(args, max_steps, step) for step in range(max_steps)])

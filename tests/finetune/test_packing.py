@@ -158,7 +158,7 @@ def test_best_fit_packs_every_sample_in_bounded_time(lengths, lookahead):
 
 
 def test_best_fit_packs_a_sample_that_never_fills_a_gap():
-    """A sample of 9 of 16 positions never fills a gap: samples of 8 come in pairs for ever."""
+    """A sample of 9 of 16 positions never fills a gap: samples of 8 always come in pairs."""
     endless = (
         LocatedSample(Place(0, index), sample(index, [True] * (10 if index == 1 else 9))) for index in itertools.count()
     )
@@ -167,7 +167,7 @@ def test_best_fit_packs_a_sample_that_never_fills_a_gap():
     assert any((x[0] - 1) // WIDTH == 1 for sequence in sequences for x, _, _ in documents(sequence))
 
 
-def test_best_fit_takes_the_oldest_then_the_longest_that_fits():
+def test_best_fit_packs_the_oldest_then_the_longest_that_fits():
     lengths = [6, 9, 4, 10, 3, 10]
     first, second, third = sequences_of(BestFit, stream_of([[True] * (n + 1) for n in lengths]))
     assert [sequence.sizes for sequence in (first, second, third)] == [[6, 10], [9, 4, 3], [10, 6]]

@@ -27,7 +27,7 @@ from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import load_tiny_tekken
 from train import run_training
 
-ENDS = 256  # characters kept at both ends of a text
+ENDS = 256  # characters kept at both ends of a string
 WORD = re.compile(r"\s*\S+")
 
 SYSTEM = "Vous codez les séjours selon la CIM-10."

@@ -51,7 +51,7 @@ def test_gpus_are_found_by_the_names_of_devices(name, key):
     assert find_gpu(name) == (GPUS[key] if key else None)
 
 
-def test_memory_of_a_gpu_is_less_than_its_label_says():
+def test_memory_of_a_gpu_is_less_than_its_label():
     for key, gpu in GPUS.items():
         assert gpu.gib < 192 and gpu.tflops > 50, key
         assert gpu.usable_bytes == pytest.approx(0.9 * gpu.gib * 1024**3)

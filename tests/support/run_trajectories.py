@@ -83,7 +83,7 @@ def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600)
 
 
 def own_errors(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the stderr of our processes, without torchrun's report, which contains a traceback of its own."""
+    """Return the stderr of our processes, without torchrun's report, which contains another traceback."""
     return done.stderr.partition("torch/distributed/elastic")[0]
 
 

@@ -298,7 +298,7 @@ def test_options_of_the_other_writer_are_rejected(monkeypatch, tmp_path, argumen
 def test_another_file_is_not_a_journal(tmp_path, content):
     path = tmp_path / "file.jsonl"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="is no output of this command"):
+    with pytest.raises(UserError, match="is not an output of this command"):
         read_journal(path)
     assert path.read_text(encoding="utf-8") == content
 

@@ -292,7 +292,7 @@ def test_adapters_of_several_ranks_cannot_be_exported_to_peft(tmp_path):
     refused(r"adapters of ranks \[2, 4\]; PEFT expects a single rank", checkpoint, "peft", tmp_path / "out")
 
 
-def test_a_failed_export_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+def test_a_failed_export_writes_nothing(trained, tmp_path, monkeypatch):
     _, run, _ = trained
     monkeypatch.setattr("utils.models.merging.merged_weight", lambda *_: 1 / 0)
     for to in ("hf", "mistral"):

@@ -1,4 +1,4 @@
-"""Extending a model of 32,000 tokens: where rows go, what new ones hold, and that old tokens keep their logits."""
+"""Extending a model of 32,000 tokens: positions of the rows, values of the new ones, unchanged logits of old tokens."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def to_pth(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 @pytest.mark.parametrize("moe", [False, True])
-def test_rows_move_and_everything_else_stays(tmp_path, kind, moe):
+def test_rows_move_and_everything_else_is_unchanged(tmp_path, kind, moe):
     original = make_tiny_checkpoint(tmp_path / "original", moe=moe, **SMALL)
     old = load_file(original / "consolidated.safetensors")
     if kind == "pth":
@@ -62,7 +62,7 @@ def test_new_folder_is_a_complete_model(tmp_path, original):
     assert tokenizer.version.value == "v3"
 
 
-def test_rope_theta_is_written_out(tmp_path, original):
+def test_rope_theta_is_written(tmp_path, original):
     params = json.loads((original / "params.json").read_text(encoding="utf-8"))
     del params["rope_theta"]
     (original / "params.json").write_text(json.dumps(params), encoding="utf-8")
@@ -86,7 +86,7 @@ def test_old_tokens_keep_their_logits(tmp_path):
     torch.testing.assert_close(torch.cat([new[:, :3], new[:, 771:]], dim=1), old)
 
 
-def test_pieces_of_the_v3_tokenizer_moved_the_same_way():
+def test_pieces_of_the_v3_tokenizer_move_in_the_same_way():
     pieces = {
         version: tokenizer.instruct_tokenizer.tokenizer
         for version, tokenizer in [("v1", MistralTokenizer.v1()), ("v3", MistralTokenizer.v3())]
@@ -97,7 +97,7 @@ def test_pieces_of_the_v3_tokenizer_moved_the_same_way():
         assert pieces["v3"].id_to_piece(moved) == pieces["v1"].id_to_piece(token)
 
 
-def test_new_rows_are_the_originals_draw(tmp_path):
+def test_new_rows_equal_those_of_mistral_finetune(tmp_path):
     original = make_tiny_checkpoint(tmp_path / "original", dtype=torch.float32, **SMALL | {"dim": 64})
     extend_model_vocab(original, tmp_path / "new", seed=0)
     new = load_file(tmp_path / "new" / "consolidated.safetensors")
@@ -113,18 +113,18 @@ def test_new_rows_are_the_originals_draw(tmp_path):
         assert abs(rows.mean().item()) < 0.002
 
 
-def test_seed_decides_the_new_rows_and_nothing_else(tmp_path, original):
+def test_seed_determines_only_the_new_rows(tmp_path, original):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        torch.manual_seed(len(name) + seed)  # the global generator has no say
+        torch.manual_seed(len(name) + seed)  # the global generator must have no effect
         extend_model_vocab(original, tmp_path / name, seed=seed)
     files = [(tmp_path / name / "consolidated.safetensors").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
 
 
-# What is refused
+# Errors
 
 
-def test_other_vocabularies(tmp_path):
+def test_other_vocabularies_are_rejected(tmp_path):
     for size, sentence in [(32768, "already is"), (131072, "only models of 32000 tokens can be extended")]:
         model = make_tiny_checkpoint(tmp_path / str(size), **SMALL | {"vocab_size": 64})
         params = json.loads((model / "params.json").read_text(encoding="utf-8")) | {"vocab_size": size}
@@ -134,7 +134,7 @@ def test_other_vocabularies(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_that_contradict_params(tmp_path, original):
+def test_weights_that_do_not_match_params_are_rejected(tmp_path, original):
     file = original / "consolidated.safetensors"
     tensors = load_file(file)
     del tensors["output.weight"]
@@ -145,13 +145,13 @@ def test_weights_that_contradict_params(tmp_path, original):
     assert "output.weight: is missing" in str(caught.value)
 
 
-def test_target_that_holds_something(tmp_path, original):
+def test_non_empty_target_is_rejected(tmp_path, original):
     with pytest.raises(UserError, match="already exists and is not an empty folder"):
         extend_model_vocab(original, original)
     assert len(list(original.iterdir())) == 2
 
 
-def test_a_failure_on_the_way_leaves_nothing(tmp_path, original, monkeypatch):
+def test_a_failed_extension_writes_nothing(tmp_path, original, monkeypatch):
     monkeypatch.setattr("utils.extend_model_vocab._with_new_rows", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         extend_model_vocab(original, tmp_path / "new")

@@ -1,4 +1,4 @@
-"""import_data: tables of many kinds become training rows; splits are exact, seeded, and never divide a group."""
+"""import_data: tables in many formats become training rows; splits are exact and seeded and never divide a group."""
 
 import collections
 import csv
@@ -61,7 +61,7 @@ def contents(row):
     return [(message["role"], message["content"]) for message in row["messages"]]
 
 
-# What the tutorials' users bring
+# The data sets of the tutorials
 
 
 def test_dolly(tmp_path, run_command):
@@ -96,8 +96,8 @@ def test_notes_in_csv(delimiter, tmp_path):
     assert lines_of(tmp_path / "out" / "train.jsonl") == [{"text": note} for note in notes]
 
 
-def test_hotpot_rows_of_every_publication(tmp_path):
-    """As parquet, as the one json list of the official site, as jsonl."""
+def test_hotpot_rows_in_every_published_format(tmp_path):
+    """Parquet, the json list of the official site, and jsonl."""
     pq.write_table(pa.Table.from_pylist([HOTPOT] * 3), tmp_path / "hotpot.parquet")
     (tmp_path / "hotpot.json").write_text(json.dumps([HOTPOT] * 3, indent=1), encoding="utf-8")
     jsonl(tmp_path / "lines.json", [HOTPOT] * 3)
@@ -118,7 +118,7 @@ def test_hotpot_rows_of_every_publication(tmp_path):
 # Templates
 
 
-def test_a_key_is_put_to_every_item_of_a_list():
+def test_a_key_is_applied_to_every_item_of_a_list():
     row = {"steps": [{"q": "a", "n": 1}, {"q": "b", "n": None}]}
     assert as_text(look_up(row, "steps.q")) == "a\nb"
     assert as_text(look_up(row, "steps.1.q")) == "b"
@@ -166,7 +166,7 @@ def test_templates(written, rendered):
 
 
 @pytest.mark.parametrize("written", ["{a", "a}", "{}", "{:x}", "{a!r}", "{a:{b}}"])
-def test_broken_templates_are_named(written):
+def test_invalid_templates_are_reported(written):
     with pytest.raises(UserError, match="--user: "):
         template(written)
 
@@ -181,7 +181,7 @@ def test_broken_templates_are_named(written):
         (["--text", "{q}", "--encoding", "latin-0"], "Unknown encoding 'latin-0'"),
     ],
 )
-def test_mistaken_arguments(arguments, said, tmp_path, run_command):
+def test_invalid_arguments(arguments, said, tmp_path, run_command):
     source = jsonl(tmp_path / "source.jsonl", [{"q": "a"}] * 9)
     code, output = run_command(import_data, source, "--out", tmp_path / "out", *arguments)
     assert code == 1 and output.startswith("error: ") and said in output
@@ -192,7 +192,7 @@ def test_mistaken_arguments(arguments, said, tmp_path, run_command):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_column_that_does_not_exist_is_named_with_the_likely_one(suffix, tmp_path):
+def test_an_unknown_column_is_reported_with_a_suggestion(suffix, tmp_path):
     source = tmp_path / f"source{suffix}"
     if suffix == ".csv":
         source.write_text("instruction,response\na,b\nc,d\n", encoding="utf-8")
@@ -206,7 +206,7 @@ def test_a_column_that_does_not_exist_is_named_with_the_likely_one(suffix, tmp_p
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_mistaken_key_and_group_are_named_too(tmp_path):
+def test_an_unknown_key_and_group_are_reported(tmp_path):
     source = jsonl(tmp_path / "source.jsonl", [HOTPOT] * 3)
     with pytest.raises(UserError) as error:
         import_table(source, str(tmp_path / "out"), chat("{context.sentense}{question}", "{answer}", group="patient"))
@@ -214,7 +214,7 @@ def test_a_mistaken_key_and_group_are_named_too(tmp_path):
     assert "{patient}: Available: 'question', 'answer', 'context'." in str(error.value)
 
 
-def test_a_column_that_some_rows_lack_is_no_mistake(tmp_path):
+def test_a_column_may_be_missing_in_some_rows(tmp_path):
     source = jsonl(tmp_path / "source.jsonl", [{"q": "a", "a": "b"}, {"q": "c", "a": "d", "context": "e"}])
     import_table(source, str(tmp_path / "out"), chat("{q}{context:|}"), [1])
     assert [contents(row)[0][1] for row in lines_of(tmp_path / "out_train.jsonl")] == ["a", "c|e"]
@@ -260,7 +260,7 @@ def test_invalid_json_affects_only_its_row(tmp_path):
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
     ],
 )
-def test_files_that_cannot_be_read_say_why(name, content, said, tmp_path):
+def test_unreadable_files_are_reported_with_the_reason(name, content, said, tmp_path):
     source = tmp_path / name
     source.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -310,7 +310,7 @@ def test_the_split_is_exact_seeded_and_keeps_every_row_once(tmp_path):
     seed=st.integers(0, 99),
 )
 @example(groups=[0] * 100 + [1] * 5 + [2] * 5, fractions=[0.9, 0.1], seed=0)
-def test_no_group_stands_in_two_splits(groups, fractions, seed):
+def test_no_group_is_in_two_splits(groups, fractions, seed):
     numbers: dict[int, int] = {}
     units = array("L", [numbers.setdefault(group, len(numbers)) for group in groups])
     try:
@@ -333,7 +333,7 @@ def test_a_large_group_leaves_room_for_the_small_ones(seed):
 
 
 @given(count=st.integers(1, 300), seed=st.integers(0, 9))
-def test_rows_without_groups_divide_as_asked(count, seed):
+def test_rows_without_groups_are_divided_by_the_fractions(count, seed):
     splits = assign_splits([1] * (10 * count), [0.7, 0.2, 0.1], seed)
     assert [splits.count(split) for split in range(3)] == [7 * count, 2 * count, count]
 
@@ -345,7 +345,7 @@ def test_every_row_is_as_likely_to_be_evaluated():
     assert len(hits) == 20 and max(hits.values()) < 3 * min(hits.values())
 
 
-def test_one_patient_never_stands_on_two_sides(tmp_path, run_command):
+def test_a_patient_is_in_one_split_only(tmp_path, run_command):
     rows = [{"note": f"note {number}", "patient": {"id": number % 23}} for number in range(230)]
     rows += [{"note": "late", "patient": {"id": " 3 "}}]
     source = jsonl(tmp_path / "source.jsonl", rows)
@@ -360,7 +360,7 @@ def test_one_patient_never_stands_on_two_sides(tmp_path, run_command):
     assert f"{tmp_path / 'eval.jsonl'}: " in said
 
 
-def test_too_few_rows_for_a_split_are_told(tmp_path):
+def test_too_few_rows_for_a_split_are_reported(tmp_path):
     source = jsonl(tmp_path / "source.jsonl", [{"q": str(number), "id": 1} for number in range(100)])
     with pytest.raises(UserError, match=r"eval split would have no row: 100 rows \(1 that can be split"):
         import_table(source, str(tmp_path / "out"), Recipe(text=template("{q}"), group="id"))
@@ -368,7 +368,7 @@ def test_too_few_rows_for_a_split_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "a", "0.9", "0.5,0.6", "1,0", "-1,2", "nan", "0.7,0.1,0.1,0.1", "0.9;0.1"])
-def test_shares_that_make_no_whole_are_refused(text):
+def test_shares_that_do_not_sum_to_1_are_rejected(text):
     with pytest.raises(UserError, match="expected the shares"):
         parse_fractions(text)
 
@@ -376,7 +376,7 @@ def test_shares_that_make_no_whole_are_refused(text):
 # The files
 
 
-def test_existing_files_are_replaced_only_when_asked_and_no_stale_split_stays(tmp_path):
+def test_overwrite_replaces_files_and_removes_stale_splits(tmp_path):
     source = jsonl(tmp_path / "source.jsonl", [{"q": str(number)} for number in range(20)])
     recipe = Recipe(text=template("{q}"))
     import_table(source, f"{tmp_path}/out/", recipe, [0.8, 0.1, 0.1])
@@ -396,7 +396,7 @@ def test_the_source_is_never_an_output(tmp_path):
     assert len(lines_of(source)) == 20
 
 
-def test_memory_grows_far_slower_than_the_file(tmp_path):
+def test_memory_grows_much_more_slowly_than_the_file(tmp_path):
     peaks = []
     for count in (300, 6000):
         source = jsonl(tmp_path / f"{count}.jsonl", ({"q": "x" * 500} for _ in range(count)))
@@ -407,7 +407,7 @@ def test_memory_grows_far_slower_than_the_file(tmp_path):
     assert peaks[1] - peaks[0] < 6000 * 200  # a row of the file has 508 bytes
 
 
-def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
+def test_a_user_error_is_one_line_and_exit_code_1(tmp_path):
     command = [sys.executable, "-m", "utils.import_data", "missing.csv", "--out", str(tmp_path), "--text", "{note}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: missing.csv does not exist.\n")

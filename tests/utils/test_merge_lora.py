@@ -215,7 +215,7 @@ def test_nothing_is_overwritten(tmp_path, base, adapter):
     assert file.read_bytes() == b"precious" and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_failed_merge_leaves_nothing_behind(tmp_path, base, adapter, monkeypatch):
+def test_a_failed_merge_writes_nothing(tmp_path, base, adapter, monkeypatch):
     monkeypatch.setattr("utils.models.merging.merged_weight", lambda *_: 1 / 0)
     for destination in (tmp_path / "merged", tmp_path / "merged.safetensors"):
         before = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""The forecasts agree with what training packs."""
+"""The forecasts match what training packs."""
 
 import dataclasses
 import random
@@ -29,18 +29,18 @@ def masks(draw, longest: int) -> list[bool]:
 
 
 def sample_of(mask: list[bool]) -> PackedSample:
-    """Positions of `mask`, spans found in the naive way."""
+    """Return the sample of a mask, with spans found naively."""
     edges = [i for i, (a, b) in enumerate(zip([False, *mask], [*mask, False])) if a != b]
     return PackedSample(len(mask), tuple(zip(edges[::2], edges[1::2])), len(mask))
 
 
 def tokens_of(number: int, mask: list[bool]) -> TokenSample:
-    """A sample whose tokens encode their position: position p of sample n reads n * _MANY + p."""
+    """Return a sample whose tokens encode their position: position p of sample n reads n * _MANY + p."""
     return TokenSample([number * _MANY + position for position in range(len(mask) + 1)], [False, *mask])
 
 
 def packed_positions(samples: list[list[bool]], packer):
-    """(sample, position, positions before it in its document, trained) of everything that training keeps."""
+    """Return (sample, position, positions before it in its document, trained) of all that training keeps."""
     found, fills = [], []
     items = [LocatedSample(Cursor(), tokens_of(n, mask)) for n, mask in enumerate(samples)]
     for packed in pack(packer(SEQ_LEN), items):

@@ -98,7 +98,7 @@ def test_answers_of_different_origins_are_not_mixed(other: str, run_dir: Path, n
 def test_other_files_are_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     out = tmp_path / "other.jsonl"
     out.write_text('{"text": "mine"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="no output of this command"):
+    with pytest.raises(UserError, match="not an output of this command"):
         predict_file(run_dir, notes, out)
     assert out.read_text(encoding="utf-8") == '{"text": "mine"}\n'
 

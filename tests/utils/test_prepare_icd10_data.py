@@ -146,7 +146,7 @@ def mini_table(tmp_path):
 
 
 def corpus_of(table, **codes):
-    """Build stays s1=..., s2=... from "DP:I10 DAS:E43"; each has a text."""
+    """Build stays s1=..., s2=... from "DP:I10 DAS:E43"; each has a note."""
     rows = {stay: [tuple(item.split(":")) for item in text.split()] for stay, text in codes.items()}
     return build_corpus({stay: f"Note {stay}" for stay in codes}, rows, Cim10Table.from_file(table))
 

@@ -1,4 +1,4 @@
-"""reformat_data and reformat_data_glaive: what they keep, leave out and say, and that no file is ever lost."""
+"""reformat_data and reformat_data_glaive: what they keep, skip and report, and that no file is ever lost."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""The page of training runs: it shows what the files say, needs nothing else, and no file of a run can break it."""
+"""The page of training runs: it shows what the files contain, needs nothing else, and no file of a run can break it."""
 
 import json
 import re
@@ -105,7 +105,7 @@ def curves(svg):
 
 
 def dots(svg):
-    """Return the places of the dots and crosses by their tooltips."""
+    """Return the positions of the dots and crosses by their tooltips."""
     uses = ElementTree.fromstring(svg).iter("use")
     return {use.find("title").text: (float(use.get("x")), float(use.get("y"))) for use in uses}
 

@@ -37,7 +37,7 @@ def load_json(path: Path) -> dict:
 
 
 def row(*contents: str, **keys) -> str:
-    """A conversation that alternates between user and assistant."""
+    """Return a conversation that alternates between user and assistant."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     return json.dumps({"messages": messages} | keys, ensure_ascii=False)
 
@@ -95,7 +95,7 @@ class Command:
         return json.JSONDecoder().raw_decode(text)[0]["expected"]
 
     def figure(self, label: str) -> str:
-        """The rest of the line of the report that starts with this label."""
+        """Return the rest of the report's line that starts with this label."""
         return next(line[len(label) :].strip() for line in self.out.splitlines() if line.startswith(label))
 
 
@@ -129,7 +129,7 @@ BAD_ROWS = {
     "content is null": (GOOD.replace('"J459."', "null"), "Message format errors", "content"),
     "content is a number": (GOOD.replace('"J459."', "459"), "Message format errors", "found a number"),
     "weight 2": (GOOD.replace('"J459."', '"J459.", "weight": 2'), "Conversation format errors", "weight"),
-    "weight a text": (GOOD.replace('"J459."', '"J459.", "weight": "x"'), "Message format errors", "weight"),
+    "weight a string": (GOOD.replace('"J459."', '"J459.", "weight": "x"'), "Message format errors", "weight"),
     "answer to no call": (calls(answers="zzzzzzzzz"), "Conversation format errors", "zzzzzzzzz"),  # V9
     "bad call id": (calls("ping", "a-b", "a-b"), "Conversation format errors", "a-b"),
     "id with a line end": (calls("ping", "aB3dE6gH9\n", "aB3dE6gH9\n"), "Conversation format errors", "id"),  # V9
@@ -598,7 +598,7 @@ def test_shorter_conversations_of_rows_with_tools_are_counted(command):
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn."""
+    """Return the figures that are drawn."""
     drawn = []
     monkeypatch.setattr(
         length_plot, "new_figure", lambda *args, **keys: drawn.append(new_figure(*args, **keys)) or drawn[-1]

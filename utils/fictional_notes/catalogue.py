@@ -14,7 +14,7 @@ _COMMON_CODES = Path(__file__).with_name("common_codes.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A diagnosis with what a note says about it; the fields are documented in `common_codes.toml`."""
+    """A diagnosis with its wordings and findings in a note; the fields are documented in `common_codes.toml`."""
 
     code: str
     label: str

@@ -41,7 +41,7 @@ class AnswerGrammar:
 
         Args:
             table: allowed codes.
-            prefix: start of every answer (SentencePiece starts a text with a space).
+            prefix: start of every answer (SentencePiece starts a string with a space).
         """
         items = {
             role: [

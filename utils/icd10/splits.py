@@ -1,4 +1,4 @@
-"""Split stays into train, val and test: a patient and a text are in one split only, chapters are stratified."""
+"""Split stays into train, val and test, by patient and text, stratified by chapter."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

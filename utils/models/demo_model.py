@@ -64,7 +64,7 @@ def make_demo_model(out: Path, args: ModelArgs, seed: int, steps: int = 0, catal
         out: folder to create.
         args: shapes of the model.
         seed: seed of the weights and the examples, 0 or more.
-        steps: number of training steps; 0 leaves the weights random.
+        steps: number of training steps; 0 keeps the random weights.
         catalogue: diagnoses to teach; None for the common ones.
 
     Raises:

@@ -90,7 +90,7 @@ class Predictor:
         if table is not None:
             pieces = token_bytes(tokenizer)
             self._vocabulary = Vocabulary(pieces, self._tokenizer.eos_id)
-            # SentencePiece starts a text with a space, which decoding removes.
+            # SentencePiece starts a string with a space, which decoding removes.
             space = " " if self._tokenizer.encode("a", bos=False, eos=False) != [pieces.index(b"a")] else ""
             self._grammar = AnswerGrammar(table, prefix=space)
 

@@ -59,7 +59,7 @@ def split_rows(units: array, fractions: Sequence[float], seed: int) -> bytearray
 def assign_splits(
     sizes: Sequence[int], fractions: Sequence[float], seed: int, strata: Sequence[int] | None = None
 ) -> bytearray:
-    """Assign a split to each unit (a row, or all rows of a group), so that the rows are divided as `fractions` say.
+    """Assign a split to each unit (a row, or all rows of a group), so that the rows are divided by `fractions`.
 
     Units are assigned largest first, in seeded order among equals, each to the split that it overfills least (d'Hondt's
     method). Without groups the counts are exact up to rounding. With strata, the units of a stratum are assigned one

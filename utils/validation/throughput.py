@@ -17,7 +17,7 @@ from finetune.speed_estimate import (
 from model.args import ModelArgs
 from utils.validation.data_statistics import DataStatistics
 
-# Start-up, loading and saving; mistral-finetune's estimate allows the same.
+# Start-up, loading and saving; mistral-finetune's estimate includes the same.
 OVERHEAD_SECONDS = 300
 # mistral-finetune's figures for an H100, in tokens/s per GPU. A YAML that names one of these models gets them as they
 # are, so that its estimate is the one mistral-finetune gives.
