@@ -1,4 +1,7 @@
-"""Fine-tune a Mistral model: `torchrun --nproc-per-node N -m train CONFIG.yaml`, or `python -m train CONFIG.yaml`."""
+"""Fine-tune a Mistral model: `torchrun --nproc-per-node N -m train CONFIG.yaml`, or `python -m train CONFIG.yaml`.
+
+All settings are in the YAML file: docs/configuration.md describes them, example/ has files to start from.
+"""
 
 import dataclasses
 import itertools
@@ -195,11 +198,14 @@ def log_summary(run: Run) -> None:
 
 def command(config: str = "", *more: str, **flags: str) -> None:
     """Train as configured in the YAML file CONFIG."""
-    if not config:
-        raise UserError("Name a YAML file: python -m train CONFIG.yaml. The folder example/ has some.")
+    if flags.keys() & {"help", "h"}:
+        print(__doc__.strip())
+        return
     if more or flags:  # otherwise fire would report them only after training
         given = " ".join([*map(str, more), *(f"--{name}" for name in flags)])
         raise UserError(f"Unexpected argument `{given}`: all settings belong in the YAML file, the only argument.")
+    if not config:
+        raise UserError("Name a YAML file: python -m train CONFIG.yaml. The folder example/ has some.")
     train(str(config))
 
 

@@ -155,7 +155,7 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
 
     Raises:
         UserError, SystemExit: on every rank, if the run folder contains something else, no checkpoint is valid, or a
-            setting that affects data or model has changed.
+            setting that affects data, model or schedule has changed.
     """
     chosen: Path | None = None
     with world.synchronized_errors():
@@ -231,7 +231,7 @@ def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
     if changes := _changes(before, now):
         longer = any((now[key] or 0) > (before[key] or 0) for key in ("epochs", "max_steps"))
         raise UserError(
-            f"The run in {checkpoint} cannot be resumed: settings that affect data or model have changed:\n"
+            f"The run in {checkpoint} cannot be resumed: settings that affect data, model or schedule have changed:\n"
             + "\n".join(f"  - {change}" for change in changes)
             + "\nRestore them, or start a new run with another `run_dir`."
             + (f" To train for more steps, start one from these weights: {_start_from(checkpoint)}." if longer else "")

@@ -260,9 +260,9 @@ class SourceStream:
         self._counts = self._counts.with_sample(sample)
         if sample.removed and not self._warned:
             self._warned = True
-            what = f"{sample.removed:,} tokens inside its longest text were" if sample.tokens else "It was"
+            what = f"{sample.removed:,} tokens inside its longest text were" if sample.tokens else "it was"
             logger.warning(
-                "The sample in line %s of %s is longer than `seq_len`. %s left out; further ones are only counted.",
+                "The sample in line %s of %s is longer than `seq_len`: %s left out. Further ones are only counted.",
                 file.line(entry),
                 file.path,
                 what,

@@ -101,7 +101,7 @@ class RecordingEncoder(SampleEncoder):
         if not packed.trained:
             self.warnings.append("It has no trained token: each answer that would be trained has `weight` 0.")
         elif self._packs_whole and not packed.fitted:
-            self.warnings.append(f"It is dropped: its {len(sample.tokens):,} tokens cannot be made to fit `seq_len`.")
+            self.warnings.append(f"It is dropped: its {len(sample.tokens):,} tokens do not fit in `seq_len`.")
         else:
             self.training += 1
         self.samples.append(packed)
