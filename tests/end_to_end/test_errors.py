@@ -460,3 +460,15 @@ def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoi
     assert done.returncode != 0 and "Traceback" not in errors
     assert errors.count("The data in line 22 of dataset") == 1
     assert Path("run/checkpoints/checkpoint_000002/consolidated/lora.safetensors").is_file()
+
+
+def test_command_line_takes_one_yaml_and_explains_itself(capsys):
+    train.command(help=True)
+    assert "python -m train CONFIG.yaml" in capsys.readouterr().out
+    for arguments, flags, message in (
+        ([], {}, "Name a YAML file: python -m train CONFIG.yaml"),
+        ([], {"train_yaml": "a.yaml"}, "Unexpected argument `--train_yaml`"),
+        (["a.yaml", "b.yaml"], {}, "Unexpected argument `b.yaml`"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.command(*arguments, **flags)

@@ -343,7 +343,7 @@ def test_training_counts_warns_once_and_resumes(tiny, rows_file, caplog):
     assert counts.removed_tokens == pytest.approx(counts.samples * mean, rel=0.05)
 
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert re.match(rf"The sample in line \d+ of {re.escape(str(rows_file))} is longer than `seq_len`. ", warning)
+    assert re.match(rf"The sample in line \d+ of {re.escape(str(rows_file))} is longer than `seq_len`: ", warning)
 
     for place in (0, 12):
         again = loader(tiny, rows_file)
