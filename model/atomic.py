@@ -63,6 +63,12 @@ def new_files(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
             os.replace(temporary, path)
 
 
+def require_new_folder(path: Path) -> None:
+    """Raise UserError if `path` exists and is not an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; at the end of the block it becomes `path`.
@@ -71,8 +77,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: `path` exists and is not an empty folder, or the operating system refuses (disk full, no permission).
     """
     path = path.resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} already exists and is not an empty folder: remove it or choose another name.")
+    require_new_folder(path)
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
     try:

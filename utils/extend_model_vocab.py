@@ -69,7 +69,7 @@ def _check(original: Path, args: ModelArgs, weights: WeightsReader) -> None:
     if args.vocab_size != OLD_VOCAB_SIZE:
         raise UserError(
             f"{original / 'params.json'}: `vocab_size` is {args.vocab_size}; only models of {OLD_VOCAB_SIZE} tokens "
-            f"can be extended{', and this one already is' if args.vocab_size == NEW_VOCAB_SIZE else ''}."
+            f"can be extended{', and this one already has been' if args.vocab_size == NEW_VOCAB_SIZE else ''}."
         )
     expected = (OLD_VOCAB_SIZE, args.dim)
     wrong = [
@@ -89,7 +89,7 @@ def _with_new_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Extend a model's vocabulary from 32,000 to 32,768 tokens.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original_model_ckpt", type=Path, required=True, help="folder of the model to extend")
     parser.add_argument("--extended_model_ckpt", type=Path, required=True, help="folder to create")
     parser.add_argument("--seed", type=int, default=0, help="seed for the new rows (default: 0)")

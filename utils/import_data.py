@@ -1,4 +1,4 @@
-"""Convert a table to training files: `python -m utils.import_data SOURCE --out DIR --user T --assistant T`.
+"""Convert a table to training files: `python -m utils.import_data SOURCE --out DIR/ --user T --assistant T`.
 
 SOURCE is a csv, tsv, parquet, jsonl or json file. Templates name its columns in braces:
   --user "{instruction}{context:\\n\\nContext: }" --assistant "{response}"     conversations, as for dolly-15k
@@ -157,13 +157,13 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="table to convert")
     parser.add_argument("--out", required=True, help="output folder (ending in /), or prefix of the file names")
     parser.add_argument("--user", help="template for the user's message")
     parser.add_argument("--assistant", help="template for the answer")
     parser.add_argument("--system", help="template for the system prompt")
     parser.add_argument("--text", help="template for a pretraining document")
-    parser.add_argument("--split", default="0.9,0.1", help="shares of train, eval and test (default: 0.9,0.1)")
+    parser.add_argument("--split", default="0.9,0.1", help="fractions of train, eval and test (default: 0.9,0.1)")
     parser.add_argument("--group", metavar="COLUMN", help="rows with the same value share a split, such as a patient's")
     parser.add_argument("--seed", type=int, default=0, help="seed for the split (default: 0)")
     add_encoding_option(parser)

@@ -125,7 +125,7 @@ def test_seed_determines_only_the_new_rows(tmp_path, original):
 
 
 def test_other_vocabularies_are_rejected(tmp_path):
-    for size, sentence in [(32768, "already is"), (131072, "only models of 32000 tokens can be extended")]:
+    for size, sentence in [(32768, "already has been"), (131072, "only models of 32000 tokens can be extended")]:
         model = make_tiny_checkpoint(tmp_path / str(size), **SMALL | {"vocab_size": 64})
         params = json.loads((model / "params.json").read_text(encoding="utf-8")) | {"vocab_size": size}
         (model / "params.json").write_text(json.dumps(params), encoding="utf-8")

@@ -9,6 +9,7 @@ from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import PARAMS_NAME, load_model_args, read_params
 from model.atomic import new_folder
+from model.atomic import require_new_folder
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME, config_from_params, generation_config
 from model.hf_format import hf_name, open_model_weights, to_hf, write_hf_weights
@@ -38,6 +39,7 @@ def export(
     Raises:
         UserError: the checkpoint or the base does not exist, cannot be exported that way, or `out` exists.
     """
+    require_new_folder(out.resolve())  # before the announcements
     checkpoint = find_weights(source, step)
     has_adapter = (checkpoint / ADAPTER_NAME).is_file()
     _check_request(checkpoint, has_adapter, to, merged)

@@ -119,7 +119,7 @@ def _keep_backup(path: Path) -> Path:
 
 def rewrite_command(description: str, convert: Convert) -> None:
     """Run `rewrite_jsonl` with the command line `FILE.jsonl [--no_backup] [--seed N]`."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="jsonl file, replaced by the converted one")
     parser.add_argument("--no_backup", action="store_true", help="do not keep the original file as FILE.jsonl.bak")
     parser.add_argument("--seed", type=int, default=0, help="seed for the call ids (default: 0)")
