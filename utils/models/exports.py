@@ -8,8 +8,7 @@ from typing import Any
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import PARAMS_NAME, load_model_args, read_params
-from model.atomic import new_folder
-from model.atomic import require_new_folder
+from model.atomic import new_folder, require_new_folder
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME, config_from_params, generation_config
 from model.hf_format import hf_name, open_model_weights, to_hf, write_hf_weights
