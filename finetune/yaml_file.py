@@ -109,6 +109,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
         if not isinstance(key, yaml.ScalarNode) or key.value in seen:
             problem = "a key is given twice" if isinstance(key, yaml.ScalarNode) else "a key is not a string"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        if any("\ud800" <= character <= "\udfff" for character in key.value):
+            raise yaml.MarkedYAMLError(problem="a key has an unpaired surrogate", problem_mark=key.start_mark)
         if key.tag != _MERGE:
             key.tag = _TEXT  # YAML 1.1 reads `on` as true
         seen.add(key.value)

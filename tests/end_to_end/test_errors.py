@@ -452,13 +452,13 @@ def test_two_ranks_end_together_with_one_message(name, two_rank_folders):
 
 def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoints(settings, tmp_path):
     rows = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines()
-    file_with(*rows[:21], "{")  # the second rank's last row
+    file_with(*rows[:21] * 3, "{")  # the second rank's last row, several steps after the first checkpoint
     in_order = {"instruct_data": "bad.jsonl", "instruct": {"shuffle": False, "dynamic_chunk_fn_call": False}}
-    changes = {"data": in_order, "seq_len": 512, "max_steps": 50, "ckpt_freq": 2}
-    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)), timeout=60)
+    changes = {"data": in_order, "seq_len": 512, "max_steps": 50, "ckpt_freq": 2, "num_ckpt_keep": None}
+    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)), timeout=120)
     errors = own_errors(done)
     assert done.returncode != 0 and "Traceback" not in errors
-    assert errors.count("The data in line 22 of dataset") == 1
+    assert errors.count("The data in line 64 of dataset") == 1
     assert Path("run/checkpoints/checkpoint_000002/consolidated/lora.safetensors").is_file()
 
 

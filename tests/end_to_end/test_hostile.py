@@ -541,6 +541,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     ),
     "a block in itself": (b"data: &a {data: *a}\n", "over 10,000 values"),
     "a list in itself": (b"data: &a [*a]\n", "over 10,000 values"),
+    "half of a character in a key": (b'{"\\ud800": 1}', "a key has an unpaired surrogate (line 1, column 2)"),
     "a key twice": (b"seed: 1\nseed: 2\n", "a key is given twice (line 2, column 1)"),
     "a nested key twice": (b"optim:\n  lr: 1\n  lr: 2\n", "a key is given twice (line 3, column 3)"),
     "a megabyte": (b"#" * (1 << 20), "too large for a configuration"),
