@@ -109,7 +109,7 @@ def test_inputs_are_not_overwritten(jsonl, command):
     code, message = command(
         "--gold", gold, "--predictions", jsonl("p.jsonl", [{"id": "a", "answer": "x"}]), "--json", gold
     )
-    assert code == 1 and "g.jsonl would be written" in message
+    assert code == 1 and "g.jsonl is an output and also another file" in message
 
 
 def test_run_answers_the_questions(jsonl, command, tmp_path, capsys):
