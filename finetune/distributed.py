@@ -3,6 +3,8 @@
 Sharded tensors are recognized without importing torch.distributed.tensor, which would add a second to every start.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import os
@@ -38,13 +40,13 @@ class World:
     device: torch.device
     local_size: int = 1  # processes on this machine
     background_group: dist.ProcessGroup | None = None  # for collectives that run concurrently with the training thread
-    failures: "FailureWatch | None" = None
+    failures: FailureWatch | None = None
 
     @property
     def is_master(self) -> bool:
         return self.rank == 0
 
-    def mesh(self, shards: int) -> "DeviceMesh":
+    def mesh(self, shards: int) -> DeviceMesh:
         """Return the mesh of all processes, in which `shards` neighboring ranks hold one copy of the model."""
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -87,8 +89,8 @@ class World:
     def synchronized_errors(self) -> Iterator[None]:
         """Run a block on every rank; a UserError on one rank ends them all.
 
-        Without it, the ranks without an error would wait for the failed one until a timeout. The block must not
-        communicate: a rank that has failed takes no part in it.
+        Without it, the ranks without an error would wait for the failed one until a timeout. The block must not call
+        collectives, except for those that fail on all ranks together, as torch.distributed.checkpoint's do.
 
         Raises:
             UserError, SystemExit: see `raise_on_all`.
@@ -110,7 +112,7 @@ class World:
         if first := next(filter(None, self.gather(message)), None):
             raise UserError(first) if self.is_master else SystemExit(1)
 
-    def report_failure(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def report_failure(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         """Report to the other ranks that this one is failing, before it closes files and trackers.
 
         An exit callback for contextlib.ExitStack.
@@ -218,7 +220,7 @@ class FailureWatch:
             os._exit(1)
 
 
-def is_sharded(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh")
 

@@ -1,5 +1,7 @@
 """Evaluation: the loss on held-out rows, and generated answers to a sample of prompts."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -148,7 +150,7 @@ class Evaluator:
         UserError, SystemExit: on every rank, if the data or the prompts cannot be used.
     """
 
-    def __init__(self, args: TrainArgs, tokenizer: "InstructTokenizerBase", score: Scoring, world: World) -> None:
+    def __init__(self, args: TrainArgs, tokenizer: InstructTokenizerBase, score: Scoring, world: World) -> None:
         self._args = args
         self._score = score
         self._world = world

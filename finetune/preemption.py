@@ -27,7 +27,7 @@ class StopRequest:
     def __str__(self) -> str:
         return self.signal.name if self.signal else "a signal to another process"
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal. A second Ctrl-C does not wait for the step and the checkpoint."""
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt

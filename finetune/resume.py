@@ -39,7 +39,7 @@ logger = logging.getLogger("resume")
 STATE_NAME = "state"
 RUN_NAME = "run.json"
 
-# Settings that may change when a run is resumed: they affect neither its data nor its model.
+# Settings that may change when a run is resumed: they affect neither data nor model nor schedule.
 _FREE = {
     *("run_dir", "resume", "world_size", "checkpoint", "compile", "attention", "sharding", "cpu_offload", "guards"),
     *("log_freq", "wandb", "mlflow", "ckpt_freq", "save_adapters", "no_ckpt", "num_ckpt_keep", "keep_best"),

@@ -1,5 +1,7 @@
 """Everything before the first step: settings resolved, inputs checked, the model built, a saved state restored."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import logging
@@ -39,7 +41,7 @@ class Inputs:
     args: TrainArgs  # complete: `auto` and `epochs` are resolved
     base: BaseModel
     hardware: Hardware
-    tokenizer: "InstructTokenizerBase"
+    tokenizer: InstructTokenizerBase
     data_loader: TrainLoader
     evaluator: Evaluator
     saved: SavedState | None  # to resume from

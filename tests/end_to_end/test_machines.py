@@ -123,7 +123,7 @@ def test_hybrid_sharding_needs_equally_many_processes_per_machine(folder, monkey
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_model_in_host_memory_learns_the_same(ranks, full, folder):
+def test_a_model_in_host_memory_trains_identically(ranks, full, folder):
     run_dir, log = train_in(folder, f"offload_{ranks}", ranks, cpu_offload=True)
     assert log.count("`cpu_offload: true` has no effect here") == 1
     assert_same_run(run_dir, full[ranks])

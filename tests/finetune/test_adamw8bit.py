@@ -55,7 +55,7 @@ def test_it_trains_as_adamw_does(runs):
     assert curve(runs["adamw8bit"])["eval"][-1][1] == pytest.approx(last, abs=0.05)
 
 
-def test_its_state_takes_a_quarter(runs):
+def test_its_state_is_a_quarter_as_large(runs):
     full, small = (saved_state(runs[name], STEPS) for name in ("adamw", "adamw8bit"))
     size = {name: sum(t.nbytes for t in state.values()) for name, state in (("full", full), ("small", small))}
     assert size["small"] < 0.35 * size["full"]
