@@ -51,7 +51,7 @@ class Batch:
             y=np.concatenate([sequence.y for sequence in sequences]),
             sizes=[size for sequence in sequences for size in sequence.sizes],
             y_mask=None if mask.dtype == bool and mask.all() else mask,
-            rows=[row for sequence in sequences for row in sequence.origins],
+            rows=[row for sequence in sequences for row in sequence.rows],
         )
 
 

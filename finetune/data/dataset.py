@@ -210,7 +210,8 @@ class SourceStream:
         packer = self._packer(self._seq_len, self.state["offset"], waiting)
         self._counts = PackingCounts(**self.state["counts"])
         for packed in pack(packer, self._samples(self.state)):
-            sequence = Sequence.of(packed.pieces, self._seq_len)
+            rows = [self._locate(piece.item.cursor) for piece in packed.pieces]
+            sequence = Sequence.of(packed.pieces, self._seq_len, rows)
             self._counts = self._counts.with_sequence(sequence)
             last = packed.last.cursor
             self.state = {
@@ -221,7 +222,6 @@ class SourceStream:
                 "waiting": [[cursor.epoch, cursor.file, cursor.entry] for cursor, _ in packed.waiting],
                 "counts": dataclasses.asdict(self._counts),
             }
-            sequence.origins = [self._locate(cursor) for cursor in sequence.origins]
             yield sequence
 
     def _locate(self, cursor: Cursor) -> str:

@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -114,8 +114,8 @@ class Concat(Generic[ItemT]):
 class BestFit(Generic[ItemT]):
     """Pack whole samples, so that no answer is separated from its prompt. Free room at the end becomes padding.
 
-    Each sequence starts with the sample that has waited longest, so every sample has its turn, and is filled with the
-    longest sample that still fits, among a bounded number of samples read ahead. No sample is packed more than one
+    Each sequence starts with the sample that has waited longest, so no sample is delayed forever, and is filled with
+    the longest samples that still fit, among a bounded number read ahead. No sample is packed more than one
     epoch early, so that in a small file all rows are seen about equally often. Samples without a trained position are
     left out.
 
@@ -215,11 +215,11 @@ class Sequence:
     mask: np.ndarray  # [L] bool, true where the prediction is trained; or float, its loss weight
     sizes: list[int]  # document lengths in order; their sum is L
     padding: int  # positions at the end without a sample, a document of zeros that trains nothing
-    origins: list[Any]  # cursor of each document's sample, padding left out
+    rows: list[str] = dataclasses.field(default_factory=list)  # FILE:LINE of each document, without padding
 
     @classmethod
-    def of(cls, pieces: list[Piece[LocatedSample[CursorT]]], seq_len: int) -> Self:
-        """Copy the pieces' tokens into one sequence."""
+    def of(cls, pieces: list[Piece[LocatedSample[CursorT]]], seq_len: int, rows: Iterable[str] = ()) -> Self:
+        """Copy the tokens of all pieces into one sequence."""
         tokens: list[int] = []
         targets: list[int] = []
         mask: list[bool | float] = []
@@ -235,7 +235,7 @@ class Sequence:
             np.array(mask + [False] * padding),
             sizes,
             padding,
-            [piece.item.cursor for piece in pieces],
+            list(rows),
         )
 
 

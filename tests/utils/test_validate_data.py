@@ -551,7 +551,7 @@ def test_best_fit_splits_no_sample_where_concat_does(command):
 @pytest.mark.parametrize("overlong", ["shorten", "drop"])
 def test_overlong_samples_are_counted_as_training_treats_them(command, overlong):
     path = icd_like(command.folder, 60)
-    encoder, file = FittingEncoder(SampleEncoder(TOKENIZER), 600, overlong, []), None
+    encoder = FittingEncoder(SampleEncoder(TOKENIZER), 600, overlong, [])
     file = JsonlFile(path, SampleType.INSTRUCT, False, 0, 1)
     with path.open("rb") as handle:
         samples = [file.encode(handle, entry, encoder) for entry in range(len(file))]
@@ -565,6 +565,17 @@ def test_overlong_samples_are_counted_as_training_treats_them(command, overlong)
     assert [int(n) for n in re.findall(r"line (\d+) of dataset notes.jsonl: It is dropped", command.out)] == dropped[
         :20
     ]
+
+
+@pytest.mark.parametrize(
+    ("overlong", "remedy"), [("shorten", "edit the row."), ("drop", "set `data.overlong: shorten`.")]
+)
+def test_dropped_samples_are_warnings_with_a_remedy(command, overlong, remedy):
+    write(command.folder / "a.jsonl", GOOD, row("Codez.", "J459, " * 300))
+    data = {"instruct_data": "a.jsonl", "packing": "best_fit", "overlong": overlong}
+    assert command(data=data, seq_len=100) == 0
+    warning = next(line for line in command.out.splitlines() if line.startswith("The data in line 2"))
+    assert "It is dropped" in warning and "Increase `seq_len`" in warning and warning.endswith(remedy)
 
 
 def test_overlong_error_is_an_error(command):

@@ -101,7 +101,11 @@ class RecordingEncoder(SampleEncoder):
         if not packed.trained:
             self.warnings.append("It has no trained token: each answer that would be trained has `weight` 0.")
         elif self._packs_whole and not packed.fitted:
-            self.warnings.append(f"It is dropped: its {len(sample.tokens):,} tokens do not fit in `seq_len`.")
+            reason = f"It is dropped: its {len(sample.tokens):,} tokens do not fit in `seq_len`"
+            if self._drops:
+                self.warnings.append(f"{reason}. Increase `seq_len`, or set `data.overlong: shorten`.")
+            else:
+                self.warnings.append(f"{reason}, even with its note shortened. Increase `seq_len` or edit the row.")
         else:
             self.training += 1
         self.samples.append(packed)

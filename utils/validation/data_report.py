@@ -84,6 +84,7 @@ def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed])
         f"Tokens per step: {plan.tokens_per_step:,} (seq_len {args.seq_len:,} x batch_size {args.batch_size} x "
         f"num_microbatches {args.num_microbatches} x {plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}).",
     ]
+    lines.append("`epochs` above is train_tokens / data_tokens; epochs as packed allow for dropped tokens and padding.")
     if args.epochs is not None:
         lines.append(
             "`epochs`: training counts its steps on each process's shuffled rows, so they may differ slightly."
