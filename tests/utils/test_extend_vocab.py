@@ -14,7 +14,7 @@ from model.args import load_model_args
 from model.errors import UserError
 from model.transformer import Transformer
 from tests.support.checkpoints import make_tiny_checkpoint
-from utils.extend_model_vocab import extend_model_vocab
+from utils.models.vocabulary import extend_model_vocab
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 16, "n_layers": 1, "head_dim": 8, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 32000}
@@ -152,7 +152,7 @@ def test_non_empty_target_is_rejected(tmp_path, original):
 
 
 def test_a_failed_extension_writes_nothing(tmp_path, original, monkeypatch):
-    monkeypatch.setattr("utils.extend_model_vocab._with_new_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.models.vocabulary._with_new_rows", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         extend_model_vocab(original, tmp_path / "new")
     assert list(tmp_path.iterdir()) == [original]
