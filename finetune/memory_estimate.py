@@ -139,8 +139,10 @@ class MemoryConfig:
         object.__setattr__(other, "_parameters", self._parameters)
         return other
 
-    def fastest_checkpoint(self, usable_bytes: float) -> CheckpointMode:
-        """Return the fastest of CHECKPOINTS that fits in `usable_bytes`; True, which needs least, if none does."""
+    def resolved_checkpoint(self, usable_bytes: float) -> CheckpointMode:
+        """Return `checkpoint`; for "auto" the fastest mode that fits in `usable_bytes`, or True if none does."""
+        if self.checkpoint != "auto":
+            return self.checkpoint
         modes = (
             mode for mode in CHECKPOINTS if dataclasses.replace(self, checkpoint=mode).memory().total <= usable_bytes
         )

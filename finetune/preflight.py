@@ -35,7 +35,7 @@ def resolve_checkpoint(base: BaseModel, args: TrainArgs, hardware: Hardware, wor
     free = [value for value in gathered if value is not None]
     usable = min(free) * (1 - RESERVE) if len(free) == len(gathered) else None
     config = _memory_config(base, args, hardware, world)
-    chosen = True if usable is None else config.fastest_checkpoint(usable)
+    chosen = True if usable is None else config.resolved_checkpoint(usable)
     totals = {mode: dataclasses.replace(config, checkpoint=mode).memory().total for mode in CHECKPOINTS}
     needs = ", ".join(f"{str(mode).lower()} needs about {total / _GIB:.1f} GiB" for mode, total in totals.items())
     has = "an unknown amount of memory" if usable is None else f"{usable / _GIB:.1f} GiB available"

@@ -150,8 +150,3 @@ def memory_config(args: TrainArgs, model: ModelArgs, gpu: Gpu, gpus: int, traine
     dtype = gpu.dtype if args.param_dtype == "auto" else args.param_dtype
     attention = gpu.attention if args.attention == "auto" else args.attention
     return MemoryConfig.of(args, model, DTYPES[dtype], "cuda", attention, gpus, trained_share)
-
-
-def resolve_checkpoint(config: "MemoryConfig", usable_bytes: float) -> CheckpointMode:
-    """Return `config.checkpoint`; for "auto" the fastest mode that fits, or True if none does."""
-    return config.fastest_checkpoint(usable_bytes) if config.checkpoint == "auto" else config.checkpoint

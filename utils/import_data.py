@@ -19,9 +19,9 @@ from typing import TextIO
 from tqdm import tqdm
 
 from finetune.cli import run_cli
-from model.atomic import new_files
 from model.errors import UserError
-from utils.tables.jsonl import LineReport, SkippedRowError, dump_row, file_errors, require_file
+from utils.tables.jsonl import LineReport, SkippedRowError, dump_row, require_file
+from utils.tables.output_folder import new_outputs
 from utils.tables.read_table import add_encoding_option, counts_lines, has_fixed_columns, read_table
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 from utils.tables.templates import Recipe, Template
@@ -71,19 +71,21 @@ def import_table(
     """
     require_file(source)
     paths = _output_paths(out)
-    _require_free(paths, source, overwrite)
-    with file_errors():
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n", dir=paths[0].parent) as rows:
-            units, read, dropped = _convert_rows(source, encoding, recipe, rows)
-            recipe.require_found(source)
-            if not units:
-                raise UserError(f"No row of {source} could be used.\n{dropped}".rstrip())
-            splits = split_rows(units, fractions, seed)
-            _distribute(rows, splits, paths[: len(fractions)])
-        for stale in paths[len(fractions) :]:
-            stale.unlink(missing_ok=True)  # its rows are now in another split
-    return Imported(read, dropped, {path: splits.count(number) for number, path in enumerate(paths[: len(fractions)])})
+    if any(path.exists() and path.samefile(source) for path in paths):
+        raise UserError(f"{source} is the source and would also be an output; give another --out.")
+    folder, names = paths[0].parent, [path.name for path in paths]
+    used, stale = names[: len(fractions)], names[len(fractions) :]
+    with (
+        new_outputs(folder, used, stale, overwrite) as temporaries,
+        tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n", dir=folder) as rows,
+    ):
+        units, read, dropped = _convert_rows(source, encoding, recipe, rows)
+        recipe.require_found(source)
+        if not units:
+            raise UserError(f"No row of {source} could be used.\n{dropped}".rstrip())
+        splits = split_rows(units, fractions, seed)
+        _distribute(rows, splits, [temporaries[name] for name in used])
+    return Imported(read, dropped, {path: splits.count(number) for number, path in enumerate(paths[: len(used)])})
 
 
 def _output_paths(out: str) -> list[Path]:
@@ -91,15 +93,6 @@ def _output_paths(out: str) -> list[Path]:
     if out.endswith(("/", os.sep)) or Path(out).is_dir():
         return [Path(out) / f"{name}.jsonl" for name in SPLIT_NAMES]
     return [Path(f"{out}_{name}.jsonl") for name in SPLIT_NAMES]
-
-
-def _require_free(paths: list[Path], source: Path, overwrite: bool) -> None:
-    existing = [path for path in paths if path.exists()]
-    if any(path.samefile(source) for path in existing):
-        raise UserError(f"{source} is the source and would also be an output; give another --out.")
-    if existing and not overwrite:
-        names = ", ".join(map(str, existing))
-        raise UserError(f"{names} already exist; give another --out, or --overwrite to replace the splits of --out.")
 
 
 def _convert_rows(source: Path, encoding: str, recipe: Recipe, out: TextIO) -> tuple[array, int, LineReport]:
@@ -128,8 +121,8 @@ def _convert_rows(source: Path, encoding: str, recipe: Recipe, out: TextIO) -> t
 
 def _distribute(rows: TextIO, splits: bytearray, paths: list[Path]) -> None:
     rows.seek(0)
-    with new_files(paths) as temporaries, ExitStack() as opened:
-        files = [opened.enter_context(temporaries[path].open("w", encoding="utf-8", newline="\n")) for path in paths]
+    with ExitStack() as opened:
+        files = [opened.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths]
         for line, split in zip(rows, splits, strict=True):
             files[split].write(line)
 

@@ -23,7 +23,6 @@ from finetune.speed_estimate import (
     flops_per_token,
     mean_context,
     memory_config,
-    resolve_checkpoint,
     tokens_per_second,
 )
 from model.args import BASE_DTYPES, BaseDtype, ModelArgs, load_model_args
@@ -81,8 +80,8 @@ def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
     )
 
 
-def choose_gpu(name: str | None, gib: float | None) -> tuple[Gpu, bool]:
-    """Return the GPU to plan for, and whether its speed is known.
+def choose_gpu(name: str | None, gib: float | None) -> Gpu:
+    """Return the GPU to plan for; its peak rate is 0 if only its memory is known.
 
     Args:
         name: `--gpu`; a key of `GPUS` or a device's name.
@@ -92,14 +91,14 @@ def choose_gpu(name: str | None, gib: float | None) -> tuple[Gpu, bool]:
         UserError: the name is not in the table.
     """
     if name is None:
-        return Gpu("GPU", gib or 80.0, 0.0), False
+        return Gpu("GPU", gib or 80.0, tflops=0.0)
     gpu = find_gpu(name)
     if gpu is None:
         raise UserError(
             f"--gpu: {name!r} is not in the table of GPUs: {', '.join(GPUS)}. For another GPU give its memory with "
             "--gpu_gb and, if you know it, its speed with --tokens_per_second."
         )
-    return dataclasses.replace(gpu, gib=gib or gpu.gib), True
+    return dataclasses.replace(gpu, gib=gib or gpu.gib)
 
 
 def memory_rows(config: "MemoryConfig", base_dtypes: tuple[BaseDtype, ...], usable: float) -> list[dict[str, Any]]:
@@ -138,19 +137,18 @@ def _can_store(base_dtype: BaseDtype, config: "MemoryConfig") -> bool:
 
 
 def expected(
-    args: TrainArgs, model: ModelArgs, options: argparse.Namespace, checkpoint: CheckpointMode
+    args: TrainArgs, model: ModelArgs, gpu: Gpu, options: argparse.Namespace, checkpoint: CheckpointMode
 ) -> dict[str, Any]:
     """Estimate speed and hours, and explain what they are based on."""
-    gpu, is_known = choose_gpu(options.gpu, options.gpu_gb)
     tokens = args.max_steps * args.num_microbatches * args.batch_size * args.seq_len * options.gpus
     context = mean_context({args.seq_len: 1}, model.sliding_window)
     flops = flops_per_token(model, context, checkpoint, args.lora.enable, options.trained_share)
     speed, basis = options.tokens_per_second, "as given"
-    if speed is None and is_known:
+    if speed is None and gpu.tflops:
         of_one = tokens_per_second(gpu, model, flops, options.mfu)
         speed = options.gpus * of_one if of_one else None
         basis = f"estimated, not measured: {options.mfu:.0%} of the {gpu.label}'s 16-bit peak of {gpu.tflops:g} TFLOP/s"
-    if speed is None and is_known:
+    if speed is None and gpu.tflops:
         basis = "unknown, because the model is too small for an estimate: give --tokens_per_second"
     elif speed is None:
         basis = "unknown, because only the GPU's memory is known: name the GPU with --gpu or give --tokens_per_second"
@@ -167,10 +165,10 @@ def expected(
 def make_plan(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
     """Return everything that is printed, in bytes, tokens and hours."""
     name, model = find_model(args, options.model)
-    gpu, _ = choose_gpu(options.gpu, options.gpu_gb)
+    gpu = choose_gpu(options.gpu, options.gpu_gb)
     config = memory_config(args, model, gpu, options.gpus, options.trained_share)
     rows = memory_rows(config, BASE_DTYPES if args.lora.enable else BASE_DTYPES[:1], gpu.usable_bytes)
-    checkpoint = resolve_checkpoint(config, gpu.usable_bytes)
+    checkpoint = config.resolved_checkpoint(gpu.usable_bytes)
     trained, frozen = config.trained_and_frozen()
     return {
         "model": name,
@@ -189,7 +187,7 @@ def make_plan(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
         "hybrid": args.sharding == "hybrid",
         "rough": config.is_approximate,
         "memory": rows,
-        "expected": expected(args, model, options, checkpoint),
+        "expected": expected(args, model, gpu, options, checkpoint),
     }
 
 

@@ -13,7 +13,6 @@ from finetune.speed_estimate import (
     flops_per_token,
     mean_context,
     memory_config,
-    resolve_checkpoint,
     tokens_per_second,
 )
 from utils.models.known_models import KNOWN_MODELS
@@ -113,6 +112,6 @@ def test_a_tiny_model_has_no_estimate():
 def test_auto_checkpoint_is_the_fastest_that_fits(gib, mode):
     gpu = dataclasses.replace(GPUS["h100"], gib=gib)
     args = TrainArgs(data=DataArgs(), model_id_or_path="x", run_dir="y", seq_len=4096, checkpoint="auto")
-    assert resolve_checkpoint(memory_config(args, MISTRAL_7B, gpu, 1), gpu.usable_bytes) == mode
+    assert memory_config(args, MISTRAL_7B, gpu, 1).resolved_checkpoint(gpu.usable_bytes) == mode
     args = dataclasses.replace(args, checkpoint=True)
-    assert resolve_checkpoint(memory_config(args, MISTRAL_7B, gpu, 1), gpu.usable_bytes) is True
+    assert memory_config(args, MISTRAL_7B, gpu, 1).resolved_checkpoint(gpu.usable_bytes) is True

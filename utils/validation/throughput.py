@@ -11,7 +11,6 @@ from finetune.speed_estimate import (
     flops_per_token,
     mean_context,
     memory_config,
-    resolve_checkpoint,
     tokens_per_second,
 )
 from model.args import ModelArgs
@@ -76,7 +75,7 @@ def _speed_of_one(
         return _PUBLISHED_ON_H100[args.model_id_or_path]
     checkpoint = args.checkpoint
     if checkpoint == "auto":
-        checkpoint = resolve_checkpoint(memory_config(args, model, gpu, num_gpus), gpu.usable_bytes)
+        checkpoint = memory_config(args, model, gpu, num_gpus).resolved_checkpoint(gpu.usable_bytes)
     flops = flops_per_token(
         model,
         mean_context(statistics.document_lengths(args.seq_len), model.sliding_window),
