@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.measure import last_record, measure, peak_rss, print_table, run_json, spread
 from finetune.data.args import DataArgs
 from finetune.data.data_loader import build_data_loader
-from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 
 SEQ_LEN = 8192
 POSITIONS = 3_000_000  # in batches after the first, to measure throughput

@@ -15,7 +15,7 @@ from model.transformer import Transformer
 
 from .args import TrainArgs, read_train_args
 from .data.args import DataArgs
-from .data.tokenize import load_instruct_tokenizer
+from .data.tokenizer_files import load_instruct_tokenizer
 from .distributed import World
 from .hardware import choose_device, choose_hardware
 from .run_dir import find_weights, run_of

@@ -13,7 +13,7 @@ from .anomalies import AnomalyDetector
 from .args import TrainArgs
 from .checkpointing import Checkpointer
 from .data.data_loader import TrainLoader, build_data_loader
-from .data.tokenize import load_instruct_tokenizer
+from .data.tokenizer_files import load_instruct_tokenizer
 from .distributed import World
 from .epochs import count_steps
 from .eval import EarlyStopping, Evaluator, Scoring

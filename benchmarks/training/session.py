@@ -14,7 +14,7 @@ from benchmarks.data import rows_file
 from benchmarks.measure import peak_rss
 from finetune.args import TrainArgs, read_train_args
 from finetune.data.data_loader import TrainLoader, build_data_loader
-from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
+from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer
 from finetune.mixed_precision import choose_dtype
 
 from .ours import build_ours

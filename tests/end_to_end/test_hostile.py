@@ -29,7 +29,8 @@ from finetune.data.args import DataArgs, InstructArgs, parse_sources
 from finetune.data.dataset import JsonlFile, build_training_stream
 from finetune.data.exceptions import BadRowError, JsonError
 from finetune.data.rows import MAX_ROW_BYTES, parse_row, read_rows
-from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, SampleType
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.inference import token_bytes
 from finetune.wrapped_model import open_base_model
 from model.args import load_model_args

@@ -21,7 +21,7 @@ import train
 from finetune.args import load_train_args
 from finetune.checkpointing import Checkpointer
 from finetune.data.data_loader import Batch, build_data_loader
-from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.distributed import World
 from finetune.hardware import choose_hardware
 from finetune.memory_estimate import MemoryConfig

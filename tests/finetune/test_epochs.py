@@ -12,7 +12,7 @@ import yaml
 from finetune.args import load_train_args, read_train_args
 from finetune.data.args import DataArgs
 from finetune.data.data_loader import TrainLoader, build_data_loader
-from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.monitoring.metrics_logger import read_metrics
 from model.errors import UserError
 from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config

@@ -13,7 +13,8 @@ from finetune import loss as loss_module
 from finetune.data.args import DataArgs
 from finetune.data.data_loader import build_data_loader
 from finetune.data.exceptions import RowError
-from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, SampleType
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.loss import batch_loss
 from finetune.monitoring.metrics_logger import read_metrics
 from model.transformer import Transformer

@@ -23,7 +23,8 @@ from finetune.data.exceptions import (
     RowError,
 )
 from finetune.data.rows import parse_row
-from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture, instruct_tokenizer, load_json_gz, load_jsonl_gz, unfold_mask
 from tests.support.tiny_tekken import load_tiny_tekken, write_tiny_tekken

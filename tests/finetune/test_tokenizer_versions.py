@@ -14,7 +14,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from finetune.data.conversation import parse_conversation
 from finetune.data.exceptions import ConversationFormatError
-from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, SampleType
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from tests.finetune.test_tokenize import TOOL_ROW
 from tests.support.tiny_tekken import write_tiny_tekken
 

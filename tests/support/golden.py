@@ -11,7 +11,7 @@ from typing import Any
 
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
-from finetune.data.tokenize import load_instruct_tokenizer
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
 

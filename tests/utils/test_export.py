@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.data.conversation import parse_conversation
-from finetune.data.tokenize import SampleEncoder, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from model.args import BLOCK_LINEARS, LoraArgs, load_model_args
 from model.errors import UserError
 from model.hf_format import open_model_weights

@@ -15,7 +15,8 @@ from finetune.cli import run_cli
 from finetune.data.args import DataArgs
 from finetune.data.dataset import JsonlFile
 from finetune.data.shorten import FittingEncoder
-from finetune.data.tokenize import SampleEncoder, SampleType, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, SampleType
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.monitoring.plot import new_figure
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture

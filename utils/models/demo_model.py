@@ -20,7 +20,8 @@ from tqdm import tqdm
 from finetune.args import OptimArgs
 from finetune.data.conversation import parse_conversation
 from finetune.data.data_loader import Batch
-from finetune.data.tokenize import V3_VOCABULARY, SampleEncoder, TokenSample, load_instruct_tokenizer
+from finetune.data.tokenize import SampleEncoder, TokenSample
+from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer
 from finetune.loss import batch_loss
 from finetune.optim import build_optimizer
 from model.args import ModelArgs

@@ -10,7 +10,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.args import TrainArgs, read_train_args
 from finetune.data.rows import line_offsets
-from finetune.data.tokenize import V3_VOCABULARY, load_instruct_tokenizer
+from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer
 from model.args import ModelArgs, load_model_args
 from model.atomic import new_file
 from model.errors import Problem, UserError
