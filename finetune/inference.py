@@ -1,6 +1,7 @@
 """Load a trained model for inference."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from model.transformer import Transformer
 
 from .args import TrainArgs, read_train_args
 from .data.args import DataArgs
-from .data.tokenizer_files import load_instruct_tokenizer
+from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
 from .distributed import World
 from .hardware import choose_device, choose_hardware
 from .run_dir import find_weights, run_of
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
+
+logger = logging.getLogger("inference")
 
 
 def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transformer, InstructTokenizerBase]:
@@ -36,6 +39,9 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
     """
     args = _args_of(find_weights(folder, step))
     base = open_base_model(args)
+    tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
+    for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
+        logger.warning(warning)
     device = choose_device(0)
     # The dtype is the run's; the attention engine is chosen again, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
@@ -43,7 +49,7 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
     model = build_model(base, args, hardware, World(0, 1, device), trains=False)
     if args.base_dtype == "same":
         merge_lora(model)
-    return model.eval(), load_instruct_tokenizer(base.folder, base.args.vocab_size)
+    return model.eval(), tokenizer
 
 
 def _args_of(weights: Path) -> TrainArgs:

@@ -13,7 +13,7 @@ from .anomalies import AnomalyDetector
 from .args import TrainArgs
 from .checkpointing import Checkpointer
 from .data.data_loader import TrainLoader, build_data_loader
-from .data.tokenizer_files import load_instruct_tokenizer
+from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
 from .distributed import World
 from .epochs import count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
@@ -72,6 +72,9 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         base = open_base_model(args)
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
+    if world.is_master:
+        for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
+            logger.warning(warning)
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
     args = resolve_checkpoint(base, args, hardware, world)
     check_preflight(base, args, hardware, Path(args.run_dir), world)

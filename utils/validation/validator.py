@@ -10,7 +10,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.args import TrainArgs, read_train_args
 from finetune.data.rows import line_offsets
-from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer
+from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer, tokenizer_warnings
 from model.args import ModelArgs, load_model_args
 from model.atomic import new_file
 from model.errors import Problem, UserError
@@ -56,10 +56,12 @@ def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, ModelArgs | 
     return load_instruct_tokenizer(folder, V3_VOCABULARY), known_shapes(args.model_id_or_path)
 
 
-def report_settings(args: TrainArgs) -> None:
-    """Print warnings about the settings."""
+def report_settings(args: TrainArgs, tokenizer: InstructTokenizerBase, model: ModelArgs | None) -> None:
+    """Print warnings about the settings and the model's tokenizer."""
     warnings = args.warnings()
-    if not Path(args.model_id_or_path).is_dir():
+    if Path(args.model_id_or_path).is_dir() and model:
+        warnings += tokenizer_warnings(Path(args.model_id_or_path), tokenizer, model.vocab_size)
+    else:
         warnings.append(
             f"`model_id_or_path`: the folder {args.model_id_or_path} does not exist; training needs it. "
             "Tokens were counted with mistral-common's v3 tokenizer; the counts differ if the model has another one."
@@ -154,17 +156,19 @@ def report_statistics(
 def validate(options: argparse.Namespace) -> bool:
     """Run the command; return whether the data has no errors."""
     args = load_args(options.config)
-    is_good = validate_rows(args, options)
-    report_settings(args)
+    tokenizer, model = load_tokenizer(args)
+    is_good = validate_rows(args, options, tokenizer, model)
+    report_settings(args, tokenizer, model)
     return is_good
 
 
-def validate_rows(args: TrainArgs, options: argparse.Namespace) -> bool:
+def validate_rows(
+    args: TrainArgs, options: argparse.Namespace, tokenizer: InstructTokenizerBase, model: ModelArgs | None
+) -> bool:
     """Check all rows and report on them; return whether they have no errors."""
     for path in filter(None, (options.error_report_txt, options.train_stats_json, options.plot)):
         if not path.parent.is_dir():
             raise UserError(f"{path} cannot be written: the folder {path.parent} does not exist.")
-    tokenizer, model = load_tokenizer(args)
     cache_words(tokenizer)
     with Findings() as errors, Findings() as warnings, file_errors():
         validation = Validation(list_datasets(args), errors, warnings)
