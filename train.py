@@ -101,12 +101,12 @@ def training_loop(run: Run) -> None:
             # Evaluate before saving: the scores decide whether this checkpoint is the best one and whether to stop.
             if metrics := run.evaluator.evaluate_if_due(run.model, state):
                 run.eval_log.log(metrics, state.step)
-            is_best = run.early_stopping.update(metrics) and args.keep_best
+            is_best = state.has_trained and run.early_stopping.update(metrics) and args.keep_best
 
             # Save at `ckpt_freq`, and whatever would be lost otherwise. A signal or a full disk on one rank stops all.
             stopping = world.any(bool(stop) or run.checkpointer.has_failed)
             save_due = is_best or stopping or run.early_stopping.should_stop or state.due(args.ckpt_freq)
-            if save_due and not args.no_ckpt:
+            if save_due and not args.no_ckpt and state.has_trained:
                 state.checkpoint = run.checkpointer.save(state.step, run, best=is_best)
             if stopping and state.step < args.max_steps:
                 run.checkpointer.finish()

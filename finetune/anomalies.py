@@ -35,7 +35,7 @@ class AnomalyDetector:
         self._losses: deque[float] = deque(maxlen=args.spike_window)
 
     def check_step(self, state: TrainState, batches: list[Batch], skipped: bool) -> str | None:
-        """Check whether too many consecutive steps have been skipped.
+        """Check whether too many consecutive steps, or all steps of the run, have been skipped.
 
         Args:
             state: progress of the run.
@@ -49,15 +49,21 @@ class AnomalyDetector:
             self._skipped.clear()
             return None
         self._skipped[state.step] = _rows(batches)
-        if len(self._skipped) < self._args.max_skipped_steps:
+        ends_unchanged = state.step == state.max_steps and not state.has_trained
+        if len(self._skipped) < self._args.max_skipped_steps and not ends_unchanged:
             return None
         for step, rows in self._skipped.items():
             self._write(step, rows)
+        if ends_unchanged:
+            reason = f"the gradient was not finite in any of the {state.step} steps, so nothing was trained"
+        else:
+            reason = (
+                f"the gradient was not finite in {len(self._skipped)} steps in a row (`guards.max_skipped_steps`), so "
+                "training cannot make progress"
+            )
         return (
-            f"Stopped at step {state.step}: the gradient was not finite in {len(self._skipped)} steps in a row "
-            "(`guards.max_skipped_steps`), so training cannot make progress. The weights are those from before; "
-            f"{_last(state.checkpoint)}. Lower `optim.lr`, or use bf16 if the GPU supports it; the rows are listed in "
-            f"{self._folder}."
+            f"Stopped at step {state.step}: {reason}. The weights are those from before; {_last(state.checkpoint)}. "
+            f"Lower `optim.lr`, or use bf16 if the GPU supports it; the rows are listed in {self._folder}."
         )
 
     def check_loss(self, loss: float, state: TrainState, batches: list[Batch]) -> str | None:

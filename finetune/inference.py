@@ -39,6 +39,7 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
     """
     args = _args_of(find_weights(folder, step))
     base = open_base_model(args)
+    base.require_intact()
     tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
     for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
         logger.warning(warning)

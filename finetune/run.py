@@ -72,6 +72,8 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         base = open_base_model(args)
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
+        if world.is_master:
+            base.require_intact()
     if world.is_master:
         for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
             logger.warning(warning)
@@ -97,8 +99,10 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
 
 @contextlib.contextmanager
 def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
-    """Create the run folder, build the model, restore the saved state if there is one; close everything at the end."""
+    """Build the model, create the run folder, restore the saved state if there is one; close everything at the end."""
     args, hardware, saved, run_dir = inputs.args, inputs.hardware, inputs.saved, Path(inputs.args.run_dir)
+    with world.synchronized_errors():
+        model = build_model(inputs.base, args, hardware, world)
     with world.synchronized_errors():
         if world.is_master:
             create_run_dir(run_dir, args)
@@ -108,7 +112,6 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
     if world.is_master:
         logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
 
-    model = build_model(inputs.base, args, hardware, world)
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     with contextlib.ExitStack() as stack:
         stack.callback(inputs.data_loader.close)

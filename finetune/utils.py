@@ -58,6 +58,11 @@ class TrainState:
         self.trained_tokens += sum(batch.trained_tokens for batch in batches)
         self.skipped_steps += skipped
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether any step has changed the weights."""
+        return self.skipped_steps < self.step
+
     def record_loss(self, loss: float) -> None:
         """Record a step's training loss, the mean over ranks."""
         self.first_loss = loss if self.first_loss is None else self.first_loss

@@ -24,6 +24,7 @@ from model.weights import WeightsReader, open_safetensors
 from .args import TrainArgs
 from .distributed import World, is_sharded
 from .hardware import Hardware
+from .manifest import require_intact
 from .run_dir import find_weights
 
 logger = logging.getLogger("wrapped_model")
@@ -41,6 +42,11 @@ class BaseModel:
     args: ModelArgs
     weights: WeightsReader
     adapter: WeightsReader | None  # of `lora.from_adapter`
+
+    def require_intact(self) -> None:
+        """Read the files that belong to a checkpoint, and raise UserError if one has changed since it was written."""
+        for weights in filter(None, (self.weights, self.adapter)):
+            require_intact(weights.source)
 
 
 def open_base_model(args: TrainArgs) -> BaseModel:
@@ -115,6 +121,9 @@ def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: Wor
 
     Trainable parameters are fp32, frozen ones `hardware.dtype`. With several ranks each keeps its rows of every
     parameter; with `cpu_offload` they are in host memory. With `trains=False` every parameter is frozen.
+
+    Raises:
+        UserError: weights are NaN or infinite, or were changed since they were opened; maybe on this rank only.
     """
     with torch.device("meta"):
         model = Transformer(base.args, hardware.attention, hardware.dtype)
@@ -178,7 +187,7 @@ def _tensors(
     weight_format = FORMATS.get(args.base_dtype)  # None: the same as `param_dtype`
     quantized = dict(quantizable_linears(model)) if weight_format else {}
     for name in base.weights.shapes:
-        tensor, layer_name = base.weights.read(name, rows[name]), name.removesuffix(".weight")
+        tensor, layer_name = base.weights.read_finite(name, rows[name]), name.removesuffix(".weight")
         if weight_format and layer_name in quantized:
             for part, stored in weight_format.quantize(tensor.to(hardware.device)).items():
                 yield f"{layer_name}.{part}", stored
@@ -186,7 +195,7 @@ def _tensors(
             yield name, tensor
     if base.adapter is not None:
         for name in base.adapter.shapes:
-            yield name, base.adapter.read(name, rows[name])
+            yield name, base.adapter.read_finite(name, rows[name])
     elif args.lora.enable:
         for name, tensor in initial_lora_tensors(model, args.seed, hardware.dtype):
             yield name, tensor[rows[name]].clone()

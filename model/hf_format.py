@@ -99,6 +99,9 @@ class HFWeightsReader(WeightsReader):
         super().__init__(source, locations)
         self._head_dim = head_dim
 
+    def stored_name(self, name: str) -> str:
+        return hf_name(name)
+
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Read a tensor or some of its rows, see `WeightsReader.read`. Reordered tensors are read in complete heads."""
         if not _ROTATED.search(name):

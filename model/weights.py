@@ -42,6 +42,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _DTYPE_RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES.values())}
+_COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEADER_BYTES = 1 << 24  # Mistral's largest model has 200 kB; parsing needs about 20 bytes per byte
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 256  # characters
@@ -89,6 +90,27 @@ class WeightsReader:
         self.shapes = {name: location.shape for name, location in locations.items()}
         self.dtypes = {name: location.dtype for name, location in locations.items()}
         self.size_bytes = sum(file.stat().st_size for file in {location.file for location in locations.values()})
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that a tensor has in its file."""
+        return name
+
+    def read_finite(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Read a tensor, see `read`, that a model will compute with.
+
+        Raises:
+            UserError: a value is NaN or infinite. The check takes a tenth of the time of reading.
+        """
+        tensor = self.read(name, rows)
+        if tensor.dtype in _COMPUTE_DTYPES and tensor.numel():
+            lowest, highest = torch.aminmax(tensor)  # NaN if any value is
+            if not (math.isfinite(lowest) and math.isfinite(highest)):
+                where = f"{self.locations[name].file}: `{self.stored_name(name)}`"
+                raise UserError(
+                    f"{where} contains NaN or infinite values: the file is corrupt, or the training that wrote it "
+                    "diverged. Use other weights."
+                )
+        return tensor
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Read a tensor, or some of its rows, into newly allocated CPU memory.

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune.manifest import require_intact
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import PARAMS_NAME, load_model_args, read_params
@@ -51,6 +52,7 @@ def export(
             weights: TensorSource = open_merged(base, checkpoint)
             params = read_params(base)
         else:
+            require_intact(checkpoint)
             weights, params = open_model_weights(checkpoint), read_params(checkpoint)
         tokenizers = [checkpoint, *([base] if base else [])]
         write = _write_hf if to == "hf" else write_model_folder
@@ -109,6 +111,7 @@ def _write_hf_tokenizer(sources: list[Path], folder: Path) -> None:
 
 def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the base model is not read."""
+    require_intact(checkpoint)
     head_dim = load_model_args(checkpoint).head_dim
     adapter = open_safetensors(checkpoint / ADAPTER_NAME)
     _check_experts(adapter.source, list(adapter.shapes))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.manifest import require_intact
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import DEFAULT_SCALING, PARAMS_NAME, read_params
@@ -39,11 +40,11 @@ class MergedWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor of `shapes`."""
-        tensor = self.base.read(name).to(self.dtypes[name])
+        tensor = self.base.read_finite(name).to(self.dtypes[name])
         if name not in self._adapted:
             return tensor
         stem = name.removesuffix("weight")
-        lora_a, lora_b = (self.adapter.read(f"{stem}{part}.weight") for part in ("lora_A", "lora_B"))
+        lora_a, lora_b = (self.adapter.read_finite(f"{stem}{part}.weight") for part in ("lora_A", "lora_B"))
         return merged_weight(tensor, lora_a, lora_b, self._scaling)
 
 
@@ -77,6 +78,8 @@ def open_merged(base_path: Path, adapter_path: Path, scaling: float | None = Non
     """Open base and adapter and check that they fit; arguments and errors as `merge_lora`."""
     base = open_model_weights(base_path)
     adapter = open_safetensors(find_weights(adapter_path) / ADAPTER_NAME if adapter_path.is_dir() else adapter_path)
+    for weights in (base, adapter):
+        require_intact(weights.source)
     if scaling is None:
         scaling = recorded_scaling(adapter.source.parent)
     if not (scaling > 0 and math.isfinite(scaling)):
