@@ -30,6 +30,7 @@ from finetune.optim import Schedule, step_schedule
 from finetune.preemption import exit_interrupted, stop_requests
 from finetune.preflight import out_of_memory_advice
 from finetune.run import Run, resolve, set_up
+from finetune.run_lock import locked_run_dir
 from finetune.utils import TrainState
 from model.errors import UserError
 from model.transformer import Transformer
@@ -50,9 +51,10 @@ def train(config: str) -> None:
 def run_training(args: TrainArgs, world: World) -> None:
     """Train as configured in `args`, on every rank."""
     try:
-        with set_up(resolve(args, world, answer_scores), world) as run:
-            training_loop(run)
-        log_summary(run)
+        with locked_run_dir(Path(args.run_dir), world):
+            with set_up(resolve(args, world, answer_scores), world) as run:
+                training_loop(run)
+            log_summary(run)
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory_advice(error, args, world.rank)) from error
 

@@ -11,6 +11,7 @@ Checkpoints are written atomically. Sharded parameters are gathered one at a tim
 import dataclasses
 import json
 import logging
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from .distributed import World, full_tensor
 from .manifest import find_corruption, write_manifest
 from .resume import RUN_NAME, STATE_NAME, RunState, rank_name
 from .run_dir import BEST_NAME, WEIGHTS_NAME, checkpoint_name, saved_checkpoints, step_of
+from .state_files import RunRecord, read_state_file
 from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("checkpointing")
@@ -70,6 +72,7 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._saving: Path | None = None
+        self._owner = world.gather(secrets.token_hex(4))[0]  # of temporary names: no other run writes under them
 
     def recover(self, step: int) -> None:
         """Complete what a killed process left unfinished, and rename checkpoints after `step`, on rank 0.
@@ -97,8 +100,7 @@ class Checkpointer:
         for later in (path for path in saved_checkpoints(self.folder) if step_of(path) > step):
             replace_folder(later, later.with_name(f"superseded_{later.name}"))
         if (latest := self.folder / checkpoint_name(step)).is_dir():
-            run = json.loads((latest / STATE_NAME / RUN_NAME).read_text(encoding="utf-8"))
-            self._link_and_prune(latest, run["best"])
+            self._link_and_prune(latest, read_state_file(latest / STATE_NAME / RUN_NAME, RunRecord)["best"])
 
     @property
     def has_failed(self) -> bool:
@@ -121,7 +123,7 @@ class Checkpointer:
         """
         self.finish()
         self._saving = final = self.folder / checkpoint_name(step)
-        temporary = shared_temporary_path(final)
+        temporary = shared_temporary_path(final, self._owner)
         self._on_master(lambda: _start_folder(temporary, [WEIGHTS_NAME] + [STATE_NAME] * (state is not None)))
         export = self._gathered()
         if self._args.save_adapters:
@@ -161,7 +163,7 @@ class Checkpointer:
             reason = _reason(error).removesuffix(".")
             failure = f"The checkpoint {self._saving} could not be saved: {reason}. Earlier checkpoints are untouched."
             if self._world.is_master and self._saving is not None:
-                shutil.rmtree(shared_temporary_path(self._saving), ignore_errors=True)
+                shutil.rmtree(shared_temporary_path(self._saving, self._owner), ignore_errors=True)
         self._world.raise_on_all(failure)
 
     def _start_writing(self, state: RunState, checkpoint: Path, best: bool) -> Future:

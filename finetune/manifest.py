@@ -40,13 +40,15 @@ def find_corruption(folder: Path, hashes: bool = True, part: str = "") -> str | 
             path = folder / name
             if not name.startswith(part):
                 continue
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{MANIFEST_NAME} names a file outside the folder"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if hashes and _sha256(path) != expected["sha256"]:
                 return f"{name} has changed since it was written (SHA-256)"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST_NAME} cannot be read"
     return None
 

@@ -7,7 +7,6 @@ position, RNG state). A different number of ranks can load the tensors, too.
 
 import base64
 import dataclasses
-import json
 import logging
 import os
 import random
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch.optim import Optimizer
 
 from model.errors import UserError, first_line
@@ -23,14 +23,15 @@ from model.transformer import Transformer
 
 from .anomalies import AnomalyDetector
 from .args import TrainArgs
-from .data.args import DataArgs
 from .data.data_loader import TrainLoader
 from .distributed import World
 from .eval import EarlyStopping
+from .fingerprints import Fingerprints, require_same_inputs
 from .manifest import find_corruption
 from .mixed_precision import LossScaler
 from .optim import Schedule
-from .run_dir import TEMPORARY_ARGS_NAME, WEIGHTS_NAME, find_checkpoint, saved_checkpoints
+from .run_dir import LOCK_NAME, TEMPORARY_ARGS_NAME, WEIGHTS_NAME, find_checkpoint, saved_checkpoints
+from .state_files import RankRecord, RunRecord, read_state_file
 from .utils import TrainState
 from .wrapped_model import ADAPTER_NAME
 
@@ -59,6 +60,7 @@ class RunState:
     early_stopping: EarlyStopping
     anomalies: AnomalyDetector
     data_loader: TrainLoader
+    fingerprints: Fingerprints
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters and the optimizer's state, without copies; this rank's shards if sharded."""
@@ -87,6 +89,7 @@ class RunState:
             "groups": [_settings(group) for group in self.optimizer.param_groups],
             "world_size": world.size,
             "args": args.to_dict(),
+            "fingerprints": self.fingerprints,
         }
 
     def restore(self, saved: "SavedState", args: TrainArgs, world: World) -> None:
@@ -96,9 +99,12 @@ class RunState:
             UserError, SystemExit: on every rank, if the state cannot be loaded.
         """
         tensors = self.tensors()
+        run, own = saved.run, saved.of_rank(world)
         with world.synchronized_errors():
+            saved.require_same_shape(self.optimizer, args)
             _load(tensors, saved.folder, world)
-        run = saved.run
+            if own:
+                _set_random_state(own["random"], saved.folder)
         self.state.load_state_dict(run["progress"])
         self.state.checkpoint = saved.folder.parent / WEIGHTS_NAME
         if not world.is_master:
@@ -110,9 +116,7 @@ class RunState:
         self.schedule.last_epoch = run["schedule"]["last_epoch"]
         self.schedule._last_lr = run["schedule"]["last_lr"]
         for group, settings in zip(self.optimizer.param_groups, run["groups"], strict=True):
-            group.update({name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-        if own := saved.of_rank(world):
-            _set_random_state(own["random"])
+            group.update({name: tuple(v) if isinstance(v, list) else v for name, v in _settings(settings).items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +142,36 @@ class SavedState:
         return same_data and before["eval_generation"] == now["eval_generation"] and same_folder
 
     def of_rank(self, world: World) -> dict[str, Any] | None:
-        """Return this rank's own state; None if the run was saved by a different number of ranks."""
+        """Return this rank's own state; None if the run was saved by a different number of ranks.
+
+        Raises:
+            UserError: the state cannot be read.
+        """
         if self.run["world_size"] != world.size:
             return None
-        return json.loads((self.folder / rank_name(world.rank)).read_text(encoding="utf-8"))
+        return read_state_file(self.folder / rank_name(world.rank), RankRecord)
+
+    def require_same_inputs(self, now: Fingerprints, model_folder: Path) -> None:
+        """Raise UserError if data, base model or tokenizer are not those of the saved run."""
+        if before := self.run.get("fingerprints"):
+            require_same_inputs(before, now, model_folder)
+        else:
+            logger.warning(
+                "%s is of an earlier version, which did not record the content of data and base model: make sure "
+                "yourself that neither has changed.",
+                self.folder.parent,
+            )
+
+    def require_same_shape(self, optimizer: Optimizer, args: TrainArgs) -> None:
+        """Raise UserError if the saved schedule and optimizer do not fit those of this run."""
+        groups, rates = len(self.run["groups"]), len(self.run["schedule"]["last_lr"])
+        steps = max(self.step, self.run["schedule"]["last_epoch"])
+        if not groups == rates == len(optimizer.param_groups) or steps > args.max_steps:
+            raise UserError(
+                f"{self.folder / RUN_NAME} does not fit this run: it has {groups} parameter groups with {rates} "
+                f"learning rates after {steps:,} steps, the run has {len(optimizer.param_groups)} and "
+                f"{args.max_steps:,} steps. Resume from another checkpoint."
+            )
 
 
 def rank_name(rank: int) -> str:
@@ -182,7 +212,8 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
 
 def _choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
     # os.path.exists, unlike Path.exists, does not raise for names that no file can have.
-    occupied = os.path.exists(run_dir) and not (run_dir.is_dir() and set(os.listdir(run_dir)) <= {TEMPORARY_ARGS_NAME})
+    unused = {TEMPORARY_ARGS_NAME, LOCK_NAME}  # left by a process that was killed before it created a run
+    occupied = os.path.exists(run_dir) and not (run_dir.is_dir() and set(os.listdir(run_dir)) <= unused)
     seed = None if resume in ("never", "auto") else Path(resume)
     if occupied and resume == "never":
         raise UserError(
@@ -223,8 +254,14 @@ def _latest_valid_checkpoint(run_dir: Path) -> Path | None:
 
 def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
     folder = checkpoint / STATE_NAME
-    run = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-    before, now = _with_defaults(run["args"], TrainArgs(DataArgs(), "", "").to_dict()), args.to_dict()
+    run = read_state_file(folder / RUN_NAME, RunRecord)
+    try:
+        before, now = TrainArgs.from_dict(run["args"]).to_dict(), args.to_dict()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / RUN_NAME} has invalid settings (`args.{key}`): resume from another.") from None
+    run["args"] = before  # with the defaults of settings that did not exist when the run was saved
     # Epochs are not counted again, so only the key that is set now is compared: `epochs`, or an equivalent `max_steps`.
     key = "epochs" if args.epochs is None else "max_steps"
     now[key] = before[key]
@@ -243,12 +280,6 @@ def _start_from(checkpoint: Path) -> str:
     weights = checkpoint / WEIGHTS_NAME
     key = "lora.from_adapter" if (weights / ADAPTER_NAME).is_file() else "model_id_or_path"
     return f"`{key}: {weights}`"
-
-
-def _with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Add the settings that did not exist when the run was saved; it behaved as their defaults do."""
-    blocks = {key: value for key, value in settings.items() if isinstance(value, dict)}
-    return defaults | settings | {key: _with_defaults(value, defaults.get(key) or {}) for key, value in blocks.items()}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -303,13 +334,16 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], folder: Path) -> None:
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    try:
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(_bytes(state["torch"]))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"The state of the random generators in {folder} is corrupt: {first_line(error)}") from error
 
 
 def _base64(state: torch.Tensor) -> str:

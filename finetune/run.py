@@ -17,6 +17,7 @@ from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
 from .distributed import World
 from .epochs import count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
+from .fingerprints import Fingerprints, fingerprints
 from .hardware import Hardware, choose_hardware
 from .mixed_precision import LossScaler
 from .monitoring.metrics_logger import MetricsLogger
@@ -45,6 +46,7 @@ class Inputs:
     data_loader: TrainLoader
     evaluator: Evaluator
     saved: SavedState | None  # to resume from
+    fingerprints: Fingerprints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,10 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         data_loader = build_data_loader(
             tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size, is_eval=False
         )
+        inputs = fingerprints(base, tokenizer, data_loader) if world.is_master else {}  # rank 0 compares and saves
+        if saved and world.is_master:
+            saved.require_same_inputs(inputs, base.folder)
+    with world.synchronized_errors():
         if saved and (own := saved.of_rank(world)):
             data_loader.load_state_dict(own["data"])
     if args.epochs is not None:
@@ -94,7 +100,7 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
     with world.synchronized_errors():
         data_loader.wait_for_first()
     evaluator = Evaluator(args, tokenizer, score, world)
-    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved)
+    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, inputs)
 
 
 @contextlib.contextmanager
@@ -126,6 +132,7 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
             early_stopping=EarlyStopping(args.early_stopping),
             anomalies=AnomalyDetector(args.guards, run_dir / "anomalies", world.rank),
             data_loader=inputs.data_loader,
+            fingerprints=inputs.fingerprints,
             args=args,
             world=world,
             evaluator=inputs.evaluator,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ARGS_NAME = "args.yaml"  # the resolved settings; marks a folder as a run folder
 TEMPORARY_ARGS_NAME = f"tmp.{ARGS_NAME}"  # the only file in a run folder whose creation was killed
+LOCK_NAME = "train.lock"  # present while a run trains, see finetune.run_lock, or after its process was killed
 BEST_NAME = "best"  # a symlink to the best checkpoint, with `keep_best`
 WEIGHTS_NAME = "consolidated"  # folder in a checkpoint: an adapter or a model, as inference tools load it
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")

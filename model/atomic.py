@@ -22,9 +22,9 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def shared_temporary_path(path: Path) -> Path:
-    """Return the name under which several processes write `path`; `remove_leftovers` finds it after a kill."""
-    return path.with_name(f"tmp.{path.name}")
+def shared_temporary_path(path: Path, owner: str = "") -> Path:
+    """Return the name under which the processes of `owner` write `path`; `remove_leftovers` finds it after a kill."""
+    return path.with_name(f"tmp.{path.name}{owner and '.'}{owner}")
 
 
 @contextmanager

@@ -157,6 +157,10 @@ class TrainLoader:
         with tqdm(desc="Counting an epoch", total=len(self._stream), unit=" samples", disable=hidden) as progress:
             return self._stream.count_epoch(progress)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the hash of each data file's content, by path; the same on every rank."""
+        return self._stream.fingerprints()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain numbers and lists, without any text of the data."""
         return copy.deepcopy(self._state)

@@ -4,14 +4,19 @@ Only line offsets are kept in memory. A row is read and tokenized when it is nee
 a few integers: resuming reads no earlier row again, and only replays the shuffles of earlier epochs.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import logging
+import os
+import time
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +26,7 @@ from model.errors import UserError
 from .args import DataArgs, Source, parse_sources, training_sources
 from .conversation import chunk_ends, parse_conversation
 from .exceptions import BadRowError, RowError
-from .packing import PACKERS, LocatedSample, PackingCounts, Sequence, pack
+from .packing import LOOKAHEAD, PACKERS, LocatedSample, PackingCounts, Sequence, pack
 from .rows import line_offsets, parse_row, read_line, require_row_size
 from .shorten import FittingEncoder
 from .tokenize import SampleEncoder, SampleType, TokenSample
@@ -31,6 +36,8 @@ logger = logging.getLogger("data")
 Encoder = SampleEncoder | FittingEncoder
 
 _ALL_MESSAGES = 0  # an entry that is the complete row, not a shorter conversation
+_SETTLED_NS = 50_000_000  # a file written more recently may be written again without a new modification time
+_Stamp = tuple[int, int, int, int]
 
 
 class JsonlFile:
@@ -43,6 +50,9 @@ class JsonlFile:
         rank: this process.
         world_size: number of processes.
 
+    Attributes:
+        fingerprint: hash of the file's content.
+
     Raises:
         UserError: the file cannot be read.
         BadRowError: with `chunk`, a row with tools that cannot be trained on.
@@ -51,7 +61,10 @@ class JsonlFile:
     def __init__(self, path: Path, sample_type: SampleType, chunk: bool, rank: int, world_size: int) -> None:
         self.path = path
         self.sample_type = sample_type
-        offsets = line_offsets(path)
+        self._stamp = _stamp(path)
+        digest = _new_digest()
+        offsets = line_offsets(path, digest.update)
+        self.fingerprint = digest.hexdigest()
         self.total_rows = len(offsets) - 1
         self.checksum = zlib.crc32(offsets.tobytes())  # changes if rows are added, removed or change their lengths
         self._rows = np.arange(rank, self.total_rows, world_size, dtype=np.int64)
@@ -65,12 +78,12 @@ class JsonlFile:
 
     def _chunks(self) -> np.ndarray:
         found = []
-        with self.path.open("rb") as file:
+        with self.open() as file:
             for index in range(len(self._rows)):
                 found += [(index, keep) for keep in self._chunk_ends(file, index)]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
-    def _chunk_ends(self, file: BinaryIO, index: int) -> list[int]:
+    def _chunk_ends(self, file: BufferedReader, index: int) -> list[int]:
         try:
             line = self._read(file, index)
             # Parsing is slow, and most rows have no tools.
@@ -80,8 +93,36 @@ class JsonlFile:
         except RowError as error:
             raise self._bad_row(index, error) from error
 
-    def _read(self, file: BinaryIO, index: int) -> bytes:
-        return read_line(file, self._starts[index], self._ends[index])
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BufferedReader]:
+        """Open the file for `encode`.
+
+        Raises:
+            UserError: it cannot be opened any more.
+        """
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read any more: {error.strerror}.") from error
+        with file:
+            yield file
+
+    def _read(self, file: BufferedReader, index: int) -> bytes:
+        line = read_line(file, self._starts[index], self._ends[index])
+        stamp = _stamp(file.fileno())
+        if stamp is None or stamp != self._stamp:
+            self._require_same_content(file, stamp)
+        return line
+
+    def _require_same_content(self, file: BufferedReader, stamp: _Stamp | None) -> None:
+        """Raise UserError if the open `file` is not what was indexed; another modification time alone is accepted."""
+        file.seek(0)
+        if hashlib.file_digest(file, _new_digest).hexdigest() != self.fingerprint:
+            raise UserError(
+                f"{self.path} has changed since this command started to read it, so its rows are no longer known. "
+                "Restore the file and start again; do not change data files while they are in use."
+            )
+        self._stamp = stamp
 
     def require_row_sizes(self) -> None:
         """Raise BadRowError if the longest line is too long for a row; read nothing."""
@@ -101,7 +142,7 @@ class JsonlFile:
         """Return the line number of an entry's row, counted from 1."""
         return int(self._rows[self.entries[entry][0]]) + 1
 
-    def encode(self, file: BinaryIO, entry: int, encoder: Encoder) -> TokenSample:
+    def encode(self, file: BufferedReader, entry: int, encoder: Encoder) -> TokenSample:
         """Read and tokenize one entry through the open `file`.
 
         Raises:
@@ -115,6 +156,20 @@ class JsonlFile:
             return encoder.encode_conversation(parse_conversation(row).up_to(keep))
         except RowError as error:
             raise self._bad_row(index, error) from error
+
+
+def _new_digest() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=16)
+
+
+def _stamp(file: Path | int) -> _Stamp | None:
+    """Return what changes if a file is replaced or written; None if it was written too recently to rely on that."""
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None  # reading the file reports the error
+    is_settled = time.time_ns() - facts.st_mtime_ns > _SETTLED_NS
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns) if is_settled else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +255,37 @@ class SourceStream:
         """Return a number per file that changes if its rows are added, removed or change their lengths."""
         return [file.checksum for file in self._files]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the hash of each file's content, by path."""
+        return {str(file.path): file.fingerprint for file in self._files}
+
     def rewind(self) -> None:
         """Return to the first row."""
         self.state = dict(_START)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved `state` with the next iteration.
+
+        Raises:
+            UserError: the state is not a position of this stream.
+        """
+        if state != _START and not self._is_position(state):
+            raise UserError(f"The saved position in {self.source.path} is not valid: the checkpoint is corrupt.")
+        self.state = dict(state)
+
+    def _is_position(self, state: dict[str, Any]) -> bool:
+        """Return whether a state whose numbers are whole and not negative belongs to this stream."""
+        epoch, file, place, waiting = (state[key] for key in ("epoch", "file", "place", "waiting"))
+        if file >= len(self._files) or place >= len(self._files[file]):
+            return False
+        if len(waiting) >= LOOKAHEAD or (waiting and self._packer is not PACKERS["best_fit"]):
+            return False
+        if any(e > epoch or f >= len(self._files) or entry >= len(self._files[f]) for e, f, entry in waiting):
+            return False
+        counts = PackingCounts(**state["counts"])
+        read = epoch * len(self) + sum(map(len, self._files[:file])) + place + 1
+        # Two epochs have a trained position at least, see _samples: this bounds the shuffles to replay.
+        return counts.samples == read and epoch <= 2 * (counts.positions + LOOKAHEAD)
 
     def __iter__(self) -> Iterator[Sequence]:
         """Yield sequences from `state` on; `state` is always the position after the last one."""
@@ -230,7 +313,7 @@ class SourceStream:
         return f"{file.path}:{file.line(cursor.entry)}"
 
     def _waiting_sample(self, epoch: int, file: int, entry: int) -> LocatedSample[Cursor]:
-        with self._files[file].path.open("rb") as handle:
+        with self._files[file].open() as handle:
             sample = self._files[file].encode(handle, entry, self._encoder)
         return LocatedSample(Cursor(epoch, file, 0, entry), sample)
 
@@ -242,9 +325,11 @@ class SourceStream:
                 continue
             first = start["place"] if (epoch, index) == (start["epoch"], start["file"]) else 0
             file = self._files[index]
-            with file.path.open("rb") as handle:
+            with file.open() as handle:
                 for place, entry in enumerate(order[first:].tolist(), first):
                     sample = file.encode(handle, entry, self._encoder)
+                    if counted and start["offset"] > max(1, len(sample.tokens) - 1):
+                        raise UserError(f"The saved position in {file.path} is not valid: the checkpoint is corrupt.")
                     if not counted:
                         self._count(sample, file, entry)
                     counted = False
@@ -335,6 +420,10 @@ class MixedStream:
             positions -= padding
         return positions
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the hash of each file's content, by path."""
+        return {path: digest for stream in self._streams for path, digest in stream.fingerprints().items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream as plain numbers and lists."""
         state = self._random.get_state(legacy=False)
@@ -349,15 +438,17 @@ class MixedStream:
         """Continue from `state` with the next iteration.
 
         Raises:
-            UserError: the files have changed since `state` was saved.
+            UserError: the files have changed since `state` was saved, or it is not a position in them.
         """
+        if not len(state["sources"]) == len(state["layouts"]) == len(self._streams):
+            raise UserError(f"The checkpoint has positions of {len(state['sources'])} sources, not of these.")
         for stream, source_state, checksums in zip(self._streams, state["sources"], state["layouts"], strict=True):
             if stream.checksums() != checksums:
                 raise UserError(
                     f"{stream.source.path} has changed since the checkpoint was saved, so the position in it is no "
                     "longer valid. Restore the file, or start a new run with another `run_dir`."
                 )
-            stream.state = dict(source_state)
+            stream.load_state_dict(source_state)
         self._random.set_state(tuple(state["random"]))
 
 

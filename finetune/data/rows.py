@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,10 +20,10 @@ _TOO_DEEP = f"Its JSON is nested too deeply, more than {_MAX_DEPTH} levels."
 _BLOCK = 1 << 20  # bytes read at a time while searching for line ends: fits into a core's cache
 
 
-def line_offsets(path: Path) -> "np.ndarray":
+def line_offsets(path: Path, each_block: Callable[[bytes], object] | None = None) -> "np.ndarray":
     """Return the byte offsets [rows + 1] int64 at which rows start, and the end of the file.
 
-    CR, LF and CRLF end a row.
+    CR, LF and CRLF end a row. `each_block` is called with the file's content, block by block.
 
     Raises:
         UserError: the file cannot be read.
@@ -35,6 +35,8 @@ def line_offsets(path: Path) -> "np.ndarray":
     try:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
+                if each_block is not None:
+                    each_block(block)
                 data = np.frombuffer(block, dtype=np.uint8)
                 is_lf, is_cr = data == 10, data == 13
                 if after_cr and is_lf[0]:
