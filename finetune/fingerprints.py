@@ -42,7 +42,7 @@ def fingerprints(base: BaseModel, tokenizer: "InstructTokenizerBase", data: Trai
     return {
         "data": data.fingerprints(),
         "weights": weights,
-        "shapes": hashlib.blake2b(shapes.encode(), digest_size=16).hexdigest(),
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
         "tokenizer": f"{inner.version.value} {vocabulary}",
     }
 
@@ -69,7 +69,7 @@ def require_same_inputs(before: Fingerprints, now: Fingerprints, model_folder: P
 def _hash(file: Path, stride: int) -> str:
     """Return the hash of a file's size and of the block at each multiple of `stride`."""
     size = file.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as content:
         for start in range(0, size, stride):
             content.seek(start)

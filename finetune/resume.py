@@ -101,7 +101,8 @@ class RunState:
         tensors = self.tensors()
         run, own = saved.run, saved.of_rank(world)
         with world.synchronized_errors():
-            saved.require_same_shape(self.optimizer, args)
+            if len(run["groups"]) != len(self.optimizer.param_groups):
+                raise UserError(f"{saved.folder / RUN_NAME} is of a run with another optimizer.")
             _load(tensors, saved.folder, world)
             if own:
                 _set_random_state(own["random"], saved.folder)
@@ -160,17 +161,6 @@ class SavedState:
                 "%s is of an earlier version, which did not record the content of data and base model: make sure "
                 "yourself that neither has changed.",
                 self.folder.parent,
-            )
-
-    def require_same_shape(self, optimizer: Optimizer, args: TrainArgs) -> None:
-        """Raise UserError if the saved schedule and optimizer do not fit those of this run."""
-        groups, rates = len(self.run["groups"]), len(self.run["schedule"]["last_lr"])
-        steps = max(self.step, self.run["schedule"]["last_epoch"])
-        if not groups == rates == len(optimizer.param_groups) or steps > args.max_steps:
-            raise UserError(
-                f"{self.folder / RUN_NAME} does not fit this run: it has {groups} parameter groups with {rates} "
-                f"learning rates after {steps:,} steps, the run has {len(optimizer.param_groups)} and "
-                f"{args.max_steps:,} steps. Resume from another checkpoint."
             )
 
 
@@ -261,6 +251,10 @@ def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{folder / RUN_NAME} has invalid settings (`args.{key}`): resume from another.") from None
+    if max(run["progress"]["step"], run["schedule"]["last_epoch"]) > before["max_steps"]:
+        raise UserError(
+            f"{folder / RUN_NAME} is corrupt: it has more steps than its run. Resume from another checkpoint."
+        )
     run["args"] = before  # with the defaults of settings that did not exist when the run was saved
     # Epochs are not counted again, so only the key that is set now is compared: `epochs`, or an equivalent `max_steps`.
     key = "epochs" if args.epochs is None else "max_steps"

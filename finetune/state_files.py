@@ -83,11 +83,11 @@ class RunRecord(_Strict):
     scaler: _Scaler
     guards: _Guards
     schedule: _Schedule
-    groups: list[_Group]
+    groups: Annotated[list[_Group], Field(min_length=1)]
     world_size: Annotated[int, Field(ge=1, le=1_000_000)]
     args: dict[str, Any]
     best: bool
-    fingerprints: _Fingerprints | None = None  # version 0.2 and earlier recorded none
+    fingerprints: _Fingerprints | None = None  # earlier versions recorded none
 
 
 class _Counts(_Strict):

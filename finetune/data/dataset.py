@@ -51,7 +51,7 @@ class JsonlFile:
         world_size: number of processes.
 
     Attributes:
-        fingerprint: hash of the file's content.
+        fingerprint: SHA-256 of the file's content.
 
     Raises:
         UserError: the file cannot be read.
@@ -62,7 +62,7 @@ class JsonlFile:
         self.path = path
         self.sample_type = sample_type
         self._stamp = _stamp(path)
-        digest = _new_digest()
+        digest = hashlib.sha256()
         offsets = line_offsets(path, digest.update)
         self.fingerprint = digest.hexdigest()
         self.total_rows = len(offsets) - 1
@@ -117,7 +117,7 @@ class JsonlFile:
     def _require_same_content(self, file: BufferedReader, stamp: _Stamp | None) -> None:
         """Raise UserError if the open `file` is not what was indexed; another modification time alone is accepted."""
         file.seek(0)
-        if hashlib.file_digest(file, _new_digest).hexdigest() != self.fingerprint:
+        if hashlib.file_digest(file, "sha256").hexdigest() != self.fingerprint:
             raise UserError(
                 f"{self.path} has changed since this command started to read it, so its rows are no longer known. "
                 "Restore the file and start again; do not change data files while they are in use."
@@ -156,10 +156,6 @@ class JsonlFile:
             return encoder.encode_conversation(parse_conversation(row).up_to(keep))
         except RowError as error:
             raise self._bad_row(index, error) from error
-
-
-def _new_digest() -> "hashlib.blake2b":
-    return hashlib.blake2b(digest_size=16)
 
 
 def _stamp(file: Path | int) -> _Stamp | None:

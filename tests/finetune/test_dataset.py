@@ -4,8 +4,10 @@ import functools
 import io
 import itertools
 import json
+import os
 import queue
 import re
+import shutil
 import threading
 import time
 import tracemalloc
@@ -23,7 +25,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.data.args import DataArgs, InstructArgs, Source
 from finetune.data.data_loader import Batch, EvalLoader, TrainLoader, build_data_loader
-from finetune.data.dataset import JsonlFile
+from finetune.data.dataset import JsonlFile, MixedStream, build_training_stream
 from finetune.data.exceptions import BadRowError, JsonError
 from finetune.data.rows import line_offsets
 from finetune.data.tokenize import SampleEncoder, SampleType
@@ -603,3 +605,90 @@ def test_evaluation_without_rows_for_a_rank_has_no_batches(tmp_path: Path, tiny:
     masked = conversations(1)
     masked[0]["messages"][1]["weight"] = 0
     assert list(eval_loader(tiny, write_rows(path, masked))) == []
+
+
+# ---- Files that change while they are read
+
+
+ROWS = [{"text": letter * 40} for letter in "abcdefgh"]
+OTHER_ROWS = [{"text": letter * 40} for letter in "stuvwxyz"]  # of the same lengths
+
+
+def small_stream(folder: Path, tiny: InstructTokenizerBase) -> tuple[Path, MixedStream]:
+    """Return a file of 8 rows and the stream of its sequences, two for each row."""
+    folder.mkdir(exist_ok=True)
+    path = write_rows(folder / "rows.jsonl", ROWS)
+    os.utime(path, (1, 1))
+    return path, build_training_stream(SampleEncoder(tiny), data_args(data=str(path)), 16, 0, 0, 1)
+
+
+def tokens_of(stream: MixedStream, count: int) -> list[list[int]]:
+    return [sequence.x.tolist() for sequence in itertools.islice(stream, count)]
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["modified long ago", "modified just now"])
+@pytest.mark.parametrize("after", [1, 5, 30])
+def test_file_rewritten_while_training_ends_the_stream(
+    tmp_path: Path, tiny: InstructTokenizerBase, after: int, settled: bool
+):
+    path, stream = small_stream(tmp_path, tiny)
+    if not settled:
+        path.touch()
+        stream = build_training_stream(SampleEncoder(tiny), data_args(data=str(path)), 16, 0, 0, 1)
+    sequences = iter(stream)
+    for _ in range(after):
+        next(sequences)
+    with path.open("r+b") as file:  # the same file, the same lengths
+        file.write(b"".join(json.dumps(row).encode() + b"\n" for row in OTHER_ROWS))
+    with pytest.raises(UserError, match=f"{path} has changed since this command started to read it"):
+        for _ in range(40):
+            next(sequences)
+
+
+def test_file_replaced_by_another_is_noticed_in_the_next_epoch(tmp_path: Path, tiny: InstructTokenizerBase):
+    path, stream = small_stream(tmp_path, tiny)
+    expected = tokens_of(small_stream(tmp_path / "unchanged", tiny)[1], 12)
+    sequences = iter(stream)
+    first = next(sequences).x.tolist()
+    os.replace(write_rows(tmp_path / "other.jsonl", OTHER_ROWS), path)
+    rest = []
+    with pytest.raises(UserError, match="has changed since"):
+        for sequence in sequences:
+            rest.append(sequence.x.tolist())
+    assert [first, *rest][:12] == expected and len(rest) < 40
+
+
+def test_file_that_is_touched_or_copied_is_the_same(tmp_path: Path, tiny: InstructTokenizerBase):
+    path, stream = small_stream(tmp_path, tiny)
+    expected = tokens_of(small_stream(tmp_path / "unchanged", tiny)[1], 90)
+    sequences, found = iter(stream), []
+    for number in range(90):
+        if number in (3, 50):
+            path.touch()
+        if number == 20:
+            os.replace(shutil.copyfile(path, tmp_path / "copy.jsonl"), path)
+        found.append(next(sequences).x.tolist())
+    assert found == expected
+
+
+def test_file_that_is_removed_is_one_message(tmp_path: Path, tiny: InstructTokenizerBase):
+    path, stream = small_stream(tmp_path, tiny)
+    sequences = iter(stream)
+    next(sequences)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path} cannot be read any more: No such file"):
+        for _ in range(40):
+            next(sequences)
+
+
+def test_fingerprint_depends_on_content_alone(tmp_path: Path):
+    def fingerprint(rows: list[dict[str, str]], name: str, mtime: int = 1) -> str:
+        path = write_rows(tmp_path / name, rows)
+        os.utime(path, (mtime, mtime))
+        return JsonlFile(path, SampleType.PRETRAIN, False, 0, 1).fingerprint
+
+    assert fingerprint(ROWS, "a") == fingerprint(ROWS, "b", mtime=2)
+    changed = [ROWS[::-1], OTHER_ROWS, ROWS[:-1], [*ROWS[:-1], ROWS[0]]]
+    assert len({fingerprint(rows, "c") for rows in [ROWS, *changed]}) == 5
+    files = [JsonlFile(tmp_path / "a", SampleType.PRETRAIN, False, rank, 2) for rank in range(2)]
+    assert files[0].fingerprint == files[1].fingerprint == fingerprint(ROWS, "a")
