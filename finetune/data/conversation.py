@@ -1,7 +1,8 @@
 """The layout of rows: instruct rows -> messages and tools, pretrain rows -> text."""
 
 import dataclasses
-from typing import Any, TypeVar
+import difflib
+from typing import Any
 
 from mistral_common.protocol.instruct.chunk import ContentChunk, TextChunk
 from mistral_common.protocol.instruct.messages import (
@@ -13,16 +14,14 @@ from mistral_common.protocol.instruct.messages import (
     UserMessage,
 )
 from mistral_common.protocol.instruct.tool_calls import Tool
-from pydantic import BaseModel, ValidationError
-
-from model.errors import quoted
 
 from .exceptions import ConversationFormatError, MessageFormatError, PretrainFormatError, RowError
-from .rows import json_type
+from .keys import CHUNK_KEYS, MESSAGE_KEYS, PRETRAIN_KEYS, REFORMAT, ROW_KEYS, TRAIN_FLAGS, check_keys, key_names
+from .rows import json_type, shown
+from .tools import parse_tool_calls, parse_tools
 
-_MAX_KEYS_LENGTH = 500  # characters of a list of keys in a message
-
-_ModelT = TypeVar("_ModelT", bound=BaseModel)
+_CONVERTED_ROLES = ("function", "human", "gpt", "observation")  # by utils.reformat_data
+_FOREIGN_ROLES = (*_CONVERTED_ROLES, "developer", "model", "bot", "ai", "ipython", "chatbot")
 
 
 @dataclasses.dataclass
@@ -32,6 +31,7 @@ class Conversation:
     messages: list[FinetuningMessage]  # the system message, if any, first
     tools: list[Tool] | None
     only_last: bool  # train on the last assistant message only
+    unread: set[str] = dataclasses.field(default_factory=set)  # names of metadata in the row
 
     def up_to(self, end: int) -> "Conversation":
         """Return the conversation of the first `end` messages only."""
@@ -44,30 +44,50 @@ def parse_conversation(row: dict[str, Any]) -> Conversation:
     Raises:
         ConversationFormatError, MessageFormatError: what is wrong, and what was expected.
     """
+    unread: set[str] = set()
+    check_keys(row, ROW_KEYS, unread)
     raw_messages = _one_of(row, ("messages", "interactions"), "The conversation", ConversationFormatError)
     if not isinstance(raw_messages, list):
         raise ConversationFormatError(f"`messages` must be a list, found {json_type(raw_messages)}.")
-    tools = _parse_tools(row)
-    system = row.get("system_prompt")
-    messages: list[FinetuningMessage] = []
-    if system is not None:
-        if not isinstance(system, str):
-            raise ConversationFormatError(f"`system_prompt` must be a string, found {json_type(system)}.")
-        messages.append(SystemMessage(content=system))
-    for raw_message in raw_messages:
-        message = _parse_message(raw_message)
+    tools = parse_tools(row, unread)
+    system = _system_prompt(row, unread)
+    messages: list[FinetuningMessage] = [] if system is None else [SystemMessage(content=system)]
+    only_last = _only_last(row) or tools is not None
+    for number, raw_message in enumerate(raw_messages, start=1):
+        message = _parse_message(raw_message, only_last and number < len(raw_messages), unread)
         if isinstance(message, SystemMessage) and any(isinstance(other, SystemMessage) for other in messages):
-            raise MessageFormatError("Multiple messages with role 'system' encountered; only one is allowed.")
+            raise MessageFormatError(
+                "Multiple messages with role 'system' encountered; only one is allowed (the row's own prompt counts)."
+            )
         messages.append(message)
-    return Conversation(messages, tools, only_last=bool(row.get("only_last")) or tools is not None)
+    return Conversation(messages, tools, only_last, unread)
 
 
-def pretrain_text(row: dict[str, Any]) -> str:
-    """Return the text of a pretrain row.
+def _only_last(row: dict[str, Any]) -> bool:
+    only_last = row.get("only_last")
+    if only_last not in (None, 0, 1):
+        raise ConversationFormatError(f"`only_last` must be true or false, found {json_type(only_last)}.")
+    return bool(only_last)
+
+
+def _system_prompt(row: dict[str, Any], unread: set[str]) -> str | list[ContentChunk] | None:
+    """Return the system prompt that the row itself has: `system_prompt`, or the `system` of other tools."""
+    prompt, system = row.get("system_prompt"), row.get("system") or None  # other tools write "" for none
+    if prompt is not None and system is not None:
+        raise ConversationFormatError(
+            "The row has both `system_prompt` and `system`; there can be only one of the two."
+        )
+    key, value = ("system", system) if prompt is None else ("system_prompt", prompt)
+    return None if value is None else _content(value, f"`{key}`", ConversationFormatError, unread)
+
+
+def pretrain_text(row: dict[str, Any], unread: set[str] | None = None) -> str:
+    """Return the text of a pretrain row; add the names of its metadata to `unread`.
 
     Raises:
         PretrainFormatError: there is no text, there are two, or it is not a string.
     """
+    check_keys(row, PRETRAIN_KEYS, set() if unread is None else unread)
     text = _one_of(row, ("text", "content"), "The row", PretrainFormatError)
     if not isinstance(text, str):
         raise PretrainFormatError(f"The text must be a string, found {json_type(text)}.")
@@ -95,151 +115,134 @@ def message_weight(message: FinetuningMessage | AssistantMessage) -> bool | floa
     return weight if 0 < weight < 1 else weight == 1
 
 
+def message_text(message: FinetuningMessage) -> str:
+    """Return the content of a message, its parts joined; "" if it has none."""
+    if isinstance(message.content, list):
+        return "".join(part.text for part in message.content if isinstance(part, TextChunk))
+    return message.content or ""
+
+
 def _one_of(item: dict[str, Any], keys: tuple[str, str], what: str, error: type[RowError]) -> Any:
     first, second = keys
     if first in item and second in item:
-        raise error(f"{what} contains both a '{first}' and a '{second}' key; there can be only one of the two.")
+        raise error(f"{what} contains both a '{first}' and {_a(second)} key; there can be only one of the two.")
     if item.get(first) is None and item.get(second) is None:
-        raise error(f"{what} contains neither a '{first}' nor a '{second}' key with a value; its keys: {_keys(item)}.")
+        names = key_names(item)
+        raise error(f"{what} contains neither a '{first}' nor {_a(second)} key with a value; its keys: {names}.")
     return item[first] if first in item else item[second]
 
 
-def _keys(item: dict[str, Any]) -> str:
-    return ", ".join(item)[:_MAX_KEYS_LENGTH] or "none"
+def _a(key: str) -> str:
+    return f"an '{key}'" if key[0] in "aeiou" else f"a '{key}'"
 
 
-def _parse_tools(row: dict[str, Any]) -> list[Tool] | None:
-    """Return None for a row without tools. An empty `available_tools` counts as tools, an empty `tools` does not."""
-    if "tools" in row and "available_tools" in row:
-        raise ConversationFormatError(
-            "The conversation contains both an `available_tools` and a `tools` key; there can be only one of the two."
-        )
-    raw_tools = row.get("available_tools") if "available_tools" in row else row.get("tools") or None
-    if raw_tools is None:
-        return None
-    if not isinstance(raw_tools, list):
-        raise ConversationFormatError(f"`tools` must be a list, found {json_type(raw_tools)}.")
-    return [_parse_tool(raw_tool) for raw_tool in raw_tools]
-
-
-def _parse_tool(raw_tool: Any) -> Tool:
-    function = raw_tool.get("function") if isinstance(raw_tool, dict) else None
-    if not isinstance(function, dict):
-        raise ConversationFormatError("A tool must be an object with a 'function' object in it.")
-    if raw_tool.get("type", "function") != "function":
-        raise ConversationFormatError(f"A tool's `type` is {quoted(raw_tool['type'])}; only 'function' can be trained.")
-    for key in ("name", "description", "parameters"):
-        if key not in function:
-            raise ConversationFormatError(
-                f"The function of a tool does not have a '{key}' key; its keys: {_keys(function)}."
-            )
-    if not isinstance(function["parameters"], dict):
-        raise ConversationFormatError(
-            f"The 'parameters' of a tool's function must be an object, found {json_type(function['parameters'])}; "
-            "write {} for a function without parameters."
-        )
-    return _build(Tool, "A tool", ConversationFormatError, function=function)
-
-
-def _parse_message(raw: Any) -> FinetuningMessage:
+def _parse_message(raw: Any, is_context: bool, unread: set[str]) -> FinetuningMessage:
     if not isinstance(raw, dict):
         raise MessageFormatError(f"A message must be an object, found {json_type(raw)}.")
     if "role" not in raw:
-        raise MessageFormatError(f"A message does not contain a 'role' key; its keys: {_keys(raw)}.")
-    role = raw["role"]
-    if role == "assistant":
-        return _parse_assistant_message(raw)
-    if role not in ("system", "user", "tool"):
-        raise MessageFormatError(f"A message has the role {quoted(role)}; expected system, user, assistant or tool.")
-    content = _one_of(raw, ("content", "text"), f"A {role} message", MessageFormatError)
-    if raw.get("tool_calls"):
-        raise MessageFormatError(f"A {role} message has 'tool_calls'; only an assistant message can have them.")
-    if role == "system":
-        return SystemMessage(content=_string(content, role))
-    if role == "user":
-        return UserMessage(content=_string_or_chunks(content))
-    return _parse_tool_message(raw, content)
-
-
-def _parse_tool_message(raw: dict[str, Any], content: Any) -> ToolMessage:
-    if "tool_call_id" not in raw:
-        raise MessageFormatError(f"A tool message does not contain a 'tool_call_id' key; its keys: {_keys(raw)}.")
-    if not isinstance(raw["tool_call_id"], str):
+        raise MessageFormatError(f"A message does not contain a 'role' key; its keys: {key_names(raw)}.")
+    role = "system" if raw["role"] == "developer" else raw["role"]  # OpenAI's newer name
+    keys = MESSAGE_KEYS.get(role) if isinstance(role, str) else None
+    if keys is None:
+        remedy = f" ({REFORMAT})" if role in _CONVERTED_ROLES else ""
         raise MessageFormatError(
-            f"A tool message's 'tool_call_id' must be a string, found {json_type(raw['tool_call_id'])}."
+            f"A message has {_unknown_role(role)}; expected system, user, assistant or tool{remedy}."
         )
-    return _build(
-        ToolMessage,
-        "A tool message",
-        MessageFormatError,
-        content=_string(content, "tool"),
-        tool_call_id=raw["tool_call_id"],
-        name=raw.get("name"),
-    )
+    check_keys(raw, keys, unread)
+    if role == "assistant":
+        return _parse_assistant_message(raw, is_context, unread)
+    if trained := [key for key in ("weight", *TRAIN_FLAGS) if raw.get(key) not in (None, 0)]:
+        raise MessageFormatError(f"{keys.what} has `{trained[0]}`; only assistant messages can be trained.")
+    content = _one_of(raw, ("content", "text"), keys.what, MessageFormatError)
+    if role == "tool" and isinstance(content, dict):
+        raise MessageFormatError(f"The content of a tool message must be a string, found an object; {REFORMAT}.")
+    content = _content(content, f"The content of {_lower_first(keys.what)}", MessageFormatError, unread)
+    if role == "system":
+        return SystemMessage(content=content)
+    if role == "user":
+        return UserMessage(content=content)
+    return _tool_message(raw, content)
 
 
-def _parse_assistant_message(raw: dict[str, Any]) -> FinetuningAssistantMessage:
-    calls = raw.get("tool_calls")
+def _unknown_role(role: Any) -> str:
+    """Quote a role that other tools use, or a misspelled one; any other may be the content, swapped with the role."""
+    if not isinstance(role, str):
+        return f"a role that is {json_type(role)}"
+    if difflib.get_close_matches(role.lower(), [*MESSAGE_KEYS, *_FOREIGN_ROLES], n=1, cutoff=0.8):
+        return f"the role {role!r}"
+    return f"a role of {len(role):,} characters"
+
+
+def _lower_first(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+def _tool_message(raw: dict[str, Any], content: str | list[ContentChunk]) -> ToolMessage:
+    call_id, name = raw.get("tool_call_id"), raw.get("name")
+    if not isinstance(call_id, str):
+        raise MessageFormatError(
+            f"A tool message must have a 'tool_call_id' key with a string, found {json_type(call_id)}; {REFORMAT}."
+        )
+    if not isinstance(name, str | None):
+        raise MessageFormatError(f"The 'name' of a tool message must be a string, found {json_type(name)}.")
+    return ToolMessage(content=content, tool_call_id=call_id, name=name or None)
+
+
+def _parse_assistant_message(raw: dict[str, Any], is_context: bool, unread: set[str]) -> FinetuningAssistantMessage:
+    raw_calls = raw.get("tool_calls")
+    calls = None if raw_calls is None else parse_tool_calls(raw_calls, is_context, unread)
     content = None
     if not calls or raw.get("content") is not None or raw.get("text") is not None:
-        content = _string(_one_of(raw, ("content", "text"), "An assistant message", MessageFormatError), "assistant")
-    return _build(
-        FinetuningAssistantMessage,
-        "An assistant message",
-        MessageFormatError,
-        content=content,
-        tool_calls=None if calls is None else _parse_tool_calls(calls),
-        weight=raw.get("weight"),
-    )
+        content = _one_of(raw, ("content", "text"), "An assistant message", MessageFormatError)
+        content = _content(content, "The content of an assistant message", MessageFormatError, unread)
+    return FinetuningAssistantMessage(content=content, tool_calls=calls, weight=_weight(raw))
 
 
-def _parse_tool_calls(raw_calls: Any) -> list[dict[str, Any]]:
-    if not isinstance(raw_calls, list):
-        raise MessageFormatError(f"'tool_calls' must be a list, found {json_type(raw_calls)}.")
-    calls = []
-    for raw_call in raw_calls:
-        if not isinstance(raw_call, dict):
-            raise MessageFormatError(f"A tool call must be an object, found {json_type(raw_call)}.")
-        call_id, function = raw_call.get("id"), raw_call.get("function")
-        if not isinstance(call_id, str):
-            raise MessageFormatError(f"A tool call must have an 'id' that is a string, found {json_type(call_id)}.")
-        if not isinstance(function, dict):
-            raise MessageFormatError("A tool call must have a 'function' object with a name and arguments.")
-        for key in ("name", "arguments"):
-            if not isinstance(function.get(key), str):
-                found = json_type(function.get(key))
-                raise MessageFormatError(
-                    f"The function of a tool call must have {_a(repr(key))} that is a string, found {found}."
-                )
-        calls.append({"id": call_id, "function": {"name": function["name"], "arguments": function["arguments"]}})
-    return calls
+def _weight(raw: dict[str, Any]) -> float | None:
+    """Return the weight that a message states, as a number or as a flag; None if it states none.
+
+    Raises:
+        MessageFormatError: a value of another type, or values that contradict each other.
+    """
+    weight = None if raw.get("weight") is None else _number(raw["weight"])
+    flags = {key: raw[key] for key in TRAIN_FLAGS if raw.get(key) is not None}
+    for key, flag in flags.items():
+        if flag not in (0, 1):
+            raise MessageFormatError(f"`{key}` of an assistant message must be true or false, found {json_type(flag)}.")
+    stated = {key: bool(value) for key, value in flags.items()}
+    if weight is not None:
+        stated["weight"] = weight != 0
+    if len(set(stated.values())) > 1:
+        keys = ", ".join(f"`{key}`" for key in stated)
+        raise MessageFormatError(f"The keys {keys} of an assistant message contradict each other.")
+    return 0.0 if weight is None and False in stated.values() else weight
 
 
-def _string(content: Any, role: str) -> str:
-    if not isinstance(content, str):
-        raise MessageFormatError(f"The content of {_a(role)} message must be a string, found {json_type(content)}.")
-    return content
-
-
-def _string_or_chunks(content: Any) -> str | list[ContentChunk]:
-    """A user's content may be a list of text chunks, which are encoded one by one, without a separator."""
-    if not isinstance(content, list):
-        return _string(content, "user")
-    if not all(isinstance(chunk, dict) and isinstance(chunk.get("text"), str) for chunk in content):
-        raise MessageFormatError("The content of a user message must be a string or a list of text chunks.")
-    return [TextChunk(text=chunk["text"]) for chunk in content]
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word.lstrip("'")[0] in "aeiou" else f"a {word}"
-
-
-def _build(cls: type[_ModelT], what: str, error: type[RowError], **values: Any) -> _ModelT:
-    """Build a mistral-common object; turn pydantic's error into one sentence."""
+def _number(weight: Any) -> float:
     try:
-        return cls(**values)
-    except ValidationError as invalid:
-        first = invalid.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        found = quoted(str(first["input"])[:40])
-        raise error(f"{what} has an invalid `{where}`: {first['msg']}, found {found}.") from None
+        return float(weight)
+    except (TypeError, ValueError, OverflowError):
+        raise MessageFormatError(
+            f"An assistant message has an invalid `weight`: expected a number from 0 to 1, found {shown(weight)}."
+        ) from None
+
+
+def _content(value: Any, what: str, error: type[RowError], unread: set[str]) -> str | list[ContentChunk]:
+    """Return a string, or the chunks of a text that is written as a list of them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise error(f"{what} must be a string, found {json_type(value)}.")
+    texts = [_text_of_chunk(chunk, what, error, unread) for chunk in value]
+    return "".join(texts) if len(texts) < 2 else [TextChunk(text=text) for text in texts]
+
+
+def _text_of_chunk(chunk: Any, what: str, error: type[RowError], unread: set[str]) -> str:
+    if not isinstance(chunk, dict):
+        raise error(f"{what} must be a string or a list of text chunks, found a list with {json_type(chunk)} in it.")
+    if (chunk.get("type") or "text") != "text":
+        raise error(f"{what} has a chunk of the type {shown(chunk['type'])}; expected text chunks only.")
+    check_keys(chunk, CHUNK_KEYS, unread)
+    if not isinstance(chunk.get("text"), str):
+        raise error(f"{what} has a chunk without a 'text' that is a string; its keys: {key_names(chunk)}.")
+    return chunk["text"]

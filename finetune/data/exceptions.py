@@ -31,7 +31,10 @@ class ConversationFormatError(RowError):
 
 class MessageFormatError(RowError):
     kind = "Message format errors"
-    hint = "A message has a `role` (system, user, assistant, tool) and either `content` or `text`."
+    hint = (
+        "A message has a `role` (system, user, assistant, tool) and either `content` or `text`; docs/data.md lists the "
+        "keys that are read."
+    )
 
 
 class PretrainFormatError(RowError):

@@ -2,11 +2,12 @@
 
 import collections
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from model.errors import UserError, quoted
+from model.errors import UserError
 from model.file_kinds import looks_like
 
 from .exceptions import BadRowError, JsonError, RowError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 MAX_ROW_BYTES = 1 << 24  # the longest notes have about 100 kB; more is a file without line ends
 _MAX_DEPTH = 100  # nesting of objects and lists: far below the recursion limit of Python's own functions
 _TOO_DEEP = f"Its JSON is nested too deeply, more than {_MAX_DEPTH} levels."
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}")
 _BLOCK = 1 << 20  # bytes read at a time while searching for line ends: fits into a core's cache
 
 
@@ -91,7 +93,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8")
         if not text.strip():
             raise JsonError("The line is blank.")
-        row = json.loads(text, object_pairs_hook=_unique_keys)
+        row = json.loads(text, object_pairs_hook=unique_keys)
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # raises for unpaired surrogates
     except UnicodeDecodeError as error:
@@ -127,6 +129,18 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def is_identifier(text: str) -> bool:
+    """Return whether a string is short and looks like a name: messages quote no others, which may be text of a note."""
+    return _IDENTIFIER.fullmatch(text) is not None
+
+
+def shown(value: Any, quote: str = "'") -> str:
+    """Return a value for a message: an identifier in quotes, of anything else only what it is."""
+    if not isinstance(value, str):
+        return json_type(value)
+    return f"{quote}{value}{quote}" if is_identifier(value) else f"a string of {len(value):,} characters"
+
+
 def _not_json(line: bytes, reason: str) -> JsonError:
     kind = looks_like(line)
     return JsonError(f"It begins like {kind}, not like a row of jsonl." if kind else reason)
@@ -141,10 +155,11 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raise JsonError if a key is repeated."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name, count in collections.Counter(names).items() if count > 1)
-        raise JsonError(f"The key {quoted(repeated)} is repeated.")
+        raise JsonError(f"The key {shown(repeated)} is repeated.")
     return unique

@@ -2,10 +2,10 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+import re
 from typing import Any
 
-from mistral_common.exceptions import MistralCommonException
+from mistral_common.exceptions import InvalidToolSchemaException, MistralCommonException
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     FinetuningAssistantMessage,
@@ -18,11 +18,17 @@ from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest, ModelSettings
 from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
-from mistral_common.tokens.tokenizers.base import Tokenizer
+from mistral_common.tokens.tokenizers.base import Tokenizer, TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
-from .conversation import Conversation, message_weight, parse_conversation, pretrain_text
+from .conversation import Conversation, message_text, message_weight, parse_conversation, pretrain_text
 from .exceptions import ConversationFormatError, RowError
+from .keys import REFORMAT
+from .rows import shown
+from .tools import require_function_name
+
+_CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_NO_ID = "null"  # mistral-common's default
 
 
 class SampleType(enum.StrEnum):
@@ -71,12 +77,12 @@ class SampleEncoder:
             return self._encode_request(request, conversation.only_last)
         except MistralCommonException as error:
             raise ConversationFormatError(str(error)) from error
-        except RecursionError as error:  # of JSON inside a string: a call's arguments
-            raise ConversationFormatError("The arguments of a tool call are nested too deeply.") from error
+        except RecursionError as error:  # of JSON inside a string: a call's arguments, a tool's answer
+            raise ConversationFormatError("JSON inside a string is nested too deeply.") from error
         except RowError:
             raise
-        except (ValueError, AssertionError, TypeError) as error:
-            raise RowError(str(error)) from error
+        except (ValueError, AssertionError, TypeError) as error:  # whose messages may quote the row
+            raise RowError(f"The tokenizer refuses it ({type(error).__name__}).") from error
 
     def encode_prompt(self, messages: list[FinetuningMessage], tools: list[Tool] | None = None) -> list[int]:
         """Encode the messages before an answer: exactly the tokens that precede it in training.
@@ -91,18 +97,36 @@ class SampleEncoder:
 
     def _validated_request(self, conversation: Conversation) -> InstructRequest:
         messages = conversation.messages
+        version = self.instruct_tokenizer.tokenizer.version.version_num
+        # Before mistral-common does, whose messages quote ids, names and schemas.
+        _check_tool_calls(messages, ids_are_free=version >= 13 or version < 3)
         self._validator.validate_messages([_without_weight(message) for message in messages])
         for tool in conversation.tools or []:
-            self._validator._validate_function(tool.function)
-        _check_tool_call_ids(messages)
+            self._check_schema(tool)
+        if conversation.only_last:
+            messages = _apart_from_last(messages)
         return self._request([*messages[:-1], self._without_call_ids(messages[-1])], conversation.tools)
 
+    def _check_schema(self, tool: Tool) -> None:
+        try:
+            self._validator._validate_function(tool.function)
+        except InvalidToolSchemaException:
+            raise ConversationFormatError(
+                f"Invalid tool schema: the `parameters` of {shown(tool.function.name)} are not JSON Schema (draft 7)."
+            ) from None
+
     def _request(self, messages: list[FinetuningMessage], tools: list[Tool] | None) -> InstructRequest:
+        version = self.instruct_tokenizer.tokenizer.version
+        if tools and version == TokenizerVersion.v1:
+            raise ConversationFormatError("Tools not implemented for tokenizer V1: `tools` would be lost.")
+        if tools and not any(isinstance(message, UserMessage) for message in messages):
+            raise ConversationFormatError("The tools would be lost: there is no user message to carry them.")
         if self._normalizer is not None:
             request = ChatCompletionRequest[FinetuningMessage](messages=messages, tools=tools)
             return self._normalizer.from_chat_completion_request(request)
         # Up to v3 the system prompt is part of a user message. Consecutive messages of one role are not merged, as in
         # mistral-finetune.
+        messages = [_joined(message, version) for message in messages]
         system = next((str(message.content) for message in messages if isinstance(message, SystemMessage)), None)
         if system and not any(isinstance(message, UserMessage) for message in messages):
             raise ConversationFormatError("The system message would be lost: there is no user message to carry it.")
@@ -182,19 +206,63 @@ def _without_weight(message: FinetuningMessage) -> FinetuningMessage:
     return message.model_copy(update={"weight": None})
 
 
-def _check_tool_call_ids(messages: Iterable[FinetuningMessage]) -> None:
-    """Check that each tool message answers an earlier call, which mistral-common does not.
+def _joined(message: FinetuningMessage, version: TokenizerVersion) -> FinetuningMessage:
+    """Join the parts of a text, which encoders up to v3 do not; v3 encodes those of a user message one by one."""
+    if not isinstance(message.content, list) or (isinstance(message, UserMessage) and version == TokenizerVersion.v3):
+        return message
+    return message.model_copy(update={"content": message_text(message)})
+
+
+def _apart_from_last(messages: list[FinetuningMessage]) -> list[FinetuningMessage]:
+    """Give answers just before the last one the weight 0, so that mistral-common does not merge them with it."""
+    messages = list(messages)
+    for index in range(len(messages) - 2, -1, -1):
+        if not isinstance(messages[index], AssistantMessage):
+            break
+        messages[index] = messages[index].model_copy(update={"weight": 0.0})
+    return messages
+
+
+def _check_tool_calls(messages: list[FinetuningMessage], ids_are_free: bool) -> None:
+    """Check that assistant messages say something, and the names and ids of calls, each of which has one answer.
+
+    Args:
+        messages: of a conversation.
+        ids_are_free: whether the tokenizer encodes no ids, so that they may be any string.
 
     Raises:
-        ConversationFormatError: an id that matches no earlier call.
+        ConversationFormatError: what is wrong, and what was expected.
     """
     called: set[str] = set()
+    unanswered: set[str] = set()  # calls of the last assistant message
     for message in messages:
-        if isinstance(message, ToolMessage) and message.tool_call_id not in called:
-            raise ConversationFormatError(
-                f"A tool message answers the call {message.tool_call_id!r}, which no earlier assistant message makes."
-            )
-        for call in (message.tool_calls if isinstance(message, AssistantMessage) else None) or []:
-            if len(call.id) != len(call.id.strip()):
-                raise ConversationFormatError(f"The tool call id {call.id!r} has blanks around it.")
-            called.add(call.id)
+        if isinstance(message, ToolMessage):
+            call_id = str(message.tool_call_id)
+            if message.name is not None:
+                require_function_name(message.name)
+            if call_id not in unanswered:
+                why = "is answered already" if call_id in called else "no earlier assistant message makes"
+                raise ConversationFormatError(f"A tool message answers the call {shown(call_id)}, which {why}.")
+            unanswered.remove(call_id)
+        elif isinstance(message, AssistantMessage):
+            if not message_text(message) and not message.tool_calls:
+                raise ConversationFormatError("Assistant message must have either content or tool_calls.")
+            unanswered = set()
+            for call in message.tool_calls or []:
+                require_function_name(call.function.name)
+                _check_call_id(call.id, ids_are_free)
+                if call.id in unanswered and call.id != _NO_ID:
+                    raise ConversationFormatError(
+                        f"Two calls of an assistant message have the id {shown(call.id)}; each needs its own."
+                    )
+                unanswered.add(call.id)
+            called |= unanswered
+
+
+def _check_call_id(call_id: str, ids_are_free: bool) -> None:
+    if len(call_id) != len(call_id.strip()):
+        raise ConversationFormatError(f"The tool call id {shown(call_id)} has blanks around it.")
+    if not ids_are_free and call_id != _NO_ID and not _CALL_ID.fullmatch(call_id):
+        raise ConversationFormatError(
+            f"Tool call id was {shown(call_id, quote='')} but must be a-z, A-Z, 0-9, with a length of 9 ({REFORMAT})."
+        )

@@ -45,6 +45,8 @@ GOLDEN_FILES = (
 )
 # Invalid for mistral-finetune, valid for us or for current mistral-common.
 VALID_BAD_FILES = {"system_content_empty", "user_after_tool", "only_last_null", "tool_call_parallel_then_answer"}
+VALID_BAD_FILES |= {"assistant_content_list", "system_content_list"}
+VALID_BAD_FILES |= {"tool_function_missing", "tool_parameters_missing", "tool_parameters_null"}  # OpenAI's spellings
 
 CALL = {"id": "abcdefghi", "function": {"name": "meteo", "arguments": '{"ville": "Brest"}'}}
 TOOL = {"type": "function", "function": {"name": "meteo", "description": "Le temps", "parameters": {}}}
@@ -356,14 +358,18 @@ MALFORMED = {
     "a list": (b"[]", JsonError, "Expected a JSON object, found a list"),
     "null": (b"null", JsonError, "Expected a JSON object, found null"),
     "a key twice": (b'{"messages": [], "messages": []}', JsonError, "'messages' is repeated"),
-    "no messages": (without("messages"), ConversationFormatError, "neither a 'messages' nor a 'interactions'"),
-    "both names": (changed("interactions", to=[]), ConversationFormatError, "both a 'messages' and a 'interactions'"),
+    "no messages": (without("messages"), ConversationFormatError, "neither a 'messages' nor an 'interactions'"),
+    "both names": (changed("interactions", to=[]), ConversationFormatError, "both a 'messages' and an 'interactions'"),
     "messages no list": (changed("messages", to="x"), ConversationFormatError, "must be a list, found a string"),
     "no message": (changed("messages", to=[]), ConversationFormatError, "at least one message"),
     "message no object": (changed("messages", 1, to="x"), MessageFormatError, "must be an object, found a string"),
     "no role": (without("messages", 1, "role"), MessageFormatError, "does not contain a 'role' key; its keys: content"),
     "unknown role": (changed("messages", 1, "role", to="human"), MessageFormatError, "'human'; expected system"),
-    "role no text": (changed("messages", 1, "role", to={}), MessageFormatError, "the role {}; expected system"),
+    "role no text": (
+        changed("messages", 1, "role", to={}),
+        MessageFormatError,
+        "a role that is an object",
+    ),
     "no content": (without("messages", 1, "content"), MessageFormatError, "neither a 'content' nor a 'text'"),
     "content and text": (changed("messages", 1, "text", to="x"), MessageFormatError, "both a 'content' and a 'text'"),
     "content a number": (
@@ -388,8 +394,11 @@ MALFORMED = {
         ConversationFormatError,
         "A tool message answers|blanks around it",
     ),
-    "arguments no text": (changed(*CALL_PATH, "function", "arguments", to={}), MessageFormatError, "'arguments' that"),
-    "function name": (changed(*CALL_PATH, "function", "name", to="a b"), ConversationFormatError, "name was a b"),
+    "function name": (
+        changed(*CALL_PATH, "function", "name", to="a b"),
+        ConversationFormatError,
+        "was a string of 3",
+    ),
     "calls no list": (changed("messages", 4, "tool_calls", to=CALL), MessageFormatError, "must be a list"),
     "answer without id": (without("messages", 5, "tool_call_id"), MessageFormatError, "'tool_call_id' key"),
     "answer to no call": (
@@ -408,7 +417,11 @@ MALFORMED = {
         ConversationFormatError,
         "only 'function' can be trained",
     ),
-    "no parameters": (without("tools", 0, "function", "parameters"), ConversationFormatError, "'parameters' key"),
+    "parameters no object": (
+        changed("tools", 0, "function", "parameters", to="{}"),
+        ConversationFormatError,
+        "must be an object, found a string",
+    ),
     "schema": (
         changed("tools", 0, "function", "parameters", to={"type": "objet"}),
         ConversationFormatError,

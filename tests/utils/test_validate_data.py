@@ -134,7 +134,7 @@ BAD_ROWS = {
     "answer to no call": (calls(answers="zzzzzzzzz"), "Conversation format errors", "zzzzzzzzz"),  # V9
     "bad call id": (calls("ping", "a-b", "a-b"), "Conversation format errors", "a-b"),
     "id with a line end": (calls("ping", "aB3dE6gH9\n", "aB3dE6gH9\n"), "Conversation format errors", "id"),  # V9
-    "bad function name": (calls("p ng"), "Conversation format errors", "p ng"),
+    "bad function name": (calls("p ng"), "Conversation format errors", "Function name was a string of 4 characters"),
     "retrieval": (calls(tools=(PING | {"type": "retrieval"},)), "Conversation format errors", "retrieval"),  # V9
     "no call before": (
         GOOD.replace('"user", ', '"tool", "tool_call_id": "aB3dE6gH9", '),
@@ -165,8 +165,13 @@ def test_bad_pretrain_row_is_reported_with_its_line(command, bad):  # V3
     assert command.bad_lines() == [("p.jsonl", 2)]
 
 
-# Accepted by mistral-finetune and by us; the last one because mistral-common accepts it.
+# Accepted by mistral-finetune or by mistral-common, or read by us: text chunks in any role, OpenAI's tools.
 ACCEPTED = {
+    "assistant_content_list",
+    "system_content_list",
+    "tool_function_missing",
+    "tool_parameters_missing",
+    "tool_parameters_null",
     "system_content_empty",
     "only_last_null",
     "tool_call_parallel_then_answer",

@@ -18,6 +18,8 @@ from utils.validation.data_statistics import SourceStatistics
 from utils.validation.findings import Findings
 
 _DATASET_ERRORS = ("Dataset errors", "A dataset needs at least one row for each GPU, and trained tokens.")
+_KEYS_SHOWN = 10  # of the keys that are not read
+_KEYS_KEPT = 1000  # keys may be different in each row
 _WARNINGS = ("Check these", "They can be trained on, but may not be what you want.")
 
 
@@ -44,6 +46,8 @@ class CheckedFile:
     rows: JsonlFile
     reported: bool  # whether its errors are reported here; false if another dataset reports them
     training: int = 0  # rows with trained tokens
+    with_unread_keys: int = 0  # good rows
+    unread: set[str] = dataclasses.field(default_factory=set)  # names of their keys that are not read
     bad_rows: "array[int]" = dataclasses.field(default_factory=lambda: array("Q"))  # counted from 0
 
 
@@ -104,12 +108,19 @@ class Validation:
         path = file.rows.path
         file.dataset.statistics.add(checked.samples, checked.chunks)
         file.training += checked.training
+        file.with_unread_keys += checked.with_unread_keys
+        if len(file.unread) < _KEYS_KEPT:
+            file.unread |= checked.unread
         file.bad_rows.extend(line - 1 for line, _ in checked.errors)
         if file.reported:
             for line, error in checked.errors:
                 self.errors.add(error.kind, error.hint, str(BadRowError(path, line, error)))
             for line, warning in checked.warnings:
                 self.warnings.add(*_WARNINGS, f"The data in line {line} of dataset {path}: {warning}")
+
+    def unread_keys(self) -> list[str]:
+        """Return a sentence for each file whose rows have keys that are not read."""
+        return [_unread_keys(file) for file in self.files if file.reported and file.unread]
 
     def check_sizes(self, num_gpus: int) -> None:
         """Report files and datasets with too few rows to train on. Call it after `check_rows`."""
@@ -123,3 +134,10 @@ class Validation:
             if not dataset.is_eval and 0 < rows < num_gpus:
                 message = f"The dataset {dataset.name} has {rows} rows, too few for one on each of {num_gpus} GPUs."
                 self.errors.add(*_DATASET_ERRORS, message)
+
+
+def _unread_keys(file: CheckedFile) -> str:
+    names = [f"`{name}`" for name in sorted(file.unread)]
+    more = [f"{len(names) - _KEYS_SHOWN:,} more"] if len(names) > _KEYS_SHOWN else []
+    rows = f"{file.with_unread_keys:,} rows have" if file.with_unread_keys > 1 else "1 row has"
+    return f"{file.rows.path}: {rows} keys that are not read: {', '.join(names[:_KEYS_SHOWN] + more)}."

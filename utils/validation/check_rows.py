@@ -17,11 +17,13 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMess
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.data.args import DataArgs
-from finetune.data.conversation import Conversation, chunk_ends, parse_conversation, pretrain_text
+from finetune.data.conversation import Conversation, chunk_ends, message_text, parse_conversation, pretrain_text
 from finetune.data.dataset import JsonlFile
 from finetune.data.exceptions import BadRowError, RowError
+from finetune.data.rows import shown
 from finetune.data.shorten import FittingEncoder
 from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample
+from finetune.data.tools import read_arguments
 from model.errors import UserError
 from utils.validation.packing_forecast import PackedSample
 
@@ -60,6 +62,8 @@ class CheckedRows:
     chunks: list[PackedSample] = dataclasses.field(default_factory=list)  # shorter conversations made of them
     errors: list[tuple[int, RowError]] = dataclasses.field(default_factory=list)
     warnings: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    with_unread_keys: int = 0  # good rows
+    unread: set[str] = dataclasses.field(default_factory=set)  # names of their keys that are not read
 
 
 class RecordingEncoder(SampleEncoder):
@@ -83,13 +87,16 @@ class RecordingEncoder(SampleEncoder):
         self.samples: list[PackedSample] = []
         self.chunks: list[PackedSample] = []
         self.warnings: list[str] = []  # about the last row
+        self.with_unread_keys = 0
+        self.unread: set[str] = set()
 
     def encode(self, row: dict[str, Any], sample_type: SampleType) -> TokenSample:
         """Encode a row like `SampleEncoder.encode`. Nothing is recorded of a row that raises an error."""
         chunks: list[PackedSample] = []
+        unread: set[str] = set()
         self.warnings = []
         if sample_type is SampleType.PRETRAIN:
-            sample = self.encode_text(pretrain_text(row))
+            sample = self.encode_text(pretrain_text(row, unread))
             packed = self._packed(sample, lambda: self._fitting.encode(row, sample_type))
         else:
             conversation = parse_conversation(row)
@@ -98,6 +105,7 @@ class RecordingEncoder(SampleEncoder):
             if self._chunk:
                 chunks = [self._packed_chunk(conversation, keep) for keep in chunk_ends(conversation)]
             self.warnings = find_warnings(conversation)
+            unread = conversation.unread
         if not packed.trained:
             self.warnings.append("It has no trained token: each answer that would be trained has `weight` 0.")
         elif self._packs_whole and not packed.fitted:
@@ -110,6 +118,8 @@ class RecordingEncoder(SampleEncoder):
             self.training += 1
         self.samples.append(packed)
         self.chunks += chunks
+        self.with_unread_keys += bool(unread)
+        self.unread |= unread
         return sample
 
     def _packed_chunk(self, conversation: Conversation, keep: int) -> PackedSample:
@@ -132,12 +142,34 @@ def find_warnings(conversation: Conversation) -> list[str]:
     """Return what mistral-common accepts, but is probably a mistake."""
     declared = {tool.function.name for tool in conversation.tools or []}
     answers = (message for message in conversation.messages if isinstance(message, AssistantMessage))
-    called = {call.function.name for message in answers for call in message.tool_calls or []}
+    calls = [call for message in answers for call in message.tool_calls or []]
+    called = {call.function.name for call in calls}
     undeclared = sorted(called - declared)
-    found = [f"It calls the function {name!r}, which its tools do not declare." for name in undeclared]
+    found = [f"It calls the function {shown(name)}, which its tools do not declare." for name in undeclared]
+    found += [warning for call in calls if (warning := _argument_warning(call.function.arguments))]
+    found += _blank_messages(conversation)
     for before, message in zip(conversation.messages, conversation.messages[1:]):
         if isinstance(before, ToolMessage) and isinstance(message, UserMessage):
             found.append("A user message follows a tool message without an assistant message in between.")
+    return found
+
+
+def _argument_warning(arguments: str) -> str | None:
+    """Return what is wrong with arguments that are accepted as context only."""
+    try:
+        read_arguments(arguments)
+    except RowError as error:
+        return str(error)
+    return None
+
+
+def _blank_messages(conversation: Conversation) -> list[str]:
+    blank = [message for message in conversation.messages if not message_text(message).strip()]
+    found = []
+    if any(isinstance(message, UserMessage) for message in blank):
+        found.append("A user message is empty or blank.")
+    if any(isinstance(message, AssistantMessage) and not message.tool_calls for message in blank):
+        found.append("An assistant message is blank: it trains an answer that says nothing.")
     return found
 
 
@@ -167,7 +199,14 @@ class RowChecker:
                     checked.warnings += [(entry + 1, warning) for warning in encoder.warnings]
                 except BadRowError as bad:
                     checked.errors.append((bad.line, bad.error))
-        return dataclasses.replace(checked, training=encoder.training, samples=encoder.samples, chunks=encoder.chunks)
+        return dataclasses.replace(
+            checked,
+            training=encoder.training,
+            samples=encoder.samples,
+            chunks=encoder.chunks,
+            with_unread_keys=encoder.with_unread_keys,
+            unread=encoder.unread,
+        )
 
     def check_all(self, workers: int) -> Iterator[CheckedRows]:
         """Check all rows with `workers` processes; yield results in the order of the rows.

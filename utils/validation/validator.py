@@ -179,6 +179,8 @@ def validate_rows(
         if options.create_corrected:
             for file in filter(lambda file: file.reported, validation.files):
                 write_corrected(file)
+        for sentence in validation.unread_keys():
+            print(f"\n{sentence}")
         report_findings(errors, warnings, options.error_report_txt)
         if errors:
             return False

@@ -1,0 +1,206 @@
+"""Which keys of a row are read, which are refused, and which are metadata.
+
+A key that may say what is trained, or that carries content, is read or refused: ignoring it would train something else
+than the row says. So is a misspelled key. All others are metadata, which `utils.validate_data` counts.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from typing import Any
+
+from .exceptions import ConversationFormatError, MessageFormatError, PretrainFormatError, RowError
+from .rows import is_identifier
+
+TRAIN_FLAGS = (
+    "train",
+    "training",
+    "trainable",
+    "loss",
+)  # of axolotl (twice), Tinker; XTuner and ms-swift
+_SIMILARITY = 0.8  # of a misspelled key and a key that is read; "wieght" and "weight" have 0.83
+_LONGEST_NAME = 64  # characters of a key that can be a misspelling
+_NAMES_SHOWN = 20  # keys in a message
+
+_MASK_WORDS = {"train", "trained", "training", "trainable", "loss", "losses", "mask", "masks", "masked", "masking"}
+_MASK_WORDS |= {"unmask", "unmasked", "weight", "weights", "untrained", "learn", "learnable", "supervised"}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of snake_case and camelCase
+
+REFORMAT = "`python -m utils.reformat_data FILE` converts it"
+_TEXT_ONLY = "only text is trained on; remove it, or the row"
+_REASONING = "reasoning is not trained on; put it into `content` or remove it"
+_MESSAGE_MASK = "it may say what is trained, and is not read; use `weight` (0 to 1), or `train` (true or false)"
+_ROW_MASK = "it may say what is trained, and is not read; put `weight` (0 to 1) on the assistant messages"
+_TEXT_MASK = "it may say what is trained, and is not read; every token of a pretrain row is trained on"
+_PREFERENCE = "preference data is not supported; keep only the conversation to train on"
+_SYSTEM = "the system prompt is `system_prompt`, `system` or a system message"
+_LEFT_OUT = "rows and messages are not left out by a key; remove it, or use `weight`"
+_SECOND_CONVERSATION = "only `messages` is read; remove one of the two"
+_ROW_TOOLS = "`tools` belong to the row, not to a message"
+_CONTENT = "it would be lost; the only content of a message is `content` (or `text`)"
+
+
+def _each(keys: str, remedy: str) -> dict[str, str]:
+    return dict.fromkeys(keys.split(), remedy)
+
+
+_MEDIA = _each("image images imageurl imageurls video videos videourl audio audios audiourl inputaudio", _TEXT_ONLY)
+_THOUGHTS = _each("think thought thoughts cot chainofthought", _REASONING)
+_SWITCHES = _each("skip skipped ignore ignored exclude excluded", _LEFT_OUT)
+_ROW_MASKS = "weight weights sampleweight lossweight lossweights loss lossmask lossmasks lossscale mask masks masked "
+_ROW_MASKS += "unmask maskhistory train training trainable dotrain trainoninput trainoninputs trainonprompt"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Keys:
+    """The keys of one kind of object in a row."""
+
+    what: str  # begins a sentence
+    error: type[RowError]
+    groups: tuple[tuple[str, ...], ...]  # keys that are read; those of a group are names of one thing
+    prefix: str = ""  # of metadata in a report
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # folded keys, and why
+    mask: str = ""  # why any other key with a word such as "loss" is refused; "" accepts it
+    always: tuple[str, ...] = ()  # keys whose misspellings are refused even where the key itself is present
+    instead: tuple[str, ...] = ()  # keys whose presence allows `refused` ones
+
+    @functools.cached_property
+    def read(self) -> frozenset[str]:
+        return frozenset(key for group in self.groups for key in group)
+
+    @functools.cached_property
+    def group_of(self) -> dict[str, tuple[str, ...]]:
+        """The group of each folded key."""
+        return {_folded(key): group for group in self.groups for key in group}
+
+
+_CONTENT_KEYS = (("role",), ("content", "text"))
+_WEIGHT_KEYS = (("weight",), *((flag,) for flag in TRAIN_FLAGS))
+_REFUSED_IN_MESSAGES = {
+    **_MEDIA,
+    **_THOUGHTS,
+    **_SWITCHES,
+    **_each("functioncall", REFORMAT),
+    **_each("tools functions availabletools", _ROW_TOOLS),
+    **_each("toolresult toolresults toolresponse toolresponses tooloutput tooloutputs observation refusal", _CONTENT),
+    **_each("prefix partial", "an answer that is only begun cannot be trained; remove it"),
+    "toolcalls": "only an assistant message can have them",
+    "toolcallid": "only a tool message can have it",
+}
+
+
+def _message_keys(what: str, *groups: tuple[str, ...]) -> Keys:
+    return Keys(
+        what,
+        MessageFormatError,
+        (*_CONTENT_KEYS, *_WEIGHT_KEYS, *groups),
+        "messages.",
+        _REFUSED_IN_MESSAGES,
+        _MESSAGE_MASK,
+        always=("weight", *TRAIN_FLAGS),
+    )
+
+
+ROW_KEYS = Keys(
+    "The row",
+    ConversationFormatError,
+    (("messages", "interactions"), ("system_prompt", "system"), ("tools", "available_tools"), ("only_last",)),
+    refused={
+        **_MEDIA,
+        **_SWITCHES,
+        **_each(_ROW_MASKS, _ROW_MASK),
+        **_each("functions functioncall", REFORMAT),
+        **_each("chosen rejected rejectedresponse rejectedmessages preferredoutput nonpreferredoutput", _PREFERENCE),
+        **_each("ktotag", _PREFERENCE),
+        **_each("systemmessage systeminstruction systeminstructions developer developerprompt", _SYSTEM),
+        **_each("conversations", _SECOND_CONVERSATION),
+    },
+)
+PRETRAIN_KEYS = Keys(
+    "The row",
+    PretrainFormatError,
+    (("text", "content"),),
+    refused={**_SWITCHES, **_each(_ROW_MASKS, _TEXT_MASK), **_each("chosen rejected", _PREFERENCE)},
+)
+MESSAGE_KEYS = {
+    "system": _message_keys("A system message"),
+    "user": _message_keys("A user message"),
+    "assistant": _message_keys("An assistant message", ("tool_calls",)),
+    "tool": _message_keys("A tool message", ("tool_call_id",), ("name",)),
+}
+CHUNK_KEYS = Keys(
+    "A chunk of a message", MessageFormatError, (("type",), ("text",)), "messages.content.", _MEDIA, _MESSAGE_MASK
+)
+CALL_KEYS = Keys("A tool call", MessageFormatError, (("id",), ("type",), ("function",)), "tool_calls.")
+CALLED_KEYS = Keys("The function of a tool call", MessageFormatError, (("name",), ("arguments",)), "tool_calls.")
+TOOL_KEYS = Keys("A tool", ConversationFormatError, (("type",), ("function",)), "tools.")
+FUNCTION_KEYS = Keys(
+    "The function of a tool",
+    ConversationFormatError,
+    (("type",), ("name",), ("description",), ("parameters",), ("strict",)),
+    "tools.",
+    _each("inputschema arguments args inputs", "the schema of its arguments is `parameters`"),
+    instead=("parameters",),
+)
+
+
+def check_keys(item: dict[str, Any], keys: Keys, unread: set[str]) -> None:
+    """Add the names of an object's metadata to `unread`.
+
+    Raises:
+        RowError: a key that may say what is trained, that carries content, or that is misspelled.
+    """
+    for key in item.keys() - keys.read:
+        value = item[key]
+        if value is None or value == "" or value == [] or value == {}:
+            continue  # exports of tables fill missing values like this
+        if len(key) <= _LONGEST_NAME:
+            reason, unless = _refusal(keys, key)
+            if reason and not any(item.get(name) is not None for name in unless) and not _is_off(key, value):
+                raise keys.error(f"{keys.what} has the key {_shown(key)}: {reason}")
+        unread.add(f"{keys.prefix}{key}" if is_identifier(key) else f"{keys.prefix}...")
+
+
+def key_names(item: dict[str, Any]) -> str:
+    """Return an object's keys for a message; those that may be text of a note are only counted."""
+    names = [key for key in item if is_identifier(key)][:_NAMES_SHOWN]
+    others = len(item) - len(names)
+    return ", ".join(names + ([f"{others} others" if names else str(others)] if others else [])) or "none"
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Return whether a switch is off, so that it says nothing."""
+    return value is False and _folded(key) in (*_SWITCHES, "prefix", "partial")
+
+
+@functools.lru_cache(maxsize=4096)
+def _refusal(keys: Keys, key: str) -> tuple[str, tuple[str, ...]]:
+    """Return why a key that is not read is refused, "" if it is not, and the keys whose presence allows it."""
+    folded = _folded(key)
+    if folded in keys.group_of:
+        return _meant(keys, folded)
+    if folded in keys.refused:
+        return f"{keys.refused[folded]}.", keys.instead
+    if folded.startswith(("reasoning", "thinking")) and keys.error is not PretrainFormatError:
+        return f"{_REASONING}.", ()
+    similar = difflib.get_close_matches(folded, keys.group_of, n=1, cutoff=_SIMILARITY)
+    if similar:
+        return _meant(keys, similar[0])
+    if keys.mask and not _MASK_WORDS.isdisjoint(word.lower() for word in _WORD.findall(key)):
+        return f"{keys.mask}.", ()
+    return "", ()
+
+
+def _meant(keys: Keys, folded: str) -> tuple[str, tuple[str, ...]]:
+    group = keys.group_of[folded]
+    name = next(name for name in group if _folded(name) == folded)
+    return f"it is not read; did you mean `{name}`?", () if name in keys.always else group
+
+
+def _folded(key: str) -> str:
+    return re.sub(r"[\s_-]", "", key).casefold()
+
+
+def _shown(key: str) -> str:
+    return f"`{key}`" if is_identifier(key) else f"of {len(key)} characters"
