@@ -20,8 +20,11 @@ from .keys import CHUNK_KEYS, MESSAGE_KEYS, PRETRAIN_KEYS, REFORMAT, ROW_KEYS, T
 from .rows import json_type, shown
 from .tools import parse_tool_calls, parse_tools
 
-_CONVERTED_ROLES = ("function", "human", "gpt", "observation")  # by utils.reformat_data
-_FOREIGN_ROLES = (*_CONVERTED_ROLES, "developer", "model", "bot", "ai", "ipython", "chatbot")
+# Roles of other tools: those that utils.reformat_data converts, and others that a message may quote.
+_CONVERTED_ROLES = {"human", "gpt", "chatgpt", "model", "function", "observation", "function_call", "function-call"}
+_CONVERTED_ROLES |= {"tool_call", "tool-call", "function_response", "function-response"}
+_CONVERTED_ROLES |= {"tool_response", "tool-response"}
+_OTHER_ROLES = {"bot", "ai", "ipython", "chatbot", "critic", "environment"}
 
 
 @dataclasses.dataclass
@@ -144,10 +147,7 @@ def _parse_message(raw: Any, is_context: bool, unread: set[str]) -> FinetuningMe
     role = "system" if raw["role"] == "developer" else raw["role"]  # OpenAI's newer name
     keys = MESSAGE_KEYS.get(role) if isinstance(role, str) else None
     if keys is None:
-        remedy = f" ({REFORMAT})" if role in _CONVERTED_ROLES else ""
-        raise MessageFormatError(
-            f"A message has {_unknown_role(role)}; expected system, user, assistant or tool{remedy}."
-        )
+        raise MessageFormatError(f"A message has {_unknown_role(role)}.")
     check_keys(raw, keys, unread)
     if role == "assistant":
         return _parse_assistant_message(raw, is_context, unread)
@@ -166,11 +166,15 @@ def _parse_message(raw: Any, is_context: bool, unread: set[str]) -> FinetuningMe
 
 def _unknown_role(role: Any) -> str:
     """Quote a role that other tools use, or a misspelled one; any other may be the content, swapped with the role."""
+    expected = "expected system, user, assistant or tool"
     if not isinstance(role, str):
-        return f"a role that is {json_type(role)}"
-    if difflib.get_close_matches(role.lower(), [*MESSAGE_KEYS, *_FOREIGN_ROLES], n=1, cutoff=0.8):
-        return f"the role {role!r}"
-    return f"a role of {len(role):,} characters"
+        return f"a role that is {json_type(role)}; {expected}"
+    name = role.strip().lower()
+    if name in _CONVERTED_ROLES or name in MESSAGE_KEYS:
+        return f"the role {role!r}; {expected} ({REFORMAT})"
+    if difflib.get_close_matches(name, [*MESSAGE_KEYS, *_OTHER_ROLES], n=1, cutoff=0.8):
+        return f"the role {role!r}; {expected}"
+    return f"a role of {len(role):,} characters; {expected}"
 
 
 def _lower_first(text: str) -> str:
@@ -241,7 +245,8 @@ def _text_of_chunk(chunk: Any, what: str, error: type[RowError], unread: set[str
     if not isinstance(chunk, dict):
         raise error(f"{what} must be a string or a list of text chunks, found a list with {json_type(chunk)} in it.")
     if (chunk.get("type") or "text") != "text":
-        raise error(f"{what} has a chunk of the type {shown(chunk['type'])}; expected text chunks only.")
+        remedy = f" ({REFORMAT})" if chunk["type"] in ("input_text", "output_text") else ""
+        raise error(f"{what} has a chunk of the type {shown(chunk['type'])}; expected text chunks only{remedy}.")
     check_keys(chunk, CHUNK_KEYS, unread)
     if not isinstance(chunk.get("text"), str):
         raise error(f"{what} has a chunk without a 'text' that is a string; its keys: {key_names(chunk)}.")

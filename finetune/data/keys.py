@@ -13,12 +13,8 @@ from typing import Any
 from .exceptions import ConversationFormatError, MessageFormatError, PretrainFormatError, RowError
 from .rows import is_identifier
 
-TRAIN_FLAGS = (
-    "train",
-    "training",
-    "trainable",
-    "loss",
-)  # of axolotl (twice), Tinker; XTuner and ms-swift
+# Flags of a message: `train` and `training` of axolotl, `trainable` of Tinker, `loss` of XTuner and ms-swift.
+TRAIN_FLAGS = ("train", "training", "trainable", "loss")
 _SIMILARITY = 0.8  # of a misspelled key and a key that is read; "wieght" and "weight" have 0.83
 _LONGEST_NAME = 64  # characters of a key that can be a misspelling
 _NAMES_SHOWN = 20  # keys in a message
@@ -36,7 +32,7 @@ _TEXT_MASK = "it may say what is trained, and is not read; every token of a pret
 _PREFERENCE = "preference data is not supported; keep only the conversation to train on"
 _SYSTEM = "the system prompt is `system_prompt`, `system` or a system message"
 _LEFT_OUT = "rows and messages are not left out by a key; remove it, or use `weight`"
-_SECOND_CONVERSATION = "only `messages` is read; remove one of the two"
+_OTHER_LAYOUT = f"the conversation of a row is `messages`; of another layout, {REFORMAT}"
 _ROW_TOOLS = "`tools` belong to the row, not to a message"
 _CONTENT = "it would be lost; the only content of a message is `content` (or `text`)"
 
@@ -114,7 +110,7 @@ ROW_KEYS = Keys(
         **_each("chosen rejected rejectedresponse rejectedmessages preferredoutput nonpreferredoutput", _PREFERENCE),
         **_each("ktotag", _PREFERENCE),
         **_each("systemmessage systeminstruction systeminstructions developer developerprompt", _SYSTEM),
-        **_each("conversations", _SECOND_CONVERSATION),
+        **_each("conversations conversation chat", _OTHER_LAYOUT),
     },
 )
 PRETRAIN_KEYS = Keys(
@@ -140,7 +136,7 @@ FUNCTION_KEYS = Keys(
     ConversationFormatError,
     (("type",), ("name",), ("description",), ("parameters",), ("strict",)),
     "tools.",
-    _each("inputschema arguments args inputs", "the schema of its arguments is `parameters`"),
+    _each("inputschema arguments args inputs", f"the schema of its arguments is `parameters`; {REFORMAT}"),
     instead=("parameters",),
 )
 

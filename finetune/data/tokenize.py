@@ -246,7 +246,7 @@ def _check_tool_calls(messages: list[FinetuningMessage], ids_are_free: bool) -> 
             unanswered.remove(call_id)
         elif isinstance(message, AssistantMessage):
             if not message_text(message) and not message.tool_calls:
-                raise ConversationFormatError("Assistant message must have either content or tool_calls.")
+                raise ConversationFormatError("Assistant message must have either content or tool_calls, but not both.")
             unanswered = set()
             for call in message.tool_calls or []:
                 require_function_name(call.function.name)
@@ -264,5 +264,5 @@ def _check_call_id(call_id: str, ids_are_free: bool) -> None:
         raise ConversationFormatError(f"The tool call id {shown(call_id)} has blanks around it.")
     if not ids_are_free and call_id != _NO_ID and not _CALL_ID.fullmatch(call_id):
         raise ConversationFormatError(
-            f"Tool call id was {shown(call_id, quote='')} but must be a-z, A-Z, 0-9, with a length of 9 ({REFORMAT})."
+            f"Tool call id was {shown(call_id, quote='')} but must be a-z, A-Z, 0-9, with a length of 9. {REFORMAT}."
         )

@@ -78,7 +78,7 @@ def _parse_tool(raw: Any, unread: set[str]) -> Tool:
     if not isinstance(parameters, dict | None):
         raise ConversationFormatError(
             f"The 'parameters' of a tool's function must be an object, found {json_type(parameters)}; "
-            "write {} for a function without parameters."
+            f"write {{}} for a function without parameters. Of JSON text, {REFORMAT}."
         )
     # A `strict` of OpenAI limits what may be generated; no tokenizer encodes it.
     return Tool(function=Function(name=name, description=description or "", parameters=parameters or {}))
@@ -108,7 +108,10 @@ def _parse_tool_call(raw: Any, is_context: bool, unread: set[str]) -> ToolCall:
     check_keys(raw, CALL_KEYS, unread)
     call_id, function = raw.get("id"), raw.get("function")
     if not isinstance(function, dict):
-        raise MessageFormatError("A tool call must have a 'function' object with a name and arguments.")
+        raise MessageFormatError(
+            f"A tool call must have a 'function' object with a name and arguments, found {json_type(function)}; "
+            f"{REFORMAT}."
+        )
     check_keys(function, CALLED_KEYS, unread)
     name = function.get("name")
     if not isinstance(name, str):
