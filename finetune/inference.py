@@ -12,6 +12,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from model.args import LoraArgs
 from model.errors import UserError
 from model.lora import merge_lora
+from model.peft_format import peft_folder
 from model.transformer import Transformer
 
 from .args import TrainArgs, read_train_args
@@ -55,6 +56,11 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
 
 def _args_of(weights: Path) -> TrainArgs:
     """Return the settings to build the model with: those of the run, or defaults for a plain model folder."""
+    if peft_folder(weights):
+        raise UserError(
+            f"{weights} is a PEFT adapter; merge it into its base model first: python -m utils.merge_lora "
+            f"--initial_model_ckpt BASE --lora_ckpt {weights} --dump_ckpt DIR."
+        )
     run_dir = run_of(weights.parent)
     has_adapter = (weights / ADAPTER_NAME).is_file()
     if run_dir is None and has_adapter:

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from model.args import LoraArgs, ModelArgs, load_model_args, read_params
+from model.args import PARAMS_NAME, LoraArgs, ModelArgs, load_model_args, read_params
 from model.errors import UserError
 from model.frozen_weights import FORMATS
 from model.hf_format import open_model_weights
 from model.lora import add_lora, initial_lora_tensors, quantizable_linears, quantize_linears
+from model.peft_format import PeftAdapter, open_peft_adapter, peft_folder
 from model.transformer import Recompute, Transformer
 from model.weights import WeightsReader, open_safetensors
 
@@ -80,25 +81,67 @@ def open_base_model(args: TrainArgs) -> BaseModel:
         add_lora(model, args.lora)
     if args.lora.enable and args.lora.from_adapter:
         expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        path = Path(args.lora.from_adapter)
-        adapter = _open_adapter(find_weights(path) if path.is_dir() else path, args.lora, expected)
+        adapter = _initial_adapter(open_adapter(Path(args.lora.from_adapter), weights, folder), args.lora, expected)
     if args.base_dtype != "same":
         quantize_linears(model, args.base_dtype)  # on the meta device, for its checks only
     return BaseModel(folder, model_args, weights, adapter)
 
 
-def _open_adapter(path: Path, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
-    path = path / ADAPTER_NAME if path.is_dir() else path
-    adapter = open_safetensors(path)
+def open_adapter(path: Path, base: WeightsReader, base_folder: Path) -> WeightsReader:
+    """Open the adapter that a user names: lora.safetensors or its folder, a checkpoint, a run, or a PEFT adapter.
+
+    Args:
+        path: of the adapter.
+        base: the weights of its base model.
+        base_folder: folder of the base model; read only for a PEFT adapter.
+
+    Raises:
+        UserError: there is no adapter, two adapters, or one that cannot be read.
+    """
+    if folder := peft_folder(path):
+        if (folder / ADAPTER_NAME).is_file():
+            raise UserError(f"{folder} contains both {ADAPTER_NAME} and a PEFT adapter: keep only the one to load.")
+        return open_peft_adapter(folder, base, load_model_args(base_folder).head_dim)
+    return open_safetensors(find_weights(path) / ADAPTER_NAME if path.is_dir() else path)
+
+
+def _initial_adapter(adapter: WeightsReader, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
+    """Return the adapter to start training from, after comparing it with the settings."""
+    if isinstance(adapter, PeftAdapter):
+        return _uniform_adapter(adapter, lora, expected)
     settings = f"`lora.rank: {lora.rank}` and `lora.targets: [{', '.join(lora.targets)}]`"
     _compare_shapes(adapter, expected, f"this model with {settings}")
-    recorded = (read_params(path.parent).get("lora") or {}) if (path.parent / "params.json").is_file() else {}
+    folder = adapter.source.parent
+    recorded = (read_params(folder).get("lora") or {}) if (folder / PARAMS_NAME).is_file() else {}
     if recorded.get("scaling", lora.scaling) != lora.scaling:
         raise UserError(
-            f"{path} was trained with `lora.scaling: {recorded['scaling']}` but the YAML sets {lora.scaling}, with "
-            "which the adapter gives a different model. Use the adapter's value."
+            f"{adapter.source} was trained with `lora.scaling: {recorded['scaling']}` but the YAML sets "
+            f"{lora.scaling}, with which the adapter gives a different model. Use the adapter's value."
         )
     return adapter
+
+
+def _uniform_adapter(adapter: PeftAdapter, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
+    assert lora.scaling is not None, "LoraArgs derives it from alpha"
+    targets = sorted({layer.rpartition(".")[2] for layer in adapter.scalings})
+    rank = max(adapter.shapes[f"{layer}.lora_A.weight"][0] for layer in adapter.scalings)
+    if (rank, targets) != (lora.rank, sorted(lora.targets)):
+        raise UserError(
+            f"`lora.from_adapter`: the PEFT adapter {adapter.source} does not match `lora.rank: {lora.rank}` and "
+            f"`lora.targets: [{', '.join(lora.targets)}]`; set `lora.rank: {rank}` and `lora.targets: "
+            f"[{', '.join(targets)}]`."
+        )
+    _compare_shapes(adapter, adapter.with_own_ranks(expected), f"this model with `lora.rank: {rank}`")
+    absent = len(expected) // 2 - len(adapter.scalings)
+    factors = ", ".join(f"{scaling:g}" for scaling in sorted(set(adapter.scalings.values())))
+    logger.info(
+        "The PEFT adapter %s has the scaling %s; `lora.scaling` is %g, and the difference is multiplied into B.%s",
+        adapter.source,
+        factors,
+        lora.scaling,
+        f" {absent} layers have no adapter and get none." if absent else "",
+    )
+    return adapter.uniform(expected, lora.scaling)
 
 
 def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]], what: str) -> None:

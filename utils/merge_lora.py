@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model: W + scaling * B A, in the adapter's dtype, on the CPU.
+"""Merge a LoRA adapter into its base model: W + scaling * B A, on the CPU, in the adapter's dtype (PEFT's: the base's).
 
 python -m utils.merge_lora --initial_model_ckpt BASE --lora_ckpt ADAPTER --dump_ckpt OUT [--scaling 2.0]
 """
@@ -13,9 +13,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--initial_model_ckpt", type=Path, required=True, metavar="BASE", help="model folder or weights file")
-    add("--lora_ckpt", type=Path, required=True, metavar="ADAPTER", help="lora.safetensors, a checkpoint or a run")
+    add(
+        "--lora_ckpt",
+        type=Path,
+        required=True,
+        metavar="ADAPTER",
+        help="lora.safetensors, a checkpoint, a run or a PEFT adapter",
+    )
     add("--dump_ckpt", type=Path, required=True, metavar="OUT", help=".safetensors file or model folder to create")
-    add("--scaling", type=float, help="factor of B A (default: as the adapter's params.json records)")
+    add("--scaling", type=float, help="factor of B A (default: as the adapter records)")
     args = parser.parse_args()
 
     from utils.models.merging import merge_lora  # loads torch, which --help does not need

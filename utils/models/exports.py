@@ -13,11 +13,11 @@ from model.atomic import new_folder, require_new_folder
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME, config_from_params, generation_config
 from model.hf_format import hf_name, open_model_weights, to_hf, write_hf_weights
+from model.peft_format import ADAPTER_CONFIG_NAME, PEFT_PREFIX, peft_folder, read_peft_config
 from model.weights import SafetensorsWriter, TensorSource, open_safetensors
 from utils.models.merging import open_merged, recorded_scaling
 from utils.models.model_folder import announce, copy_tokenizer, write_model_folder
 
-_PEFT_PREFIX = "base_model.model."
 # transformers then tokenizes with mistral-common, as training did; its own reader of SentencePiece files (5.23) omits
 # the space before the first word.
 _TOKENIZER_CONFIG = {"tokenizer_class": "MistralCommonBackend", "bos_token": "<s>", "eos_token": "</s>"}
@@ -26,10 +26,10 @@ _TOKENIZER_CONFIG = {"tokenizer_class": "MistralCommonBackend", "bos_token": "<s
 def export(
     source: Path, to: str, out: Path, merged: bool = False, base: Path | None = None, step: int | str | None = None
 ) -> None:
-    """Write the folder `out` atomically, in the checkpoint's dtype.
+    """Write the folder `out` atomically, in the checkpoint's dtype, or with a PEFT adapter in its base's.
 
     Args:
-        source: folder of a run, a checkpoint or a model.
+        source: folder of a run, a checkpoint, a PEFT adapter or a model.
         to: "peft", "hf" or "mistral".
         out: folder to create.
         merged: merge the adapter into its base; a checkpoint of all weights needs no merging.
@@ -40,8 +40,11 @@ def export(
         UserError: the checkpoint or the base does not exist, cannot be exported that way, or `out` exists.
     """
     require_new_folder(out.resolve())  # before the announcements
-    checkpoint = find_weights(source, step)
-    has_adapter = (checkpoint / ADAPTER_NAME).is_file()
+    peft = peft_folder(source) if step is None else None
+    checkpoint = peft or find_weights(source, step)
+    has_adapter = peft is not None or (checkpoint / ADAPTER_NAME).is_file()
+    if peft and not (merged and to != "peft"):
+        raise UserError(f"{peft} already is a PEFT adapter; to merge it into its base, use --to hf --merged.")
     _check_request(checkpoint, has_adapter, to, merged)
     if to == "peft":
         _write_peft(out, checkpoint, base)
@@ -78,9 +81,12 @@ def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool) -
 
 def _recorded_base(checkpoint: Path) -> Path:
     """Return the folder of the base model that an adapter was trained on."""
-    name = (read_params(checkpoint).get("lora") or {}).get("base_model")
+    if peft_folder(checkpoint):
+        file, name = ADAPTER_CONFIG_NAME, read_peft_config(checkpoint).get("base_model_name_or_path")
+    else:
+        file, name = PARAMS_NAME, (read_params(checkpoint).get("lora") or {}).get("base_model")
     if not isinstance(name, str) or not name:
-        raise UserError(f"{checkpoint / PARAMS_NAME} does not record the adapter's base model: give it with --base.")
+        raise UserError(f"{checkpoint / file} does not record the adapter's base model: give it with --base.")
     if not Path(name).is_dir():
         raise UserError(
             f"The base model {name}, which {checkpoint} was trained on, does not exist: give its folder with --base."
@@ -121,11 +127,11 @@ def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
     lora = read_params(checkpoint).get("lora") or {}
     config = _peft_config(list(adapter.shapes), ranks.pop(), recorded_scaling(checkpoint))
     config["base_model_name_or_path"] = str(base or lora.get("base_model") or "")
-    names = {name: _PEFT_PREFIX + hf_name(name) for name in adapter.shapes}
+    names = {name: PEFT_PREFIX + hf_name(name) for name in adapter.shapes}
     layout = {names[name]: (shape, adapter.dtypes[name]) for name, shape in adapter.shapes.items()}
     announce(destination, adapter)
     with new_folder(destination) as folder:
-        _write_json(folder / "adapter_config.json", config)
+        _write_json(folder / ADAPTER_CONFIG_NAME, config)
         with SafetensorsWriter(folder / "adapter_model.safetensors", layout, {"format": "pt"}) as writer:
             for name in adapter.shapes:
                 writer.write(names[name], to_hf(name, adapter.read(name), head_dim))

@@ -1,18 +1,19 @@
 """Merge a LoRA adapter into its base model: W + scaling * B A, one tensor at a time, on the CPU."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from finetune.manifest import require_intact
-from finetune.run_dir import find_weights
-from finetune.wrapped_model import ADAPTER_NAME
+from finetune.wrapped_model import ADAPTER_NAME, open_adapter
 from model.args import DEFAULT_SCALING, PARAMS_NAME, read_params
 from model.errors import UserError
 from model.hf_format import open_model_weights
 from model.lora import merged_weight
-from model.weights import WeightsReader, open_safetensors
+from model.peft_format import ADAPTER_CONFIG_NAME, PeftAdapter
+from model.weights import WeightsReader
 from utils.models.model_folder import announce, write_model_folder, write_weights
 
 _MERGEABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -26,16 +27,17 @@ class MergedWeights:
         base: weights without the adapter.
         adapter: A and B of each adapted linear layer.
         shapes: shape of each tensor.
-        dtypes: dtype of each tensor, which is the adapter's.
+        dtypes: dtype of each tensor: the adapter's, which is the run's; the base's for PEFT's adapters, often in fp32.
     """
 
-    def __init__(self, base: WeightsReader, adapter: WeightsReader, scaling: float) -> None:
+    def __init__(self, base: WeightsReader, adapter: WeightsReader, scaling: float | Mapping[str, float]) -> None:
         self.base, self.adapter = base, adapter
         self._adapted = _adapted_tensors(base, adapter)
         self._scaling = scaling
         self.shapes = base.shapes
         dtype = next(iter(adapter.dtypes.values()))
-        self.dtypes = dict.fromkeys(base.shapes, dtype)
+        self._keeps_dtype = isinstance(adapter, PeftAdapter)
+        self.dtypes = dict(base.dtypes) if self._keeps_dtype else dict.fromkeys(base.shapes, dtype)
         print(f"Merging the adapter into {len(self._adapted)} of {len(self.shapes)} tensors.")
 
     def read(self, name: str) -> torch.Tensor:
@@ -43,19 +45,22 @@ class MergedWeights:
         tensor = self.base.read_finite(name).to(self.dtypes[name])
         if name not in self._adapted:
             return tensor
-        stem = name.removesuffix("weight")
-        lora_a, lora_b = (self.adapter.read_finite(f"{stem}{part}.weight") for part in ("lora_A", "lora_B"))
-        return merged_weight(tensor, lora_a, lora_b, self._scaling)
+        layer = name.removesuffix(".weight")
+        lora_a, lora_b = (self.adapter.read_finite(f"{layer}.{part}.weight") for part in ("lora_A", "lora_B"))
+        scaling = self._scaling[layer] if isinstance(self._scaling, Mapping) else self._scaling
+        if self._keeps_dtype:  # factors of higher precision than the base are not rounded to it first
+            return merged_weight(tensor.float(), lora_a, lora_b, scaling).to(tensor.dtype)
+        return merged_weight(tensor, lora_a, lora_b, scaling)
 
 
 def merge_lora(base_path: Path, adapter_path: Path, destination: Path, scaling: float | None = None) -> None:
-    """Write base + adapter in the adapter's dtype.
+    """Write base + adapter in the dtype of `MergedWeights`.
 
     Args:
         base_path: model folder or its weights file.
-        adapter_path: lora.safetensors, its folder, a checkpoint, or a run (its latest checkpoint).
+        adapter_path: lora.safetensors, its folder, a checkpoint, a run (its latest checkpoint), or a PEFT adapter.
         destination: .safetensors file or model folder to create.
-        scaling: factor of B A; None: the value in the adapter's params.json.
+        scaling: factor of B A; None: the value in the adapter's params.json, or those of PEFT's adapter_config.json.
 
     Raises:
         UserError: a file is missing or corrupt, the adapter does not fit, or the destination exists.
@@ -70,21 +75,30 @@ def merge_lora(base_path: Path, adapter_path: Path, destination: Path, scaling: 
     elif destination.suffix in (".pth", ".pt", ".bin"):
         raise UserError(f"{destination}: merged weights are written as .safetensors; change the name or give a folder.")
     else:
-        base_folder = base_path if base_path.is_dir() else base_path.parent
+        base_folder = _folder_of(base_path)
         write_model_folder(destination, merged, read_params(base_folder), [base_folder, merged.adapter.source.parent])
 
 
 def open_merged(base_path: Path, adapter_path: Path, scaling: float | None = None) -> MergedWeights:
     """Open base and adapter and check that they fit; arguments and errors as `merge_lora`."""
     base = open_model_weights(base_path)
-    adapter = open_safetensors(find_weights(adapter_path) / ADAPTER_NAME if adapter_path.is_dir() else adapter_path)
+    adapter = open_adapter(adapter_path, base, _folder_of(base_path))
     for weights in (base, adapter):
         require_intact(weights.source)
+    if scaling is None and isinstance(adapter, PeftAdapter):
+        shown = ", ".join(f"{value:g}" for value in sorted(set(adapter.scalings.values())))
+        print(f"Scaling {shown}, as recorded in {adapter.source.parent / ADAPTER_CONFIG_NAME}.")
+        return MergedWeights(base, adapter, adapter.scalings)
     if scaling is None:
         scaling = recorded_scaling(adapter.source.parent)
     if not (scaling > 0 and math.isfinite(scaling)):
         raise UserError(f"The scaling is {scaling}; it must be a positive number (2.0 is usual).")
     return MergedWeights(base, adapter, scaling)
+
+
+def _folder_of(model: Path) -> Path:
+    """Return the folder of a model that is given by its folder or by its weights file."""
+    return model if model.is_dir() else model.parent
 
 
 def recorded_scaling(folder: Path) -> float:
