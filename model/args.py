@@ -68,9 +68,8 @@ class LoraArgs(Settings):
     # layers with an adapter. `gate` is the router of a mixture of experts. mistral-inference ignores an adapter on
     # `output`, the head: export such a model merged
     targets: list[LoraTarget] = dataclasses.field(default_factory=lambda: list(BLOCK_LINEARS))
-    from_adapter: Str | None = (
-        None  # path of an adapter to start from, this project's or PEFT's; null: a new one, whose B is zero
-    )
+    # path of an adapter to start from, this project's or PEFT's; null: a new adapter, whose B is zero
+    from_adapter: Str | None = None
 
     def __post_init__(self) -> None:
         if self.scaling is not None:

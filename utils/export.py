@@ -4,8 +4,8 @@ python -m utils.export RUN --to peft --out DIR                     adapter for P
 python -m utils.export RUN --to hf --merged --out DIR              model for transformers, vLLM, llama.cpp
 python -m utils.export RUN --to mistral --merged --out DIR         model for mistral-inference, vLLM
 
-RUN is a run (its latest checkpoint), a checkpoint, a PEFT adapter or a model folder. The new folder has the checkpoint's
-dtype; with a PEFT adapter, its base's.
+RUN is a run (its latest checkpoint), a checkpoint, a PEFT adapter or a model folder. The new folder has the dtype of
+the checkpoint, or of a PEFT adapter's base.
 """
 
 import argparse
