@@ -5,6 +5,7 @@ copy of the model.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from model.args import PARAMS_NAME, LoraArgs, ModelArgs, load_model_args, read_params
+from model.args import PARAMS_NAME, SHAPE_KEYS, LoraArgs, ModelArgs, load_model_args, params_path, read_params
 from model.errors import UserError
 from model.frozen_weights import FORMATS
+from model.hf_config import key_in
 from model.hf_format import open_model_weights
 from model.lora import add_lora, initial_lora_tensors, quantizable_linears, quantize_linears
 from model.peft_format import PeftAdapter, open_peft_adapter, peft_folder
@@ -73,9 +75,7 @@ def open_base_model(args: TrainArgs) -> BaseModel:
     weights = open_model_weights(folder)
     with torch.device("meta"):
         model = Transformer(model_args)
-    _compare_shapes(
-        weights, {name: tuple(p.shape) for name, p in model.named_parameters()}, "the shapes in params.json"
-    )
+    _compare_shapes(weights, {name: tuple(p.shape) for name, p in model.named_parameters()}, params_path(folder))
     adapter = None
     if args.lora.enable:
         add_lora(model, args.lora)
@@ -144,19 +144,33 @@ def _uniform_adapter(adapter: PeftAdapter, lora: LoraArgs, expected: dict[str, t
     return adapter.uniform(expected, lora.scaling)
 
 
-def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]], what: str) -> None:
-    """Raise UserError listing the tensors that are missing, unexpected or of the wrong shape."""
+def _compare_shapes(weights: WeightsReader, expected: dict[str, tuple[int, ...]], source: Path | str) -> None:
+    """Raise UserError listing the tensors that are missing, unexpected or of the wrong shape.
+
+    Args:
+        weights: what was found.
+        expected: shapes by name.
+        source: what the expected shapes follow from, in words, or the file of a model's shapes, whose keys are named.
+    """
     faults = [f"{name} is missing" for name in expected if name not in weights.shapes]
     faults += [f"{name} is not part of the model" for name in weights.shapes if name not in expected]
     faults += [
         f"{name} is {list(weights.shapes[name])}, expected {list(shape)}"
+        + (f" ({_keys_of_difference(source, name, weights.shapes[name], shape)})" if isinstance(source, Path) else "")
         for name, shape in expected.items()
         if weights.shapes.get(name, shape) != shape
     ]
     if faults:
         more = f" ... and {len(faults) - _MAX_FAULTS_LISTED} more" if len(faults) > _MAX_FAULTS_LISTED else ""
         listed = "; ".join(faults[:_MAX_FAULTS_LISTED])
-        raise UserError(f"{weights.source} does not match {what}: {listed}{more}.")
+        raise UserError(f"{weights.source} does not match {source}: {listed}{more}.")
+
+
+def _keys_of_difference(file: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Return the keys of params.json or config.json that determine the sizes of a tensor which differ."""
+    sizes = itertools.zip_longest(SHAPE_KEYS[name.split(".")[-2]], found, expected)
+    keys = [key for keys, ours, theirs in sizes if keys and ours != theirs for key in keys.split()]
+    return ", ".join(f"`{key_in(file, key)}`" for key in keys)
 
 
 def build_model(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World, trains: bool = True) -> Transformer:

@@ -10,7 +10,7 @@ from pydantic import Field
 from simple_parsing.helpers import Serializable
 
 from .errors import Problem, UserError, quoted
-from .hf_config import CONFIG_NAME, params_from_config
+from .hf_config import CONFIG_NAME, key_in, params_from_config
 from .settings import Bool, Int, Number, PositiveFloat, Settings, Str
 
 PARAMS_NAME = "params.json"
@@ -34,6 +34,18 @@ BLOCK_LINEARS: tuple[BlockLinear, ...] = get_args(BlockLinear)
 
 DEFAULT_SCALING = 2.0  # of B A, as in mistral-finetune
 
+# The keys that determine each dimension of a weight, separated by spaces, by the next-to-last part of its name.
+SHAPE_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("tok_embeddings", "output"), ("vocab_size", "dim")),
+    **dict.fromkeys(("attention_norm", "ffn_norm", "norm"), ("dim",)),
+    "wq": ("n_heads head_dim", "dim"),
+    **dict.fromkeys(("wk", "wv"), ("n_kv_heads head_dim", "dim")),
+    "wo": ("dim", "n_heads head_dim"),
+    **dict.fromkeys(("w1", "w3"), ("hidden_dim", "dim")),
+    "w2": ("dim", "hidden_dim"),
+    "gate": ("moe.num_experts", "dim"),
+}
+
 # Far larger than any model; building a larger one would take long before the mistake is noticed.
 _LARGEST_WIDTH = 1 << 24
 _MOST_BLOCKS = 2_000  # feed-forward networks of all layers
@@ -46,13 +58,6 @@ class MoeArgs(Serializable):
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise UserError(
-                f"`moe.num_experts_per_tok` is {self.num_experts_per_tok}; expected between 1 and "
-                f"`moe.num_experts` ({self.num_experts})."
-            )
 
 
 @dataclasses.dataclass
@@ -115,10 +120,6 @@ class ModelArgs(Serializable):
     sliding_window: int | None = None  # tokens that a token attends to; longer documents are refused
     moe: MoeArgs | None = None
 
-    def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"`n_heads` ({self.n_heads}) is not a multiple of `n_kv_heads` ({self.n_kv_heads}).")
-
 
 def load_model_args(folder: Path) -> ModelArgs:
     """Read `folder/params.json`, or Hugging Face's config.json. Other keys are ignored.
@@ -127,7 +128,7 @@ def load_model_args(folder: Path) -> ModelArgs:
         UserError: the file cannot be read, a key is missing or has an invalid value, or the architecture is not
             supported.
     """
-    path = _params_path(folder)
+    path = params_path(folder)
     params = read_params(folder)
     fields = {field.name: field for field in dataclasses.fields(ModelArgs) if field.name not in OPTIONAL}
     missing = [
@@ -150,6 +151,9 @@ def load_model_args(folder: Path) -> ModelArgs:
         raise UserError(f"{path}: `sliding_window` is {quoted(window)}; alternating windows are not supported.")
     window = None if window is None else int(_positive(path, "sliding_window", window, int))
     args = ModelArgs(moe=_moe_args(path, params), sliding_window=window, **values)
+    if args.n_heads % args.n_kv_heads:
+        heads, kv_heads = key_in(path, "n_heads"), key_in(path, "n_kv_heads")
+        raise UserError(f"{path}: `{heads}` ({args.n_heads}) is not a multiple of `{kv_heads}` ({args.n_kv_heads}).")
     if args.head_dim % 2:
         raise UserError(f"{path}: `head_dim` is {args.head_dim}; rotary embeddings need an even number.")
     if (blocks := args.n_layers * (args.moe.num_experts if args.moe else 1)) > _MOST_BLOCKS:
@@ -158,6 +162,7 @@ def load_model_args(folder: Path) -> ModelArgs:
 
 
 def _positive(path: Path, name: str, value: Any, kind: type) -> int | float:
+    name = key_in(path, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
         raise UserError(f"{path}: `{name}` is {quoted(value)}; expected a positive number.")
     if kind is float:
@@ -177,7 +182,14 @@ def _moe_args(path: Path, params: dict[str, Any]) -> MoeArgs | None:
         return None
     if not isinstance(moe, dict) or set(moe) - known:
         raise UserError(f"{path}: `moe` is {quoted(moe)}; expected an object with {' and '.join(sorted(known))}.")
-    return MoeArgs(**{name: int(_positive(path, f"moe.{name}", value, int)) for name, value in moe.items()})
+    args = MoeArgs(**{name: int(_positive(path, f"moe.{name}", value, int)) for name, value in moe.items()})
+    if args.num_experts_per_tok > args.num_experts:
+        chosen, all_experts = key_in(path, "moe.num_experts_per_tok"), key_in(path, "moe.num_experts")
+        raise UserError(
+            f"{path}: `{chosen}` is {args.num_experts_per_tok}; expected between 1 and `{all_experts}` "
+            f"({args.num_experts})."
+        )
+    return args
 
 
 def read_params(folder: Path) -> dict[str, Any]:
@@ -187,7 +199,7 @@ def read_params(folder: Path) -> dict[str, Any]:
         UserError: the folder or the file does not exist, the file is not a JSON object, or config.json describes
             another architecture.
     """
-    path = _params_path(folder)
+    path = params_path(folder)
     if not folder.is_dir():
         raise UserError(f"The model folder {folder} does not exist (or is not a folder).")
     if not path.is_file():
@@ -208,6 +220,7 @@ def read_params(folder: Path) -> dict[str, Any]:
     return params_from_config(path, params) if path.name == CONFIG_NAME else params
 
 
-def _params_path(folder: Path) -> Path:
+def params_path(folder: Path) -> Path:
+    """Return the file that describes the model in a folder: params.json, or config.json if there is only that."""
     config = folder / CONFIG_NAME
     return config if config.is_file() and not (folder / PARAMS_NAME).is_file() else folder / PARAMS_NAME

@@ -26,6 +26,13 @@ _DEFAULT_MAX_POSITIONS = 32768
 _BOS, _EOS = 1, 2  # in all of Mistral's tokenizers
 
 
+def key_in(file: Path, name: str) -> str:
+    """Return the name that a key of params.json has in a model's file: config.json has other names."""
+    if file.name != CONFIG_NAME:
+        return name
+    return (_SHAPES | {f"moe.{ours}": theirs for ours, theirs in _MOE.items()}).get(name, name)
+
+
 def params_from_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a config.json to the keys of params.json.
 

@@ -24,7 +24,8 @@ from .weights import (
     WeightsReader,
     joint_locations,
     open_weights,
-    safetensors_shards,
+    require_same_weights,
+    weight_files,
 )
 
 HF_STEM = "model"  # file names: model.safetensors or model-00001-of-0000N.safetensors
@@ -189,22 +190,32 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def open_model_weights(path: Path) -> WeightsReader:
     """Open the weights of a model under Mistral's names: a folder in either layout, or a file in Mistral's layout.
 
+    If a folder has them in both layouts, as published models do, they must be the same; Mistral's layout is read.
+
     Raises:
         UserError: there are no weights, several sets of weights, or a corrupt file.
     """
-    files = _hf_files(path)
-    weights = WeightsReader(path, _mistral_locations(path, joint_locations(files))) if files else open_weights(path)
-    locations = weights.locations
-    if "output.weight" not in locations and path.is_dir() and read_params(path).get("tied_embeddings"):
-        locations = {**locations, "output.weight": locations["tok_embeddings.weight"]}
-    if files:
-        return HFWeightsReader(path, locations, load_model_args(path).head_dim)
-    return WeightsReader(weights.source, locations)
+    if not path.is_dir():
+        return open_weights(path)
+    files = weight_files(path, HF_STEM)
+    sets = [_hf_weights(path, joint_locations(files))] if files else []
+    if not files or any(path.glob("consolidated*.safetensors")) or any(path.glob("consolidated*.pth")):
+        weights = open_weights(path)
+        sets.insert(0, WeightsReader(weights.source, _with_head(path, weights.locations)))
+    if bins := sorted(path.glob("pytorch_model*.bin")):
+        sets.append(_hf_weights(path, {name: at for file in bins for name, at in open_weights(file).locations.items()}))
+    for other in sets[1:]:
+        require_same_weights(path, sets[0], other)
+    return sets[0]
 
 
-def _hf_files(path: Path) -> list[Path]:
-    """Return the weight files in Hugging Face's layout; none if the folder also has them in Mistral's layout."""
-    if not path.is_dir() or any(path.glob("consolidated*")):
-        return []
-    single = path / f"{HF_STEM}.safetensors"
-    return [single] if single.is_file() else safetensors_shards(path, HF_STEM)
+def _hf_weights(folder: Path, locations: dict[str, TensorLocation]) -> WeightsReader:
+    renamed = _with_head(folder, _mistral_locations(folder, locations))
+    return HFWeightsReader(folder, renamed, load_model_args(folder).head_dim)
+
+
+def _with_head(folder: Path, locations: dict[str, TensorLocation]) -> dict[str, TensorLocation]:
+    """Add the output head, if it is tied to the embeddings and not stored."""
+    if "output.weight" in locations or not read_params(folder).get("tied_embeddings"):
+        return locations
+    return {**locations, "output.weight": locations["tok_embeddings.weight"]}

@@ -45,6 +45,7 @@ _DTYPE_RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES.valu
 _COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEADER_BYTES = 1 << 24  # Mistral's largest model has 200 kB; parsing needs about 20 bytes per byte
 _MAX_DIMENSIONS = 8
+_COMPARED_NUMBERS = 1 << 15  # of each tensor
 _MAX_NAME = 256  # characters
 
 
@@ -90,6 +91,12 @@ class WeightsReader:
         self.shapes = {name: location.shape for name, location in locations.items()}
         self.dtypes = {name: location.dtype for name, location in locations.items()}
         self.size_bytes = sum(file.stat().st_size for file in {location.file for location in locations.values()})
+
+    @property
+    def files(self) -> str:
+        """The names of the files, for messages."""
+        names = sorted({location.file.name for location in self.locations.values()})
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
     def stored_name(self, name: str) -> str:
         """Return the name that a tensor has in its file."""
@@ -168,19 +175,75 @@ def open_safetensors(path: Path) -> WeightsReader:
 
 
 def _open_folder(folder: Path) -> WeightsReader:
-    single = [folder / name for name in (SAFETENSORS_NAME, PTH_NAME) if (folder / name).is_file()]
-    shards = safetensors_shards(folder, Path(SAFETENSORS_NAME).stem)
-    sets = [file.name for file in single] + ([f"{len(shards)} shards {shards[0].name} ..."] if shards else [])
-    if len(sets) > 1:
-        raise UserError(f"{folder} contains {' and '.join(sets)}: keep only the weights to load.")
-    if not sets:
+    files = weight_files(folder, Path(SAFETENSORS_NAME).stem, PTH_NAME)
+    if not files:
         present = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
         raise UserError(
             f"{folder} contains no weights in Mistral's layout: expected {SAFETENSORS_NAME}, {PTH_NAME} or "
             f"consolidated-00001-of-0000N.safetensors, found {present}. (In the Hugging Face layout, "
             "model*.safetensors with a config.json are supported, pytorch_model*.bin are not.)"
         )
-    return WeightsReader(folder, joint_locations(shards)) if shards else open_weights(single[0])
+    return open_weights(files[0]) if len(files) == 1 else WeightsReader(folder, joint_locations(files))
+
+
+def weight_files(folder: Path, stem: str, *others: str) -> list[Path]:
+    """Return the files of a folder's weights: one file, or all shards. An empty list if there are none.
+
+    Args:
+        folder: to look in.
+        stem: weights are {stem}.safetensors, or shards {stem}-00001-of-0000N.safetensors.
+        others: names of further single files.
+
+    Raises:
+        UserError: there are several sets of weights, shards are missing, or the index names other files.
+    """
+    single = [folder / name for name in (f"{stem}.safetensors", *others) if (folder / name).is_file()]
+    shards = safetensors_shards(folder, stem)
+    sets = [file.name for file in single] + ([f"{len(shards)} shards {shards[0].name} ..."] if shards else [])
+    if len(sets) > 1:
+        raise UserError(f"{folder} contains {' and '.join(sets)}: keep only the weights to load.")
+    files = single or shards
+    index = folder / f"{stem}.safetensors.index.json"
+    if files and index.is_file() and (named := _indexed_files(index)) != {file.name for file in files}:
+        present = {file.name for file in files}
+        listed = ", ".join(sorted(named - present) or sorted(present - named))
+        finding = f"names {listed}, not in the folder" if named - present else f"does not name {listed}"
+        raise UserError(
+            f"{index} {finding}: the index or the weights are out of date. Keep only the weights to load, with their "
+            "index or without one."
+        )
+    return files
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """Return the names of the files to which an index assigns tensors."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} cannot be read as an index of weights; delete it or download it again.") from error
+
+
+def require_same_weights(folder: Path, first: WeightsReader, second: WeightsReader) -> None:
+    """Compare the beginning of each tensor of two sets of weights in one folder.
+
+    Raises:
+        UserError: they are not the same weights, so one of them is out of date.
+    """
+    for name in sorted(first.shapes.keys() | second.shapes.keys()):
+        if not all(name in weights.shapes for weights in (first, second)) or not _begin_alike(first, second, name):
+            raise UserError(
+                f"{folder} contains two different sets of weights: {name} is not the same in {first.files} and "
+                f"{second.files}. Keep only the weights to load."
+            )
+
+
+def _begin_alike(first: WeightsReader, second: WeightsReader, name: str) -> bool:
+    shape = first.shapes[name]
+    if second.shapes[name] != shape:
+        return False
+    rows = slice(0, max(1, _COMPARED_NUMBERS // max(1, math.prod(shape[1:]))))
+    ours, theirs = first.read(name, rows), second.read(name, rows)
+    return ours.equal(theirs) if ours.dtype == theirs.dtype else ours.float().equal(theirs.float())
 
 
 def safetensors_shards(folder: Path, stem: str) -> list[Path]:

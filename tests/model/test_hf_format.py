@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,109 @@ def test_conversion_to_hugging_face_and_back_is_bit_identical(tmp_path):
         assert name in load_file(folder / file)
 
 
-def test_mistrals_layout_is_preferred_if_a_folder_has_both(dense, tmp_path):
-    base = make_tiny_checkpoint(tmp_path / "base", dim=32, hidden_dim=48, vocab_size=64)
-    for file in dense.iterdir():
-        os.link(file, base / file.name)
-    assert load_model_args(base).vocab_size == 64
-    assert open_model_weights(base).source == base / "consolidated.safetensors"
+@pytest.fixture(params=["dense", "moe", "tied"])
+def both_layouts(request, tmp_path) -> Path:
+    """A folder as Mistral publishes it: params.json with consolidated weights, config.json with model*.safetensors."""
+    folder = save_with_transformers(tmp_path / "both", request.param)
+    weights = open_model_weights(folder)
+    tensors = {name: weights.read(name) for name in weights.shapes}
+    save_file(tensors, folder / "consolidated.safetensors")
+    (folder / "params.json").write_text(json.dumps(read_params(folder)), encoding="utf-8")
+    return folder
+
+
+def test_the_same_weights_in_both_layouts_are_read_from_mistrals(both_layouts):
+    assert open_model_weights(both_layouts).source == both_layouts / "consolidated.safetensors"
+    (both_layouts / "model.safetensors").unlink()
+    (both_layouts / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    )
+    assert open_model_weights(both_layouts).source == both_layouts / "consolidated.safetensors"
+
+
+@pytest.mark.parametrize("name", ["layers.1.attention.wq.weight", "norm.weight", "output.weight"])
+@pytest.mark.parametrize("row", [0, -1])
+def test_different_weights_in_two_layouts_are_refused(both_layouts, name, row):
+    file = both_layouts / "consolidated.safetensors"
+    tensors = load_file(file)
+    tensors[name][row] += 1
+    save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=rf"two different .* {name} is not the same in consolidated.* and model.safeten"
+    ):
+        open_model_weights(both_layouts)
+    file.unlink()
+    assert open_model_weights(both_layouts).source == both_layouts
+
+
+def test_other_shapes_or_tensors_in_two_layouts_are_refused(both_layouts):
+    file = both_layouts / "consolidated.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"norm.weight": torch.ones(31)}, file)
+    with pytest.raises(UserError, match=r"norm.weight is not the same in"):
+        open_model_weights(both_layouts)
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, file)
+    with pytest.raises(UserError, match=r"layers.1.attention.wk.weight is not the same in"):
+        open_model_weights(both_layouts)
+
+
+def test_pickled_weights_next_to_safetensors_must_be_the_same(dense, tmp_path):
+    folder = Path(shutil.copytree(dense, tmp_path / "dense"))
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert open_model_weights(folder).source == folder
+    tensors["model.norm.weight"][3] += 1
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"norm.weight is not the same in model.safetensors and pytorch_model.bin"):
+        open_model_weights(folder)
+
+
+def sharded(folder: Path) -> Path:
+    return save_with_transformers(folder / "shards", "shards")
+
+
+def test_a_single_file_next_to_shards_is_refused(dense, tmp_path):
+    folder = sharded(tmp_path)
+    shutil.copyfile(dense / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors and \d+ shards model-00001-of-.*: keep only the weights"):
+        open_model_weights(folder)
+
+
+def test_an_index_must_name_the_files_that_are_there(dense, tmp_path):
+    folder = sharded(tmp_path)
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text(encoding="utf-8"))
+    file = sorted(folder.glob("model-*.safetensors"))[0].name
+    kept = {name: other for name, other in whole["weight_map"].items() if other != file}
+    index.write_text(json.dumps(whole | {"weight_map": kept}), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=rf"{index.name} does not name {file}: the index or the weights are out of date"
+    ):
+        open_model_weights(folder)
+    index.unlink()
+    assert open_model_weights(folder).source == folder  # complete by their numbers
+    single = Path(shutil.copytree(dense, tmp_path / "single"))
+    (single / index.name).write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{index.name} names {file}, .*not in the folder"):
+        open_model_weights(single)
+    (single / index.name).write_text('{"weight_map": {"a": "model.safetensors"}}', encoding="utf-8")
+    assert open_model_weights(single).source == single
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": [1]}}'])
+def test_an_index_that_cannot_be_read_is_refused(tmp_path, content):
+    folder = sharded(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"index.json cannot be read as an index"):
+        open_model_weights(folder)
+
+
+def test_shards_of_two_sets_are_refused(tmp_path):
+    folder = sharded(tmp_path)
+    extra = folder / "model-00001-of-00099.safetensors"
+    shutil.copyfile(sorted(folder.glob("model-*.safetensors"))[0], extra)
+    with pytest.raises(UserError, match=r"missing or unexpected"):
+        open_model_weights(folder)
 
 
 def test_tied_embeddings_in_mistrals_layout(tmp_path):
@@ -216,8 +314,26 @@ REFUSED = {
     "old scaled rope": ({"rope_scaling": {"type": "linear", "factor": 2}}, "`rope_parameters` is 'linear'"),
     "missing keys": ({"vocab_size": "absent", "hidden_size": None}, "lacks hidden_size, vocab_size"),
     "a string": ({"vocab_size": "many"}, r"config.json: `vocab_size` is 'many'; expected a positive number"),
-    "heads": ({"num_key_value_heads": 4}, "not a multiple"),
-    "shapes": ({"intermediate_size": 40}, r"layers.0.feed_forward.w1.weight is \[48, 32\], expected \[40, 32\]"),
+    "heads": (
+        {"num_key_value_heads": 4},
+        r"config.json: `num_attention_heads` \(6\) is not a multiple of `num_key_value_heads` \(4\)",
+    ),
+    "a number of layers": (
+        {"num_hidden_layers": 1.5},
+        "config.json: `num_hidden_layers` is 1.5; expected a whole number",
+    ),
+    "shapes": (
+        {"intermediate_size": 40},
+        r"config.json: .*feed_forward.w1.weight is \[48, 32\], expected \[40, 32\] \(`intermediate_size`\)",
+    ),
+    "vocabulary": (
+        {"vocab_size": 98},
+        r"tok_embeddings.weight is \[96, 32\], expected \[98, 32\] \(`vocab_size`\)",
+    ),
+    "heads of another width": (
+        {"head_dim": 16},
+        r"wq.weight is \[48, 32\], expected \[96, 32\] \(`num_attention_heads`, `head_dim`\)",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from model.args import load_model_args
 from model.errors import UserError
 from model.transformer import Transformer
 from tests.support.checkpoints import make_tiny_checkpoint
+from utils.models.exports import export
 from utils.models.vocabulary import extend_model_vocab
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,18 @@ def test_other_vocabularies_are_rejected(tmp_path):
         with pytest.raises(UserError, match=rf"`vocab_size` is {size}.*{sentence}"):
             extend_model_vocab(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_file_that_exists_is_named(tmp_path, original):
+    export(original, "hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"vocab_size": 32002}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"hf/config.json: `vocab_size` is 32002"):
+        extend_model_vocab(tmp_path / "hf", tmp_path / "new")
+    file.write_text(json.dumps(config | {"hidden_size": 17, "head_dim": 8}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"does not match .*hf/config.json, which requires \[32000, 17\]"):
+        extend_model_vocab(tmp_path / "hf", tmp_path / "new")
 
 
 def test_weights_that_do_not_match_params_are_rejected(tmp_path, original):

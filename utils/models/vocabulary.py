@@ -9,7 +9,7 @@ import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tqdm import tqdm
 
-from model.args import ModelArgs, load_model_args, read_params
+from model.args import ModelArgs, load_model_args, params_path, read_params
 from model.atomic import new_folder
 from model.errors import UserError
 from model.hf_format import open_model_weights
@@ -62,7 +62,7 @@ def extend_model_vocab(original: Path, extended: Path, seed: int = 0) -> None:
 def _check(original: Path, args: ModelArgs, weights: WeightsReader) -> None:
     if args.vocab_size != OLD_VOCAB_SIZE:
         raise UserError(
-            f"{original / 'params.json'}: `vocab_size` is {args.vocab_size}; only models of {OLD_VOCAB_SIZE} tokens "
+            f"{params_path(original)}: `vocab_size` is {args.vocab_size}; only models of {OLD_VOCAB_SIZE} tokens "
             f"can be extended{', and this one already has been' if args.vocab_size == NEW_VOCAB_SIZE else ''}."
         )
     expected = (OLD_VOCAB_SIZE, args.dim)
@@ -72,9 +72,8 @@ def _check(original: Path, args: ModelArgs, weights: WeightsReader) -> None:
         if weights.shapes.get(name) != expected
     ]
     if wrong:
-        raise UserError(
-            f"{weights.source} does not match its params.json, which requires {list(expected)}: {', '.join(wrong)}."
-        )
+        file = params_path(original)
+        raise UserError(f"{weights.source} does not match {file}, which requires {list(expected)}: {', '.join(wrong)}.")
 
 
 def _with_new_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
