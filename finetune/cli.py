@@ -1,6 +1,7 @@
-"""What all commands share: error handling, and the --step option. Imports nothing heavy, so commands start quickly."""
+"""What all commands share: output streams, error handling, the --step option. Imports nothing heavy."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -17,8 +18,9 @@ from .redaction import redacted
 def run_cli(main: Callable[[], object]) -> None:
     """Run a command; a UserError becomes one line on stderr and exit code 1, without a traceback.
 
-    Secrets are redacted, in tracebacks of bugs too.
+    Secrets are redacted, in tracebacks of bugs too. Characters that an output stream cannot encode are escaped.
     """
+    _escape_what_cannot_be_printed()
     one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     code = 0
     try:
@@ -44,6 +46,13 @@ def run_cli(main: Callable[[], object]) -> None:
         _exit_immediately(code)
     if code:
         sys.exit(code)
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Write `\\u20ac` for a character outside the stream's encoding: cp1252 in files that Windows redirects to."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks and tests replace the streams
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

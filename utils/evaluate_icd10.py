@@ -11,7 +11,6 @@ are identified by their line number, from 1; predictions may count from 0. A mis
 """
 
 import argparse
-import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from utils.icd10.codes import Cim10Table, category
 from utils.icd10.metrics import evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, describe_origin, read_gold, read_predictions
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, warnings
+from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
 from utils.tables.rows_by_id import match_ids
 
@@ -138,9 +138,9 @@ def summarize(result: Mapping[str, Any]) -> str:
 def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     buffer = StringIO()
     first, *others = rows
-    writer = csv.DictWriter(buffer, list(first), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([first, *others])
+    writer = CsvWriter(buffer, list(first))
+    for row in (first, *others):
+        writer.write(*row.values())
     return buffer.getvalue()
 
 
@@ -161,12 +161,13 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _arguments()
+    outputs = (args.json, args.html, args.csv)
+    require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train))
     if args.run:
         from utils.models.predictor import predict_in_run_dir  # imports torch
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
-    outputs = [path for path in (args.json, args.html, args.csv) if path]
-    require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
+        require_own_names(outputs, [args.predictions])
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = list(read_gold(args.train).values()) if args.train else None
     gold = read_gold(args.gold)

@@ -142,12 +142,13 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _arguments()
+    require_own_names([args.json], [args.gold, args.predictions])
     references = read_references(args.gold)
     if args.run:
         from utils.models.predictor import predict_in_run_dir  # imports torch
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
-    require_own_names([args.json] if args.json else [], [args.gold, args.predictions])
+        require_own_names([args.json], [args.predictions])
     result = evaluate(references, match_ids(references, read_answers(args.predictions)), args.seed)
     if args.json:
         save({args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"})

@@ -13,7 +13,6 @@ interruption, the same command continues. `--dry-run` only writes `prompts.jsonl
 """
 
 import argparse
-import csv
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -38,12 +37,14 @@ from utils.fictional_notes.notes import LENGTHS, FictionalNote, write_notes
 from utils.icd10.answers import build_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table, category
 from utils.icd10.prompts import instruct_row
-from utils.tables.jsonl import dump_row, file_errors
+from utils.tables.csv_cells import CsvWriter
+from utils.tables.jsonl import dump_row, file_errors, require_own_names
 from utils.tables.output_folder import new_outputs
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
 
 JOURNAL, PROMPTS = "api_notes.jsonl", "prompts.jsonl"
 TEXT, CODES, TABLE, ALL_ROWS = "text.csv", "codes.csv", "cim10.tsv", "notes_instruct.jsonl"
+SPLIT_FILES = tuple(f"{name}_instruct.jsonl" for name in SPLIT_NAMES)
 TEXT_COLUMNS = ("visit_occurence_id", "text")
 CODE_COLUMNS = ("visit_occurence_id", "condition_status_source_value", "concept_code", "concept_name")
 
@@ -67,27 +68,24 @@ def save_notes(
     Raises:
         UserError: a file exists and `overwrite` is false, or a file cannot be written.
     """
-    split_files = [f"{name}_instruct.jsonl" for name in SPLIT_NAMES]
-    names = [TEXT, CODES, ALL_ROWS, *split_files[: max(splits) + 1], *([TABLE] if table else [])]
-    stale = [name for name in (*split_files, TABLE) if name not in names]
+    names = [TEXT, CODES, ALL_ROWS, *SPLIT_FILES[: max(splits) + 1], *([TABLE] if table else [])]
+    stale = [name for name in (*SPLIT_FILES, TABLE) if name not in names]
     with new_outputs(out, names, stale, overwrite) as temporaries, ExitStack() as opened:
         files = {
             name: opened.enter_context(temporary.open("w", encoding="utf-8", newline=""))
             for name, temporary in temporaries.items()
         }
-        _write_rows(notes, files, [split_files[split] for split in splits])
+        _write_rows(notes, files, [SPLIT_FILES[split] for split in splits])
         if table:
             files[TABLE].writelines(_table_lines(table))
 
 
 def _write_rows(notes: Iterable[FictionalNote], files: Mapping[str, IO[str]], split_of: Sequence[str]) -> None:
-    texts = csv.writer(files[TEXT], lineterminator="\n")
-    codes = csv.writer(files[CODES], lineterminator="\n")
-    texts.writerow(TEXT_COLUMNS)
-    codes.writerow(CODE_COLUMNS)
+    texts, codes = CsvWriter(files[TEXT], TEXT_COLUMNS), CsvWriter(files[CODES], CODE_COLUMNS)
     for note, split in zip(tqdm(notes, total=len(split_of), unit=" notes", disable=None), split_of, strict=True):
-        texts.writerow((note.id, note.text))
-        codes.writerows((note.id, *diagnosis) for diagnosis in note.diagnoses)
+        texts.write(note.id, note.text)
+        for diagnosis in note.diagnoses:
+            codes.write(note.id, *diagnosis)
         row = dump_row(instruct_row(note.text, build_answer(note.diagnoses), note.id)) + "\n"
         files[ALL_ROWS].write(row)
         files[split].write(row)
@@ -158,6 +156,9 @@ def _check(args: argparse.Namespace) -> None:
 def main() -> None:
     args = _arguments()
     _check(args)
+    require_own_names(
+        [args.out / name for name in (JOURNAL, PROMPTS, TEXT, CODES, TABLE, ALL_ROWS, *SPLIT_FILES)], [args.cim10]
+    )
     catalogue = load_catalogue(Cim10Table.from_file(args.cim10) if args.cim10 else None)
     if args.dry_run:
         with file_errors():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.tables.jsonl import LineReport, SkippedRowError, dump_row, require_file
+from utils.tables.jsonl import LineReport, SkippedRowError, dump_row, require_file, require_own_names
 from utils.tables.output_folder import new_outputs
 from utils.tables.read_table import add_encoding_option, counts_lines, has_fixed_columns, read_table
 from utils.tables.splits import SPLIT_NAMES, parse_fractions, split_rows
@@ -71,8 +71,7 @@ def import_table(
     """
     require_file(source)
     paths = _output_paths(out)
-    if any(path.exists() and path.samefile(source) for path in paths):
-        raise UserError(f"{source} is the source and would also be an output; give another --out.")
+    require_own_names(paths, [source])
     folder, names = paths[0].parent, [path.name for path in paths]
     used, stale = names[: len(fractions)], names[len(fractions) :]
     with (

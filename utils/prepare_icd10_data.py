@@ -25,7 +25,7 @@ from utils.icd10.corpus import CodedStay, CodeRow, Corpus, Dropped, build_corpus
 from utils.icd10.near_duplicates import find_near_duplicates, normalize_text
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.splits import SPLITS, split_stays
-from utils.tables.jsonl import SkippedRowError, dump_row
+from utils.tables.jsonl import SkippedRowError, dump_row, require_own_names
 from utils.tables.output_folder import new_outputs
 from utils.tables.read_table import FILE_TYPES, add_encoding_option, counts_lines, read_table
 from utils.tables.splits import parse_fractions
@@ -181,12 +181,10 @@ def save(stays: Sequence[CodedStay], splits: Sequence[int], report: dict[str, An
     Raises:
         UserError: a file exists and `overwrite` is false, or a file cannot be written.
     """
-    kinds = {"instruct": _instruct_line, "text": _text_line}
-    names = [f"{split}_{kind}.jsonl" for split in SPLITS for kind in kinds]
-    used = names[: len(kinds) * (max(splits) + 1)]
-    with new_outputs(out, [*used, REPORT], names[len(used) :], overwrite) as temporaries:
+    used = _FILES[: len(_LINES) * (max(splits) + 1)]
+    with new_outputs(out, [*used, REPORT], _FILES[len(used) :], overwrite) as temporaries:
         for number, split in enumerate(SPLITS[: max(splits) + 1]):
-            for kind, line_of in kinds.items():
+            for kind, line_of in _LINES.items():
                 with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
                     file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
         temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -198,6 +196,10 @@ def _instruct_line(stay: CodedStay) -> str:
 
 def _text_line(stay: CodedStay) -> str:
     return dump_row(pretrain_row(stay.text, list_codes(stay.diagnoses))) + "\n"
+
+
+_LINES = {"instruct": _instruct_line, "text": _text_line}
+_FILES = [f"{split}_{kind}.jsonl" for split in SPLITS for kind in _LINES]
 
 
 def _arguments() -> argparse.Namespace:
@@ -217,6 +219,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     args = _arguments()
     fractions = parse_fractions(args.ratios, "--ratios")
+    require_own_names([args.out / name for name in (*_FILES, REPORT)], [args.text, args.codes, args.cim10])
     table = Cim10Table.from_file(args.cim10)
     dropped_rows: Dropped = defaultdict(list)
     texts, patients = read_texts(args.text, args.patient, args.encoding, dropped_rows)

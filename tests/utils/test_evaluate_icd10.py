@@ -324,7 +324,13 @@ def test_invalid_gold_rows_are_reported(row, expected, jsonl, evaluate):
 def test_inputs_are_not_overwritten(gold, jsonl, evaluate, tmp_path):
     predictions = jsonl("p.jsonl", ANSWERS)
     before = gold.read_bytes(), predictions.read_bytes()
-    for options in (("--html", gold), ("--csv", predictions), ("--csv", tmp_path / "out.json")):
+    (tmp_path / "link.html").hardlink_to(gold)
+    for options in (
+        ("--html", gold),
+        ("--html", tmp_path / "link.html"),
+        ("--csv", predictions),
+        ("--csv", tmp_path / "out.json"),
+    ):
         code, message, _ = evaluate(gold, predictions, *options)
         assert code == 1 and "another file of this command" in message
     assert (gold.read_bytes(), predictions.read_bytes()) == before and not (tmp_path / "out.json").exists()

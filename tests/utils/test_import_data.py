@@ -391,7 +391,7 @@ def test_overwrite_replaces_files_and_removes_stale_splits(tmp_path):
 
 def test_the_source_is_never_an_output(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", [{"q": str(number)} for number in range(20)])
-    with pytest.raises(UserError, match="is the source"):
+    with pytest.raises(UserError, match="is an output and also another file"):
         import_table(source, f"{tmp_path}/", Recipe(text=template("{q}")), overwrite=True)
     assert len(lines_of(source)) == 20
 

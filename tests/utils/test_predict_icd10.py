@@ -26,6 +26,7 @@ from utils.icd10.codes import Cim10Table
 from utils.icd10.predictions import describe_origin
 from utils.icd10.prompts import instruct_row
 from utils.models.predictor import Predictor, predict_file, read_prompts
+from utils.tables.read_table import read_table
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +107,31 @@ def test_other_files_are_not_overwritten(run_dir: Path, notes: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("out", "sentence"),
     [
-        ("notes.jsonl", "would overwrite the input"),
-        ("notes.csv", "would overwrite the input"),
+        ("notes.jsonl", "is an output and also another file"),
+        ("notes.csv", "is an output and also another file"),
+        ("../{folder}/notes.jsonl", "is an output and also another file"),
         ("p.txt", r"in \.jsonl or \.csv"),
     ],
 )
 def test_output_must_be_another_jsonl_or_csv_file(out: str, sentence: str, notes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):
-        predict_file(tmp_path, notes, notes.with_name(out))
+        predict_file(tmp_path, notes, notes.parent / out.format(folder=notes.parent.name))
+
+
+def test_links_and_files_of_others_are_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
+    table = tmp_path / "notes.csv"
+    table.write_text("id,text\n1,Fièvre.\n", encoding="utf-8")
+    (tmp_path / "soft.csv").symlink_to(table)
+    (tmp_path / "hard.csv").hardlink_to(table)
+    (tmp_path / "folder").mkdir()
+    before = table.read_bytes()
+    for name in ("notes.csv", "soft.csv", "hard.csv", "folder/../notes.csv"):
+        with pytest.raises(UserError, match="is an output and also another file"):
+            predict_file(run_dir, table, tmp_path / name)
+    with pytest.raises(UserError, match=r"notes\.csv exists and is not an output of this command"):
+        predict_file(run_dir, notes, table)
+    assert table.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "hard.csv", "notes.csv", "soft.csv"]
 
 
 def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -> None:
@@ -123,6 +141,22 @@ def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -
         lines = list(csv.DictReader(file))
     expected = [code["code"] for row in read(tmp_path / "p.jsonl") for code in row["codes"]]
     assert [line["code"] for line in lines] == expected
+    before = out.read_bytes()
+    predict_file(run_dir, notes, out, load_table(tmp_path), batch_size=5, max_tokens=80)
+    assert out.read_bytes() == before
+
+
+def test_an_id_that_is_a_formula_is_neutralized_in_the_csv_only(run_dir: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "notes.csv", tmp_path / "p.csv"
+    table.write_text("id,text\n\"=cmd|' /C calc'!A0\",Patient fébrile.\n", encoding="utf-8")
+    answers = tmp_path / "p.jsonl"
+    predict_file(run_dir, table, answers, max_tokens=1)
+    (row,) = read(answers)
+    assert row["id"] == "=cmd|' /C calc'!A0"
+    answers.write_text(json.dumps(row | {"codes": [{"role": "DP", "code": "I10", "label": "=1+1"}]}) + "\n", "utf-8")
+    predict_file(run_dir, table, out, max_tokens=1)
+    assert out.read_text(encoding="utf-8").splitlines()[1] == "'=cmd|' /C calc'!A0,DP,I10,'=1+1"
+    assert [row["id"] for _, row in read_table(out)] == ["=cmd|' /C calc'!A0"]
 
 
 def test_origin_of_the_answers_is_recorded(run_dir: Path, notes: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import ast
 import contextlib
 import copy
 import json
+import os
 import random
+import re
 import shutil
 import string
 import subprocess
@@ -24,8 +26,7 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from utils import reformat_data, reformat_data_glaive
-from utils.reformat_data import reformat_row
-from utils.reformat_data_glaive import reformat_glaive_row
+from utils.tables.chat_rows import reformat_row
 from utils.tables.jsonl import LineReport, SkippedRowError
 from utils.tables.rewrite import call_ids, rewrite_jsonl
 from utils.tables.tool_calls import json_arguments, link_tool_calls
@@ -116,8 +117,8 @@ def test_reformat_data_matches_the_original_and_keeps_tool_calls(tmp_path):
 
 def test_reformat_glaive_matches_the_original_except_for_json_arguments(tmp_path):
     path = copied("glaive.jsonl", tmp_path)
-    result = rewrite_jsonl(path, reformat_glaive_row)
-    ours, theirs = read_rows(path), read_rows(FIXTURES / "glaive.out.jsonl")
+    result = rewrite_jsonl(path, reformat_row)
+    ours, theirs = read_rows(path), read_rows(FIXTURES / "glaive.out.jsonl")[:-1]
     for row in theirs:
         for message in row["messages"]:
             for theirs_call in message.get("tool_calls", []):
@@ -129,12 +130,12 @@ def test_reformat_glaive_matches_the_original_except_for_json_arguments(tmp_path
             for our_call in message.get("tool_calls", []):
                 our_call["function"]["arguments"] = json.loads(our_call["function"]["arguments"])
     assert without_ids(ours) == without_ids(theirs)
-    assert result.skipped.count == 2
+    assert result.skipped.count == 3  # the original removes the turn of an unknown speaker without a word
 
 
 def test_a_single_glaive_row_is_converted(tmp_path):
     path = write_rows(tmp_path / "one.jsonl", read_rows(FIXTURES / "glaive.jsonl")[:1])
-    assert "Kept: 1" in str(rewrite_jsonl(path, reformat_glaive_row))
+    assert "Kept: 1" in str(rewrite_jsonl(path, reformat_row))
     assert len(read_rows(path)) == 1
 
 
@@ -198,6 +199,11 @@ def test_rows_without_a_conversation_are_unchanged():
 def test_messages_and_interactions_are_converted():
     row = {"interactions": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "user"}]}
     assert convert_row(row)[0] == {"interactions": row["interactions"][:2]}
+
+
+def test_an_answer_without_a_call_is_skipped():
+    with pytest.raises(SkippedRowError, match="a function response without a call"):
+        convert_messages(user(), assistant(), answer(), assistant())
 
 
 def test_the_given_row_is_not_modified():
@@ -292,11 +298,6 @@ def test_answers_without_ids_are_matched_by_name_then_by_order():
     assert [message["tool_call_id"] for message in linked[1:]] == [q1, p, q2]
 
 
-def test_an_answer_without_a_call_is_left_to_the_validator():
-    messages = convert_messages(answer(), assistant())
-    assert len(messages[0]["tool_call_id"]) == 9
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([None, "null", "call_", "valid"])), max_size=4), st.data())
 def test_linked_conversations_are_valid_and_linking_twice_changes_nothing(turns, data):
@@ -348,7 +349,7 @@ def test_glaive_calls_are_parsed_in_every_quoting(written, arguments):
     row = glaive(
         ("human", "?"), ("function-call", written), ("function-response", "22"), ("gpt", "22"), description=BMI
     )
-    converted, _ = convert_row(row, reformat_glaive_row)
+    converted, _ = convert_row(row, reformat_row)
     assert json.loads(converted["messages"][1]["tool_calls"][0]["function"]["arguments"]) == arguments
     assert_trainable(converted)
 
@@ -356,7 +357,6 @@ def test_glaive_calls_are_parsed_in_every_quoting(written, arguments):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": []}, "no list `conversations`"),
         (glaive(("human", "a"), ("gpt", "b"), description="{broken"), "`function_description` is not JSON"),
         (glaive(("human", "a"), ("gpt", "b"), description='{"x": 1}'), "a function description has no name"),
         (glaive(("human", "a"), ("function-call", "garbage {")), "a function call cannot be parsed"),
@@ -376,27 +376,14 @@ def test_glaive_calls_are_parsed_in_every_quoting(written, arguments):
 )
 def test_unparsable_glaive_rows_are_skipped_with_a_reason(row, reason):
     with pytest.raises(SkippedRowError) as skip:
-        convert_row(row, reformat_glaive_row)
+        convert_row(row, reformat_row)
     assert skip.value.reason == reason
-
-
-def test_a_glaive_row_needs_no_description():
-    row = {"conversations": [{"from": "human", "value": "a\n\n"}, {"from": "gpt", "value": "b"}]}
-    assert convert_row(row, reformat_glaive_row)[0] == {"messages": [user(), assistant()]}
 
 
 def test_only_repeated_functions_are_removed_from_the_system_prompt():
     system = "You have well-known functions. Use them if required -"
     row = glaive(("system", system + BMI), ("human", "a"), ("gpt", "b"), description=BMI)
-    assert convert_row(row, reformat_glaive_row)[0]["messages"][0]["content"] == system.removesuffix(" -")
-
-
-def test_turns_of_unknown_speakers_are_removed_with_a_warning():
-    converted, warnings = convert_row(
-        glaive(("human", "a"), ("narrator", "meanwhile"), ("gpt", "b")), reformat_glaive_row
-    )
-    assert converted == {"messages": [user(), assistant()]}
-    assert warnings == ["turns of the unknown speaker 'narrator' removed"]
+    assert convert_row(row, reformat_row)[0]["messages"][0]["content"] == system.removesuffix(" -")
 
 
 # The file
@@ -406,7 +393,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     texts = []
     for seed in (0, 0, 1):
         path = copied("glaive.jsonl", tmp_path)
-        rewrite_jsonl(path, reformat_glaive_row, seed=seed)
+        rewrite_jsonl(path, reformat_row, seed=seed)
         texts.append(path.read_text(encoding="utf-8"))
     assert texts[0] == texts[1] != texts[2]
 
@@ -431,19 +418,118 @@ def test_backups_are_kept_and_never_overwritten(tmp_path):
 
 
 def test_no_backup_writes_no_other_file(tmp_path):
-    rewrite_jsonl(copied("reformat_data.jsonl", tmp_path), reformat_row, backup=False)
+    rewrite_jsonl(copied("reformat_data.jsonl", tmp_path), reformat_row, backup=False, allow_skipped=True)
     assert [file.name for file in tmp_path.iterdir()] == ["reformat_data.jsonl"]
 
 
 def test_a_file_without_a_usable_row_is_not_replaced(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("id,text\n1,bonjour\n", encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"No row of .*rows\.csv could be kept.*\n  not a valid JSON object: lines 1, 2"
-    ):
+    with pytest.raises(UserError, match=r"rows\.csv is not jsonl: its first line .* `python -m utils.import_data"):
         rewrite_jsonl(path, reformat_row)
     assert path.read_text(encoding="utf-8") == "id,text\n1,bonjour\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+ROW = {"messages": [user("Compte rendu confidentiel"), assistant()]}
+GOOD_LINE = json.dumps(ROW)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("blank", ["", "\n", "\ufeff"])
+def test_a_json_list_becomes_jsonl(indent, blank, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [user(f"é {n}"), assistant("[1],\n")], "id": n} for n in range(30)]
+    path.write_text(blank + json.dumps([*rows, 5], indent=indent, ensure_ascii=False) + blank.strip("\ufeff"), "utf-8")
+    before = path.read_bytes()
+    result = rewrite_jsonl(path, reformat_row)
+    assert read_rows(path) == rows and result.backup.read_bytes() == before
+    assert (result.read, result.changed, result.skipped.count) == (31, 0, 1)
+    assert "was a JSON list" in str(result) and "not a valid JSON object: row 31" in str(result)
+
+
+def test_an_empty_json_list_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(" [ ]\n", encoding="utf-8")
+    with pytest.raises(UserError, match="it has no rows"):
+        rewrite_jsonl(path, reformat_row)
+
+
+NOT_JSONL = {
+    "a truncated list": (
+        f"[\n{GOOD_LINE},\n{GOOD_LINE},\n{GOOD_LINE}",
+        "begins like a JSON list but is not valid JSON",
+    ),
+    "a list with a comma too many": (f"[{GOOD_LINE},]", "begins like a JSON list but is not valid JSON"),
+    "rows with commas": (f"{GOOD_LINE},\n{GOOD_LINE},\n{GOOD_LINE}", "its first line and 1 others are not rows"),
+    "a list in an object": (f'{{"data": [\n{GOOD_LINE},\n{GOOD_LINE}\n]}}', "its first line and 2 others are not rows"),
+    "an object over several lines": (json.dumps(ROW, indent=1), "its first line and .* are not rows"),
+    "an object of columns": (json.dumps({"messages": {"0": ROW["messages"]}}), "`messages` is not a list: line 1"),
+    "columns of Alpaca": (json.dumps({"instruction": ["q"], "output": ["a"]}), "`instruction` is not a string: line 1"),
+    "one conversation": (json.dumps(ROW["messages"]), "a single message, not a row .*: rows 1, 2"),
+    "conversations without rows": (f"{json.dumps(ROW['messages'])}\n" * 3, "its first line and 2 others are not rows"),
+    "a list, then a row": (f"[{GOOD_LINE}, {GOOD_LINE}]\n{GOOD_LINE}\n", "its first line and 0 others are not rows"),
+    "csv": ('id,text\n1,"bonjour"\n', "its first line and 1 others are not rows"),
+    "other columns": (
+        '{"prompt": "q", "completion": "a"}\n',
+        r"its keys: prompt, completion.*\n`python -m utils.import",
+    ),
+    "UTF-16": (GOOD_LINE.encode("utf-16"), "begins like text in UTF-16.*Save it as UTF-8"),
+    "UTF-16 without a mark": (GOOD_LINE.encode("utf-16-le"), "NUL bytes.*Save it as UTF-8"),
+    "parquet": (b"PAR1" + bytes(100), "begins like a parquet table.*`python -m utils.import_data"),
+    "gzip": (b"\x1f\x8b" + bytes(100), "begins like a gzip archive"),
+    "nothing": ("\n", "it has no rows"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_JSONL)
+def test_a_file_of_another_kind_is_refused_and_unchanged(kind, tmp_path, run_command):
+    content, sentence = NOT_JSONL[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    before = path.read_bytes()
+    for options in ([], ["--no_backup", "--allow_skipped"]):
+        code, output = run_command(reformat_data, path, *options)
+        assert code == 1 and "is unchanged" in output and re.search(sentence, output, re.DOTALL), output
+        assert "confidentiel" not in output
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_without_a_known_layout_stay_next_to_others(tmp_path):
+    lines = [GOOD_LINE, '{"prompt": "q"}', json.dumps({"messages": [user(), assistant(), user()]})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    result = rewrite_jsonl(path, reformat_row)
+    assert path.read_text(encoding="utf-8").splitlines()[:2] == lines[:2]
+    assert "no layout that is known, kept as it is: line 2 (line 2: its keys: prompt)" in str(result)
+    assert "messages after the last answer removed: line 3\n" in str(result)
+
+
+def test_left_out_rows_end_in_exit_code_1_unless_allowed(tmp_path, run_command):
+    content = f"{GOOD_LINE}\n{{}}}}\n{json.dumps({'messages': [user()]})}\n".encode()
+    path = tmp_path / "rows.jsonl"
+    for options, expected in (([], 1), (["--allow_skipped"], 0), (["--allow_skipped", "--no_backup"], 0)):
+        path.write_bytes(content)
+        code, output = run_command(reformat_data, path, *options)
+        assert code == expected and path.read_text(encoding="utf-8") == GOOD_LINE + "\n"
+        assert "not a valid JSON object: line 2" in output and "no assistant message: line 3" in output
+    assert [(tmp_path / f"rows.jsonl.bak{number}").read_bytes() for number in ("", "1")] == [content] * 2
+    assert code == 0 and not (tmp_path / "rows.jsonl.bak2").exists()
+    path.write_bytes(content)
+    code, output = run_command(reformat_data, path, "--no_backup")
+    assert code == 1 and path.read_bytes() == content and "2 of 3 rows of" in output and "line 3" in output
+
+
+def test_nothing_is_replaced_before_the_report_is_printed(tmp_path):
+    path = copied("reformat_data.jsonl", tmp_path)
+    original = path.read_bytes()
+
+    def fail(result):
+        raise UnicodeEncodeError("cp1252", "患", 0, 1, "cannot be printed")
+
+    with pytest.raises(UnicodeEncodeError):
+        rewrite_jsonl(path, reformat_row, announce=fail)
+    assert path.read_bytes() == original and not list(tmp_path.glob(".*"))
 
 
 def test_a_crash_changes_nothing(tmp_path):
@@ -454,7 +540,7 @@ def test_a_crash_changes_nothing(tmp_path):
     def crash(row, new_id, warn):
         if next(rows) == 2:
             raise RuntimeError("power cut")
-        return reformat_glaive_row(row, new_id, warn)
+        return reformat_row(row, new_id, warn)
 
     with pytest.raises(RuntimeError):
         rewrite_jsonl(path, crash)
@@ -484,7 +570,7 @@ def test_invalid_lines_do_not_affect_other_rows(tmp_path):
 def test_a_call_whose_text_has_no_utf8_is_skipped(tmp_path):
     broken = glaive(("human", "a"), ("function-call", '{"name": "f", "arguments": {"a": "\\ud800"}}'))
     path = write_rows(tmp_path / "data.jsonl", [broken, glaive(("human", "a"), ("gpt", "b"))])
-    assert "an unpaired surrogate, which is not a character: line 1" in str(rewrite_jsonl(path, reformat_glaive_row))
+    assert "an unpaired surrogate, which is not a character: line 1" in str(rewrite_jsonl(path, reformat_row))
 
 
 def test_a_symlink_is_preserved(tmp_path):
@@ -524,7 +610,7 @@ def test_a_report_lists_the_first_lines_and_counts_the_rest():
 )
 def test_the_commands(tool, fixture, tmp_path, monkeypatch, capsys):
     path = copied(fixture, tmp_path)
-    monkeypatch.setattr(sys, "argv", [tool.__name__, str(path), "--no_backup"])
+    monkeypatch.setattr(sys, "argv", [tool.__name__, str(path), "--no_backup", "--allow_skipped"])
     run_cli(tool.main)
     assert "Skipped: " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
@@ -535,6 +621,18 @@ def test_a_user_error_is_one_line_and_exit_code_1(tmp_path):
     command = [sys.executable, "-m", "utils.reformat_data", str(missing)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"error: {missing} does not exist.\n")
+
+
+def test_output_that_the_stream_cannot_encode_is_escaped(tmp_path):
+    path = tmp_path / "患者.jsonl"
+    path.write_text(
+        json.dumps({"messages": [{"role": "患者", "content": "q"}, assistant()]}) + f"\n{GOOD_LINE}", "utf-8"
+    )
+    command = [sys.executable, "-m", "utils.reformat_data", str(path)]
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert rb"\u60a3\u8005.jsonl.bak" in done.stdout and rb"unknown speaker `\u60a3\u8005`: line 1" in done.stdout
 
 
 def test_call_ids_are_reproducible_without_the_global_generator():

@@ -1,10 +1,10 @@
 """Answer the rows of a file with a trained model; an interrupted call continues where it stopped."""
 
-import csv
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.predictions import origin_path, read_origin
 from utils.icd10.prompts import prompt_messages
-from utils.tables.jsonl import file_errors, read_journal, read_lines, save
+from utils.tables.csv_cells import CsvWriter
+from utils.tables.jsonl import file_errors, read_journal, read_lines, require_own_names, save
 from utils.tables.read_table import read_table
 
 ID_COLUMNS = ("id", "visit_occurence_id")
@@ -138,8 +139,8 @@ def predict_file(
         raise UserError(f"{out}: expected a name that ends in .jsonl or .csv.")
     prompts = read_prompts(rows, encoding)
     answers = out.with_suffix(".jsonl")
-    if answers.resolve() == rows.resolve():
-        raise UserError(f"The answers would overwrite the input {answers}; give another --out.")
+    require_own_names({out, answers, origin_path(answers)}, [rows])
+    _require_own_csv(out)
     checkpoint = find_checkpoint(folder, step)
     identity = {
         "run": _fingerprint(checkpoint),
@@ -181,13 +182,23 @@ def _predictions(
 
 
 def _save_csv(answers: Path, path: Path) -> None:
-    """Write one line per code."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        writer.writeheader()
-        for _, line in read_lines(answers):
-            row = json.loads(line)
-            writer.writerows({"id": row["id"], **code} for code in row["codes"])
+    """Write one line per code; a missing value is empty."""
+    buffer = StringIO()
+    writer = CsvWriter(buffer, CSV_COLUMNS)
+    for _, line in read_lines(answers):
+        row = json.loads(line)
+        for code in row["codes"]:
+            writer.write(row["id"], *(code.get(column) for column in CSV_COLUMNS[1:]))
+    save({path: buffer.getvalue()})
+
+
+def _require_own_csv(path: Path) -> None:
+    """Raise UserError if a csv file exists and does not begin like one of this command."""
+    if path.suffix == ".csv" and path.exists():
+        with file_errors(), path.open("rb") as file:
+            header = file.readline().decode("utf-8", "replace").strip()
+            if header not in ("", ",".join(CSV_COLUMNS)):
+                raise UserError(f"{path} exists and is not an output of this command; choose another file.")
 
 
 def _require_same_origin(answers: Path, identity: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from model.errors import UserError
 Row = dict[str, Any]
 
 SHOWN_LINES = 20  # line numbers that a report lists per reason
+_MAX_REASONS = 100  # of a report; further reasons are counted together
+_OTHER_REASONS = "other reasons"
 
 
 class SkippedRowError(Exception):
@@ -37,6 +39,7 @@ class SkippedRowError(Exception):
 class _Group:
     lines: list[int] = dataclasses.field(default_factory=list)  # the first SHOWN_LINES of them
     count: int = 0
+    times: int = 0  # at least once per line
     example: str = ""
 
 
@@ -48,11 +51,14 @@ class LineReport:
         self._unit = unit
         self._groups: dict[str, _Group] = {}
 
-    def add(self, line: int, reason: str, detail: str = "") -> None:
+    def add(self, line: int, reason: str, detail: str = "", times: int = 1) -> None:
+        if len(self._groups) >= _MAX_REASONS and reason not in self._groups:
+            reason, detail = _OTHER_REASONS, reason
         group = self._groups.setdefault(reason, _Group(example=detail))
         if len(group.lines) < SHOWN_LINES:
             group.lines.append(line)
         group.count += 1
+        group.times += times
         self.count += 1
 
     def __str__(self) -> str:
@@ -65,7 +71,8 @@ class LineReport:
             numbers += f" and {group.count - len(group.lines):,} more"
         unit = self._unit if group.count == 1 else f"{self._unit}s"
         example = f" ({self._unit} {group.lines[0]}: {group.example})" if group.example else ""
-        return f"  {reason}: {unit} {numbers}{example}"
+        times = f" ({group.times:,} in total)" if group.times > group.count else ""
+        return f"  {reason}: {unit} {numbers}{example}{times}"
 
 
 def require_file(path: Path) -> None:
@@ -157,10 +164,23 @@ def save(contents: Mapping[Path, str]) -> None:
             temporaries[path].write_text(content, encoding="utf-8", newline="")
 
 
-def require_own_names(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Raise UserError if an output would replace an input or another output."""
-    resolved = [path.resolve() for path in outputs]
-    taken = {path.resolve() for path in inputs}
-    for path, real in zip(outputs, resolved):
-        if real in taken or resolved.count(real) > 1:
+def require_own_names(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise UserError if an output would replace an input or another output, whatever the spelling or link.
+
+    Options that were not given are None.
+    """
+    written = [path for path in outputs if path is not None]
+    identities = [_identity(path) for path in written]
+    taken = {_identity(path) for path in inputs if path is not None}
+    for path, identity in zip(written, identities):
+        if identity in taken or identities.count(identity) > 1:
             raise UserError(f"{path} is an output and also another file of this command; choose another name.")
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """Return what all names of a file have in common; hard links and other upper and lower case included."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve()
+    return status.st_dev, status.st_ino

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from model.errors import UserError
+from utils.tables.csv_cells import original
 from utils.tables.jsonl import Row, SkippedRowError, load_row, read_lines, require_file
 
 NumberedRows = Iterator[tuple[int, Row | SkippedRowError]]  # an unreadable row is a SkippedRowError
@@ -140,7 +141,7 @@ def _require_unique(path: Path, columns: list[str]) -> None:
 def _csv_row(columns: list[str], fields: list[str]) -> Row | SkippedRowError:
     if len(fields) != len(columns):
         return SkippedRowError("number of fields differs from the header", f"{len(fields)} instead of {len(columns)}")
-    return dict(zip(columns, fields))
+    return dict(zip(columns, map(original, fields)))
 
 
 def _read_jsonl(path: Path, encoding: str) -> NumberedRows:

@@ -3,40 +3,138 @@
 import ast
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from finetune.data.rows import json_type
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.rewrite import NewId
 
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+# Glaive puts the arguments in single quotes, which is not JSON and, if they contain an apostrophe, not Python either.
+_QUOTED_ARGUMENTS = re.compile(r"(?P<before>\{.*?\"arguments\":\s*)'(?P<arguments>.*)'\s*\}", re.DOTALL)
+_DESCRIBED = ("name", "description", "parameters", "input_schema")
+_PARSE_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
-def as_tool(function: Any) -> Row:
-    """Return a function description (of OpenAI's `functions`, or Glaive's) as an entry of `tools`.
+def parse_json(text: str) -> Any:
+    """Parse JSON; NaN and infinities, which are not JSON, raise ValueError."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_tools(value: Any, key: str) -> list[Row]:
+    """Return the value of a row's `tools` (or other key) as entries of `tools`.
+
+    Args:
+        value: a list of tools, its JSON text, or the JSON texts of tools one after the other.
+        key: for the reasons.
+
+    Raises:
+        SkippedRowError: it is none of these, or a tool cannot be converted.
+    """
+    if isinstance(value, str):
+        values = list(_json_values(value, key))
+        value = [tool for item in values for tool in (item if isinstance(item, list) else [item]) if tool]
+    if not isinstance(value, list):
+        raise SkippedRowError(f"`{key}` is not a list")
+    return [as_tool(tool) for tool in value]
+
+
+def _json_values(text: str, key: str) -> Iterator[Any]:
+    rest = text.strip()
+    while rest:
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError) as error:
+            raise SkippedRowError(f"`{key}` is not JSON", str(error)) from error
+        yield value
+        rest = rest[end:].lstrip()
+
+
+def as_tool(tool: Any) -> Row:
+    """Return a function description (OpenAI's, flat or nested; Anthropic's; Glaive's) as an entry of `tools`.
 
     Raises:
         SkippedRowError: it is not a function description.
     """
-    if isinstance(function, dict) and isinstance(function.get("function"), dict):
-        function = function["function"]
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        outer = {key: value for key, value in tool.items() if key != "function" and value is not None}
+        function = tool["function"]
+    elif isinstance(tool, dict):
+        outer = {"type": tool.get("type") or "function"}
+        function = {key: value for key, value in tool.items() if key != "type"}
+    if not isinstance(tool, dict) or not isinstance(function.get("name"), str):
         raise SkippedRowError("a function description has no name")
-    description, parameters = function.get("description") or "", function.get("parameters") or {}
-    extra = {key: value for key, value in function.items() if key not in ("name", "description", "parameters")}
-    described = {"name": function["name"], "description": description, "parameters": parameters, **extra}
-    return {"type": "function", "function": described}
+    if outer.get("type", "function") != "function":
+        raise SkippedRowError("a tool that is not a function")
+    extra = {key: value for key, value in function.items() if value is not None and key not in _DESCRIBED}
+    parameters = function.get("parameters") or function.get("input_schema") or {}
+    described = {
+        "name": function["name"],
+        "description": function.get("description") or "",
+        "parameters": _json_object(parameters, "the `parameters` of a function are not an object"),
+    }
+    return {**outer, "function": {**described, **extra}}
 
 
-def as_tool_call(function: Any, call_id: Any = None) -> Row:
-    """Return a function's name and arguments as an entry of `tool_calls`; `link_tool_calls` sets the final id.
+def _json_object(value: Any, reason: str) -> Row:
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, dict):
+        raise SkippedRowError(reason)
+    return value
+
+
+def parse_calls(text: str) -> list[Row]:
+    """Parse the text of one or several calls: JSON, JSON with arguments in single quotes, or a Python literal.
 
     Raises:
-        SkippedRowError: there is no name, or the arguments are not a JSON object.
+        SkippedRowError: it is none of these, or a call cannot be converted.
     """
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    for parse in (parse_json, _unquoted, ast.literal_eval):
+        try:
+            calls = parse(text)
+        except _PARSE_ERRORS:
+            continue
+        if calls:
+            return [as_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    raise SkippedRowError("a function call cannot be parsed")
+
+
+def _unquoted(text: str) -> Any:
+    quoted = _QUOTED_ARGUMENTS.fullmatch(text)
+    if quoted is None:
+        raise ValueError("no arguments in single quotes")
+    return parse_json(quoted["before"] + quoted["arguments"].replace("\\'", "'") + "}")
+
+
+def as_tool_call(call: Any) -> Row:
+    """Return a call, nested in `function` or flat, as an entry of `tool_calls`; `link_tool_calls` sets the final id.
+
+    Raises:
+        SkippedRowError: there is no name, the arguments are not a JSON object, or a key would be lost.
+    """
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        outer, function = {key: value for key, value in call.items() if key != "function"}, call["function"]
+    elif isinstance(call, dict):
+        outer = {key: call[key] for key in ("id", "type") if key in call}
+        function = {key: value for key, value in call.items() if key not in outer}
+    if not isinstance(call, dict) or not isinstance(function.get("name"), str):
         raise SkippedRowError("a tool call has no function name")
-    called = {"name": function["name"], "arguments": json_arguments(function.get("arguments"))}
-    return {"id": call_id, "type": "function", "function": called}
+    if outer.get("type") not in (None, "function"):
+        raise SkippedRowError("a tool call that is not a function's")
+    arguments = "arguments" if function.get("arguments") is not None else "parameters"
+    if any(value is not None and key not in ("name", arguments) for key, value in function.items()):
+        raise SkippedRowError("a function call has other keys than `name` and `arguments`")
+    called = {"name": function["name"], "arguments": json_arguments(function.get(arguments))}
+    return {**outer, "id": outer.get("id"), "type": "function", "function": called}
 
 
 def json_arguments(arguments: Any) -> str:
@@ -49,17 +147,24 @@ def json_arguments(arguments: Any) -> str:
     """
     if arguments is None or arguments == "":
         return "{}"
-    if isinstance(arguments, dict):
-        return json.dumps(arguments, ensure_ascii=False)
     if isinstance(arguments, str):
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (parse_json, ast.literal_eval):
             try:
                 parsed = parse(arguments)
                 if isinstance(parsed, dict):
-                    return arguments if parse is json.loads else json.dumps(parsed, ensure_ascii=False)
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                    return arguments if parse is parse_json else _dump_arguments(parsed)
+            except _PARSE_ERRORS:
                 continue
-    raise SkippedRowError("the arguments of a tool call are not a JSON object", repr(arguments)[:60])
+    elif isinstance(arguments, dict):
+        try:
+            return _dump_arguments(arguments)
+        except ValueError:  # NaN or an infinity
+            pass
+    raise SkippedRowError("the arguments of a tool call are not a JSON object", f"found {json_type(arguments)}")
+
+
+def _dump_arguments(arguments: Row) -> str:
+    return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
 
 
 def end_with_assistant(messages: list[Row]) -> list[Row]:
@@ -83,11 +188,25 @@ def require_content(messages: list[Row]) -> None:
             raise SkippedRowError("an empty message", f"message {number}, {message['role']}")
 
 
+def require_answers(messages: list[Row]) -> None:
+    """Raise SkippedRowError unless every call has a response before the next assistant message, except the last."""
+    unanswered = 0
+    for message in messages:
+        if message["role"] == "tool":
+            if not unanswered:
+                raise SkippedRowError("a function response without a call")
+            unanswered -= 1
+        elif message["role"] == "assistant":
+            if unanswered:
+                raise SkippedRowError("a function call without a response")
+            unanswered = len(message.get("tool_calls", []))
+
+
 def link_tool_calls(messages: list[Row], new_id: NewId) -> list[Row]:
     """Give each tool call and its answer the same id of 9 alphanumerics; valid ids are kept.
 
     An answer belongs to the call with its id; without ids, to the first unanswered call with its name; without a name,
-    to the first unanswered call. An answer without a call before it gets a new id, and `validate_data` reports it.
+    to the first unanswered call. An answer without a call before it gets a new id.
 
     Raises:
         SkippedRowError: no call before an answer has its id or function.
@@ -127,9 +246,7 @@ def _called_by(answer: Row, written: str | None, unanswered: list[Row]) -> Row:
     if answer.get("name"):
         candidates = [call for call in candidates if call["function"]["name"] == answer["name"]]
     if not candidates:
-        raise SkippedRowError(
-            "a tool message matches no unanswered call before it", f"name {answer.get('name')}, id {written}"
-        )
+        raise SkippedRowError("a tool message matches no unanswered call before it")
     return candidates[0]
 
 

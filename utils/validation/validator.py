@@ -15,7 +15,7 @@ from model.args import ModelArgs, load_model_args
 from model.atomic import new_file
 from model.errors import Problem, UserError
 from utils.models.known_models import known_shapes
-from utils.tables.jsonl import file_errors
+from utils.tables.jsonl import file_errors, require_own_names
 from utils.validation.check_datasets import CheckedFile, Validation, list_datasets
 from utils.validation.data_report import describe_data, describe_expected, describe_packing, describe_run, title
 from utils.validation.data_statistics import DataStatistics, RunPlan
@@ -77,6 +77,11 @@ def write_text(path: Path, lines: Iterable[str]) -> None:
     print(f"Saved {path}.")
 
 
+def _corrected_path(path: Path) -> Path:
+    """Return the name of a data file's corrected version."""
+    return path.with_name(f"{path.name}.corrected")
+
+
 def write_corrected(file: CheckedFile) -> None:
     """Write the valid rows of a file with invalid ones, byte for byte, to `NAME.corrected` next to it."""
     path = file.rows.path
@@ -86,7 +91,7 @@ def write_corrected(file: CheckedFile) -> None:
     if len(file.bad_rows) == len(file.rows):
         print(f"{path} has no valid row; no corrected version was written.")
         return
-    target = path.with_name(f"{path.name}.corrected")
+    target = _corrected_path(path)
     with file_errors(), new_file(target) as temporary, path.open("rb") as source, temporary.open("wb") as out:
         for start, end in _good_ranges(file):
             source.seek(start)
@@ -156,10 +161,19 @@ def report_statistics(
 def validate(options: argparse.Namespace) -> bool:
     """Run the command; return whether the data has no errors."""
     args = load_args(options.config)
+    _require_own_names(args, options)
     tokenizer, model = load_tokenizer(args)
     is_good = validate_rows(args, options, tokenizer, model)
     report_settings(args, tokenizer, model)
     return is_good
+
+
+def _require_own_names(args: TrainArgs, options: argparse.Namespace) -> None:
+    """Raise UserError if a file to write would replace the YAML, a data file or a file of the model."""
+    files = {path.resolve() for dataset in list_datasets(args) for path in dataset.source.files()}
+    corrected = map(_corrected_path, files) if options.create_corrected else []
+    outputs = [options.error_report_txt, options.train_stats_json, options.plot, *corrected]
+    require_own_names(outputs, [options.config, *files, *Path(args.model_id_or_path).glob("*")])
 
 
 def validate_rows(
