@@ -203,7 +203,10 @@ def test_text_parts_are_joined_in_every_role(part, convert):
     assert users == [[part, part] if part == {"type": "text", "text": "{}"} else "{}{}"] * 2
 
 
-@pytest.mark.parametrize(("masked", "weight"), [({"weight": 0}, 0), ({"train": False}, 0), ({"loss": False}, 0)])
+@pytest.mark.parametrize(
+    ("masked", "weight"),
+    [({"weight": 0}, 0), ({"train": False}, 0), ({"loss": False}, 0), ({"weight": 0, "train": False}, 0)],
+)
 def test_what_is_not_to_be_trained_has_weight_zero(masked, weight, convert, encoder):
     turn = {"from": "gpt", "value": "BAD"} | masked
     row, _ = convert(
@@ -258,9 +261,12 @@ def test_harmless_nulls_mean_nothing(convert):
         (share_gpt(("human", "q"), ("gpt", "a"), system=["s"]), "`system` is not a string"),
         (share_gpt(("system", "s"), ("human", "q"), ("gpt", "a"), system="t"), "both a column `system` and a"),
         (share_gpt(("human", "q"), ("gpt", "a"), messages=[USER]), "both `messages` and `conversations`"),
-        ({"messages": [USER, ASSISTANT | {"weight": 2}]}, "the `weight` of a message is not a number from 0 to 1"),
-        ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "the `train` of a message is not a number from 0 to 1"),
-        ({"messages": [USER, ASSISTANT | {"weight": 1, "train": False}]}, "a message with different `weight` and"),
+        ({"messages": [USER, ASSISTANT | {"weight": 2}]}, "the `weight` of a message is not a number from 0"),
+        ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "the `train` of a message is not true or false"),
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 1, "train": False}]},
+            "the `train` and `weight` of a message contradict",
+        ),
         ({"messages": [USER | {"train": True}, ASSISTANT]}, "a message that is not the assistant's asks to be"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "a content part that is"),
         ({"messages": [USER | {"text": "t"}, ASSISTANT]}, "a message with both `content` and `text`"),
@@ -272,6 +278,12 @@ def test_harmless_nulls_mean_nothing(convert):
 )
 def test_rows_that_cannot_be_converted_without_loss_are_skipped(row, reason):
     assert skipped(row).startswith(reason)
+
+
+def test_what_training_accepts_is_never_left_out(convert):
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}", "latency": 5}}
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+    assert convert(row) == (row, [])
 
 
 def test_unknown_rows_are_kept_and_marked():
@@ -326,7 +338,7 @@ def test_available_tools_stay_so(convert):
         ({"type": "code_interpreter", "name": "x"}, "a tool that is not a function"),
         (FUNCTION | {"parameters": "none"}, "the `parameters` of a function are not an object"),
         (FUNCTION | {"parameters": {"type": "dict"}}, "training would refuse it: Invalid tool schema"),
-        (FUNCTION | {"returns": {}}, "training would refuse it: "),
+        ({"name": "f", "descripton": "x"}, "The function of a tool has the key `descripton`"),
         ("get_code", "a function description has no name"),
     ],
 )

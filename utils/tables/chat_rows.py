@@ -54,9 +54,29 @@ def reformat_row(row: Row, new_id: NewId, warn: Warn) -> Row | None:
     Raises:
         SkippedRowError: the row cannot be converted without loss, or training would refuse the result.
     """
+    chat_warnings: list[str] = []
+    try:
+        converted = _convert(row, new_id, chat_warnings.append)
+        if converted is None:
+            return row if any(isinstance(row.get(key), str) for key in ("text", "content")) else None
+        _require_trainable(converted)
+    except SkippedRowError:
+        if not _is_trainable(row):
+            raise
+        converted, chat_warnings = row, []
+    messages = converted[next(key for key in _OWN_KEYS if key in converted)]
+    require_content(messages)
+    if any(message.get("tool_calls") and (message.get("content") or message.get("text")) for message in messages):
+        chat_warnings.append("an assistant message has both content and tool calls, which tokenizers before v7 reject")
+    for warning in chat_warnings:
+        warn(warning)
+    return converted
+
+
+def _convert(row: Row, new_id: NewId, warn: Warn) -> Row | None:
     chat = _read(row, warn)
     if chat is None:
-        return row if any(isinstance(row.get(key), str) for key in ("text", "content")) else None
+        return None
     # Of Hermes: in our own layout, only where answers have no other calls.
     has_tags = not any(map(has_calls, chat.turns)) and (chat.key not in row or any(map(is_tool_turn, chat.turns)))
     messages = [message for turn in chat.turns for message in messages_of(turn, has_tags, warn)]
@@ -64,14 +84,10 @@ def reformat_row(row: Row, new_id: NewId, warn: Warn) -> Row | None:
     for _ in messages[len(kept) :]:
         warn("messages after the last answer removed")
     require_content(kept)
-    if any(message.get("tool_calls") and (message.get("content") or message.get("text")) for message in kept):
-        warn("an assistant message has both content and tool calls, which tokenizers before v7 reject")
     linked = link_tool_calls(kept, new_id)
     require_answers(linked)
     tool_key = "available_tools" if "available_tools" in row else "tools"
-    converted = {chat.key: linked, **chat.rest} | ({tool_key: chat.tools} if chat.tools else {})
-    _require_trainable(converted)
-    return converted
+    return {chat.key: linked, **chat.rest} | ({tool_key: chat.tools} if chat.tools else {})
 
 
 def _read(row: Row, warn: Warn) -> _Chat | None:
@@ -186,6 +202,14 @@ def _validator() -> Any:
     return get_validator(TokenizerVersion.v11, mode=ValidationMode.finetuning)
 
 
+def _is_trainable(row: Row) -> bool:
+    try:
+        _require_trainable(row)
+    except SkippedRowError:
+        return False
+    return True
+
+
 def _require_trainable(row: Row) -> None:
     """Raise SkippedRowError if training refuses a row with any tokenizer."""
     from mistral_common.exceptions import MistralCommonException  # loads pydantic, which --help does not need
@@ -194,6 +218,9 @@ def _require_trainable(row: Row) -> None:
 
     try:
         conversation = parse_conversation(row)
+        weights = [getattr(message, "weight", None) for message in conversation.messages]
+        if not all(weight is None or 0 <= weight <= 1 for weight in weights):
+            raise SkippedRowError("the `weight` of a message is not a number from 0 to 1")
         # Its own check of weights refuses what training accepts: numbers between 0 and 1.
         messages = [message.model_copy(update={"weight": None}) for message in conversation.messages]
         _validator().validate_messages(messages)

@@ -1,9 +1,11 @@
 """Convert a turn of a chat, whatever it calls its speaker and its text, to messages."""
 
 import json
-import re
+from collections.abc import Iterable
 from typing import Any
 
+from finetune.data.keys import TRAIN_FLAGS
+from finetune.data.rows import is_identifier
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.rewrite import Warn
 from utils.tables.tool_calls import as_tool_call, parse_calls
@@ -17,9 +19,8 @@ _ROLES = {
     **dict.fromkeys(("function_response", "function-response", "tool_response", "tool-response"), "tool"),
 }
 _TEXT_KEYS = ("content", "value", "text")
-_WEIGHT_KEYS = ("weight", "train", "loss")
+_WEIGHT_KEYS = ("weight", *TRAIN_FLAGS)
 _CALL_KEYS = ("function_call", "tool_calls")
-_SHORT_NAME = re.compile(r"[\w.-]{1,30}")  # what a message may quote: not a sentence
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
 
 
@@ -48,7 +49,7 @@ def messages_of(turn: Any, has_tags: bool, warn: Warn) -> list[Row]:
     if speaker is None:
         raise SkippedRowError("a message without a `role`")
     if speaker not in _ROLES:
-        name = f" `{speaker}`" if _SHORT_NAME.fullmatch(speaker) else ""
+        name = f" `{speaker}`" if is_identifier(speaker) else ""
         raise SkippedRowError(f"a message of the unknown speaker{name}")
     role = _ROLES[speaker]
     text_keys = [key for key in _TEXT_KEYS if turn.get(key) is not None]
@@ -81,22 +82,25 @@ def _speaker(turn: Row) -> str | None:
 
 
 def _weight(turn: Row, role: str, warn: Warn) -> Row:
-    """Return the message's `weight`, as `train` (Axolotl), `loss` (ms-swift) or `weight` (OpenAI) gives it."""
-    given = {key: turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None}
+    """Return the message's `weight`, as it is or as a flag such as `train` gives it."""
+    flags = {key: turn[key] for key in TRAIN_FLAGS if turn.get(key) is not None}
+    given = flags | ({"weight": turn["weight"]} if turn.get("weight") is not None else {})
     if not given:
         return {}
-    for key, value in given.items():
-        if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
-            raise SkippedRowError(f"the `{key}` of a message is not a number from 0 to 1")
-    if len(set(given.values())) > 1:
-        raise SkippedRowError(f"a message with different {' and '.join(f'`{key}`' for key in given)}")
-    value = next(iter(given.values()))
-    if role == "assistant":
-        return {"weight": int(value) if isinstance(value, bool) else value}
-    if value:
-        raise SkippedRowError("a message that is not the assistant's asks to be trained on")
-    warn("weights of 0 removed from messages that are never trained on")
-    return {}
+    if role != "assistant":
+        if any(value not in (0, False) for value in given.values()):
+            raise SkippedRowError("a message that is not the assistant's asks to be trained on")
+        warn("weights of 0 removed from messages that are never trained on")
+        return {}
+    if any(flag not in (0, 1) for flag in flags.values()):
+        raise SkippedRowError(f"the {_names(flags)} of a message is not true or false")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise SkippedRowError(f"the {_names(given)} of a message contradict each other")
+    return {"weight": turn["weight"] if "weight" in given else int(all(flags.values()))}
+
+
+def _names(keys: Iterable[str]) -> str:
+    return " and ".join(f"`{key}`" for key in keys)
 
 
 def _without_parts(content: Any, role: str) -> Any:

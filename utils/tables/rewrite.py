@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from finetune.data.keys import key_names
 from model.atomic import replace_file, temporary_file
 from model.errors import UserError
 from model.file_kinds import looks_like
@@ -34,7 +35,6 @@ Warn = Callable[[str], None]
 Convert = Callable[[Row, NewId, Warn], Row | None]  # None: a row that it does not know and that is kept
 
 _BLANKS = re.compile(r"[ \t\r\n]*")  # JSON's white space
-_SHOWN_NAMES, _LONGEST_NAME = 10, 30
 _IMPORT = '`python -m utils.import_data FILE --out DIR/ --user "{COLUMN}" --assistant "{COLUMN}"`'
 
 
@@ -226,17 +226,12 @@ def _convert_rows(
                 result.skipped.add(number, skip.reason, skip.detail)
                 continue
             if converted is None:
-                result.unknown.add(number, "no layout that is known, kept as it is", f"its keys: {_names(row)}")
+                result.unknown.add(number, "no layout that is known, kept as it is", f"its keys: {key_names(row)}")
             for warning, times in collections.Counter(warnings).items():
                 result.warnings.add(number, warning, times=times)
             result.changed += is_changed
             out.write(written + "\n")
     return result
-
-
-def _names(row: Row) -> str:
-    """Return the first keys of a row, without those that may be text."""
-    return ", ".join([key for key in row if key.isidentifier() and len(key) <= _LONGEST_NAME][:_SHOWN_NAMES]) or "none"
 
 
 def _require_known_rows(path: Path, result: Rewriting) -> None:

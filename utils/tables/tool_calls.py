@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from finetune.data.exceptions import RowError
+from finetune.data.keys import FUNCTION_KEYS, check_keys
 from finetune.data.rows import json_type
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.rewrite import NewId
@@ -13,7 +15,6 @@ from utils.tables.rewrite import NewId
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 # Glaive puts the arguments in single quotes, which is not JSON and, if they contain an apostrophe, not Python either.
 _QUOTED_ARGUMENTS = re.compile(r"(?P<before>\{.*?\"arguments\":\s*)'(?P<arguments>.*)'\s*\}", re.DOTALL)
-_DESCRIBED = ("name", "description", "parameters", "input_schema")
 _PARSE_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
@@ -71,24 +72,29 @@ def as_tool(tool: Any) -> Row:
         raise SkippedRowError("a function description has no name")
     if outer.get("type", "function") != "function":
         raise SkippedRowError("a tool that is not a function")
-    extra = {key: value for key, value in function.items() if value is not None and key not in _DESCRIBED}
-    parameters = function.get("parameters") or function.get("input_schema") or {}
+    function = {key: value for key, value in function.items() if value is not None}
+    if schema := function.pop("input_schema", None):
+        function.setdefault("parameters", schema)
+    try:
+        check_keys(function, FUNCTION_KEYS, set())  # before defaults make misspelled keys look like others
+    except RowError as error:
+        raise SkippedRowError(str(error).rstrip(".")) from error
     described = {
         "name": function["name"],
         "description": function.get("description") or "",
-        "parameters": _json_object(parameters, "the `parameters` of a function are not an object"),
+        "parameters": _json_object(function.get("parameters") or {}),
     }
-    return {**outer, "function": {**described, **extra}}
+    return {**outer, "function": function | described}
 
 
-def _json_object(value: Any, reason: str) -> Row:
+def _json_object(value: Any) -> Row:
     if isinstance(value, str):
         try:
             value = parse_json(value)
         except (ValueError, RecursionError):
             value = None
     if not isinstance(value, dict):
-        raise SkippedRowError(reason)
+        raise SkippedRowError("the `parameters` of a function are not an object")
     return value
 
 
@@ -183,9 +189,14 @@ def require_content(messages: list[Row]) -> None:
     """Raise SkippedRowError if a message is empty. A tool's answer may be empty, but not missing."""
     for number, message in enumerate(messages, start=1):
         content = message.get("content", message.get("text"))
-        empty = content is None if message["role"] == "tool" else not content or not str(content).strip()
+        text = "".join(map(_text_of_part, content)) if isinstance(content, list) else str(content or "")
+        empty = content is None if message["role"] == "tool" else not text.strip()
         if empty and not message.get("tool_calls"):
             raise SkippedRowError("an empty message", f"message {number}, {message['role']}")
+
+
+def _text_of_part(part: Any) -> str:
+    return str(part.get("text") or "") if isinstance(part, dict) else str(part)
 
 
 def require_answers(messages: list[Row]) -> None:
