@@ -17,6 +17,7 @@ settings.register_profile("long", max_examples=10_000)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting more compilers takes longer than compiling
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

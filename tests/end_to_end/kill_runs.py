@@ -7,6 +7,7 @@ from one that has imported torch, so that the kills hit the run and not its impo
 
 import argparse
 import collections
+import functools
 import json
 import os
 import random
@@ -102,6 +103,21 @@ class ForkedRun:
         return self._log.read_text(encoding="utf-8")
 
 
+def train_forked(config: Path, ranks: int) -> Path:
+    """Train to the end in `ranks` forked processes. Return the run folder."""
+    run = ForkedRun(config, ranks)
+    assert run.wait() == [0] * ranks, run.log
+    return config.with_suffix("")
+
+
+@functools.cache
+def uninterrupted(folder: Path, ranks: int) -> tuple[dict[str, list[list[float]]], float]:
+    """Return the metrics of an uninterrupted run, and its duration in seconds."""
+    start = time.monotonic()
+    run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}"), ranks)
+    return curve(run_dir), time.monotonic() - start
+
+
 def curve(run_dir: Path) -> dict[str, list[list[float]]]:
     """Return the metrics that must not depend on whether a run was interrupted."""
     return {
@@ -143,12 +159,7 @@ def trial(folder: Path, name: str, ranks: int, delay: float, expected: dict[str,
 
 def run_trials(folder: Path, ranks: int, kills: int, seed: int) -> dict[str, int]:
     """Run `kills` trials. Return the number of kills per stage of the run."""
-    uninterrupted = kill_test_config(folder, f"uninterrupted_{ranks}")
-    start = time.monotonic()
-    run = ForkedRun(uninterrupted, ranks)
-    assert run.wait() == [0] * ranks, run.log
-    seconds = time.monotonic() - start
-    expected = curve(uninterrupted.with_suffix(""))
+    expected, seconds = uninterrupted(folder, ranks)
     assert [row[0] for row in expected["train"]] == list(range(1, 17))
     generator = random.Random(seed)
     return collections.Counter(

@@ -20,7 +20,7 @@ from finetune.preemption import MARKER_NAME
 from finetune.preflight import check_preflight
 from finetune.wrapped_model import open_base_model
 from model.errors import UserError
-from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, train_forked
 from tests.end_to_end.two_nodes import two_nodes
 from tests.support.run_trajectories import ROOT
 
@@ -174,12 +174,11 @@ def test_cpu_offload_with_the_8_bit_optimizer_is_refused(folder):
 
 def test_a_restarted_node_finishes_the_run(folder):
     """Two nodes with two processes each are bit-identical to one node with four."""
-    reference = kill_test_config(folder, "reference")
-    assert ForkedRun(reference, 4).wait() == [0] * 4
-    config = kill_test_config(folder, "restarted")
+    reference = train_forked(kill_test_config(folder, "reference", max_steps=8), 4)
+    config = kill_test_config(folder, "restarted", max_steps=8)
     nodes = two_nodes(config)
     assert any("Resuming from" in node.log for node in nodes)
-    assert curve(config.with_suffix("")) == curve(reference.with_suffix(""))
+    assert curve(config.with_suffix("")) == curve(reference)
 
 
 def test_static_rendezvous_by_rank_and_address(full, folder):

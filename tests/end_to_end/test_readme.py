@@ -160,10 +160,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder / "example/demo.yaml"
     text = re.sub(r"max_steps: \d+", "max_steps: 4", config.read_text(encoding="utf-8"))
     config.write_text(re.sub(r"(eval|ckpt)_freq: \d+", r"\1_freq: 2", text), encoding="utf-8")
-    fewer = ["DEMO_NOTES=120", "DEMO_HELD_OUT=4", "DEMO_BASE_STEPS=8"]
+    fewer = ["DEMO_NOTES=120", "DEMO_HELD_OUT=4", "DEMO_BASE_STEPS=8", "OMP_NUM_THREADS=1"]
     environment, _ = without_network(folder, ROOT, loopback=True)
     result = subprocess.run(
-        ["make", "-f", ROOT / "Makefile", "-o", "setup", "demo", f"BIN={Path(sys.executable).parent}", *fewer],
+        [
+            "make",
+            "-f",
+            ROOT / "Makefile",
+            "-o",
+            "setup",
+            "demo",
+            f"BIN={Path(sys.executable).parent}",
+            *fewer,
+            "OMP_NUM_THREADS=1",
+        ],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -24,7 +24,7 @@ from finetune.manifest import MANIFEST_NAME, find_corruption, write_manifest
 from finetune.preemption import MARKER_NAME
 from finetune.run_dir import saved_checkpoints
 from model.errors import UserError
-from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials, uninterrupted
 from tests.support.run_trajectories import INPUTS, ROOT, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,8 +258,7 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(folder):
-    uninterrupted = kill_test_config(folder, "uninterrupted_torchrun")
-    assert start(uninterrupted, 2)[0] == [0, 0]
+    expected, _ = uninterrupted(folder, 2)
     config = kill_test_config(folder, "torchrun")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     log = folder / "torchrun.log"
@@ -276,7 +275,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(folder):
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     assert launcher.wait(timeout=180) == 0, log.read_text()
     assert "Resuming from" in log.read_text()
-    assert curve(config.with_suffix("")) == curve(uninterrupted.with_suffix(""))
+    assert curve(config.with_suffix("")) == expected
 
 
 # --- Failing ranks

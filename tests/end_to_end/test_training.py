@@ -47,11 +47,12 @@ from tests.support.run_trajectories import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# A pairwise selection of the 32 recorded combinations of model, trained parameters, dtype, micro-batches and ranks.
-ONE_RANK = ["dense_lora_float32_mb1_w1", "dense_lora_bfloat16_mb1_w1", "moe_full_bfloat16_mb1_w1"]
-ONE_RANK += ["moe_lora_bfloat16_mb4_w1"]
-TWO_RANKS = ["moe_lora_float32_mb1_w2", "dense_full_float32_mb4_w2", "dense_lora_bfloat16_mb1_w2"]
-TWO_RANKS += ["moe_full_float32_mb1_w2", "x_merged_moe_lora_float32_w2"]
+# A pairwise selection of the 32 recorded combinations of model, trained parameters, dtype, micro-batches and ranks, and
+# a run whose adapter is recorded.
+ONE_RANK = ["dense_lora_float32_mb1_w1", "moe_full_bfloat16_mb1_w1", "moe_full_float32_mb4_w1"]
+ONE_RANK += ["dense_lora_bfloat16_mb1_w1"]
+TWO_RANKS = ["moe_lora_float32_mb1_w2", "dense_full_bfloat16_mb1_w2", "dense_lora_bfloat16_mb4_w2"]
+TWO_RANKS += ["x_merged_moe_lora_float32_w2"]
 # Other settings of a YAML.
 ONE_RANK += [
     "x_batchsize2_dense_lora_float32",

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from finetune.manifest import MANIFEST_NAME
-from tests.end_to_end.kill_runs import ForkedRun, curve, kill_test_config
+from tests.end_to_end.kill_runs import curve, kill_test_config, train_forked
 from tests.support.run_trajectories import ROOT
 
 # torchrun detects a lost node within seconds instead of 15, and waits 3 seconds for it instead of 30.
@@ -193,9 +193,7 @@ def one_node_left(config: Path) -> Node:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        reference = kill_test_config(folder, "reference")
-        assert ForkedRun(reference, 4).wait() == [0] * 4
-        expected = curve(reference.with_suffix(""))
+        expected = curve(train_forked(kill_test_config(folder, "reference"), 4))
         ways: dict[str, Callable[[Path], object]] = {
             "static_uninterrupted": lambda config: two_nodes(config, static=True, kill=False),
             "c10d_killed": two_nodes,

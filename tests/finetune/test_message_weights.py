@@ -18,9 +18,10 @@ from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.loss import batch_loss
 from finetune.monitoring.metrics_logger import read_metrics
 from model.transformer import Transformer
+from tests.end_to_end.kill_runs import train_forked
 from tests.end_to_end.test_training import CPU, build, loaders, run_here, small_config
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
-from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun
+from tests.support.run_trajectories import INPUTS, read_jsonl
 from tests.support.tiny_tekken import load_tiny_tekken
 from utils.validation.check_rows import RecordingEncoder
 
@@ -156,8 +157,7 @@ def test_loss_normalization_by_tokens_uses_weights(ranks, weighted, model, tmp_p
     if ranks == 1:
         run_here(config)
     else:
-        done = torchrun("tests.support.run_trajectories", config)
-        assert done.returncode == 0, done.stderr
+        train_forked(config, ranks)
     (step,), (evaluation,) = (read_metrics(config.with_suffix(""), tag) for tag in ("train", "eval"))
     start = build(config)
     sources = loaders(config, world_size=ranks, is_eval=False)

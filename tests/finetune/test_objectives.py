@@ -22,10 +22,10 @@ from model.errors import UserError
 from model.generate import generate
 from model.lora import merge_lora
 from model.transformer import Transformer
-from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, train_forked
 from tests.end_to_end.test_training import build, loaders, logits_of, run_here, small_config, trained, weights_folder
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
-from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun
+from tests.support.run_trajectories import INPUTS, read_jsonl
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -60,9 +60,7 @@ def by_tokens(moe, dense, tmp_path_factory) -> dict[int, Path]:
     """Run folders by number of ranks; the two ranks train an adapter for selected layers."""
     folder = tmp_path_factory.mktemp("by_tokens")
     two = small_config(folder, moe, "two", lora={"rank": 4, "targets": TARGETS}, **EVERY_TOKEN)
-    done = torchrun("tests.support.run_trajectories", two)
-    assert done.returncode == 0, done.stderr
-    return {1: run_here(small_config(folder, dense, "one", **EVERY_TOKEN)), 2: two.with_suffix("")}
+    return {1: run_here(small_config(folder, dense, "one", **EVERY_TOKEN)), 2: train_forked(two, 2)}
 
 
 def summed_loss(model: Transformer, batches: Iterable[Batch]) -> tuple[torch.Tensor, int]:
