@@ -5,7 +5,6 @@ than the row says. So is a misspelled key. All others are metadata, which `utils
 """
 
 import dataclasses
-import difflib
 import functools
 import re
 from typing import Any
@@ -15,7 +14,9 @@ from .rows import is_identifier
 
 # Flags of a message: `train` and `training` of axolotl, `trainable` of Tinker, `loss` of XTuner and ms-swift.
 TRAIN_FLAGS = ("train", "training", "trainable", "loss")
-_SIMILARITY = 0.8  # of a misspelled key and a key that is read; "wieght" and "weight" have 0.83
+# Words that are close to a key that is read, but not a misspelling where that key, or another name of it, is present.
+_OTHER_WORDS = {"message", "interaction", "tool", "context", "contents", "texts", "test", "next", "roles", "rule"}
+_OTHER_WORDS |= {"names", "height", "eight"}
 _LONGEST_NAME = 64  # characters of a key that can be a misspelling
 _NAMES_SHOWN = 20  # keys in a message
 
@@ -43,6 +44,7 @@ def _each(keys: str, remedy: str) -> dict[str, str]:
 
 _MEDIA = _each("image images imageurl imageurls video videos videourl audio audios audiourl inputaudio", _TEXT_ONLY)
 _THOUGHTS = _each("think thought thoughts cot chainofthought", _REASONING)
+_REASONS = ("reasoning", "thinking")  # how keys for reasoning begin
 _SWITCHES = _each("skip skipped ignore ignored exclude excluded", _LEFT_OUT)
 _ROW_MASKS = "weight weights sampleweight lossweight lossweights loss lossmask lossmasks lossscale mask masks masked "
 _ROW_MASKS += "unmask maskhistory train training trainable dotrain trainoninput trainoninputs trainonprompt"
@@ -58,7 +60,6 @@ class Keys:
     prefix: str = ""  # of metadata in a report
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # folded keys, and why
     mask: str = ""  # why any other key with a word such as "loss" is refused; "" accepts it
-    always: tuple[str, ...] = ()  # keys whose misspellings are refused even where the key itself is present
     instead: tuple[str, ...] = ()  # keys whose presence allows `refused` ones
 
     @functools.cached_property
@@ -94,7 +95,6 @@ def _message_keys(what: str, *groups: tuple[str, ...]) -> Keys:
         "messages.",
         _REFUSED_IN_MESSAGES,
         _MESSAGE_MASK,
-        always=("weight", *TRAIN_FLAGS),
     )
 
 
@@ -147,13 +147,13 @@ def check_keys(item: dict[str, Any], keys: Keys, unread: set[str]) -> None:
     Raises:
         RowError: a key that may say what is trained, that carries content, or that is misspelled.
     """
-    for key in item.keys() - keys.read:
+    for key in sorted(item.keys() - keys.read):
         value = item[key]
         if value is None or value == "" or value == [] or value == {}:
             continue  # exports of tables fill missing values like this
         if len(key) <= _LONGEST_NAME:
             reason, unless = _refusal(keys, key)
-            if reason and not any(item.get(name) is not None for name in unless) and not _is_off(key, value):
+            if reason and not any(item.get(name) is not None for name in unless) and not _is_harmless(key, value):
                 raise keys.error(f"{keys.what} has the key {_shown(key)}: {reason}")
         unread.add(f"{keys.prefix}{key}" if is_identifier(key) else f"{keys.prefix}...")
 
@@ -165,33 +165,58 @@ def key_names(item: dict[str, Any]) -> str:
     return ", ".join(names + ([f"{others} others" if names else str(others)] if others else [])) or "none"
 
 
-def _is_off(key: str, value: Any) -> bool:
-    """Return whether a switch is off, so that it says nothing."""
-    return value is False and _folded(key) in (*_SWITCHES, "prefix", "partial")
+def _is_harmless(key: str, value: Any) -> bool:
+    """Return whether a switch is off, or a key for content has a count or a flag instead."""
+    folded = _folded(key)
+    if folded in _SWITCHES or folded in ("prefix", "partial"):
+        return value is False
+    has_content = folded in _MEDIA or folded in _THOUGHTS or folded.startswith(_REASONS)
+    return has_content and isinstance(value, bool | int | float)
 
 
 @functools.lru_cache(maxsize=4096)
 def _refusal(keys: Keys, key: str) -> tuple[str, tuple[str, ...]]:
     """Return why a key that is not read is refused, "" if it is not, and the keys whose presence allows it."""
     folded = _folded(key)
-    if folded in keys.group_of:
-        return _meant(keys, folded)
+    if folded in keys.group_of:  # spelled like `toolCalls`
+        return _meant(keys, folded)[0], ()
     if folded in keys.refused:
         return f"{keys.refused[folded]}.", keys.instead
-    if folded.startswith(("reasoning", "thinking")) and keys.error is not PretrainFormatError:
+    if folded.startswith(_REASONS) and keys.error is not PretrainFormatError:
         return f"{_REASONING}.", ()
-    similar = difflib.get_close_matches(folded, keys.group_of, n=1, cutoff=_SIMILARITY)
-    if similar:
-        return _meant(keys, similar[0])
+    similar = next((read for read in keys.group_of if _is_misspelled(folded, read)), None)
+    if similar and not folded.endswith("id"):
+        reason, group = _meant(keys, similar)
+        return reason, group if folded in _OTHER_WORDS else ()
+    if "weight" in keys.refused and folded not in _OTHER_WORDS and _is_misspelled(folded, "weight"):
+        return f"{keys.refused['weight']}.", ()
     if keys.mask and not _MASK_WORDS.isdisjoint(word.lower() for word in _WORD.findall(key)):
         return f"{keys.mask}.", ()
     return "", ()
 
 
+def _is_misspelled(key: str, read: str) -> bool:
+    """Return whether one letter, or two of a long key, is missing, added or wrong, or exchanged with its neighbour."""
+    allowed = (len(read) >= 4) + (len(read) >= 9)
+    if abs(len(key) - len(read)) > allowed:
+        return False
+    before: list[int] = []  # the last two rows of the table of distances between prefixes
+    above = list(range(len(read) + 1))
+    for row, letter in enumerate(key, start=1):
+        current = [row]
+        for column, other in enumerate(read, start=1):
+            changes = min(above[column] + 1, current[-1] + 1, above[column - 1] + (letter != other))
+            if row > 1 and column > 1 and letter == read[column - 2] and key[row - 2] == other:
+                changes = min(changes, before[column - 2] + 1)
+            current.append(changes)
+        before, above = above, current
+    return above[-1] <= allowed
+
+
 def _meant(keys: Keys, folded: str) -> tuple[str, tuple[str, ...]]:
     group = keys.group_of[folded]
     name = next(name for name in group if _folded(name) == folded)
-    return f"it is not read; did you mean `{name}`?", () if name in keys.always else group
+    return f"it is not read; did you mean `{name}`?", group
 
 
 def _folded(key: str) -> str:

@@ -320,6 +320,55 @@ def test_probable_mistakes_are_warnings(command, odd, sentence):  # V9
     assert "No errors!" in command.out
 
 
+@pytest.mark.parametrize(
+    ("odd", "sentence"),
+    [
+        (row("Fièvre", "   "), "An assistant message is blank"),
+        (row("Fièvre", "\n", "Toux", "R05"), "An assistant message is blank"),
+        (row("", "R50"), "A user message is empty or blank"),
+        (row(" \u00a0\n", "R50"), "A user message is empty or blank"),
+        (calls().replace('"{}"', '"ping it"'), "The 'arguments' of a tool call must be"),  # not trained: only context
+    ],
+)
+def test_blank_messages_and_odd_context_are_warnings(command, odd, sentence):
+    write(command.folder / "a.jsonl", GOOD, odd)
+    assert command(train="a.jsonl") == 0
+    assert "Check these: 1\n" in command.out
+    assert f"The data in line 2 of dataset a.jsonl: {sentence}" in command.out
+    write(command.folder / "a.jsonl", GOOD, calls(), row("a", "b", system_prompt=""))
+    assert command(train="a.jsonl") == 0
+    assert "Check these" not in command.out
+
+
+def test_keys_that_are_not_read_are_counted_once_per_file(command):
+    other = json.dumps(
+        {"messages": [{"role": m["role"], "content": "x", "name": "y"} for m in json.loads(GOOD)["messages"]]}
+    )
+    write(command.folder / "a.jsonl", *[row("a", "b", id=i, source="x") for i in range(1200)], GOOD, other)
+    write(command.folder / "b.jsonl", row("a", "b", **{"Mme DURAND a de la fièvre": 1}))
+    write(command.folder / "c.jsonl", GOOD, OTHER)
+    write(command.folder / "p.jsonl", '{"text": "Un texte.", "url": "x"}')
+    data = {"instruct_data": "a.jsonl,b.jsonl,c.jsonl", "data": "p.jsonl"}
+    assert command(data=data) == 0
+    lines = [line for line in command.out.splitlines() if "not read" in line]
+    assert lines == [
+        "p.jsonl: 1 row has keys that are not read: `url`.",
+        "a.jsonl: 1,201 rows have keys that are not read: `id`, `messages.name`, `source`.",
+        "b.jsonl: 1 row has keys that are not read: `...`.",
+    ]
+    assert "Warnings" not in command.out and "No errors!" in command.out
+
+
+def test_refused_keys_are_errors_with_their_line(command):
+    misspelled = GOOD.replace('"J459."', '"J459.", "wieght": 0')
+    write(command.folder / "a.jsonl", GOOD, *[misspelled] * 300, row("a", "b", images=["a.png"]))
+    assert command(train="a.jsonl") == 1
+    assert command.bad_lines() == [("a.jsonl", line) for line in (*range(2, 22), 302)]
+    assert "has the key `wieght`: it is not read; did you mean `weight`?" in command.out
+    assert "The row has the key `images`" in command.out
+    assert len(command.out) < 8000
+
+
 def test_parallel_calls_and_empty_system_messages_are_accepted(command):
     conversation = json.loads(calls())
     _, asked, answered, _ = conversation["messages"]
