@@ -196,7 +196,7 @@ def _refusal(keys: Keys, key: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _is_misspelled(key: str, read: str) -> bool:
-    """Return whether one letter, or two of a long key, is missing, added or wrong, or exchanged with its neighbour."""
+    """Return whether one letter, or two of a long key, is missing, added or wrong, or exchanged with its neighbor."""
     allowed = (len(read) >= 4) + (len(read) >= 9)
     if abs(len(key) - len(read)) > allowed:
         return False
