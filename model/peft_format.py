@@ -121,10 +121,11 @@ def open_peft_adapter(folder: Path, base: WeightsReader, head_dim: int) -> PeftA
     stored = open_weights(file)
     locations: dict[str, TensorLocation] = {}
     for name, location in stored.locations.items():
-        ours = mistral_name(name.removeprefix(PEFT_PREFIX))
-        if name.removeprefix(PEFT_PREFIX) == _HEAD_COPY:
+        theirs = name.removeprefix(PEFT_PREFIX)
+        ours = mistral_name(theirs)
+        if theirs == _HEAD_COPY:
             _require_same_head(stored, name, base)
-        elif _FACTOR.fullmatch(ours) and ours != name and name.startswith(PEFT_PREFIX):
+        elif theirs != name and ours != theirs and _FACTOR.fullmatch(ours):
             locations[ours] = location
         else:
             raise UserError(f"{file}: {quoted(name)} is not the adapter of a linear layer of a Mistral model.")

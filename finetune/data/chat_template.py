@@ -19,6 +19,7 @@ _SYSTEM_VERSION = 7
 _FOREIGN = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<</?SYS>>|<(?:start|end)_of_turn>")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _MOST_NAMED = 4
+_MOST_PADDING = 1024  # rows that a vocabulary may have beyond its tokenizer, to be a multiple of a round number
 
 
 def layout_of(version: TokenizerVersion) -> str:
@@ -95,12 +96,11 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
 def _token_differences(added: dict[int, str], tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     found = []
     size = tokenizer.n_words
-    if missing := [token for id, token in sorted(added.items()) if id >= size]:
+    missing = [token for id, token in sorted(added.items()) if id >= size]
+    if missing or vocab_size - size > _MOST_PADDING:
         file = Path(str(tokenizer.file_path)).name
-        found.append(
-            f"{vocab_size - size:,} of the model's {vocab_size:,} tokens have no piece in {file}, among them "
-            f"{_shown(missing)}"
-        )
+        among = f", among them {_shown(missing)}" if missing else ""
+        found.append(f"{vocab_size - size:,} of the model's {vocab_size:,} tokens have no piece in {file}{among}")
     renamed = [
         token
         for id, token in sorted(added.items())

@@ -22,7 +22,7 @@ _MAX_REASON_LENGTH = 500  # characters of another library's message
 _UNVERSIONED_NAME = "tokenizer.model"
 _VERSIONED_PATTERNS = ("*.model.v*", "tekken*.json")
 # Hugging Face's files, from which no tokenizer is read: a folder with only these has a tokenizer that we do not know.
-_UNREAD_NAMES = (
+UNREAD_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "added_tokens.json",
@@ -71,7 +71,7 @@ def load_instruct_tokenizer(model_folder: Path, vocab_size: int) -> InstructToke
 
 def _refuse_unread(model_folder: Path, vocab_size: int) -> None:
     """Raise UserError if the folder has a tokenizer of its own, in files that are not read."""
-    unread = [name for name in _UNREAD_NAMES if (model_folder / name).is_file()]
+    unread = [name for name in UNREAD_NAMES if (model_folder / name).is_file()]
     if not unread:
         return
     large = vocab_size > V3_VOCABULARY

@@ -143,6 +143,11 @@ def test_a_vocabulary_padded_for_speed_gives_no_warning(tmp_path):
     assert folder_with(tmp_path, "v1", 32064, tokenizer_config__json={"added_tokens_decoder": {"2": "</s>"}}) == []
 
 
+def test_a_tokenizer_much_smaller_than_the_vocabulary_is_named(tmp_path):
+    (warning,) = folder_with(tmp_path, "v3", 131072)
+    assert "98,304 of the model's 131,072 tokens have no piece in tokenizer.model." in warning
+
+
 def test_renamed_control_tokens_are_named(tmp_path):
     """A usual way to add ChatML's tokens without new rows of the embeddings."""
     (warning,) = folder_with(tmp_path, "v3", added_tokens__json={"<|im_start|>": 20, "[INST]": 3, "[PAD]": 10})

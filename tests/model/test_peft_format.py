@@ -18,10 +18,11 @@ from finetune.distributed import World
 from finetune.hardware import choose_hardware
 from finetune.inference import load_trained
 from finetune.wrapped_model import build_model, open_base_model
-from model.args import LoraArgs, load_model_args
+from model.args import BLOCK_LINEARS, LoraArgs, load_model_args
 from model.errors import UserError
 from model.hf_format import open_model_weights
 from model.peft_format import open_peft_adapter
+from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
 from tests.support.other_engines import transformers_logits
 from utils.models.exports import export
 from utils.models.merging import merge_lora
@@ -161,6 +162,23 @@ def test_every_way_to_name_an_adapter_gives_the_same(base, plain, tmp_path):
     torch.testing.assert_close(logits_of(trained_from(base, plain)), expected, rtol=0, atol=1e-4)
     merge_lora(base, plain / "adapter_model.bin", tmp_path / "merged")
     torch.testing.assert_close(logits_of(trained_model(tmp_path / "merged")), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_what_export_writes_is_read_back_bit_for_bit(tmp_path, moe):
+    base = make_tiny_checkpoint(tmp_path / "base", moe=moe, dim=32, hidden_dim=48, vocab_size=64)
+    file = make_tiny_adapter(base, tmp_path / "run" / "lora.safetensors", targets=[*BLOCK_LINEARS, "gate", "output"])
+    params = json.loads((base / "params.json").read_text(encoding="utf-8"))
+    (file.parent / "params.json").write_text(json.dumps(params | {"lora": {"scaling": 3.0}}), encoding="utf-8")
+    export(file.parent, "peft", tmp_path / "peft")
+    adapter, own = open_peft_adapter(tmp_path / "peft", open_model_weights(base), params["head_dim"]), load_file(file)
+    assert adapter.shapes.keys() == own.keys() and set(adapter.scalings.values()) == {3.0}
+    assert all(adapter.read(name).equal(tensor) for name, tensor in own.items())
+    for to in ("run", "peft"):
+        merge_lora(base, tmp_path / to, tmp_path / f"{to}.safetensors")
+    ours, theirs = (load_file(tmp_path / f"{to}.safetensors") for to in ("run", "peft"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=2**-6, atol=2**-8)
 
 
 def test_scalings_are_those_of_the_formula(base, adapters):

@@ -148,6 +148,18 @@ def test_adapters_of_experts_that_peft_would_misread_are_refused(targets, tmp_pa
     assert not (tmp_path / "peft").exists()
 
 
+def test_a_tokenizer_in_hugging_faces_files_only_is_not_replaced(trained, tmp_path):
+    """Without them, training from the new folder would use mistral-common's tokenizer."""
+    _, run, _ = trained
+    base = Path(shutil.copytree(trained[0], tmp_path / "base"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / name).write_text("{}", encoding="utf-8")
+    for to in ("hf", "mistral"):
+        export(run, to, tmp_path / to, merged=True, base=base)
+        with pytest.raises(UserError, match=r"is not read: tokenizer.json, tokenizer_config.json, chat_template.jinja"):
+            load_instruct_tokenizer(tmp_path / to, 32768)
+
+
 def test_a_checkpoint_of_all_weights_needs_no_merging(trained, tmp_path):
     _, run, logits = trained
     export(run, "mistral", tmp_path / "whole", merged=True)

@@ -134,7 +134,7 @@ def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
         _write_json(folder / ADAPTER_CONFIG_NAME, config)
         with SafetensorsWriter(folder / "adapter_model.safetensors", layout, {"format": "pt"}) as writer:
             for name in adapter.shapes:
-                writer.write(names[name], to_hf(name, adapter.read(name), head_dim))
+                writer.write(names[name], to_hf(name, adapter.read_finite(name), head_dim))
 
 
 def _check_experts(source: Path, names: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.data.tokenizer_files import UNREAD_NAMES
 from model.args import ModelArgs
 from model.atomic import new_folder
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter, TensorSource
@@ -56,9 +57,19 @@ def write_weights(weights: TensorSource, path: Path) -> None:
 
 
 def copy_tokenizer(sources: list[Path], folder: Path) -> list[Path]:
-    """Copy the tokenizer of the first folder that has one and return the new files."""
+    """Copy the tokenizer of the first folder that has one and return the new files.
+
+    If no folder has one in Mistral's files, copy Hugging Face's, and return none: without them, the new folder would
+    seem to have mistral-common's default tokenizer.
+    """
     for source in sources:
         if files := [file for pattern in _TOKENIZER_PATTERNS for file in sorted(source.glob(pattern))]:
             return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+    for source in sources:
+        if names := [name for name in UNREAD_NAMES if (source / name).is_file()]:
+            for name in names:
+                shutil.copyfile(source / name, folder / name)
+            print(f"The tokenizer of {source} is copied in Hugging Face's files ({', '.join(names)}).")
+            return []
     print(f"{sources[0]} has no tokenizer, so the new folder has none either.")
     return []
