@@ -26,12 +26,17 @@ from model.settings import (
     Setting,
     Settings,
     Str,
+    at_most,
     list_settings,
 )
 
 from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
+from .redaction import redacted, without_user_info
 from .yaml_file import read_yaml
+
+_MOST_TOKENS = 1 << 20  # of a sequence
+_MOST_STEP_TOKENS = 1 << 27  # of a process: all batches of a step are in memory at once
 
 CheckpointMode = Bool | Literal["selective", "auto"]
 
@@ -58,8 +63,9 @@ class GenerationArgs(Settings):
 
     file: Str = ""  # instruct jsonl file with the questions; empty: no generation
     n_samples: PositiveInt = 32  # number of rows to answer, from the start of the file
-    max_tokens: PositiveInt = 256  # longest answer, in tokens
-    batch_size: PositiveInt = 16  # number of answers that each process generates at a time
+    max_tokens: Annotated[int, Field(ge=1), Number, at_most(_MOST_TOKENS)] = 256  # longest answer, in tokens
+    # number of answers that each process generates at a time
+    batch_size: Annotated[int, Field(ge=1), Number, at_most(65_536)] = 16
     freq: NonNegativeInt = 0  # steps between generations; 0: only before the first step and after the last
     keep_answers: Bool = True  # write the answers to `run_dir`/answers; they may quote notes
 
@@ -86,7 +92,8 @@ class GuardArgs(Settings):
     # stop after this many steps in a row with a non-finite gradient. fp16 needs some to find its loss scale
     max_skipped_steps: PositiveInt = 25
     spike_factor: NonNegativeFloat = 4.0  # report a loss of more than this many times the running median; 0: never
-    spike_window: Annotated[int, Field(ge=10), Number] = 100  # number of logged losses in the running median
+    # number of logged losses in the running median
+    spike_window: Annotated[int, Field(ge=10), Number, at_most(1_000_000)] = 100
     stop_on_spike: Bool = False  # stop at a loss spike instead of reporting it
 
     def problems(self) -> list[Problem]:
@@ -109,15 +116,16 @@ class TrainArgs(Settings):
     # what to resume. `never`: nothing; `auto`: the run in `run_dir` if there is one; a folder: this checkpoint
     resume: Str = "never"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1), Number] = 0  # random seed of adapter weights, data order, dropout
-    num_microbatches: PositiveInt = 1  # number of batches whose gradients are averaged for a step
+    # number of batches whose gradients are averaged for a step
+    num_microbatches: Annotated[int, Field(ge=1), Number, at_most(1_000_000)] = 1
     # how the loss of a step or an evaluation is averaged. `microbatch`: mean of the batches' means; `tokens`: mean over
     # all trained tokens of all batches and processes, so that every token counts the same
     loss_normalization: Literal["microbatch", "tokens"] = "microbatch"
-    seq_len: PositiveInt = 2048  # tokens per packed sequence
-    batch_size: PositiveInt = 1  # sequences per process and micro-batch
+    seq_len: Annotated[int, Field(ge=1), Number, at_most(_MOST_TOKENS)] = 2048  # tokens per packed sequence
+    batch_size: Annotated[int, Field(ge=1), Number, at_most(65_536)] = 1  # sequences per process and micro-batch
     max_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     # length of the run in epochs, instead of `max_steps`. An epoch is as many sequences as packing all rows once yields
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[PositiveFloat, at_most(1_000_000)] | None = None
     # length of the run in steps. A step sees `num_microbatches` * `batch_size` * `seq_len` tokens per process
     max_steps: PositiveInt = 100
     log_freq: PositiveInt = 1  # steps between log lines
@@ -158,8 +166,13 @@ class TrainArgs(Settings):
     wandb: WandbArgs = dataclasses.field(default_factory=WandbArgs)
     mlflow: MLFlowArgs = dataclasses.field(default_factory=MLFlowArgs)
 
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the settings as plain data, without API keys and without passwords in URLs."""
+        plain: dict[str, Any] = without_user_info(super().to_dict(*args, **kwargs))
+        return plain
+
     def problems(self) -> list[Problem]:
-        found = [*self._path_problems(), *self._precision_problems(), *self._saving_problems()]
+        found = [*self._path_problems(), *self._precision_problems(), *self._saving_problems(), *self._size_problems()]
         for field in dataclasses.fields(self):
             if isinstance(block := getattr(self, field.name), Settings):
                 found += block.problems()
@@ -210,6 +223,14 @@ class TrainArgs(Settings):
             message = "`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU."
             yield Problem("cpu_offload", message)
 
+    def _size_problems(self) -> Iterator[Problem]:
+        if (tokens := self.num_microbatches * self.batch_size * self.seq_len) > _MOST_STEP_TOKENS:
+            message = (
+                f"`num_microbatches` * `batch_size` * `seq_len` is {tokens:,} tokens per step and process; expected at "
+                f"most {_MOST_STEP_TOKENS:,}."
+            )
+            yield Problem("num_microbatches", message)
+
     def _saving_problems(self) -> Iterator[Problem]:
         if self.save_adapters and not self.lora.enable and not self.no_ckpt:
             message = (
@@ -235,6 +256,7 @@ class TrainArgs(Settings):
 # ---- Reading
 
 _MAX_KEY_LENGTH = 100  # characters of an unknown key that a message quotes
+_PLAIN_NUMBER = "Write numbers in decimal, without leading zeros"  # for `010`, `0b101` and `1:30`
 _MAX_LISTED = 50  # problems in one message
 _MAY_HOLD_SECRETS = ("wandb", "wandb.key")  # an API key may be here, where it belongs or by mistake: never quoted
 
@@ -333,7 +355,7 @@ def _remove(raw: Any, path: list[str]) -> None:
 def _describe(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
     found: dict[Problem, None] = {}  # without duplicates: pydantic reports an invalid `bool | Literal` twice
     blocks_listed: set[str] = set()
-    for detail in error.errors(include_url=False, include_context=False, include_input=False):
+    for detail in error.errors(include_url=False, include_input=False):
         if detail["type"] == "unexpected_keyword_argument":
             found[_unknown([str(part) for part in detail["loc"]], blocks_listed)] = None
             continue
@@ -346,7 +368,12 @@ def _describe(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
                 key, value = longer, value.get(part)
         setting = known_settings()[key]
         about = "" if setting.is_block else f" ({setting.description.partition('. ')[0]})"
-        message = f"`{key}` {verb} {_shown(key, value)}; expected {setting.expected}{about}."
+        expected = setting.expected
+        if detail["type"] == "less_than_equal" and "between" not in expected:  # beyond model.settings.at_most
+            expected = f"at most {detail['ctx']['le']:,}"
+        elif isinstance(value, str) and value.lstrip("+-")[:1].isdecimal() and "number" in expected:
+            about += f". {_PLAIN_NUMBER}"
+        message = f"`{key}` {verb} {_shown(key, value)}; expected {expected}{about}."
         if detail["type"] == "missing":
             message = f"`{key}` is missing; it must be given{about}."
         found[Problem(key, message)] = None
@@ -373,4 +400,4 @@ def _unknown(path: list[str], blocks_listed: set[str]) -> Problem:
 def _shown(key: str, value: Any) -> str:
     nested = key.startswith("wandb.") and isinstance(value, dict | list)  # `key` with the wrong indentation
     is_hidden = nested or (key in _MAY_HOLD_SECRETS and value is not None)
-    return f"{type(value).__name__} (not shown)" if is_hidden else quoted(value)
+    return f"{type(value).__name__} (not shown)" if is_hidden else quoted(redacted(value))

@@ -3,6 +3,8 @@
 Messages give the line of a mistake and never quote it, because it may contain an API key.
 """
 
+import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
         except Exception as error:  # of any type, depending on the constructor: `2024-13-45`, `!!int abc`
@@ -74,6 +76,18 @@ class _Loader(yaml.SafeLoader):
             is_date = kind == "timestamp" and isinstance(error, ValueError)
             problem = str(error) if is_date else f"the value is not a valid {kind}"
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
+        return node.value if _is_respelled(value, node) else value
+
+
+def _is_respelled(value: Any, node: yaml.Node) -> bool:
+    """Return whether a number or date is not written as Python writes it; it then stays a string.
+
+    YAML 1.1 reads `010` as 8 and `1:30` as 90, and `run_name: 1.10` would become 1.1. Where a number is expected,
+    model.settings converts the string.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | datetime.date):
+        return False
+    return str(value) != node.value and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _parse(text: str) -> Any:

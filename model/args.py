@@ -11,7 +11,7 @@ from simple_parsing.helpers import Serializable
 
 from .errors import Problem, UserError, quoted
 from .hf_config import CONFIG_NAME, key_in, params_from_config
-from .settings import Bool, Int, Number, PositiveFloat, Settings, Str
+from .settings import Bool, Number, PositiveFloat, Settings, Str, at_most
 
 PARAMS_NAME = "params.json"
 OPTIONAL = ("moe", "sliding_window")
@@ -65,7 +65,8 @@ class LoraArgs(Settings):
     """Low-rank adapters (Hu et al., 2021): y = W x + scaling * B(A(dropout(x)))."""
 
     enable: Bool = True  # train an adapter; false: full fine-tuning
-    rank: Int = 16  # inner dimension R of A [R, in] and B [out, R], at least 1. 8 to 128 are usual
+    # inner dimension R of A [R, in] and B [out, R], at least 1. 8 to 128 are usual
+    rank: Annotated[int, Number, at_most(65_536)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.0  # probability of zeroing an input of A in training
     # factor of the adapter's output; null: `alpha` / `rank` if `alpha` is set, else 2.0
     scaling: PositiveFloat | None = None

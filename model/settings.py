@@ -12,9 +12,9 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticKnownError
 from simple_parsing.docstring import get_attribute_docstring
 from simple_parsing.helpers import Serializable
 
@@ -23,12 +23,39 @@ from .errors import Problem
 
 def _number(value: object) -> int | float:
     """Accept strings, too: YAML 1.1 reads `1e-4`, which has no dot, as a string."""
-    number = float(value) if isinstance(value, str) else value
+    number = _parse_number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ValueError
     if not abs(number) <= sys.float_info.max:  # NaN, infinity, or an integer that no float can hold
         raise ValueError
     return number
+
+
+def _parse_number(text: str) -> int | float:
+    """Convert a decimal or hexadecimal number; refuse `010`, which is octal in YAML 1.1 and decimal in YAML 1.2."""
+    digits = text.strip().lstrip("+-")
+    if digits.startswith("0x"):
+        return int(text, 16)
+    if digits[:1] == "0" and digits[1:].replace("_", "").isdecimal():
+        raise ValueError
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def at_most(limit: int) -> AfterValidator:
+    """Return an upper limit, beyond which memory would not suffice or a number overflow.
+
+    Messages and docs mention it only when it is exceeded.
+    """
+
+    def check(value: int | float) -> int | float:
+        if value > limit:
+            raise PydanticKnownError("less_than_equal", {"le": limit})
+        return value
+
+    return AfterValidator(check)
 
 
 def _boolean(value: object) -> bool:
@@ -51,9 +78,10 @@ def _string(value: object) -> str:
 
 
 Number = BeforeValidator(_number)
-Int = Annotated[int, Number]
-PositiveInt = Annotated[int, Field(ge=1), Number]
-NonNegativeInt = Annotated[int, Field(ge=0), Number]
+_COUNT = at_most(1_000_000_000)
+Int = Annotated[int, Number, _COUNT]
+PositiveInt = Annotated[int, Field(ge=1), Number, _COUNT]
+NonNegativeInt = Annotated[int, Field(ge=0), Number, _COUNT]
 PositiveFloat = Annotated[float, Field(gt=0), Number]
 NonNegativeFloat = Annotated[float, Field(ge=0), Number]
 Bool = Annotated[bool, BeforeValidator(_boolean)]

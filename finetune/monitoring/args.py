@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 
-from finetune.redaction import add_secret
+from finetune.redaction import add_secret, add_url_secrets
 from model.errors import Problem
 from model.settings import Bool, Settings, Str
 
@@ -33,15 +33,20 @@ class WandbArgs(Settings):
 class MLFlowArgs(Settings):
     """Tracking with MLflow. An empty string means unset."""
 
-    # where to record, such as http://localhost:5000 or sqlite:///mlflow.db; unset: MLflow is not used
-    tracking_uri: Str | None = None
+    # where to record, such as http://localhost:5000 or sqlite:///mlflow.db; unset: MLflow is not used. A user name and
+    # password in it are never written anywhere
+    tracking_uri: Str | None = dataclasses.field(default=None, repr=False)
     experiment_name: Str | None = None  # name of the experiment; unset: MLflow's default experiment
 
     def __post_init__(self) -> None:
         self.tracking_uri = self.tracking_uri or None
+        add_url_secrets(self.tracking_uri or "")
         self.experiment_name = self.experiment_name or None
 
     def problems(self) -> list[Problem]:
+        if self.tracking_uri and any(map(str.isspace, self.tracking_uri)):
+            message = "`mlflow.tracking_uri` contains a space; write %20 for a space in a password."
+            return [Problem("mlflow.tracking_uri", message)]
         return _missing_package("mlflow", "mlflow.tracking_uri") if self.tracking_uri else []
 
 

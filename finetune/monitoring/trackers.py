@@ -141,6 +141,7 @@ class MLFlowTracker:
         # With MLflow's defaults, an unreachable server blocks a training step for many minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may contain a password
         import mlflow
 
         self._mlflow = mlflow

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from finetune.args import OptimArgs, TrainArgs, load_train_args
+from finetune.args import OptimArgs, TrainArgs, known_settings, load_train_args
 from finetune.data.args import Source, parse_sources
 from finetune.monitoring.args import WandbArgs
 from finetune.run_dir import create_run_dir
@@ -296,6 +296,95 @@ WRONG_TYPES = [
 def test_value_of_the_wrong_type(keys: dict[str, Any], sentence: str):
     [problem] = problems(**keys)
     assert problem.startswith(sentence)
+
+
+HUGE = {
+    "max_steps": 10**23,
+    "log_freq": 10**23,
+    "ckpt_freq": 2**63,
+    "eval_freq": 10**10,
+    "seq_len": 10**14,
+    "batch_size": 2**63 - 1,
+    "num_microbatches": 2**62,
+    "num_ckpt_keep": 10**30,
+    "world_size": 10**12,
+    "epochs": 1e300,
+    "lora.rank": 2**40,
+    "early_stopping.patience": 10**18,
+    "guards.max_skipped_steps": 10**18,
+    "guards.spike_window": 10**18,
+    "eval_generation.n_samples": 10**18,
+    "eval_generation.max_tokens": 10**18,
+    "eval_generation.batch_size": 10**18,
+    "eval_generation.freq": 10**18,
+}
+
+
+@pytest.mark.parametrize("key", HUGE)
+def test_huge_value_is_refused_with_its_limit(key: str):
+    [problem] = problems(**{key: HUGE[key]})
+    match = re.match(rf"`{re.escape(key)}` is [^;]+; expected at most ([0-9,]+) \(", problem)
+    assert match, problem
+    limit = match[1].replace(",", "")
+    assert not any("expected at most" in problem and key in problem for problem in problems(**{"seq_len": 1, key: limit}))
+
+
+def test_every_count_has_a_limit():
+    """So that a new setting gets one, too."""
+    numbers = {key for key, setting in known_settings().items() if "a whole number" in setting.expected}
+    assert numbers - HUGE.keys() == {"seed"}  # whose range `expected` states
+
+
+def test_steps_of_too_many_tokens_are_refused():
+    [problem] = problems(seq_len=2**20, batch_size=2**8, num_microbatches=2)
+    assert problem == (
+        "`num_microbatches` * `batch_size` * `seq_len` is 536,870,912 tokens per step and process; expected at most "
+        "134,217,728."
+    )
+    assert problems(seq_len=2**15, batch_size=2**6, num_microbatches=2**6) == []
+
+
+@pytest.mark.parametrize("text", ["010", "007", "-010", "0b101", "1:30", "1:30:00", "1:30.5", "08", "00"])
+@pytest.mark.parametrize("key", ["max_steps", "seed", "optim.lr"])
+def test_number_that_yaml_1_1_reads_unlike_its_reader_is_refused(key: str, text: str):
+    [problem] = [line.removeprefix("  - ") for line in refused(f"{key}: {text}").splitlines()[1:]]
+    assert problem.startswith(f"`{key}` is '{text}'; expected a ") and "without leading zeros" in problem
+
+
+def refused(line: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(yaml.safe_dump(BASE) + line)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("10", 10),
+        ("+10", 10),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("1e3", 1000),
+        ("1.0e+3", 1000),
+        ("10.0", 10),
+        ("1e1", 10),
+    ],
+)
+def test_number_that_has_one_meaning_is_read(text: str, number: int):
+    assert load(yaml.safe_dump(BASE) + f"max_steps: {text}").max_steps == number
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-4", 1e-4), (".5", 0.5), ("0.10", 0.1), ("6.e-5", 6e-5), ("0", 0)])
+def test_decimal_number_is_read(text: str, number: float):
+    assert load(yaml.safe_dump(BASE) + f"optim: {{lr: {text}}}").optim.lr == number
+
+
+@pytest.mark.parametrize("text", ["010", "1.10", "0b101", "0x10", "1_000", "1:30", "2024-1-5", "2024_12_19", "12e03"])
+def test_name_that_looks_like_a_number_keeps_its_spelling(text: str):
+    args = load(yaml.safe_dump({key: value for key, value in BASE.items() if key != "run_dir"}) + f"run_dir: {text}")
+    assert args.run_dir == text
+    settings = load(yaml.safe_dump(BASE) + f"data.keep_sections: [{text}]")
+    assert settings.data.keep_sections == [text]
 
 
 def of_data(**keys: Any) -> dict[str, Any]:

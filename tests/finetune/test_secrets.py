@@ -12,9 +12,12 @@ import pytest
 import yaml
 
 from finetune import redaction
-from finetune.args import load_train_args
+from finetune.args import TrainArgs, load_train_args
+from finetune.data.args import DataArgs
+from finetune.monitoring.args import MLFlowArgs
 from finetune.monitoring.trackers import describe
 from finetune.monitoring.utils import LineFormatter
+from finetune.run_dir import create_run_dir
 from model.errors import UserError
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.run_trajectories import ROOT, short_run
@@ -184,3 +187,72 @@ def test_log_lines_are_redacted_with_their_arguments(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_TOKEN", ENVIRONMENT["HF_TOKEN"])
     record = logging.makeLogRecord({"msg": "token %s", "args": (ENVIRONMENT["HF_TOKEN"],), "rank_prefix": ""})
     assert LineFormatter().format(record).endswith("token ***")
+
+
+# ---- User info in URLs
+
+PASSWORD = "S3cretPassw0rd"
+URLS = {
+    "http://bob:S3cretPassw0rd@127.0.0.1:9/": "http://127.0.0.1:9/",
+    "https://bob:S3cretPassw0rd@host/path?a=b": "https://host/path?a=b",
+    "http://S3cretPassw0rd@host": "http://host",
+    "http://:S3cretPassw0rd@host": "http://host",
+    "postgresql+psycopg2://bob:S3cretPassw0rd@db:5432/mlflow": "postgresql+psycopg2://db:5432/mlflow",
+    "http://bob:S3cretPassw0rd@and@host:80/": "http://host:80/",
+    "http://bob:a/S3cretPassw0rd@host:80/": "http://host:80/",
+    "http://bob:S3cretPassw0rd#@[::1]:80/": "http://[::1]:80/",
+}
+OTHER_TEXTS = [
+    "http://localhost:5000",
+    "sqlite:///mlflow.db",
+    "runs/me@home",
+    "file:///home/me@home/x",
+    "a:b@c",
+    "@",
+    "",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_user_info_is_cut_out_of_urls(url: str):
+    assert redaction.without_user_info({"a": [url], "b": 3}) == {"a": [URLS[url]], "b": 3}
+    message = redaction.redacted(f"Connection to {url} failed: '{url}', {url}.", secrets=())
+    assert PASSWORD not in message and "://***@" in message and message.startswith("Connection to ")
+
+
+@pytest.mark.parametrize("text", OTHER_TEXTS)
+def test_texts_without_user_info_stay(text: str):
+    assert redaction.without_user_info(text) == redaction.redacted(text, secrets=()) == text
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_tracker_gets_the_password_and_no_file_does(tmp_path: Path, url: str):
+    args = TrainArgs(DataArgs(), "model", str(tmp_path / "run"), mlflow=MLFlowArgs(url))
+    assert args.mlflow.tracking_uri == url
+    create_run_dir(tmp_path / "run", args)
+    written = (tmp_path / "run" / "args.yaml").read_text(encoding="utf-8")
+    assert PASSWORD not in written and PASSWORD not in repr(args) and URLS[url] in written
+    assert args.to_dict()["mlflow"]["tracking_uri"] == URLS[url]
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "https_proxy", "HTTP_PROXY", "ALL_PROXY", "WANDB_BASE_URL"])
+def test_password_in_a_url_of_the_environment_is_redacted(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "http://bob:S3cret%2FPassw0rd@proxy:3128")
+    header = base64.b64encode(b"bob:S3cret/Passw0rd").decode()
+    for quoted in ("S3cret%2FPassw0rd", "S3cret/Passw0rd", f"Basic {header}"):
+        assert "***" in redaction.redacted(f"Proxy said no to {quoted}.") and quoted not in redaction.redacted(quoted)
+
+
+@pytest.mark.parametrize("value", ["[http://bob:S3cretPassw0rd@host]", "{url: http://bob:S3cretPassw0rd@host}"])
+@pytest.mark.parametrize("key", ["mlflow", "mlflow.tracking_uri", "max_norm", "resume"])
+def test_message_about_a_setting_does_not_show_a_password(tmp_path: Path, settings: dict, key: str, value: str):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings | {"wandb": {}}) + f"{key}: {value}\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_train_args(config)
+    assert PASSWORD not in redaction.redacted(str(error.value)) and key.split(".")[0] in str(error.value)
+
+
+def test_tracking_uri_with_a_space_is_refused():
+    [problem] = MLFlowArgs("http://bob:two words@host").problems()
+    assert problem.message == "`mlflow.tracking_uri` contains a space; write %20 for a space in a password."
