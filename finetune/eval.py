@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from model.atomic import owner_only
 from model.errors import UserError
 from model.generate import generate
 from model.transformer import Transformer
@@ -132,7 +133,8 @@ class GenerationEval:
         )
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            with open(path, "w", encoding="utf-8", opener=owner_only) as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             logger.warning("%s cannot be written: %s.", path, error.strerror)
 

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from .errors import UserError
@@ -27,38 +27,66 @@ def shared_temporary_path(path: Path, owner: str = "") -> Path:
     return path.with_name(f"tmp.{path.name}{owner and '.'}{owner}")
 
 
+def owner_only(path: str, flags: int) -> int:
+    """Open a file so that a new one can be read by its owner only: an `opener` for `open`."""
+    return os.open(path, flags, 0o600)
+
+
 @contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; unless `replace_file` has renamed it, it is removed afterwards."""
+def temporary_file(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to; unless `replace_file` has renamed it, it is removed afterwards.
+
+    A file that exists keeps its permissions. With `private`, a new one can be read by its owner only.
+    """
     temporary = temporary_path(path)
     try:
-        yield temporary
+        with _owner_only_files() if private or path.exists() else nullcontext():
+            yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _owner_only_files() -> Iterator[None]:
+    """Let new files of this process be read by their owner only, whoever opens them."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def replace_file(temporary: Path, path: Path) -> None:
-    """Flush a finished temporary file and rename it to `path`."""
-    _flush(temporary)
+    """Flush a finished temporary file and rename it to `path`, whose permissions it gets if `path` exists."""
+    _finish(temporary, path)
     os.replace(temporary, path)
 
 
+def _finish(temporary: Path, path: Path) -> None:
+    if path.exists():
+        shutil.copymode(path, temporary)
+    _flush(temporary)
+
+
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; at the end of the block it replaces `path`."""
-    with temporary_file(path) as temporary:
+def new_file(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to; at the end of the block it replaces `path`. See `temporary_file`."""
+    with temporary_file(path, private) as temporary:
         yield temporary
         replace_file(temporary, path)
 
 
 @contextmanager
 def new_files(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
-    """Yield a temporary path for each path; at the end of the block they replace the paths, all or none."""
+    """Yield a temporary path for each path; at the end of the block they replace the paths, all or none.
+
+    New files can be read by their owner only: they are outputs of commands, which may quote notes.
+    """
     with ExitStack() as stack:
-        temporaries = {path: stack.enter_context(temporary_file(path)) for path in paths}
+        temporaries = {path: stack.enter_context(temporary_file(path, private=True)) for path in paths}
         yield temporaries
-        for temporary in temporaries.values():
-            _flush(temporary)
+        for path, temporary in temporaries.items():
+            _finish(temporary, path)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -210,24 +211,38 @@ def metrics_path(run_dir: Path, tag: str) -> Path:
 def read_metrics(run_dir: Path, tag: str) -> list[dict[str, Any]]:
     """Return the metrics of a run in order of steps; empty if nothing was logged.
 
-    Lines that a crash truncated are skipped. If the run was resumed from an earlier step, the lines that it logged
-    again replace the earlier ones.
+    Lines that a crash truncated, and values other than numbers, null and the time, are skipped. If the run was resumed
+    from an earlier step, the lines that it logged again replace the earlier ones.
     """
     path = metrics_path(run_dir, tag)
     if not path.exists():
         return []
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        record = _parse_metrics(line)
+        if not isinstance(record.get("step"), int):
             continue
         while records and records[-1]["step"] >= record["step"]:
             records.pop()
         records.append(record)
     return records
+
+
+def _parse_metrics(line: str) -> dict[str, Any]:
+    """Return the numbers, nulls and the time of a line; empty if it is not a JSON object."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    return {key: value for key, value in record.items() if key == "at" or value is None or _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def _open_for_lines(path: Path) -> TextIO:

@@ -326,7 +326,9 @@ def test_huge_value_is_refused_with_its_limit(key: str):
     match = re.match(rf"`{re.escape(key)}` is [^;]+; expected at most ([0-9,]+) \(", problem)
     assert match, problem
     limit = match[1].replace(",", "")
-    assert not any("expected at most" in problem and key in problem for problem in problems(**{"seq_len": 1, key: limit}))
+    assert not any(
+        "expected at most" in problem and key in problem for problem in problems(**{"seq_len": 1, key: limit})
+    )
 
 
 def test_every_count_has_a_limit():

@@ -71,6 +71,7 @@ def test_answers_are_scored_and_saved_in_their_folder_only(tmp_path: Path, model
     assert "eval_loss" in records[-1]
     answers = sorted(path.name for path in (run_dir / "answers").iterdir())
     assert answers == ["step_000000.jsonl", "step_000002.jsonl", "step_000004.jsonl"]
+    assert {path.stat().st_mode & 0o777 for path in (run_dir / "answers").iterdir()} == {0o600}
     kept = [json.loads(line) for line in (run_dir / "answers" / answers[0]).read_text(encoding="utf-8").splitlines()]
     assert [row["expected"] for row in kept] == [ANSWER] * 3
     (tracked,) = (read_offline_run(path) for path in run_dir.glob("wandb/offline-run-*/run-*.wandb"))

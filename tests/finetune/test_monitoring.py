@@ -193,6 +193,31 @@ def test_non_finite_numbers_become_null(tmp_path):
     assert (record["loss"], record["lr"], record["wps"]) == (None, None, 2.5)
 
 
+def test_values_that_are_not_numbers_are_skipped_and_the_plot_is_drawn(tmp_path):
+    huge = 10**400
+    lines = [
+        '{"step": 1, "loss": 1.0, "at": "2026"}',
+        '{"step": 2, "loss": "1.0", "lr": [1], "wps": {"a": 1}}',
+        '{"step": 3, "loss": true, "lr": null}',
+        f'{{"step": 4, "loss": {huge}}}',
+        f'{{"step": {huge}, "loss": 2}}',
+        '{"step": true, "loss": 2}',
+        '{"step": "5", "loss": 2}',
+        '{"step": 5, "loss": NaN}',
+        "[" * 100_000,
+        '{"step": 6, "loss": ' + "[" * 100_000,
+        "3",
+        '"text"',
+        '{"step": 7, "loss": 3.0}',
+    ]
+    (tmp_path / "metrics.train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    records = read_metrics(tmp_path, "train")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 7]
+    assert [record["loss"] for record in records if "loss" in record and record["step"] != 5] == [1.0, 3.0]
+    assert records[0]["at"] == "2026" and records[2] == {"step": 3, "lr": None}
+    assert draw_loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
 def test_appending_after_a_crash_keeps_every_complete_line(tmp_path):
     write_metrics(tmp_path, "train", [{"step": step, "loss": 1.0} for step in (1, 2, 3)], tail='{"step": 4, "lo')
     with make_logger(tmp_path) as logger:  # resumed from the checkpoint of step 2

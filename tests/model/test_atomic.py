@@ -12,6 +12,7 @@ from model.atomic import (
     new_file,
     new_files,
     new_folder,
+    owner_only,
     remove_folder,
     remove_leftovers,
     replace_file,
@@ -153,3 +154,34 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / "tmp.checkpoint" / "half").touch()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == {"checkpoint"}
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_new_files_can_be_read_by_their_owner_only_from_the_start(tmp_path):
+    targets = [tmp_path / "a", tmp_path / "b"]
+    with new_files(targets) as temporaries:
+        for temporary in temporaries.values():
+            temporary.write_text("note")
+            assert mode(temporary) == 0o600
+    with new_file(tmp_path / "c", private=True) as temporary:
+        temporary.write_text("note")
+    with open(tmp_path / "d", "a", opener=owner_only) as file:
+        file.write("note")
+    assert [mode(tmp_path / name) for name in "abcd"] == [0o600] * 4
+
+
+@pytest.mark.parametrize("permissions", [0o644, 0o640, 0o600, 0o400])
+def test_replaced_file_keeps_its_permissions(tmp_path, permissions):
+    target = tmp_path / "a"
+    for write in (lambda: new_file(target), lambda: new_file(target, private=True), lambda: new_files([target])):
+        target.unlink(missing_ok=True)
+        target.write_text("old")
+        target.chmod(permissions)
+        with write() as temporary:
+            temporary = temporary if isinstance(temporary, Path) else temporary[target]
+            temporary.write_text("new")
+            assert mode(temporary) == 0o600
+        assert target.read_text() == "new" and mode(target) == permissions

@@ -141,6 +141,8 @@ def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -
         lines = list(csv.DictReader(file))
     expected = [code["code"] for row in read(tmp_path / "p.jsonl") for code in row["codes"]]
     assert [line["code"] for line in lines] == expected
+    written = [out, out.with_suffix(".jsonl"), *tmp_path.glob("p.*.json")]
+    assert [path.stat().st_mode & 0o777 for path in written] == [0o600] * len(written), "answers may quote notes"
     before = out.read_bytes()
     predict_file(run_dir, notes, out, load_table(tmp_path), batch_size=5, max_tokens=80)
     assert out.read_bytes() == before

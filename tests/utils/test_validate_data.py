@@ -394,6 +394,7 @@ def test_the_corrected_file_contains_the_good_rows_byte_for_byte(command):
     assert command("--create_corrected", train="a.jsonl,good.jsonl") == 1
     corrected = (command.folder / "a.jsonl.corrected").read_bytes()
     assert corrected == odd + b"\r\n" + OTHER.encode() + b"\n" + GOOD.encode()
+    assert (command.folder / "a.jsonl.corrected").stat().st_mode & 0o777 == 0o600
     assert (command.folder / "a.jsonl").read_bytes() == content
     assert "good.jsonl has no errors; it needs no corrected version." in command.out
     assert sorted(os.listdir(command.folder)) == ["a.jsonl", "a.jsonl.corrected", "good.jsonl", "train.yaml"]

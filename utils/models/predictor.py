@@ -15,6 +15,7 @@ from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import load_trained, token_bytes
 from finetune.run_dir import find_checkpoint, run_of
+from model.atomic import owner_only
 from model.errors import UserError
 from model.generate import generate
 from utils.icd10.answers import parse_answer
@@ -158,7 +159,7 @@ def predict_file(
             save({origin_path(answers): json.dumps(identity | {"checkpoint": str(checkpoint)}, indent=1)})
             print(f"Answering {len(to_do)} of {len(prompts)} rows with {checkpoint} ...", file=sys.stderr, flush=True)
             predictor = Predictor(checkpoint, table)
-            with answers.open("a", encoding="utf-8") as file:
+            with open(answers, "a", encoding="utf-8", opener=owner_only) as file:
                 for prediction in _predictions(predictor, to_do, batch_size, max_tokens):
                     file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
                     file.flush()

@@ -157,7 +157,7 @@ def file_errors() -> Iterator[None]:
 
 
 def save(contents: Mapping[Path, str]) -> None:
-    """Write files, all or none."""
+    """Write files, all or none; new ones can be read by their owner only."""
     with file_errors(), new_files(contents) as temporaries:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,12 @@ def write_corrected(file: CheckedFile) -> None:
         print(f"{path} has no valid row; no corrected version was written.")
         return
     target = _corrected_path(path)
-    with file_errors(), new_file(target) as temporary, path.open("rb") as source, temporary.open("wb") as out:
+    with (
+        file_errors(),
+        new_file(target, private=True) as temporary,
+        path.open("rb") as source,
+        temporary.open("wb") as out,
+    ):
         for start, end in _good_ranges(file):
             source.seek(start)
             while block := source.read(min(end - source.tell(), _COPIED_AT_ONCE)):
