@@ -139,7 +139,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("story")
     shutil.copytree(ROOT / "example", folder / "example")
     config = folder / "example/instruct_icd_v1.yaml"
-    more = {"base_dtype": "nf4", "checkpoint": "auto", "epochs": 0.5, "max_steps": None}
+    more = {"base_dtype": "nf4", "checkpoint": "auto", "epochs": 0.2, "max_steps": None}
     files = {
         "small.yaml": shrunken(config, "runs/small", **more),
         "two.yaml": shrunken(config, "runs/two", sharding="hybrid"),
