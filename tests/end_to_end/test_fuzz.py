@@ -7,8 +7,10 @@ import contextlib
 import copy
 import json
 import re
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,9 @@ from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import load_tiny_tekken
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import CODE_PATTERN
+from utils.tables.chat_rows import reformat_row
+from utils.tables.jsonl import LineReport
+from utils.tables.rewrite import Rewriting, rewrite_jsonl
 
 TIME_LIMIT_S = 20  # for one input, on a busy machine; milliseconds are usual
 fuzz = settings(
@@ -66,9 +71,11 @@ TEXTS = st.one_of(
 )
 NAMES = ["messages", "interactions", "role", "content", "text", "weight", "tools", "available_tools", "function"]
 NAMES += ["parameters", "name", "description", "arguments", "id", "tool_calls", "tool_call_id", "type", "only_last"]
+NAMES += ["conversations", "from", "value", "train", "functions", "function_call", "system", "chat", "instruction"]
+NAMES += ["input", "output", "history"]
 KEYS = st.one_of(st.sampled_from(NAMES), TEXTS)
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -(10**4000), 1e308, -0.0]))
-ROLES = st.sampled_from(["user", "assistant", "system", "tool", "function"])
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "function", "developer", "gpt", "observation"])
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, ROLES),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
@@ -181,6 +188,129 @@ def test_a_file_is_read_or_its_bad_line_named(
         except UserError as error:
             assert re.search(rf"line \d+ of dataset {re.escape(str(file))}", str(error))
             raise
+
+
+# ---- reformatting
+
+# Texts that conversion must not lose are zq1, zq2, ...
+CALLED = '{"name": "f", "arguments": {"x": "zq3"}}'
+FUNCTION = {"name": "f", "description": "zq4", "parameters": {"type": "object", "properties": {"x": {}}}}
+TURNS = [("system", "zq1"), ("human", "zq2"), ("function_call", CALLED), ("observation", "zq5"), ("gpt", "zq6")]
+HERMES = [
+    ("human", "zq1"),
+    ("gpt", f"zq2 <tool_call>{CALLED}</tool_call>"),
+    ("tool", "<tool_response>zq5</tool_response>"),
+]
+GLAIVE = "USER: zq1\n\n\nASSISTANT: <functioncall> {} <|endoftext|>\n\n\nFUNCTION RESPONSE: zq5\n\n\nASSISTANT: zq6"
+OPENAI_CALL = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": "zq2"}'}}
+CHATS = [
+    {"conversations": [{"from": speaker, "value": text} for speaker, text in TURNS], "tools": json.dumps([FUNCTION])},
+    {"conversations": [{"from": speaker, "value": text} for speaker, text in [*HERMES, *TURNS[-1:]]], "system": "zq7"},
+    {"conversations": [{"from": "human", "value": "zq1"}, {"from": "gpt", "value": "zq2", "weight": 0}], "id": "zq8"},
+    {"system": f"SYSTEM: zq7 - {json.dumps(FUNCTION)}", "chat": GLAIVE.replace("{}", CALLED)},
+    {"instruction": "zq1", "input": "zq2", "output": "zq3", "history": [["zq4", "zq5"]], "system": "zq6"},
+    {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "zq5"}]},
+            {"role": "user", "content": "zq1"},
+            OPENAI_CALL,
+            {"role": "function", "name": "f", "content": "zq3"},
+            {"role": "assistant", "content": "zq4", "train": True},
+        ],
+        "functions": [FUNCTION],
+    },
+    {"prompt": "zq1", "completion": "zq2"},
+]
+CHAT_LINES = st.one_of(
+    st.sampled_from(CHATS).map(as_line),
+    *(mutated(chat).map(as_line) for chat in CHATS),
+    corrupted(as_line(CHATS[0])),
+    LINES,
+)
+
+
+@st.composite
+def chat_files(draw: st.DrawFn) -> bytes:
+    """Return jsonl, a JSON list, or a part of one."""
+    lines = draw(st.lists(CHAT_LINES, max_size=5))
+    match draw(st.sampled_from(["jsonl", "jsonl", "jsonl", "list", "truncated"])):
+        case "jsonl":
+            return draw(st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n"])).join(lines)
+        case "list":
+            return b"[" + draw(st.sampled_from([b",", b",\n", b"\n,\r\n  "])).join(lines) + b"]\n"
+        case _:
+            return b"[\n" + b",\n".join(lines)
+
+
+def row_texts(content: bytes) -> dict[int, str]:
+    """Return the rows of jsonl by line, or of a JSON list by position; a naive reader."""
+    text = content.decode("utf-8-sig", "surrogateescape")
+    try:
+        rows = json.loads(text, parse_int=str, parse_float=str)
+        if isinstance(rows, list):
+            return dict(enumerate(map(json.dumps, rows), start=1))
+    except (ValueError, RecursionError):
+        pass
+    return {number: line for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1) if line.strip()}
+
+
+def texts_in(line: str) -> set[str]:
+    return set(re.findall(r"zq\d", line))
+
+
+def numbers_in(report: LineReport) -> set[int]:
+    found = re.findall(r"(?m)^  .*?: (?:line|row)s? ([\d, ]+)", str(report))
+    return {int(number) for numbers in found for number in numbers.split(", ") if number.strip()}
+
+
+@given(content=chat_files(), backup=st.booleans(), allow_skipped=st.booleans())
+@example(content=b"[" * 100_000, backup=False, allow_skipped=True)
+@example(content=b"[" + b",".join(map(as_line, CHATS)) + b"]", backup=False, allow_skipped=True)
+@example(content=b"\n".join(map(as_line, CHATS)), backup=True, allow_skipped=False)
+@fuzz
+def test_reformatting_never_loses_a_row_without_a_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_encoder: SampleEncoder,
+    content: bytes,
+    backup: bool,
+    allow_skipped: bool,
+):
+    folder = tmp_path_factory.getbasetemp() / "reformatted"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    file = folder / "chats.jsonl"
+    file.write_bytes(content)
+    with mistakes_only():
+        try:
+            result = rewrite_jsonl(file, reformat_row, backup=backup, allow_skipped=allow_skipped)
+        except UserError:
+            assert file.read_bytes() == content and list(folder.iterdir()) == [file]
+            raise
+        check_reformatted(file, content, result, small_encoder)
+        assert backup or allow_skipped or not result.skipped.count
+        after = file.read_bytes()
+        again = rewrite_jsonl(file, reformat_row, seed=1)
+        assert file.read_bytes() == after and (again.changed, again.skipped.count) == (0, 0)
+
+
+def check_reformatted(file: Path, content: bytes, result: Rewriting, encoder: SampleEncoder) -> None:
+    """Each row is in the file, with its texts, or named in the report; what was changed can be trained on."""
+    after = file.read_bytes()
+    if after != content and result.backup is not None:
+        assert result.backup.read_bytes() == content
+    before = row_texts(content)
+    skipped = numbers_in(result.skipped)
+    kept = [text for number, text in before.items() if number not in skipped]
+    assert len(before) == result.read and len(skipped) == result.skipped.count
+    written = list(row_texts(after).values())
+    assert len(written) == len(kept)
+    is_cut = "messages after the last answer removed" in str(result)
+    for old, new in zip(kept, written, strict=True):
+        row = json.loads(new)
+        assert is_cut or texts_in(old) <= texts_in(new), (old, new)
+        if row != json.loads(old):
+            sample = encoder.encode(row, SampleType.INSTRUCT)
+            assert len(sample.tokens) == len(sample.masks) > 0
 
 
 # ---- settings

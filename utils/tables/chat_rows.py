@@ -91,7 +91,7 @@ def _convert(row: Row, new_id: NewId, warn: Warn) -> Row | None:
 
 
 def _read(row: Row, warn: Warn) -> _Chat | None:
-    keys = [key for key in _TURN_KEYS if row.get(key) is not None] or [key for key in _TURN_KEYS if key in row]
+    keys = [key for key in _TURN_KEYS if row.get(key) is not None] or [key for key in _OWN_KEYS if key in row]
     if len(keys) > 1:
         raise SkippedRowError(f"both `{keys[0]}` and `{keys[1]}`")
     if keys == ["chat"] and isinstance(row["chat"], str):
