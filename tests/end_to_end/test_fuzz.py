@@ -304,6 +304,7 @@ def check_reformatted(file: Path, content: bytes, result: Rewriting, encoder: Sa
     assert len(before) == result.read and len(skipped) == result.skipped.count
     written = list(row_texts(after).values())
     assert len(written) == len(kept)
+    assert "utils.reformat_data" not in str(result)
     is_cut = "messages after the last answer removed" in str(result)
     for old, new in zip(kept, written, strict=True):
         row = json.loads(new)

@@ -15,6 +15,7 @@ from utils.tables.tool_calls import as_tool
 PARAMETERS = {"type": "object", "properties": {"label": {"type": "string"}}}
 FUNCTION = {"name": "get_code", "description": "Finds a code", "parameters": PARAMETERS}
 TOOL = {"type": "function", "function": FUNCTION}
+SCHEMA_KEYS = ("input_schema", "inputSchema", "args")
 CALL = '{"name": "get_code", "arguments": {"label": "fièvre"}}'
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -191,16 +192,20 @@ def test_developer_is_system_and_names_may_be_capitalized(convert):
 
 
 @pytest.mark.parametrize("part", [{"type": "text", "text": "{}"}, {"type": "output_text", "text": "{}"}, "{}"])
-def test_text_parts_are_joined_in_every_role(part, convert):
+def test_text_parts_stay_in_every_role_in_the_spelling_that_is_read(part, convert):
     calls = [{"function": {"name": "f", "arguments": "{}"}}]
     messages = [{"role": role, "content": [part, part]} for role in ("developer", "user", "assistant", "user")]
     messages += [{"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": [part, part]}]
     messages += [{"role": "assistant", "content": [part]}]
-    converted = convert({"messages": messages})[0]["messages"]
-    texts = [message.get("content") for message in converted if message["role"] != "user"]
-    assert texts == ["{}{}", "{}{}", None, "{}{}", "{}"]
-    users = [message["content"] for message in converted if message["role"] == "user"]
-    assert users == [[part, part] if part == {"type": "text", "text": "{}"} else "{}{}"] * 2
+    contents = [message.get("content") for message in convert({"messages": messages})[0]["messages"]]
+    text = {"type": "text", "text": "{}"}
+    assert contents == [[text] * 2] * 4 + [None, [text] * 2, [text]]
+
+
+def test_an_answer_that_is_an_object_or_a_list_is_written_as_json(convert):
+    for value, text in (({"é": 1}, '{"é": 1}'), ([], "[]"), ([{"code": "R50"}], '[{"code": "R50"}]'), (5, "5")):
+        row, _ = convert(share_gpt(("human", "q"), ("function_call", CALL), ("observation", value), ("gpt", "a")))
+        assert brief(row)[2] == ("tool", text)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +285,16 @@ def test_rows_that_cannot_be_converted_without_loss_are_skipped(row, reason):
     assert skipped(row).startswith(reason)
 
 
+def test_the_reason_does_not_recommend_the_command_that_gives_it():
+    reason = skipped({"messages": [USER, ASSISTANT | {"functionCall": {"name": "f"}}]})
+    assert reason.endswith("`functionCall`: it cannot be converted")
+
+
+def test_a_default_of_openai_requests_is_removed_with_a_warning(convert):
+    row, warnings = convert({"messages": [USER, ASSISTANT], "functions": [FUNCTION], "function_call": "auto"})
+    assert row.keys() == {"messages", "tools"} and warnings == ["a column `function_call` that is `auto` removed"]
+
+
 def test_what_training_accepts_is_never_left_out(convert):
     call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}", "latency": 5}}
     row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
@@ -302,7 +317,7 @@ def test_unknown_rows_are_kept_and_marked():
         {"function": FUNCTION, "type": "function"},
         {"type": "function", **FUNCTION},
         FUNCTION | {"parameters": json.dumps(PARAMETERS)},
-        {"name": "get_code", "description": "Finds a code", "input_schema": PARAMETERS},
+        *({"name": "get_code", "description": "Finds a code", key: PARAMETERS} for key in SCHEMA_KEYS),
         {"type": "function", "function": FUNCTION | {"strict": None}},
     ],
 )
@@ -339,11 +354,13 @@ def test_available_tools_stay_so(convert):
         (FUNCTION | {"parameters": "none"}, "the `parameters` of a function are not an object"),
         (FUNCTION | {"parameters": {"type": "dict"}}, "training would refuse it: Invalid tool schema"),
         ({"name": "f", "descripton": "x"}, "The function of a tool has the key `descripton`"),
+        ({"name": "f", "inputs": {"x": {"type": "string"}}}, "The function of a tool has the key `inputs`: the schema"),
         ("get_code", "a function description has no name"),
     ],
 )
 def test_tools_that_would_lose_something_are_skipped(tool, reason):
-    assert skipped({"messages": [USER, ASSISTANT], "tools": [tool]}).startswith(reason)
+    found = skipped({"messages": [USER, ASSISTANT], "tools": [tool]})
+    assert found.startswith(reason) and "utils.reformat_data" not in found
 
 
 @pytest.mark.parametrize(

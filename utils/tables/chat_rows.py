@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from finetune.data.exceptions import RowError
+from finetune.data.keys import REFORMAT
 from utils.tables.chat_turns import has_calls, is_tool_turn, messages_of
 from utils.tables.glaive_text import read_glaive_text
 from utils.tables.jsonl import Row, SkippedRowError
@@ -113,6 +114,9 @@ def _read_turns(row: Row, key: str, warn: Warn) -> _Chat:
     if not isinstance(turns, list):
         raise SkippedRowError(f"`{key}` is not a list")
     tools, rest = _tools(row), _without(row)
+    if rest.get("function_call") == "auto":  # a setting of OpenAI's requests, and its default
+        warn("a column `function_call` that is `auto` removed")
+        del rest["function_call"]
     if "function_description" in row:
         turns = [_cleaned(turn, bool(tools), warn) for turn in turns]
     return _Chat(key if key in _OWN_KEYS else "messages", _with_system(row, turns), tools, rest)
@@ -226,4 +230,5 @@ def _require_trainable(row: Row) -> None:
         _validator().validate_messages(messages)
         _validator()._validate_tools(conversation.tools or [])
     except (RowError, MistralCommonException) as error:
-        raise SkippedRowError(f"training would refuse it: {str(error).rstrip('.')}") from error
+        reason = str(error).replace(REFORMAT, "it cannot be converted").rstrip(".")
+        raise SkippedRowError(f"training would refuse it: {reason}") from error

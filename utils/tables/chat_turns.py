@@ -1,5 +1,6 @@
 """Convert a turn of a chat, whatever it calls its speaker and its text, to messages."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -72,7 +73,7 @@ def messages_of(turn: Any, has_tags: bool, warn: Warn) -> list[Row]:
     elif has_tags and role == "assistant" and isinstance(text, str) and not calls:
         text, calls = _tagged_calls(text)
     if text or (text is not None and not calls):
-        message["text" if text_keys == ["text"] else "content"] = _without_parts(text, role)
+        message["text" if text_keys == ["text"] else "content"] = _text_parts(text)
     return [message | ({"tool_calls": calls} if calls else {})]
 
 
@@ -103,30 +104,24 @@ def _names(keys: Iterable[str]) -> str:
     return " and ".join(f"`{key}`" for key in keys)
 
 
-def _without_parts(content: Any, role: str) -> Any:
-    """Join the text parts of a content that is a list; those of a user are read one by one and stay."""
+def _text_parts(content: Any) -> Any:
+    """Return a content that is a list as text parts in the spelling that training reads."""
     if not isinstance(content, list):
         return content
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    if not all(
-        isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
-        for part in parts
-    ):
-        raise SkippedRowError("a content part that is not text")
-    if role == "user" and parts == content and all(part.get("type") == "text" for part in parts):
-        return content
-    return "".join(part["text"] for part in parts)
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise SkippedRowError("a content part that is not text")
+    return [part if part.get("type") in (None, "text") else part | {"type": "text"} for part in parts]
 
 
-def _answer_text(content: Any) -> str | None:
-    """Return a function's answer as a string; objects, numbers and lists that are not text parts become JSON."""
+def _answer_text(content: Any) -> Any:
+    """Return a function's answer as text; objects, numbers and lists that are not text parts become JSON."""
     if content is None or isinstance(content, str):
         return content
-    if isinstance(content, list):
-        try:
-            return _without_parts(content, "tool")
-        except SkippedRowError:
-            pass
+    if content and isinstance(content, list):
+        with contextlib.suppress(SkippedRowError):
+            return _text_parts(content)
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -168,9 +163,9 @@ def _tagged_calls(text: str) -> tuple[str, list[Row]]:
     return before.strip(), calls
 
 
-def _tagged_answers(text: str | None) -> list[str | None]:
+def _tagged_answers(text: Any) -> list[Any]:
     """Return the texts in Hermes' `<tool_response>` tags; a text without tags as it is."""
-    if text is None or "<tool_response>" not in text:
+    if not isinstance(text, str) or "<tool_response>" not in text:
         return [text]
     before, *tagged = text.split("<tool_response>")
     answers = [piece.partition("</tool_response>") for piece in tagged]

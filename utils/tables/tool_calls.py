@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.exceptions import RowError
-from finetune.data.keys import FUNCTION_KEYS, check_keys
+from finetune.data.keys import FUNCTION_KEYS, REFORMAT, check_keys
 from finetune.data.rows import json_type
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.rewrite import NewId
@@ -15,6 +15,7 @@ from utils.tables.rewrite import NewId
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 # Glaive puts the arguments in single quotes, which is not JSON and, if they contain an apostrophe, not Python either.
 _QUOTED_ARGUMENTS = re.compile(r"(?P<before>\{.*?\"arguments\":\s*)'(?P<arguments>.*)'\s*\}", re.DOTALL)
+_SCHEMA_KEYS = ("input_schema", "inputSchema", "arguments", "args", "inputs")  # Anthropic's, MCP's and others' names
 _PARSE_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
@@ -73,18 +74,23 @@ def as_tool(tool: Any) -> Row:
     if outer.get("type", "function") != "function":
         raise SkippedRowError("a tool that is not a function")
     function = {key: value for key, value in function.items() if value is not None}
-    if schema := function.pop("input_schema", None):
-        function.setdefault("parameters", schema)
+    for key in _SCHEMA_KEYS:
+        if "parameters" not in function and _is_schema(function.get(key)):
+            function["parameters"] = function.pop(key)
     try:
         check_keys(function, FUNCTION_KEYS, set())  # before defaults make misspelled keys look like others
     except RowError as error:
-        raise SkippedRowError(str(error).rstrip(".")) from error
+        raise SkippedRowError(str(error).replace(REFORMAT, "it cannot be converted").rstrip(".")) from error
     described = {
         "name": function["name"],
         "description": function.get("description") or "",
         "parameters": _json_object(function.get("parameters") or {}),
     }
     return {**outer, "function": function | described}
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, dict) and (value.get("type") == "object" or isinstance(value.get("properties"), dict))
 
 
 def _json_object(value: Any) -> Row:

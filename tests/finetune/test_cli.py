@@ -1,0 +1,71 @@
+"""Every command can write to an output in any encoding."""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import run_cli
+from model.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def redirect(monkeypatch):
+    """Replace stdout and stderr as Windows redirects them."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "cp1252", errors="strict") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    return streams
+
+
+def written(stream):
+    stream.flush()
+    return stream.buffer.getvalue().decode("cp1252")
+
+
+def fail():
+    raise UserError("Le rôle 患者 est inconnu.")
+
+
+def show_help():
+    argparse.ArgumentParser("患者", description="Codes → 患者").parse_args(["--help"])
+
+
+def crash():
+    raise RuntimeError("患者")
+
+
+@pytest.mark.parametrize(
+    ("command", "stream", "expected"),
+    [
+        (lambda: print("fièvre, \u20ac, 患者 \udcff"), "stdout", "fièvre, \u20ac, \\u60a3\\u8005 \\udcff"),
+        (fail, "stderr", "error: Le rôle \\u60a3\\u8005 est inconnu."),
+        (show_help, "stdout", "Codes \\u2192 \\u60a3\\u8005"),
+        (crash, "stderr", "RuntimeError: \\u60a3\\u8005"),
+    ],
+)
+def test_what_a_stream_cannot_encode_is_escaped(command, stream, expected, monkeypatch):
+    streams = redirect(monkeypatch)
+    try:
+        run_cli(command)
+    except SystemExit as stop:
+        assert stop.code == (0 if command is show_help else 1)
+    assert expected in written(streams[stream])
+    assert "UnicodeEncodeError" not in written(streams["stderr"])
+
+
+def test_streams_that_are_no_files_are_left_alone(monkeypatch):
+    """As in notebooks, or without a console."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    run_cli(lambda: print("患者"))
+    assert sys.stdout.getvalue() == "患者\n"
+
+
+@pytest.mark.parametrize("file", ["train.py", *sorted(f"utils/{path.name}" for path in (ROOT / "utils").glob("*.py"))])
+def test_every_command_starts_through_run_cli(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert not text or text.rstrip().splitlines()[-1].startswith("    run_cli(")
