@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.icd10 import prompts
-from utils.icd10.answers import Diagnosis, build_answer, list_codes, parse_answer
+from utils.icd10.answers import Diagnosis, build_answer, build_list, list_codes, parse_answer
 from utils.icd10.codes import ROLES, Cim10Table
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
@@ -167,6 +167,56 @@ IRREGULAR = [
      "DP:Q7777 DAS:I10 DAS:E119"),
 ]  # fmt: skip
 
+MALFORMED = [
+    ("diagnostic principal : Diabète (E11X), diagnistic relié : aucun, diagnostic associé : Covid (U071A), suite (M6281000)"
+     ", HTA (I1O), autre (E1), fracture (S72001A), syndrome (ABC)",
+     "DP:E11X DAS:U071A DAS:M6281000 DAS:I1O DAS:E1 DAS:S72001A DAS:ABC"),
+    ("DP : E11X\nDAS : E1198, J44X9, I10", "DP:E11X DAS:E1198 DAS:J44X9 DAS:I10"),
+    ("Diagnostic principal : E11X : Diabète\nDiagnostics associés :\n- J44X9 BPCO\n- I10 HTA", "DP:E11X DAS:J44X9 DAS:I10"),
+    ("DP Z511X\nDAS D64.9", "DP:Z511X DAS:D649"),
+    ("I10X, E119", "?:I10X ?:E119"),
+    ("HTA (I10), Diabète (E11X), scanner (IRM).", "?:I10 ?:E11X"),
+    # Longer than a valid code, never cut to one.
+    ("DP : I10,9\nDAS : Pneumopathie (J18,9)", "DP:I10,9 DAS:J18,9"),
+    ("DP : I10-I15", "DP:I10-I15"),
+    ("- I5010.5 HTA", ""),
+    # Spellings of valid codes.
+    ("diagnostic principal : Polynévrite (G63.2*), diagnostic associé : Diabète (E11.4†), HTA (I 10)",
+     "DP:G632 DAS:E114 DAS:I10"),
+    # Not codes: abbreviations inside a label, stages without a code's place.
+    ("diagnostic principal : Maladie due au virus (VIH), avec symptômes (B20), diagnostic associé : Cancer, pT2N0 (C509)",
+     "DP:B20 DAS:C509"),
+    ("diagnostic principal : Grippe (H1N1) (J09)", "DP:J09"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), MALFORMED)
+def test_malformed_codes_are_kept_and_never_shortened(text, expected):
+    assert [f"{role or '?'}:{code}" for role, code in roles_and_codes(text)] == expected.split()
+
+
+LISTS = [
+    ("[C509, I10]", "?:C509 ?:I10"),
+    ("[I5010,I10,I489]", "?:I5010 ?:I10 ?:I489"),
+    (" ['c50.9' ; \"I10\", E11X].", "?:C509 ?:I10 ?:E11X"),
+    ("[C509, I10", "?:C509 ?:I10"),
+    ("Codes : [C50.9]", "?:C509"),
+    ("DP : [I5010], DR : [], DAS : [I10, E11X]", "DP:I5010 DAS:I10 DAS:E11X"),
+    ("[]", ""),
+    ("[aucun]", ""),
+    ("Obésité [IMC > 30, E669] (E66.94)", "?:E6694"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), LISTS)
+def test_bare_lists_are_read(text, expected):
+    assert [f"{role or '?'}:{code}" for role, code in roles_and_codes(text)] == expected.split()
+
+
+@given(stays())
+def test_bare_list_is_read_back(stay):
+    assert parse_answer(build_list(stay)) == [Diagnosis(None, item.code) for item in stay]
+
 
 @pytest.mark.parametrize(("text", "expected"), IRREGULAR)
 def test_irregular_answers(text, expected):
@@ -181,4 +231,4 @@ def test_thirty_distinct_irregular_answers():
 @given(st.text())
 def test_any_text_is_parsed_without_error(text):
     for item in parse_answer(text):
-        assert item.role in (*ROLES, None) and len(item.code) >= 3
+        assert item.role in (*ROLES, None) and item.code

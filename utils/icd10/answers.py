@@ -1,6 +1,7 @@
 """Build and parse the sentence that lists a stay's codes: `parse_answer(build_answer(diagnoses)) == diagnoses`.
 
-The parser also accepts what models write in practice: other layouts, lower case, dots, bare codes, lists, free text.
+The parser also accepts the bare list of `build_list` and what models write in practice: other layouts, lower case, dots,
+bare codes, lists, free text.
 """
 
 import re
@@ -23,19 +24,31 @@ class Diagnosis(NamedTuple):
 _ROLE = re.compile(
     rf"""diagn\w{{0,20}}\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
     | ^[^\w\n]*(?P<opening>princip|reli|associ)\w*\s*(?=:)
-    | \b(?P<short>DP|DR|DAS)\b(?=\s*[:=–—-]|\s+{CODE_PATTERN}\b)""",
+    | \b(?P<short>DP|DR|DAS)\b(?=\s*[:=–—-]|\s+[A-Z]\d)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 _ROLE_OF_STEM = {"princip": "DP", "reli": "DR", "associ": "DAS", "dp": "DP", "dr": "DR", "das": "DAS"}
 
-# Not a code: the start of a longer word or of a range (C00-D48), a code of the asterisk system (G01*).
-_END = r"(?![\w*†+]|\.?-\S|\.-)"
+# Not a code: the start of a longer word, number or range (C00-D48), a code of the asterisk system (G01*).
+_END = r"(?![\w*†+]|\.?-\S|\.-|[.,/]\d)"
 _IN_PARENTHESES = rf"[(\[]\s*(?:(?:code|cim(?:[ -]?10)?)\b(?:\s*:)?\s*)?(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
 # A code without parentheses starts an item ("- I10 : HTA", "code I10") or ends it ("HTA I10,"). "vitamine B12" and
 # "sorti à J10" are not codes.
 _OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)[^\S\n]*(?P<opening>{CODE_PATTERN}){_END}"
 _CLOSING = rf"(?<!vitamine\s)(?<!\sà\s)\b(?P<closing>{CODE_PATTERN}){_END}(?=\s*(?:[.;,|\n]|\bet\b|$))"
-_CODES = re.compile(rf"{_IN_PARENTHESES}|{_OPENING}|{_CLOSING}", re.IGNORECASE | re.MULTILINE)
+# Malformed codes count as predicted: a word with a digit, or capitals, in the parentheses that end an item, and without
+# parentheses a letter and a digit where a code is expected.
+_MALFORMED = r"(?=[\w.+-]*\d)\w[\w.+*†-]{1,14}(?:,\d+)?|[^\W\d_](?:[ .]?\d){2,6}|(?-i:[A-Z]{2,5})"
+_MALFORMED_ITEM = rf"\(\s*(?P<malformed>{_MALFORMED})\s*\)(?=\s*(?:[;.,\n]|$|\bet\b))"
+_MALFORMED_BARE = (
+    r"(?:^|[:;,=•*|]|\d[.)]|\s[–—-])[^\S\n]*(?P<bare>(?-i:[A-Z]\d)[\w.+*†-]{0,13}(?:,\d+)?)(?=\s*[;,|\n:=]|\.?\s|\.?$)"
+)
+_FLAGS = re.IGNORECASE | re.MULTILINE
+_VALID_CODES = rf"{_IN_PARENTHESES}|{_OPENING}|{_CLOSING}"
+_CODES = re.compile(rf"{_VALID_CODES}|{_MALFORMED_ITEM}", _FLAGS)
+_BARE_CODES = re.compile(rf"{_VALID_CODES}|{_MALFORMED_BARE}", _FLAGS)
+_MALFORMED_GROUP = re.compile(_MALFORMED_ITEM, _FLAGS)
+_LIST = re.compile(r"(?:[^\[\](]*[:=])?\s*\[(?P<items>[^\[\](){}]*)\]?[\s.,;]*")
 _GROUP = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _MAX_NESTING = 20  # of parentheses
 _AROUND_LABEL = " \t\r\n:,;=•*–—-"
@@ -60,15 +73,21 @@ def build_answer(diagnoses: Iterable[Diagnosis]) -> str:
     return ANSWER.format(**{role: list_codes(found) for role, found in by_role.items()})
 
 
+def build_list(diagnoses: Iterable[Diagnosis]) -> str:
+    """Return the answer of the format `list`, without labels and roles: `[C509, I10]`."""
+    return f"[{ITEM_SEPARATOR.join(diagnosis.code for diagnosis in diagnoses)}]"
+
+
 def parse_answer(text: str) -> list[Diagnosis]:
     """Return the diagnoses of an answer in order of appearance; a repeated code is kept once, with its highest role.
 
-    Codes are normalized but not checked against a table: invented codes are returned so that evaluation counts them.
+    Codes are normalized but not checked against a table: invented and malformed codes (`E11X`) are returned as they are,
+    so that evaluation counts them.
     Labels are exact in the layout of `build_answer`; in other layouts they are approximate or empty.
     """
     kept: dict[str, Diagnosis] = {}
     for role, section in _sections(text):
-        for code, label in _codes(section):
+        for code, label in _codes(section, has_role=role is not None):
             if code not in kept or _rank(role) < _rank(kept[code].role):
                 kept[code] = Diagnosis(role, code, label)
     return list(kept.values())
@@ -89,25 +108,38 @@ def _sections(text: str) -> list[tuple[str | None, str]]:
     return sections
 
 
-def _codes(section: str) -> list[tuple[str, str]]:
+def _codes(section: str, has_role: bool) -> list[tuple[str, str]]:
     """Return (code, label) of each item of a section; a code inside a label is not an item."""
-    matches = list(_CODES.finditer(_blank_remarks(section)))
+    if (listed := _LIST.fullmatch(section)) and not re.search(r"\w\s+\w", listed["items"]):
+        items = (normalize_code(item.strip(" \t\r\n'\"«»")) for item in re.split(r"[,;|]", listed["items"]))
+        return [(code, "") for code in items if code and code.lower() != NOTHING]
+    blanked = _blank_remarks(section)
+    pattern = _CODES if "(" in blanked else _BARE_CODES
+    matches = [match for match in pattern.finditer(blanked) if _is_code(match, has_role)]
     found, start = [], 0
     for match, following in zip(matches, [*matches[1:], None]):
         if following is not None and following["inner"] and _same_item(match, following, section):
             continue
-        code = match["inner"] or match["opening"] or match["closing"]
-        label = section[start : match.start()].strip(_AROUND_LABEL) if match["inner"] else ""
+        code = next(filter(None, match.groups()))
+        label = section[start : match.start()].strip(_AROUND_LABEL) if match[0][0] in "([" else ""
         found.append((normalize_code(code), label))
         start = match.end()
     return found
+
+
+def _is_code(match: re.Match[str], has_role: bool) -> bool:
+    """Return whether a match is a code, of whatever form: "(IRM)." in free text and "(VIH), avec" are not."""
+    malformed, bare = (match.groupdict().get(name) for name in ("malformed", "bare"))
+    if malformed and not any(map(str.isdigit, malformed)):
+        return has_role and not re.match(r",\s*[a-zà-ÿ]", match.string[match.end() :])
+    return not bare or has_role or bare[1:3].isdigit()
 
 
 def _same_item(match: re.Match[str], following: re.Match[str], section: str) -> bool:
     """Return whether the next code, which is in parentheses, ends the item that contains this match."""
     between = section[match.end() : following.start()]
     if not match["inner"]:
-        return not re.search(r"[,;\n]", between)
+        return match[0][0] != "(" and not re.search(r"[,;\n]", between)
     # "Arthrite (A39.8) - Coude, poignet (M0102)": only the reference inside the label is written with a dot.
     reference = "." in match["inner"] and "." not in following["inner"] and len(following["inner"]) > 3
     return not between.strip() or (reference and re.fullmatch(r" - [^;\n]*", between) is not None)
@@ -115,11 +147,13 @@ def _same_item(match: re.Match[str], following: re.Match[str], section: str) -> 
 
 def _blank_remarks(section: str) -> str:
     """Replace parentheses that contain more than a code with spaces: codes mentioned there belong to a label."""
+
+    def blank(group: re.Match[str]) -> str:
+        is_code = re.fullmatch(_IN_PARENTHESES, group[0], _FLAGS) or _MALFORMED_GROUP.match(group.string, group.start())
+        return group[0] if is_code else " " * len(group[0])
+
     for _ in range(_MAX_NESTING):
-        blanked = _GROUP.sub(
-            lambda group: group[0] if re.fullmatch(_IN_PARENTHESES, group[0], re.IGNORECASE) else " " * len(group[0]),
-            section,
-        )
+        blanked = _GROUP.sub(blank, section)
         if blanked == section:
             break
         section = blanked
