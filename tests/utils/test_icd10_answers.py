@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.icd10 import prompts
-from utils.icd10.answers import Diagnosis, build_answer, build_list, list_codes, parse_answer
+from utils.icd10.answers import Diagnosis, build_answer, code_list, list_codes, parse_answer
 from utils.icd10.codes import ROLES, Cim10Table
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
@@ -215,7 +215,7 @@ def test_bare_lists_are_read(text, expected):
 
 @given(stays())
 def test_bare_list_is_read_back(stay):
-    assert parse_answer(build_list(stay)) == [Diagnosis(None, item.code) for item in stay]
+    assert parse_answer(code_list(stay)) == [Diagnosis(None, item.code) for item in stay]
 
 
 @pytest.mark.parametrize(("text", "expected"), IRREGULAR)

@@ -1,7 +1,7 @@
 """Build and parse the sentence that lists a stay's codes: `parse_answer(build_answer(diagnoses)) == diagnoses`.
 
-The parser also accepts the bare list of `build_list` and what models write in practice: other layouts, lower case, dots,
-bare codes, lists, free text.
+The parser also accepts the bare list of `code_list` and what models write in practice: other layouts, lower case,
+dots, bare codes, free text.
 """
 
 import re
@@ -22,7 +22,7 @@ class Diagnosis(NamedTuple):
 
 # "diagnostic principal", "Diagnostics associés significatifs (DAS)", "relié :" at a line start, "DP :", "DAS I10".
 _ROLE = re.compile(
-    rf"""diagn\w{{0,20}}\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
+    r"""diagn\w{0,20}\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
     | ^[^\w\n]*(?P<opening>princip|reli|associ)\w*\s*(?=:)
     | \b(?P<short>DP|DR|DAS)\b(?=\s*[:=–—-]|\s+[A-Z]\d)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
@@ -73,7 +73,7 @@ def build_answer(diagnoses: Iterable[Diagnosis]) -> str:
     return ANSWER.format(**{role: list_codes(found) for role, found in by_role.items()})
 
 
-def build_list(diagnoses: Iterable[Diagnosis]) -> str:
+def code_list(diagnoses: Iterable[Diagnosis]) -> str:
     """Return the answer of the format `list`, without labels and roles: `[C509, I10]`."""
     return f"[{ITEM_SEPARATOR.join(diagnosis.code for diagnosis in diagnoses)}]"
 
@@ -81,9 +81,8 @@ def build_list(diagnoses: Iterable[Diagnosis]) -> str:
 def parse_answer(text: str) -> list[Diagnosis]:
     """Return the diagnoses of an answer in order of appearance; a repeated code is kept once, with its highest role.
 
-    Codes are normalized but not checked against a table: invented and malformed codes (`E11X`) are returned as they are,
-    so that evaluation counts them.
-    Labels are exact in the layout of `build_answer`; in other layouts they are approximate or empty.
+    Codes are normalized but not checked against a table: invented and malformed codes (`E11X`) are returned as they
+    are, so that evaluation counts them. Labels are exact in the layout of `build_answer`; in other layouts they are approximate or empty.
     """
     kept: dict[str, Diagnosis] = {}
     for role, section in _sections(text):
