@@ -168,11 +168,12 @@ IRREGULAR = [
 ]  # fmt: skip
 
 MALFORMED = [
-    ("diagnostic principal : Diabète (E11X), diagnistic relié : aucun, diagnostic associé : Covid (U071A), suite (M6281000)"
-     ", HTA (I1O), autre (E1), fracture (S72001A), syndrome (ABC)",
+    ("diagnostic principal : Diabète (E11X), diagnistic relié : aucun, diagnostic associé : Covid (U071A), "
+     "suite (M6281000), HTA (I1O), autre (E1), fracture (S72001A), syndrome (ABC)",
      "DP:E11X DAS:U071A DAS:M6281000 DAS:I1O DAS:E1 DAS:S72001A DAS:ABC"),
     ("DP : E11X\nDAS : E1198, J44X9, I10", "DP:E11X DAS:E1198 DAS:J44X9 DAS:I10"),
-    ("Diagnostic principal : E11X : Diabète\nDiagnostics associés :\n- J44X9 BPCO\n- I10 HTA", "DP:E11X DAS:J44X9 DAS:I10"),
+    ("Diagnostic principal : E11X : Diabète\nDiagnostics associés :\n- J44X9 BPCO\n- I10 HTA",
+     "DP:E11X DAS:J44X9 DAS:I10"),
     ("DP Z511X\nDAS D64.9", "DP:Z511X DAS:D649"),
     ("I10X, E119", "?:I10X ?:E119"),
     ("HTA (I10), Diabète (E11X), scanner (IRM).", "?:I10 ?:E11X"),
@@ -184,7 +185,8 @@ MALFORMED = [
     ("diagnostic principal : Polynévrite (G63.2*), diagnostic associé : Diabète (E11.4†), HTA (I 10)",
      "DP:G632 DAS:E114 DAS:I10"),
     # Not codes: abbreviations inside a label, stages without a code's place.
-    ("diagnostic principal : Maladie due au virus (VIH), avec symptômes (B20), diagnostic associé : Cancer, pT2N0 (C509)",
+    ("diagnostic principal : Maladie due au virus (VIH), avec symptômes (B20), "
+     "diagnostic associé : Cancer, pT2N0 (C509)",
      "DP:B20 DAS:C509"),
     ("diagnostic principal : Grippe (H1N1) (J09)", "DP:J09"),
 ]  # fmt: skip

@@ -82,7 +82,8 @@ def parse_answer(text: str) -> list[Diagnosis]:
     """Return the diagnoses of an answer in order of appearance; a repeated code is kept once, with its highest role.
 
     Codes are normalized but not checked against a table: invented and malformed codes (`E11X`) are returned as they
-    are, so that evaluation counts them. Labels are exact in the layout of `build_answer`; in other layouts they are approximate or empty.
+    are, so that evaluation counts them. Labels are exact in the layout of `build_answer`; in other layouts they are
+    approximate or empty.
     """
     kept: dict[str, Diagnosis] = {}
     for role, section in _sections(text):
