@@ -16,7 +16,17 @@ from mistral_common.protocol.instruct.messages import (
 from mistral_common.protocol.instruct.tool_calls import Tool
 
 from .exceptions import ConversationFormatError, MessageFormatError, PretrainFormatError, RowError
-from .keys import CHUNK_KEYS, MESSAGE_KEYS, PRETRAIN_KEYS, REFORMAT, ROW_KEYS, TRAIN_FLAGS, check_keys, key_names
+from .keys import (
+    CHUNK_KEYS,
+    MESSAGE_KEYS,
+    PRETRAIN_KEYS,
+    REFORMAT,
+    ROW_KEYS,
+    TRAIN_FLAGS,
+    WEIGHT_KEYS,
+    check_keys,
+    key_names,
+)
 from .rows import json_type, shown
 from .tools import parse_tool_calls, parse_tools
 
@@ -151,17 +161,23 @@ def _parse_message(raw: Any, is_context: bool, unread: set[str]) -> FinetuningMe
     check_keys(raw, keys, unread)
     if role == "assistant":
         return _parse_assistant_message(raw, is_context, unread)
-    if trained := [key for key in ("weight", *TRAIN_FLAGS) if raw.get(key) not in (None, 0)]:
-        raise MessageFormatError(f"{keys.what} has `{trained[0]}`; only assistant messages can be trained.")
+    if not raw.keys().isdisjoint(WEIGHT_KEYS):
+        _require_untrained(raw, keys.what)
     content = _one_of(raw, ("content", "text"), keys.what, MessageFormatError)
     if role == "tool" and isinstance(content, dict):
         raise MessageFormatError(f"The content of a tool message must be a string, found an object; {REFORMAT}.")
-    content = _content(content, f"The content of {_lower_first(keys.what)}", MessageFormatError, unread)
+    content = _content(content, keys.content, MessageFormatError, unread)
     if role == "system":
         return SystemMessage(content=content)
     if role == "user":
         return UserMessage(content=content)
     return _tool_message(raw, content)
+
+
+def _require_untrained(raw: dict[str, Any], what: str) -> None:
+    for key in ("weight", *TRAIN_FLAGS):
+        if raw.get(key) not in (None, 0):
+            raise MessageFormatError(f"{what} has `{key}`; only assistant messages can be trained.")
 
 
 def _unknown_role(role: Any) -> str:
@@ -175,10 +191,6 @@ def _unknown_role(role: Any) -> str:
     if difflib.get_close_matches(name, [*MESSAGE_KEYS, *_OTHER_ROLES], n=1, cutoff=0.8):
         return f"the role {role!r}; {expected}"
     return f"a role of {len(role):,} characters; {expected}"
-
-
-def _lower_first(text: str) -> str:
-    return text[0].lower() + text[1:]
 
 
 def _tool_message(raw: dict[str, Any], content: str | list[ContentChunk]) -> ToolMessage:
@@ -208,6 +220,8 @@ def _weight(raw: dict[str, Any]) -> float | None:
     Raises:
         MessageFormatError: a value of another type, or values that contradict each other.
     """
+    if raw.keys().isdisjoint(WEIGHT_KEYS):  # most messages
+        return None
     weight = None if raw.get("weight") is None else _number(raw["weight"])
     flags = {key: raw[key] for key in TRAIN_FLAGS if raw.get(key) is not None}
     for key, flag in flags.items():
