@@ -18,7 +18,7 @@ from model.generate import generate
 from model.transformer import Transformer
 
 from .args import EarlyStoppingArgs, GenerationArgs, TrainArgs
-from .data.conversation import parse_conversation
+from .data.conversation import message_text, parse_conversation
 from .data.data_loader import Batch, EvalLoader, build_data_loader
 from .data.rows import read_rows
 from .data.tokenize import SampleEncoder
@@ -95,9 +95,9 @@ class GenerationEval:
         for line, row in read_rows(Path(args.file), args.n_samples):
             conversation = parse_conversation(row)
             *question, answer = conversation.messages
-            if not question or answer.role != "assistant" or not isinstance(answer.content, str):
+            if not question or answer.role != "assistant" or answer.content is None:
                 raise UserError(f"`eval_generation.file`: line {line} of {args.file} does not end with an answer.")
-            self.expected.append(answer.content)
+            self.expected.append(message_text(answer))
             self._prompts.append(encoder.encode_prompt(question, conversation.tools))
         if not self._prompts:
             raise UserError(f"`eval_generation.file`: {args.file} has no rows.")

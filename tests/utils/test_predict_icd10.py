@@ -219,6 +219,26 @@ def test_invalid_notes_are_reported(content: str, sentence: str, tmp_path: Path)
         read_prompts(path)
 
 
+def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, answer = {"role": "user", "content": "Fièvre"}, {"role": "assistant", "content": "R50"}
+    tools = {"tools": [{"type": "function", "function": {"name": "coder"}}]}
+    rows = [
+        {"messages": [{"role": "system", "content": "Tu codes."}, question, answer], **tools},
+        {"messages": [question, answer], "system": "Tu codes.", **tools},
+        {"messages": [question], "system_prompt": "Tu codes.", "id": "c", **tools},
+        {"messages": [question]},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    encoded: list[list[int]] = []
+    monkeypatch.setattr("utils.models.predictor.generate", lambda _, prompts, *__, **___: encoded.extend(prompts) or [])
+    Predictor(run_dir).answers(read_prompts(path), max_tokens=1)
+    assert encoded[0] == encoded[1] == encoded[2]
+    assert len(encoded[0]) > len(encoded[3]) + 20
+
+
 def test_id_zero_is_kept_and_missing_ids_are_row_numbers(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "a", "id": 0}\n{"text": "b"}\n', encoding="utf-8")

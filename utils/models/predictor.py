@@ -32,10 +32,14 @@ CSV_COLUMNS = ("id", "role", "code", "label")
 
 
 class Prompt(NamedTuple):
-    """The conversation of a row up to its answer."""
+    """A row without its answer."""
 
     id: str
-    messages: list[dict[str, Any]]
+    row: dict[str, Any]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return self.row["messages"]
 
 
 def read_prompts(path: Path, encoding: str = "utf-8") -> list[Prompt]:
@@ -53,15 +57,15 @@ def read_prompts(path: Path, encoding: str = "utf-8") -> list[Prompt]:
         if row_id in seen:
             raise UserError(f"{path}, row {number}: duplicate id {row_id}; each row needs its own.")
         seen.add(row_id)
-        prompts.append(Prompt(row_id, _messages(row, f"{path}, row {number}")))
+        prompts.append(Prompt(row_id, _question(row, f"{path}, row {number}")))
     if not prompts:
         raise UserError(f"{path} has no rows; expected a note or a question per row.")
     return prompts
 
 
-def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(row.get("text"), str) and row["text"].strip():
-        return prompt_messages(row["text"])
+        return {"messages": prompt_messages(row["text"])}
     if not isinstance(row.get("messages"), list) or not row["messages"]:
         raise UserError(f"{where} has neither `text` nor `messages`; expected a note or a conversation.")
     messages = row["messages"]
@@ -72,7 +76,7 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     question = messages[:-1] if parsed[-1].role == "assistant" else messages
     if not question:
         raise UserError(f"{where} has an answer but no question.")
-    return question
+    return row | {"messages": question}  # with its system prompt and tools
 
 
 class Predictor:
@@ -98,10 +102,8 @@ class Predictor:
 
     def answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[str]:
         """Answer a batch of prompts with greedy decoding."""
-        encoded = [
-            self._encoder.encode_prompt(parse_conversation({"messages": prompt.messages}).messages)
-            for prompt in prompts
-        ]
+        conversations = [parse_conversation(prompt.row) for prompt in prompts]
+        encoded = [self._encoder.encode_prompt(asked.messages, asked.tools) for asked in conversations]
         constraints = None
         if self._grammar is not None:
             constraints = [AnswerConstraint(self._grammar, self._vocabulary) for _ in prompts]
@@ -173,7 +175,7 @@ def _predictions(
     predictor: Predictor, prompts: list[Prompt], batch_size: int, max_tokens: int
 ) -> Iterator[dict[str, Any]]:
     """Yield `{"id", "answer", "codes"}` for each prompt; batches contain prompts of similar length."""
-    ordered = sorted(prompts, key=lambda prompt: len(prompt.messages[-1]["content"]))
+    ordered = sorted(prompts, key=lambda prompt: len(str(prompt.messages[-1])))
     with tqdm(total=len(prompts), unit="row", disable=None) as bar:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]

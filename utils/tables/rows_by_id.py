@@ -43,15 +43,13 @@ def last_answer(row: Row) -> str:
     Raises:
         SkippedRowError: the row is not a valid instruct row.
     """
-    from finetune.data.conversation import parse_conversation  # imports mistral_common
+    from finetune.data.conversation import message_text, parse_conversation  # imports mistral_common
 
     try:
         messages = parse_conversation(row).messages
     except RowError as error:
         raise SkippedRowError("not an instruct row", str(error)) from error
-    last = messages[-1] if messages else None
-    content = last.content if last and last.role == "assistant" else None
-    return content if isinstance(content, str) else ""
+    return message_text(messages[-1]) if messages and messages[-1].role == "assistant" else ""
 
 
 def match_ids(gold: Mapping[str, Any], predictions: Mapping[str, _T]) -> dict[str, _T]:
