@@ -19,7 +19,7 @@ _SYSTEM_VERSION = 7
 _FOREIGN = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<</?SYS>>|<(?:start|end)_of_turn>")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _MOST_NAMED = 4
-_MOST_PADDING = 1024  # rows that a vocabulary may have beyond its tokenizer, to be a multiple of a round number
+_MOST_PADDING = 256  # rows that a vocabulary may have beyond its tokenizer, to be a multiple of a round number
 
 
 def layout_of(version: TokenizerVersion) -> str:
@@ -32,7 +32,10 @@ def layout_differences(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> l
     """Return how the chat layout and the tokens of a model folder differ from those of its tokenizer, in words."""
     config = _read_object(folder / _CONFIG_NAME)
     found = _template_differences(folder, config, tokenizer.version)
-    if (eos := _eos(folder, config)) not in (None, _EOS):
+    eos = _eos(folder, config)
+    if eos is None and (ids := _eos_ids(folder)) and tokenizer.eos_id not in ids:
+        eos = f"number {ids[0]}"
+    if eos not in (None, _EOS):
         found.append(f"its end-of-sequence token is {_shown([str(eos)])}")
     return found + _token_differences(_added_tokens(folder, config), tokenizer, vocab_size)
 
@@ -78,6 +81,15 @@ def _eos(folder: Path, config: dict[str, Any]) -> str | None:
         if isinstance(token, str):
             return token
     return None
+
+
+def _eos_ids(folder: Path) -> list[int]:
+    """Return the numbers of the end-of-sequence tokens that Hugging Face's files give, or an empty list."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_object(folder / name).get("eos_token_id")
+        if ids := [id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int]:
+            return ids
+    return []
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:

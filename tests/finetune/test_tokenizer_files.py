@@ -71,9 +71,9 @@ def test_the_default_tokenizer_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["tekken.json", "tekken_240718.json"])
 def test_published_names_of_tekken_are_read(tmp_path, name):
     write_tiny_tekken(tmp_path / name, "v7")
-    tokenizer = load_instruct_tokenizer(tmp_path, 1000)
+    tokenizer = load_instruct_tokenizer(tmp_path, 400)
     assert tokenizer.tokenizer.version.value == "v7"
-    assert tokenizer_warnings(tmp_path, tokenizer, 1000) == []
+    assert tokenizer_warnings(tmp_path, tokenizer, 400) == []
 
 
 @pytest.mark.parametrize(("version", "template"), [("v1", V1), ("v3", V3), ("v3", V1), ("v7", V7), ("tiny v13", V7)])
@@ -90,7 +90,9 @@ def test_official_folders_give_no_warning(tmp_path, version, template, place):
         config["chat_template"] = CHATML  # transformers prefers the file
     elif place == "json":
         files["chat_template__json"] = {"chat_template": template}
-    vocab_size = 1000 if version.startswith("tiny") else 32768
+    files["generation_config__json"] = {"eos_token_id": 2}
+    files["config__json"] = {"eos_token_id": [2, 0]}
+    vocab_size = {"v1": 32000, "tiny v13": 400}.get(version, 32768)
     assert folder_with(tmp_path, version, vocab_size, tokenizer_config__json=config, **files) == []
 
 
@@ -125,6 +127,13 @@ def test_another_end_of_sequence_token_is_named(tmp_path, name, token):
     assert "its end-of-sequence token is <|im_end|>" in warning
 
 
+@pytest.mark.parametrize("name", ["generation_config__json", "config__json"])
+@pytest.mark.parametrize("ids", [32000, [32000, 5]])
+def test_another_end_of_sequence_token_without_a_name(tmp_path, name, ids):
+    (warning,) = folder_with(tmp_path, "v3", **{name: {"eos_token_id": ids}})
+    assert "its end-of-sequence token is number 32000." in warning
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -143,9 +152,11 @@ def test_a_vocabulary_padded_for_speed_gives_no_warning(tmp_path):
     assert folder_with(tmp_path, "v1", 32064, tokenizer_config__json={"added_tokens_decoder": {"2": "</s>"}}) == []
 
 
-def test_a_tokenizer_much_smaller_than_the_vocabulary_is_named(tmp_path):
-    (warning,) = folder_with(tmp_path, "v3", 131072)
-    assert "98,304 of the model's 131,072 tokens have no piece in tokenizer.model." in warning
+@pytest.mark.parametrize(("version", "vocab_size", "missing"), [("v3", 131072, "98,304"), ("v1", 32768, "768")])
+def test_a_tokenizer_much_smaller_than_the_vocabulary_is_named(tmp_path, version, vocab_size, missing):
+    """The second is a model with an extended vocabulary and its old tokenizer."""
+    (warning,) = folder_with(tmp_path, version, vocab_size)
+    assert f"{missing} of the model's {vocab_size:,} tokens have no piece in tokenizer.model." in warning
 
 
 def test_renamed_control_tokens_are_named(tmp_path):
