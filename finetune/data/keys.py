@@ -7,6 +7,7 @@ than the row says. So is a misspelled key. All others are metadata, which `utils
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .exceptions import ConversationFormatError, MessageFormatError, PretrainFormatError, RowError
@@ -23,6 +24,7 @@ _NAMES_SHOWN = 20  # keys in a message
 
 _MASK_WORDS = {"train", "trained", "training", "trainable", "loss", "losses", "mask", "masks", "masked", "masking"}
 _MASK_WORDS |= {"unmask", "unmasked", "weight", "weights", "untrained", "learn", "learnable", "supervised"}
+_ROW_MASK_WORDS = _MASK_WORDS - {"loss", "losses", "weight", "weights", "learn", "supervised"}  # as in "weight_loss"
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of snake_case and camelCase
 
 REFORMAT = "`python -m utils.reformat_data FILE` converts it"
@@ -30,13 +32,32 @@ _TEXT_ONLY = "only text is trained on; remove it, or the row"
 _REASONING = "reasoning is not trained on; put it into `content` or remove it"
 _MESSAGE_MASK = "it may say what is trained, and is not read; use `weight` (0 to 1), or `train` (true or false)"
 _ROW_MASK = "it may say what is trained, and is not read; put `weight` (0 to 1) on the assistant messages"
+_ROW_FLAG = "it may say what is trained, and is not read; put `weight` or `train` on the assistant messages"
 _TEXT_MASK = "it may say what is trained, and is not read; every token of a pretrain row is trained on"
+_BEGUN = "an answer that is only begun cannot be trained; remove it"
+_LABEL = "true or false may be a preference, which is not supported; rename it"
 _PREFERENCE = "preference data is not supported; keep only the conversation to train on"
 _SYSTEM = "the system prompt is `system_prompt`, `system` or a system message"
 _LEFT_OUT = "rows and messages are not left out by a key; remove it, or use `weight`"
 _OTHER_LAYOUT = f"the conversation of a row is `messages`; of another layout, {REFORMAT}"
+_FUNCTIONS = "functions that can be called are read from `tools`"
 _ROW_TOOLS = "`tools` belong to the row, not to a message"
 _CONTENT = "it would be lost; the only content of a message is `content` (or `text`)"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)  # or a flag
+
+
+# Values that cannot mean what the key may mean, by the reason why the key is refused otherwise.
+_HARMLESS: dict[str, Callable[[Any], bool]] = {
+    _LEFT_OUT: lambda value: value is False,
+    _BEGUN: lambda value: value is False,
+    _TEXT_ONLY: _is_number,
+    _REASONING: _is_number,
+    _LABEL: lambda value: not isinstance(value, bool),
+    _ROW_FLAG: lambda value: isinstance(value, str | int | float) and not isinstance(value, bool),
+}
 
 
 def _each(keys: str, remedy: str) -> dict[str, str]:
@@ -60,7 +81,8 @@ class Keys:
     groups: tuple[tuple[str, ...], ...]  # keys that are read; those of a group are names of one thing
     prefix: str = ""  # of metadata in a report
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # folded keys, and why
-    mask: str = ""  # why any other key with a word such as "loss" is refused; "" accepts it
+    mask: str = ""  # why any other key with one of `mask_words` is refused; "" accepts it
+    mask_words: frozenset[str] = frozenset(_MASK_WORDS)
     instead: tuple[str, ...] = ()  # keys whose presence allows `refused` ones
 
     @functools.cached_property
@@ -86,7 +108,8 @@ _REFUSED_IN_MESSAGES = {
     **_each("functioncall", REFORMAT),
     **_each("tools functions availabletools", _ROW_TOOLS),
     **_each("toolresult toolresults toolresponse toolresponses tooloutput tooloutputs observation refusal", _CONTENT),
-    **_each("prefix partial", "an answer that is only begun cannot be trained; remove it"),
+    **_each("tooluse tooluses function calls", _CONTENT),
+    **_each("prefix partial", _BEGUN),
     "toolcalls": "only an assistant message can have them",
     "toolcallid": "only a tool message can have it",
 }
@@ -114,9 +137,14 @@ ROW_KEYS = Keys(
         **_each("functions functioncall", REFORMAT),
         **_each("chosen rejected rejectedresponse rejectedmessages preferredoutput nonpreferredoutput", _PREFERENCE),
         **_each("ktotag", _PREFERENCE),
-        **_each("systemmessage systeminstruction systeminstructions developer developerprompt", _SYSTEM),
+        **_each("label", _LABEL),
+        **_each("systemmessage systeminstruction systeminstructions systemtext systemcontent sysprompt", _SYSTEM),
+        **_each("developer developerprompt developermessage instructions preamble", _SYSTEM),
         **_each("conversations conversation chat", _OTHER_LAYOUT),
+        **_each("availablefunctions tooldefinitions toolconfig toolspecs functiondescription", _FUNCTIONS),
     },
+    mask=_ROW_FLAG,
+    mask_words=frozenset(_ROW_MASK_WORDS),
 )
 PRETRAIN_KEYS = Keys(
     "The row",
@@ -160,8 +188,12 @@ def check_keys(item: dict[str, Any], keys: Keys, unread: set[str]) -> None:
             continue  # exports of tables fill missing values like this
         if len(key) <= _LONGEST_NAME:
             reason, unless = _refusal(keys, key)
-            if reason and not any(item.get(name) is not None for name in unless) and not _is_harmless(key, value):
-                raise keys.error(f"{keys.what} has the key {_shown(key)}: {reason}")
+            is_allowed = any(item.get(name) is not None for name in unless) or (
+                reason in _HARMLESS and _HARMLESS[reason](value)
+            )
+            if reason and not is_allowed:
+                end = "" if reason.endswith("?") else "."
+                raise keys.error(f"{keys.what} has the key {_shown(key)}: {reason}{end}")
         unread.add(f"{keys.prefix}{key}" if is_identifier(key) else f"{keys.prefix}...")
 
 
@@ -172,15 +204,6 @@ def key_names(item: dict[str, Any]) -> str:
     return ", ".join(names + ([f"{others} others" if names else str(others)] if others else [])) or "none"
 
 
-def _is_harmless(key: str, value: Any) -> bool:
-    """Return whether a switch is off, or a key for content has a count or a flag instead."""
-    folded = _folded(key)
-    if folded in _SWITCHES or folded in ("prefix", "partial"):
-        return value is False
-    has_content = folded in _MEDIA or folded in _THOUGHTS or folded.startswith(_REASONS)
-    return has_content and isinstance(value, bool | int | float)
-
-
 @functools.lru_cache(maxsize=4096)
 def _refusal(keys: Keys, key: str) -> tuple[str, tuple[str, ...]]:
     """Return why a key that is not read is refused, "" if it is not, and the keys whose presence allows it."""
@@ -188,17 +211,17 @@ def _refusal(keys: Keys, key: str) -> tuple[str, tuple[str, ...]]:
     if folded in keys.group_of:  # spelled like `toolCalls`
         return _meant(keys, folded)[0], ()
     if folded in keys.refused:
-        return f"{keys.refused[folded]}.", keys.instead
+        return keys.refused[folded], keys.instead
     if folded.startswith(_REASONS) and keys.error is not PretrainFormatError:
-        return f"{_REASONING}.", ()
+        return _REASONING, ()
     similar = next((read for read in keys.group_of if _is_misspelled(folded, read)), None)
     if similar and not folded.endswith("id"):
         reason, group = _meant(keys, similar)
         return reason, group if folded in _OTHER_WORDS else ()
     if "weight" in keys.refused and folded not in _OTHER_WORDS and _is_misspelled(folded, "weight"):
-        return f"{keys.refused['weight']}.", ()
-    if keys.mask and not _MASK_WORDS.isdisjoint(word.lower() for word in _WORD.findall(key)):
-        return f"{keys.mask}.", ()
+        return keys.refused["weight"], ()
+    if keys.mask and not keys.mask_words.isdisjoint(word.lower() for word in _WORD.findall(key)):
+        return keys.mask, ()
     return "", ()
 
 

@@ -191,7 +191,8 @@ def test_a_misspelled_key_of_a_row_is_refused_with_the_right_one(written: str, k
 @pytest.mark.parametrize(
     "key",
     ["weight", "wieght", "train", "loss", "mask", "train_on_inputs", "unmask", "images", "videos", "chosen", "rejected"]
-    + ["reasoning_content", "system_message", "functions", "conversations", "kto_tag", "ignore"],
+    + ["reasoning_content", "system_message", "sys_prompt", "instructions", "functions", "conversations", "kto_tag"]
+    + ["ignore", "toolConfig"],
 )
 def test_keys_of_a_row_that_would_be_lost_are_refused_by_name(key: str):
     assert f"The row has the key `{key}`" in refusal(row() | {key: "x"})
@@ -217,6 +218,12 @@ def test_only_last_is_true_or_false(value: Any):
     assert "`only_last` must be true or false" in refusal(row() | {"only_last": value})
 
 
+@pytest.mark.parametrize(("key", "flag"), [("label", False), ("use_for_training", False), ("completion_mask", [0, 1])])
+def test_flags_of_a_row_are_refused_and_its_metadata_of_the_same_name_is_not(key: str, flag: Any):
+    assert f"The row has the key `{key}`" in refusal(row() | {key: flag})
+    assert parse_conversation(row() | {key: "R50"}).unread == {key}
+
+
 # ---- metadata ----
 
 
@@ -231,12 +238,22 @@ def test_metadata_is_accepted_and_named(tiny: MistralTokenizer):
         "num_images": 2,
         "images": 0,
     }
-    raw |= {"message": "x", "weight_kg": 80, "birth_weight": 3.2, "training_split": "a", "score": 0.5, SECRET: 1}
+    raw |= {
+        "message": "x",
+        "weight_kg": 80,
+        "weight_loss": True,
+        "excluded": False,
+        "birth_weight": 3.2,
+        "training_split": "a",
+        "score": 0.5,
+        SECRET: 1,
+    }
+    raw |= {"weight_loss": True, "excluded": False}
     raw["messages"][3].pop("height")  # too close to `weight`
     assert encode(tiny, raw) == encode(tiny, row())
     expected = "id source split prompt prompt_id message_id system_id label num_images images message weight_kg "
     expected += "birth_weight training_split score messages.name messages.id messages.timestamp messages.context"
-    assert parse_conversation(raw).unread == {*expected.split(), "..."}
+    assert parse_conversation(raw).unread == {*expected.split(), "weight_loss", "excluded", "..."}
     assert not parse_conversation(TOOL_ROW).unread
 
 
