@@ -27,11 +27,10 @@ from finetune.monitoring.plot import draw_loss_curve
 from finetune.monitoring.summary import next_commands, summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.optim import Schedule, step_schedule
-from finetune.preemption import exit_interrupted, stop_requests
+from finetune.preemption import StopRequest, exit_interrupted, stop_requests
 from finetune.preflight import out_of_memory_advice
 from finetune.run import Run, resolve, set_up
 from finetune.run_lock import locked_run_dir
-from finetune.utils import TrainState
 from model.errors import UserError
 from model.transformer import Transformer
 from utils.icd10.metrics import answer_scores
@@ -55,8 +54,10 @@ def run_training(args: TrainArgs, world: World) -> None:
             with set_up(resolve(args, world, answer_scores), world) as run:
                 training_loop(run)
             log_summary(run)
-    except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory_advice(error, args, world.rank)) from error
+    except Exception as error:
+        if advice := out_of_memory_advice(error, args, world.rank):
+            raise UserError(advice) from error
+        raise
 
 
 def training_loop(run: Run) -> None:
@@ -64,13 +65,15 @@ def training_loop(run: Run) -> None:
 
     Raises:
         UserError: on every rank, if an anomaly or the disk ends the run.
-        SystemExit: after a signal, once the step is finished and saved.
+        SystemExit: after a signal, see `finish_step`.
     """
     args, world, state = run.args, run.world, run.state
     step_tokens = args.num_microbatches * args.batch_size * args.seq_len * world.size
-    with progress_bar(state, world) as bar, stop_requests() as stop:
-        if state.step == 0 and (metrics := run.evaluator.evaluate_if_due(run.model, state)):
-            run.eval_log.log(metrics, state.step)
+    hidden = None if world.is_master else True  # None: shown on a terminal
+    bar = tqdm(total=args.max_steps, initial=state.step, unit="step", disable=hidden)
+    with bar, stop_requests() as stop:
+        if state.evaluation_pending:  # before the first step, or because a signal interrupted it before this resume
+            finish_step(run, stop)
 
         while state.step < args.max_steps and not run.early_stopping.should_stop:
             # ----------------------------------------------------------------------------------------------------------
@@ -99,21 +102,31 @@ def training_loop(run: Run) -> None:
 
             if log_due:
                 log_step(run, result)
-
-            # Evaluate before saving: the scores decide whether this checkpoint is the best one and whether to stop.
-            if metrics := run.evaluator.evaluate_if_due(run.model, state):
-                run.eval_log.log(metrics, state.step)
-            is_best = state.has_trained and run.early_stopping.update(metrics) and args.keep_best
-
-            # Save at `ckpt_freq`, and whatever would be lost otherwise. A signal or a full disk on one rank stops all.
-            stopping = world.any(bool(stop) or run.checkpointer.has_failed)
-            save_due = is_best or stopping or run.early_stopping.should_stop or state.due(args.ckpt_freq)
-            if save_due and not args.no_ckpt and state.has_trained:
-                state.checkpoint = run.checkpointer.save(state.step, run, best=is_best)
-            if stopping and state.step < args.max_steps:
-                run.checkpointer.finish()
-                exit_interrupted(Path(args.run_dir), state.step, state.checkpoint, stop)
+            finish_step(run, stop)
         run.checkpointer.finish()
+
+
+def finish_step(run: Run, stop: StopRequest) -> None:
+    """Evaluate and save if due.
+
+    Raises:
+        SystemExit: after a signal, once the step is saved. An evaluation that it interrupts is made up on resume.
+    """
+    args, state = run.args, run.state
+    # Evaluate before saving: the scores decide whether this checkpoint is the best one and whether to stop.
+    metrics = run.evaluator.evaluate_if_due(run.model, state, stop)
+    if metrics:
+        run.eval_log.log(metrics, state.step)
+    is_best = state.has_trained and run.early_stopping.update(metrics) and args.keep_best
+
+    # Save at `ckpt_freq`, and whatever would be lost otherwise. A signal or a full disk on one rank stops all.
+    stopping = run.world.any(bool(stop) or run.checkpointer.has_failed)
+    save_due = is_best or stopping or run.early_stopping.should_stop or state.due(args.ckpt_freq)
+    if save_due and state.has_trained and not args.no_ckpt:
+        state.checkpoint = run.checkpointer.save(state.step, run, best=is_best)
+    if stopping and (state.step < args.max_steps or state.evaluation_pending):
+        run.checkpointer.finish()
+        exit_interrupted(args, state, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +180,6 @@ def count_tokens_per_rank(batches: list[Batch], world: World) -> float:
     return world.mean(torch.tensor(own, dtype=torch.float64)).item()
 
 
-def progress_bar(state: TrainState, world: World) -> tqdm:
-    """Return a progress bar, shown on rank 0 if stderr is a terminal."""
-    hidden = None if world.is_master else True
-    return tqdm(total=state.max_steps, initial=state.step, unit="step", disable=hidden)
-
-
 def log_step(run: Run, result: StepResult) -> None:
     """Print and record the metrics of a step."""
     peak_bytes, allocated_bytes = memory_bytes(run.world.device)
@@ -186,16 +193,16 @@ def log_step(run: Run, result: StepResult) -> None:
 
 
 def log_summary(run: Run) -> None:
-    """Draw the loss curve; print the summary of a finished run and the commands to run next."""
+    """Print the summary of a finished run and the commands to run next; draw the loss curve."""
     state, world = run.state, run.world
     trained_tokens = int(world.sum(torch.tensor(state.trained_tokens)).item())
     packing = PackingCounts(*world.sum(torch.tensor(dataclasses.astuple(run.data_loader.counts))).tolist())
     if world.is_master:
-        draw_loss_curve(Path(run.args.run_dir))
         facts = state.totals() | {"trained_tokens": trained_tokens, "packing": dataclasses.asdict(packing)}
         logger.info(summary(**facts, peak_bytes=memory_bytes(world.device)[0]))
         if state.checkpoint:
             logger.info(next_commands(Path(run.args.run_dir)))
+        draw_loss_curve(Path(run.args.run_dir))
 
 
 def command(config: str = "", *more: str, **flags: str) -> None:

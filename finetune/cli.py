@@ -1,6 +1,7 @@
 """What all commands share: output streams, error handling, the --step option. Imports nothing heavy."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -28,7 +29,7 @@ def run_cli(main: Callable[[], object]) -> None:
     except UserError as error:
         message = redacted(str(error))
         print(f"error: {message}", file=sys.stderr)
-        _report_to_torchrun(message)
+        report_to_torchrun(message)
         code = 1
     except SystemExit as exit:
         if not one_of_several:
@@ -37,10 +38,10 @@ def run_cli(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         code = 130
-    except Exception:
-        report = redacted(traceback.format_exc())
+    except BaseException as error:  # also what is not an Exception, such as a panic of a Rust library
+        report = redacted(_full_disk(error) or traceback.format_exc())
         print(report, end="", file=sys.stderr)
-        _report_to_torchrun(report.splitlines()[-1])
+        report_to_torchrun(report.splitlines()[-1])
         code = 1
     if one_of_several:
         _exit_immediately(code)
@@ -53,6 +54,12 @@ def _escape_what_cannot_be_printed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # notebooks and tests replace the streams
             stream.reconfigure(errors="backslashreplace")
+
+
+def _full_disk(error: BaseException) -> str | None:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return f"error: {error.filename or 'A file'} cannot be written: {error.strerror}. Free some space and try again.\n"
 
 
 def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -90,7 +97,7 @@ def _exit_immediately(code: int) -> None:
     os._exit(code)
 
 
-def _report_to_torchrun(message: str) -> None:
+def report_to_torchrun(message: str) -> None:
     """Make torchrun repeat the message at the end of its own report, which would otherwise hide it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}

@@ -1,18 +1,18 @@
-"""The processes of a run: rendezvous, collectives and failure reports. The only file that calls collectives.
+"""The processes of a run: rendezvous and collectives. The only file that calls collectives.
 
 Sharded tensors are recognized without importing torch.distributed.tensor, which would add a second to every start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
 import os
-import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 
+from .failure_watch import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, WATCH_S, FailureWatch
 from .hardware import choose_device
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-_WATCH_S, _POLL_S = 1.0, 0.05  # between two reads of the store: by the failure watch, by the rendezvous
-_FAILED = "failed"  # store key under which the first rank that fails reports it
+_POLL_S = 0.05  # between two reads of the store during the rendezvous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class World:
         """Return the sum of a small tensor over all ranks; the argument is not changed."""
         if self.size == 1:
             return value
+        self._count_collective()
         total = value.detach().to(self.device, copy=True)
         dist.all_reduce(total)
         return total
@@ -73,6 +74,7 @@ class World:
         """Return whether the flag is set on any rank. Communicates over the CPU, without waiting for a GPU's queue."""
         if self.size == 1:
             return flag
+        self._count_collective()
         total = torch.tensor(float(flag))
         dist.all_reduce(total)
         return total.item() > 0
@@ -81,6 +83,7 @@ class World:
         """Return every rank's value, in rank order, on every rank."""
         values: list[Any] = [value]
         if self.size > 1:
+            self._count_collective()
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
@@ -117,8 +120,20 @@ class World:
 
         An exit callback for contextlib.ExitStack.
         """
-        if self.failures and isinstance(error, Exception):
+        if self.failures and error is not None and not isinstance(error, _DELIBERATE):
             self.failures.report(error)
+
+    def show_progress(self, progress: Callable[[], str]) -> None:
+        """Name what this rank is doing, for the message that other ranks print if it stops responding."""
+        if self.failures:
+            self.failures.progress = progress
+
+    def _count_collective(self) -> None:
+        if self.failures:
+            self.failures.collectives += 1
+
+
+_DELIBERATE = (SystemExit, KeyboardInterrupt)  # what ends a process and is not a failure
 
 
 @contextmanager
@@ -126,7 +141,8 @@ def init_world() -> Iterator[World]:
     """Join the processes that torchrun started; an exception in one of them ends the others within seconds.
 
     Raises:
-        UserError: there are more processes than GPUs, or some processes did not join in time.
+        UserError: there are more processes than GPUs, some processes did not join in time, or they waited longer for
+            each other than TIMEOUT_VARIABLE allows.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -139,19 +155,37 @@ def init_world() -> Iterator[World]:
             if dist.is_initialized():  # see World.mesh
                 dist.destroy_process_group()
         return
+    seconds = _timeout()
+    timeout = timedelta(seconds=seconds + 10 * WATCH_S)  # the failure watch comes first: its message is better
     store = _store(size, may_host=rank == 0)
     attempt = _rendezvous(store, rank, size)
-    dist.init_process_group(_backend(device), store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
-    failures = FailureWatch(dist.PrefixStore(attempt, _store(size)), rank)
+    prefixed = dist.PrefixStore(attempt, store)
+    dist.init_process_group(_backend(device), store=prefixed, rank=rank, world_size=size, timeout=timeout)
+    failures = FailureWatch(dist.PrefixStore(attempt, _store(size)), rank, size, seconds)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     try:
-        yield World(rank, size, device, local_size, dist.new_group(backend="gloo"), failures)
-    except Exception as error:
+        yield World(rank, size, device, local_size, dist.new_group(backend="gloo", timeout=timeout), failures)
+    except _DELIBERATE:
+        failures.leave()
+        raise
+    except BaseException as error:
         if failures.report(error) or isinstance(error, UserError):
             raise
         # Another rank failed first and has printed why; the error in this one's collective is only a consequence.
         raise SystemExit(1) from None
+    failures.leave()
     dist.destroy_process_group()  # not after an exception: it would wait for ranks that may be gone
+
+
+def _timeout() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < math.inf:
+        raise UserError(f"The environment variable {TIMEOUT_VARIABLE} is {text!r}; expected a number of seconds.")
+    return seconds
 
 
 def _backend(device: torch.device) -> str:
@@ -189,35 +223,6 @@ def _rendezvous(store: dist.Store, rank: int, size: int) -> str:
             store.set(f"reply_{store.get(request).decode()}", own_name)
         time.sleep(_POLL_S)
     return own_name
-
-
-class FailureWatch:
-    """End this process soon after another rank has failed.
-
-    A process waiting in a collective for a rank that is gone notices after many minutes, or never. So a failing rank
-    reports it in torchrun's key-value store, and a thread of each process checks the store every second.
-    """
-
-    def __init__(self, store: dist.Store, rank: int) -> None:
-        self._store = store
-        self._rank = rank
-        threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
-
-    def report(self, error: Exception) -> bool:
-        """Report that this rank is failing. Return whether it is the first."""
-        report = f"rank {self._rank}: {type(error).__name__}"
-        try:
-            return self._store.compare_set(_FAILED, "", report).decode().startswith(f"rank {self._rank}:")
-        except RuntimeError:  # the process that hosts the store is gone
-            return True
-
-    def _watch(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            while not self._store.check([_FAILED]):
-                time.sleep(_WATCH_S)
-            time.sleep(_WATCH_S)  # a rank that fails at the same time may still be printing why
-            print(f"[rank {self._rank}] exiting: another rank failed ({self._store.get(_FAILED).decode()})", flush=True)
-            os._exit(1)
 
 
 def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from .data.tokenize import SampleEncoder
 from .distributed import World
 from .loss import batch_loss
 from .monitoring.metrics_logger import answers_log_message, eval_log_message, eval_metrics
+from .preemption import StopRequest
 from .utils import TrainState
 from .wrapped_model import reshard
 
@@ -35,31 +37,53 @@ logger = logging.getLogger("train")
 
 Scoring = Callable[[list[str], list[str]], dict[str, float]]  # (expected answers, generated answers) -> scores
 
+AnyActive = Callable[[bool], bool]  # whether the flag is set on any rank
+
 _PLACEHOLDER = Batch(x=np.zeros(1, dtype=np.int64), y=np.zeros(1, dtype=np.int64), sizes=[1])
 
 
+class EvaluationInterruptedError(Exception):
+    """A rank has been asked to stop; raised on every rank at the same batch or token."""
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: Transformer) -> Iterator[None]:
+    """Switch to evaluation mode; afterwards, even if interrupted, make the model ready for training and saving."""
+    model.eval()
+    try:
+        yield
+    finally:
+        reshard(model)
+        model.train()
+
+
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch], world: World, by_tokens: bool = False) -> float:
+def evaluate(
+    model: Transformer,
+    batches: Iterable[Batch],
+    world: World,
+    by_tokens: bool = False,
+    any_active: AnyActive | None = None,
+) -> float:
     """Return the mean over all ranks' batches of the batch loss, in nats per token; NaN if no rank has a batch.
 
     With `by_tokens` a batch is weighted by its trained tokens, which gives the mean over all tokens.
 
     A sharded model needs all ranks in every forward pass, so a rank without batches left computes a placeholder,
-    which does not count.
+    which does not count. `any_active` replaces `world.any`; it may raise to interrupt the evaluation.
     """
-    model.eval()
+    any_active = any_active or world.any
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses; number of batches, or of tokens
     remaining = iter(batches)
-    while True:
-        batch = next(remaining, None)
-        if not world.any(batch is not None):
-            break
-        loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
-        if batch is not None:
-            weight = batch.loss_weight if by_tokens else 1
-            total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
-    reshard(model)
-    model.train()
+    with _evaluation_mode(model):
+        while True:
+            batch = next(remaining, None)
+            if not any_active(batch is not None):
+                break
+            loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
+            if batch is not None:
+                weight = batch.loss_weight if by_tokens else 1
+                total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
     loss_sum, count = world.sum(total).tolist()
     return loss_sum / count if count else math.nan
 
@@ -102,8 +126,10 @@ class GenerationEval:
         if not self._prompts:
             raise UserError(f"`eval_generation.file`: {args.file} has no rows.")
 
-    def generate_answers(self, model: Transformer, world: World) -> tuple[list[str], float]:
-        """Generate the answers, distributed over the ranks.
+    def generate_answers(
+        self, model: Transformer, world: World, any_active: AnyActive | None = None
+    ) -> tuple[list[str], float]:
+        """Generate the answers, distributed over the ranks; `any_active` is as for `evaluate`.
 
         Returns:
             All answers and the share of them that end before the token limit, on every rank.
@@ -111,15 +137,16 @@ class GenerationEval:
         args, tokenizer = self._args, self._tokenizer
         own = self._prompts[world.rank :: world.size]
         written: list[list[int]] = []
-        for start in range(0, -(-len(self._prompts) // world.size), args.batch_size):
-            batch = own[start : start + args.batch_size]
-            # A sharded model needs all ranks in every forward pass: a rank without prompts left gets a placeholder.
-            prompts = batch or [[tokenizer.bos_id]]
-            outputs = generate(
-                model, prompts, args.max_tokens, tokenizer.eos_id, any_active=world.any, device=world.device
-            )
-            written += outputs[: len(batch)]
-        reshard(model)
+        any_active = any_active or world.any
+        with _evaluation_mode(model):
+            for start in range(0, -(-len(self._prompts) // world.size), args.batch_size):
+                batch = own[start : start + args.batch_size]
+                # A sharded model needs all ranks in every forward pass: a rank without prompts left gets a placeholder.
+                prompts = batch or [[tokenizer.bos_id]]
+                outputs = generate(
+                    model, prompts, args.max_tokens, tokenizer.eos_id, any_active=any_active, device=world.device
+                )
+                written += outputs[: len(batch)]
         answers: list[list[int]] = [[]] * len(self._prompts)
         for rank, part in enumerate(world.gather(written)):
             answers[rank :: world.size] = part
@@ -172,28 +199,52 @@ class Evaluator:
         """Return whether the evaluation loss is due after this step."""
         return self._batches is not None and state.due(self._args.eval_freq)
 
-    def evaluate_if_due(self, model: Transformer, state: TrainState) -> dict[str, float]:
+    def evaluate_if_due(self, model: Transformer, state: TrainState, stop: StopRequest) -> dict[str, float]:
         """Run and log the evaluations due after this step; answers are also generated before the first step.
 
+        A request to stop, on any rank, interrupts them between two batches or tokens, or before the first. Their
+        results are discarded and `state.evaluation_pending` is set, so that the resumed run evaluates this step.
+
         Returns:
-            Their metrics; empty if none is due.
+            Their metrics; empty if none is due, or if they were interrupted.
         """
+
+        def any_active(flag: bool) -> bool:
+            if self._world.any(bool(stop)):
+                raise EvaluationInterruptedError
+            return self._world.any(flag)
+
         metrics: dict[str, float] = {}
-        if self._batches is not None and state.step > 0 and self.loss_due(state):
-            by_tokens = self._args.loss_normalization == "tokens"
-            eval_loss = evaluate(model, self._batches, self._world, by_tokens)
-            state.eval_losses[state.step] = eval_loss
-            assert state.last_loss is not None, "the training loss of this step has not been recorded"
-            metrics = eval_metrics(step=state.step, train_loss=state.last_loss, eval_loss=eval_loss)
-            logger.info(eval_log_message(metrics))
-        if self._generation and (state.step == 0 or state.due(self._args.eval_generation.freq)):
-            answers, ended = self._generation.generate_answers(model, self._world)
-            if self._args.eval_generation.keep_answers and self._world.is_master:
-                self._generation.save(answers, Path(self._args.run_dir) / "answers" / f"step_{state.step:06d}.jsonl")
-            scores = self._score(self._generation.expected, answers) | {"ended": ended}
-            logger.info(answers_log_message(state.step, scores))
-            metrics = {"step": state.step} | metrics | scores
+        try:
+            if self._batches is not None and state.step > 0 and self.loss_due(state):
+                metrics = self._evaluate_loss(model, state, any_active)
+            if self._generation and (state.step == 0 or state.due(self._args.eval_generation.freq)):
+                metrics = {"step": state.step} | metrics | self._score_answers(model, state.step, any_active)
+        except EvaluationInterruptedError:
+            state.evaluation_pending = True
+            return {}
+        state.evaluation_pending = False
         return metrics
+
+    def _evaluate_loss(self, model: Transformer, state: TrainState, any_active: AnyActive) -> dict[str, float]:
+        assert self._batches is not None
+        by_tokens = self._args.loss_normalization == "tokens"
+        eval_loss = evaluate(model, self._batches, self._world, by_tokens, any_active)
+        state.eval_losses[state.step] = eval_loss
+        # Missing only if a resumed run makes up an evaluation that was not configured when the step was trained.
+        train_loss = math.nan if state.last_loss is None else state.last_loss
+        metrics = eval_metrics(step=state.step, train_loss=train_loss, eval_loss=eval_loss)
+        logger.info(eval_log_message(metrics))
+        return metrics
+
+    def _score_answers(self, model: Transformer, step: int, any_active: AnyActive) -> dict[str, float]:
+        assert self._generation is not None
+        answers, ended = self._generation.generate_answers(model, self._world, any_active)
+        if self._args.eval_generation.keep_answers and self._world.is_master:
+            self._generation.save(answers, Path(self._args.run_dir) / "answers" / f"step_{step:06d}.jsonl")
+        scores = self._score(self._generation.expected, answers) | {"ended": ended}
+        logger.info(answers_log_message(step, scores))
+        return scores
 
 
 class EarlyStopping:

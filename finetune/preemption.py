@@ -1,16 +1,22 @@
 """Signals that ask a run to stop: SIGTERM (Slurm, spot instances, torchrun), SIGUSR1 (Slurm's warning), Ctrl-C."""
 
+from __future__ import annotations
+
 import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from .args import TrainArgs
+    from .utils import TrainState
 
 logger = logging.getLogger("train")
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, can be started again
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 MARKER_NAME = "interrupted"  # file in the run folder
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -46,27 +52,33 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def exit_interrupted(run_dir: Path, step: int, checkpoint: Path | None, stop: StopRequest) -> NoReturn:
+def exit_interrupted(args: TrainArgs, state: TrainState, stop: StopRequest) -> NoReturn:
     """End a run that a signal interrupted, after its last checkpoint is complete.
 
     Creates `run_dir/interrupted`, by which a job script recognizes that the run can be requeued: torchrun does not
-    pass on exit codes. Every rank creates it, so that no node has to wait for a shared file system to show it.
+    pass on exit codes. Every rank creates it, so that no node has to wait for a shared file system to show it. A run
+    with `no_ckpt`, which would start from the beginning each time, does not create it.
 
     Raises:
         SystemExit: always, with EXIT_INTERRUPTED.
     """
-    logger.warning(
-        "Stopped by %s after step %d. Checkpoint: %s. Rerun the same command with `resume: auto` to continue.",
-        stop,
-        step,
-        checkpoint,
-    )
-    if checkpoint is not None:
+    logger.warning("Stopped by %s after step %d. %s", stop, state.step, _what_remains(args, state))
+    if not args.no_ckpt:
+        marker = Path(args.run_dir) / MARKER_NAME
         try:
-            (run_dir / MARKER_NAME).touch()
+            marker.touch()
         except OSError as error:
-            logger.warning("%s cannot be created: %s.", run_dir / MARKER_NAME, error.strerror)
+            logger.warning("%s cannot be created: %s.", marker, error.strerror)
     raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _what_remains(args: TrainArgs, state: TrainState) -> str:
+    if args.no_ckpt:
+        earlier = f" The latest checkpoint is {state.checkpoint}, from before this run." if state.checkpoint else ""
+        return f"Nothing was saved (`no_ckpt: true`): the steps of this run are lost.{earlier}"
+    if not state.has_trained:
+        return "Nothing was trained yet. Rerun the same command with `resume: auto` to start from the beginning."
+    return f"Checkpoint: {state.checkpoint}. Rerun the same command with `resume: auto` to continue."
 
 
 def clear_interrupted(run_dir: Path) -> None:

@@ -140,6 +140,7 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
             train_log=stack.enter_context(MetricsLogger(run_dir, "train", *trackers, purge_step=purge_step)),
             eval_log=stack.enter_context(MetricsLogger(run_dir, "eval", *trackers)),
         )
+        world.show_progress(lambda: f"after step {run.state.step}")
         stack.push(world.report_failure)  # called first on exit: closing the trackers may take long
         if saved:
             run.restore(saved, args, world)

@@ -40,6 +40,7 @@ class TrainState:
     first_loss: float | None = None
     last_loss: float | None = None
     eval_losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    evaluation_pending: bool = True  # the evaluation before the first step, or one that a signal interrupted
     checkpoint: Path | None = None
 
     @contextmanager
@@ -71,13 +72,15 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return the JSON-serializable state needed to resume."""
         state = {name: getattr(self, name) for name in _SAVED}
-        return state | {"eval_losses": [list(item) for item in self.eval_losses.items()]}
+        eval_losses = [list(item) for item in self.eval_losses.items()]
+        return state | {"eval_losses": eval_losses, "evaluation_pending": self.evaluation_pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state`."""
         for name in _SAVED:
             setattr(self, name, state[name])
         self.eval_losses = dict(state["eval_losses"])
+        self.evaluation_pending = state.get("evaluation_pending", False)  # missing if an earlier version saved it
 
     def due(self, freq: int) -> bool:
         """Return whether an action is due: every `freq` steps and after the last one; with 0 only after the last."""

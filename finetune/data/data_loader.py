@@ -78,6 +78,7 @@ class EvalLoader:
 
 
 _Item = tuple[Batch, dict[str, Any]] | Exception  # a batch and the state after it, or why there is none
+_LOOK_S = 1.0  # between two looks at whether the background thread is alive
 
 
 class TrainLoader:
@@ -121,8 +122,13 @@ class TrainLoader:
         if self._worker is None:
             self._worker = threading.Thread(target=self._fill_queue, name="data loader", daemon=True)
             self._worker.start()
-        if self._first is None:
-            self._first = self._ready.get()
+        while self._first is None:
+            alive = self._worker.is_alive()  # asked first: a thread that has just ended may have left an item
+            try:
+                self._first = self._ready.get(timeout=_LOOK_S if alive else 0)
+            except queue.Empty:
+                if not alive:
+                    self._first = RuntimeError("The data loader's thread has ended without a batch or an error.")
         return self._first
 
     def _fill_queue(self) -> None:
@@ -133,6 +139,10 @@ class TrainLoader:
                     return
         except Exception as error:
             self._put(error)
+        except BaseException as error:  # a panic of a Rust library, SystemExit: must end the run, and not as a success
+            failure = RuntimeError(f"The data loader's thread has ended with {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._put(failure)
 
     def _put(self, item: _Item) -> None:
         while not self._stop.is_set():

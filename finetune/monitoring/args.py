@@ -5,7 +5,7 @@ import importlib.util
 
 from finetune.redaction import add_secret, add_url_secrets
 from model.errors import Problem
-from model.settings import Bool, Settings, Str
+from model.settings import Bool, PositiveInt, Settings, Str
 
 
 @dataclasses.dataclass
@@ -15,6 +15,9 @@ class WandbArgs(Settings):
     project: Str | None = None  # project name; unset: wandb is neither imported nor contacted
     offline: Bool = False  # record under `run_dir`/wandb, to upload later with `wandb sync`
     run_name: Str | None = None  # name of the run; unset: that of the run folder
+    # seconds to wait for the server: when training starts, after which the run is recorded offline; and when it ends,
+    # after which what has not been uploaded stays in `run_dir`/wandb
+    timeout: PositiveInt = 30
     # API key; unset: the environment variable WANDB_API_KEY or an earlier `wandb login`. Never written to args.yaml
     key: Str | None = dataclasses.field(default=None, repr=False, metadata={"to_dict": False})
 
@@ -37,6 +40,8 @@ class MLFlowArgs(Settings):
     # password in it are never written anywhere
     tracking_uri: Str | None = dataclasses.field(default=None, repr=False)
     experiment_name: Str | None = None  # name of the experiment; unset: MLflow's default experiment
+    # seconds to wait for the server before training continues without it
+    timeout: PositiveInt = 30
 
     def __post_init__(self) -> None:
         self.tracking_uri = self.tracking_uri or None

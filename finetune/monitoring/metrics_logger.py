@@ -1,11 +1,12 @@
 """Metrics of a run: their values, their log lines, and the files and trackers they are written to."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -132,6 +133,9 @@ class MetricsLogger:
         config: the resolved settings, shown by the trackers; API keys are redacted.
         is_master: whether this is rank 0; loggers of other ranks do nothing.
         purge_step: for a resumed run: TensorBoard discards the events of this step and later ones.
+
+    Raises:
+        UserError: the file cannot be opened.
     """
 
     def __init__(
@@ -149,7 +153,9 @@ class MetricsLogger:
         self._trackers: list[FaultTolerant] = []
         if not is_master:
             return
-        self._file = _open_for_lines(metrics_path(run_dir, tag))
+        self._path = metrics_path(run_dir, tag)
+        with self._reported_errors():
+            self._file = _open_for_lines(self._path)
         config = redacted(config)
         self._add_tracker("TensorBoard", lambda: TensorBoardTracker(run_dir / "tb", purge_step))
         if wandb.project:
@@ -176,20 +182,26 @@ class MetricsLogger:
         record = {name: _json_number(value) for name, value in metrics.items()}
         record.setdefault("step", step)
         line = json.dumps({**record, "at": datetime.now().isoformat(timespec="microseconds")}, allow_nan=False)
-        try:
+        with self._reported_errors():
             self._file.write(line + "\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"Metrics cannot be written to {self._file.name}: {error.strerror}.") from error
         scalars = {f"{self._tag}.{name}": value for name, value in metrics.items() if name != "step"}
         for tracker in self._trackers:
             tracker.log(scalars, step)
+
+    @contextlib.contextmanager
+    def _reported_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"Metrics cannot be written to {self._path}: {error.strerror}.") from error
 
     def close(self, failed: bool = False) -> None:
         """Close the file and the trackers, which record whether the run failed; a second call does nothing."""
         if self._file is None:
             return
-        self._file.close()
+        with contextlib.suppress(OSError):  # `log` flushes each line and has reported that one could not be written
+            self._file.close()
         self._file = None
         for tracker in self._trackers:
             tracker.close(failed)

@@ -27,7 +27,7 @@ def draw_loss_curve(run_dir: Path) -> Path:
     If nothing has been logged yet, the plot states that.
 
     Raises:
-        UserError: `run_dir` is not a folder.
+        UserError: `run_dir` is not a folder, or the plot cannot be written.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run folder; expected a folder with metrics.train.jsonl.")
@@ -38,8 +38,11 @@ def draw_loss_curve(run_dir: Path) -> Path:
     _draw_learning_rate(lr_axes, train)
 
     path = run_dir / "loss.png"
-    with new_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    try:
+        with new_file(path) as temporary:
+            figure.savefig(temporary, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     return path
 
 

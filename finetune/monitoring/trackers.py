@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import textwrap
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from .args import MLFlowArgs, WandbArgs
 logger = logging.getLogger(__name__)
 
 LOGIN_TIMEOUT_S = 60  # without a key, wandb prompts on a terminal, which may be unattended
-FINISH_TIMEOUT_S = 600  # data not uploaded by then stays on disk for `wandb sync`
+MLFLOW_RETRIES = 2  # of each request to its server
 RETRY_AFTER_S = 60.0  # pause after a failure; doubles with each further failure
 
 
@@ -70,6 +71,7 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        threading.excepthook = _without_writer_threads
         self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=purge_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -78,6 +80,12 @@ class TensorBoardTracker:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _without_writer_threads(failure: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a failed thread, except of TensorBoard's, whose errors its next call raises again."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 class WandbTracker:
@@ -89,13 +97,17 @@ class WandbTracker:
 
         self._owns_run = wandb.run is None
         self._run = wandb.run or _start_wandb(args, run_dir, config)
+        self._timeout = args.timeout
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
     def close(self, failed: bool) -> None:
-        if self._owns_run:
-            self._run.finish(exit_code=int(failed))
+        if not self._owns_run:
+            return
+        if not self._run.offline:
+            logger.info("Uploading the last metrics to wandb, for at most %d s (`wandb.timeout`).", self._timeout)
+        self._run.finish(exit_code=int(failed))
 
 
 def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
@@ -116,18 +128,27 @@ def _start_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
     # Upload metrics and settings only; no console output, source code or diffs.
     private: dict[str, Any] = {"console": "off", "disable_code": True, "disable_git": True}
     if not args.offline:
-        logger.info("Connecting to wandb; if that fails, which can take two minutes, the run is recorded offline.")
+        logger.info(
+            "Connecting to wandb; if it does not answer within %d s (`wandb.timeout`), the run is recorded offline.",
+            args.timeout,
+        )
         try:
-            # Passed this way, the key stays in this process: wandb writes neither ~/.netrc nor a settings file.
             settings = wandb.Settings(
-                api_key=args.key, login_timeout=LOGIN_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, **private
+                api_key=args.key,  # stays in this process: wandb writes it neither to ~/.netrc nor to a settings file
+                login_timeout=LOGIN_TIMEOUT_S,
+                init_timeout=args.timeout,
+                finish_timeout=args.timeout,
+                quiet=True,  # otherwise wandb first asks the server, for 10 s more, who is logged in
+                **private,
             )
-            return wandb.init(**options, resume="allow", settings=settings)
+            run = wandb.init(**options, resume="allow", settings=settings)
+            logger.info("wandb shows this run at %s", run.url)
+            return run
         except Exception as error:
             logger.warning(
-                "wandb could not start online (%s); this run is recorded offline in %s. Upload it with `wandb sync`.",
+                "wandb could not start online (%s); this run is recorded offline. Upload it with `wandb sync %s`.",
                 describe(error),
-                run_dir / "wandb",
+                run_dir / "wandb" / "offline-run-*",
             )
             del options["id"]  # wandb considers it in use
     return wandb.init(**options, mode="offline", settings=wandb.Settings(**private))
@@ -139,14 +160,20 @@ class MLFlowTracker:
     def __init__(self, args: MLFlowArgs, run_dir: Path, config: dict[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # With MLflow's defaults, an unreachable server blocks a training step for many minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, args.timeout // (1 + MLFLOW_RETRIES))))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(MLFLOW_RETRIES))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may contain a password
         import mlflow
 
         self._mlflow = mlflow
         self._owns_run = mlflow.active_run() is None
         if self._owns_run:
+            logger.info(
+                "Connecting to MLflow; if it does not answer within %d s (`mlflow.timeout`), it is not used.",
+                args.timeout,
+            )
             mlflow.set_tracking_uri(args.tracking_uri)
             if args.experiment_name:
                 mlflow.set_experiment(args.experiment_name)

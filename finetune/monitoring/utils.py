@@ -47,6 +47,8 @@ class ConsoleHandler(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
+        except OSError:  # redirected to a full disk; a traceback per line would help nobody
+            pass
         except Exception:
             self.handleError(record)
 

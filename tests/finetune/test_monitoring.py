@@ -705,7 +705,7 @@ def test_failed_drawing_keeps_the_old_plot(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", interrupted)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"loss\.png cannot be written: disk full\."):
         draw_loss_curve(tmp_path)
     assert (tmp_path / "loss.png").read_bytes() == old
 
