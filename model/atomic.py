@@ -122,18 +122,25 @@ def new_folder(path: Path) -> Iterator[Path]:
 def replace_folder(temporary: Path, path: Path) -> None:
     """Flush a finished temporary folder and rename it to `path`, which may exist."""
     _flush_tree(temporary)
-    remove_folder(path)
+    hidden = _hide(path) if path.exists() else None
     os.replace(temporary, path)
     _flush(path.parent)
+    if hidden is not None:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, if it exists; it is never visible in part."""
     if path.exists():
-        hidden = path.with_name(f"tmp.old_{path.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(_hide(path), ignore_errors=True)
+
+
+def _hide(path: Path) -> Path:
+    """Rename a folder to a name that `remove_leftovers` finds, and return that."""
+    hidden = path.with_name(f"tmp.old_{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    return hidden
 
 
 def replace_symlink(link: Path, target: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from finetune import preflight
+from finetune import eval, preflight
 from finetune.args import EarlyStoppingArgs, load_train_args
+from finetune.distributed import init_world
 from finetune.eval import EarlyStopping
+from finetune.failure_watch import TIMEOUT_VARIABLE
 from finetune.manifest import MANIFEST_NAME, find_corruption, write_manifest
 from finetune.preemption import MARKER_NAME
 from finetune.run_dir import saved_checkpoints
@@ -234,8 +237,9 @@ def test_a_checkpoint_of_mistral_finetune_cannot_be_resumed(finished, folder):
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_ends_a_run_after_a_saved_step(ranks, number, folder):
-    uninterrupted = kill_test_config(folder, f"uninterrupted_{ranks}_{number}", ckpt_freq=0)
-    assert start(uninterrupted, ranks)[0] == [0] * ranks
+    uninterrupted = kill_test_config(folder, f"uninterrupted_{ranks}", ckpt_freq=0)
+    if not uninterrupted.with_suffix("").exists():
+        assert start(uninterrupted, ranks)[0] == [0] * ranks
     config = kill_test_config(folder, f"stopped_{ranks}_{number}", ckpt_freq=0)
     run_dir = config.with_suffix("")
     run = ForkedRun(config, ranks)
@@ -247,6 +251,69 @@ def test_a_signal_ends_a_run_after_a_saved_step(ranks, number, folder):
     assert start(config, ranks)[0] == [0] * ranks
     assert not (run_dir / MARKER_NAME).exists()
     assert curve(run_dir) == curve(uninterrupted.with_suffix(""))
+
+
+def test_a_signal_to_one_rank_interrupts_the_evaluation_of_both(folder, monkeypatch, tmp_path):
+    original, begun = eval.batch_loss, tmp_path / "begun"
+
+    def slow_loss(*args):
+        begun.write_text("\n")
+        time.sleep(1)  # the second rank has fewer batches, and computes placeholders with the first
+        return original(*args)
+
+    config = kill_test_config(folder, "stopped_evaluation", ckpt_freq=0, max_steps=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "batch_loss", slow_loss)
+        run = ForkedRun(config, 2)
+        wait_for(begun)
+        os.kill(run.pids[1], signal.SIGTERM)
+        began = time.monotonic()
+        assert run.wait() == [75, 75], run.log
+    assert time.monotonic() - began < 20  # of over 30 s for all batches
+    assert steps(config.with_suffix("")) == [4] and curve(config.with_suffix(""))["eval"] == []
+    assert start(config, 2)[0] == [0, 0]
+    assert [row[0] for row in curve(config.with_suffix(""))["eval"]] == [4, 8]
+
+
+@pytest.mark.parametrize("what", ["stopped", "stuck"])
+def test_a_rank_that_does_not_respond_is_named(what, folder, monkeypatch):
+    """Stopped by a signal; or running, but stuck outside of a collective."""
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "3")
+    original = train.log_step
+
+    def stuck(run, result):
+        original(run, result)
+        if what == "stuck" and run.world.rank == 1 and run.state.step == 3:
+            time.sleep(60)
+
+    monkeypatch.setattr(train, "log_step", stuck)
+    config = kill_test_config(folder, what, max_steps=100_000, no_eval=True, no_ckpt=True)
+    run = ForkedRun(config, 2)
+    wait_for(config.with_suffix("") / "metrics.train.jsonl")
+    if what == "stopped":
+        os.kill(run.pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    code = os.waitstatus_to_exitcode(os.waitpid(run.pids.pop(0), 0)[1])
+    assert code == 1 and time.monotonic() - began < 20
+    run.kill()
+    run.wait()
+    name, host = f"error: Rank 1 (process {run.pids[0]} on ", socket.gethostname()
+    (message,) = (line for line in run.log.splitlines() if line.startswith(name + host))
+    assert "Traceback" not in run.log
+    if what == "stopped":
+        assert re.search(r"has not responded for [34] s, since \d\d:\d\d:\d\d, after step \d+: it is stopped", message)
+    else:
+        assert re.search(
+            r"has kept other processes waiting for [34] s, since \S+, after step 3: it is running", message
+        )
+
+
+def test_a_timeout_that_is_not_a_number_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "ten minutes")
+    expected = pytest.raises(UserError, match=f"{TIMEOUT_VARIABLE} is 'ten minutes'; expected a number of seconds")
+    with expected, init_world():
+        pass
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:

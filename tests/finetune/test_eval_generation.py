@@ -1,13 +1,17 @@
 """Answers generated and scored during training, the best checkpoint, early stopping."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from wandb import teardown
 
+import finetune.eval
 import train
 from finetune.args import EarlyStoppingArgs, GenerationArgs, TrainArgs
 from finetune.data.args import DataArgs
@@ -15,6 +19,7 @@ from finetune.data.tokenize import SampleEncoder
 from finetune.distributed import World
 from finetune.eval import EarlyStopping, GenerationEval
 from finetune.monitoring.args import WandbArgs
+from finetune.run_dir import saved_checkpoints
 from model.args import LoraArgs
 from model.errors import UserError
 from tests.support.checkpoints import make_tiny_checkpoint
@@ -25,6 +30,7 @@ from utils.icd10.metrics import answer_scores
 from utils.icd10.prompts import instruct_row
 
 WORLD = World(0, 1, torch.device("cpu"))
+LINKS = ("best", "last")
 NOTE = "Patient xylophonique de 70 ans, zibeline."  # words that must not appear outside of answers/
 ANSWER = build_answer([Diagnosis("DP", "I10", "Hypertension essentielle (primitive)")])
 
@@ -100,6 +106,76 @@ def test_generating_answers_does_not_change_training(tmp_path: Path, model_folde
         lines = (run_dir / "metrics.train.jsonl").read_text(encoding="utf-8").splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in record.items() if name not in ("at", "wps", "avg_wps")} for record in records
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, rows: Path) -> tuple[Path, dict[str, Any]]:
+    """An uninterrupted run that evaluates before the first step, after the second and after the last; its settings."""
+    generation = GenerationArgs(file=str(rows), n_samples=2, max_tokens=3, freq=2)
+    settings = {"max_steps": 4, "eval_freq": 2, "ckpt_freq": 0, "keep_best": True, "eval_generation": generation}
+    return run(tmp_path_factory.mktemp("evaluated"), model_folder, rows, **settings), settings
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "step"), [("batch_loss", 2), ("generate", 2), ("batch_loss", 4), ("generate", 4), ("generate", 0)]
+)
+def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_makes_up(
+    interrupted: str,
+    step: int,
+    evaluated: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    model_folder: Path,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, settings = evaluated
+    original, calls = getattr(finetune.eval, interrupted), []
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if tmp_path.joinpath("cut/run/metrics.train.jsonl").read_text(encoding="utf-8").count("\n") == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(args)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.eval, interrupted, signalled)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path / "cut", model_folder, rows, **settings)
+    cut = tmp_path / "cut" / "run"
+    assert stopped.value.code == 75 and (cut / "interrupted").exists()
+    assert len(calls) == 1, "the batch or the answers during which the signal arrives are the last"
+    assert all(record["step"] < step for record in eval_records(cut)), "no half result"
+    saved = [path.name for path in saved_checkpoints(cut / "checkpoints")]
+    assert saved[-1:] == ([f"checkpoint_{step:06d}"] if step else [])
+
+    run(tmp_path / "cut", model_folder, rows, resume="auto", **settings)
+    assert without_times(eval_records(cut)) == without_times(eval_records(whole))
+    assert [record["step"] for record in eval_records(cut)] == [0, 2, 4]
+    best, last = (tuple((folder / "checkpoints" / name).resolve().name for folder in (cut, whole)) for name in LINKS)
+    assert best[0] == best[1] and last[0] == last[1] == "checkpoint_000004"
+    adapters = (load_file(folder / "checkpoints/last/consolidated/lora.safetensors") for folder in (cut, whole))
+    assert all(tensor.equal(other) for tensor, other in zip(*(each.values() for each in adapters), strict=True))
+    assert not (cut / "interrupted").exists()
+
+
+def test_a_stopped_run_without_checkpoints_says_that_its_steps_are_lost(
+    tmp_path: Path, model_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = train.log_step
+    monkeypatch.setattr(train, "log_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), original(*args)))
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, model_folder, rows, max_steps=4, no_ckpt=True)
+    assert stopped.value.code == 75
+    (message,) = (record.message for record in caplog.records if record.levelname == "WARNING" and "Stop" in record.msg)
+    expected = "Stopped by SIGTERM after step 1. Nothing was saved (`no_ckpt: true`): the steps of this run are lost."
+    assert message == expected
+    assert not (tmp_path / "run" / "interrupted").exists(), "requeueing would start from the beginning each time"
 
 
 def test_the_best_checkpoint_is_linked_and_never_pruned(
