@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+_GLOO_TIMEOUT = "Timed out waiting"  # in the message of an exception without a type of its own
 _POLL_S = 0.05  # between two reads of the store during the rendezvous
 
 
@@ -168,7 +169,14 @@ def init_world() -> Iterator[World]:
         failures.leave()
         raise
     except BaseException as error:
-        if failures.report(error) or isinstance(error, UserError):
+        is_first = failures.report(error)
+        if is_first and _GLOO_TIMEOUT in str(error):
+            waited = f"Rank {rank} has waited {timeout.total_seconds():.0f} s for the other processes"
+            raise UserError(
+                f"{waited}, {failures.progress()}: one of them is stopped or stuck, or its machine cannot be reached. "
+                f"If it only needs more time, set the environment variable {TIMEOUT_VARIABLE} to more seconds."
+            ) from error
+        if is_first or isinstance(error, UserError):
             raise
         # Another rank failed first and has printed why; the error in this one's collective is only a consequence.
         raise SystemExit(1) from None

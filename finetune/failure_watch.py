@@ -17,6 +17,7 @@ from .cli import report_to_torchrun
 TIMEOUT_VARIABLE = "DISTRIBUTED_TIMEOUT_S"  # environment variable: longest time that ranks wait for one another
 DEFAULT_TIMEOUT_S = 1800.0  # rank 0 may be writing a large merged model
 WATCH_S = 1.0  # between two looks at the store
+_REPORT_S = 10.0  # longest time to report a failure: calls to the store of a stopped process never return
 _SILENCE_S = 300.0  # at most this for a process that does not run at all: no work keeps it from reporting that it does
 _FAILED = "failed"  # store key under which the first rank that fails reports it
 _RUNNING = "running"  # start of the store key under which each rank reports that it is running
@@ -60,10 +61,16 @@ class FailureWatch:
             self._report_running()
 
     def _report_failure(self, report: str) -> bool:
-        try:
-            return self._store.compare_set(_FAILED, "", report).decode().startswith(f"rank {self._rank}:")
-        except RuntimeError:  # the process that hosts the store is gone
-            return True
+        first = [report]  # stays so if the process that hosts the store is gone, or does not answer
+
+        def write() -> None:
+            with contextlib.suppress(RuntimeError):
+                first.append(self._store.compare_set(_FAILED, "", report).decode())
+
+        writer = threading.Thread(target=write, name="failure report", daemon=True)
+        writer.start()
+        writer.join(_REPORT_S)
+        return first[-1].startswith(f"rank {self._rank}:")
 
     def _report_running(self) -> None:
         self._beats += 1

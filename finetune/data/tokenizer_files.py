@@ -110,9 +110,14 @@ def tokenizer_warnings(model_folder: Path, tokenizer: InstructTokenizerBase, voc
 def _read_tokenizer(file: Path) -> InstructTokenizerBase:
     try:
         if file.name == _UNVERSIONED_NAME:
-            return _read_unversioned_tokenizer(file)
-        return _instruct_tokenizer(MistralTokenizer.from_file(str(file)))
-    except Exception as error:  # three libraries raise many kinds of errors for invalid files
+            tokenizer = _read_unversioned_tokenizer(file)
+        else:
+            tokenizer = _instruct_tokenizer(MistralTokenizer.from_file(str(file)))
+        tokenizer.tokenizer.encode("A 1", bos=False, eos=False)  # fails if the split pattern is invalid
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # three libraries raise many kinds of errors for invalid files; Rust panics are none
         raise UserError(f"The tokenizer {file} cannot be read: {str(error)[:_MAX_REASON_LENGTH]}") from error
 
 
