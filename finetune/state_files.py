@@ -28,6 +28,7 @@ class _Progress(_Strict):
     first_loss: float | None
     last_loss: float | None
     eval_losses: list[tuple[Count, float]]
+    evaluation_pending: bool = False  # earlier versions did not interrupt evaluations
 
 
 class _BestSoFar(_Strict):

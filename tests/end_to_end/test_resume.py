@@ -1,5 +1,6 @@
 """Interrupted, failing and resumed runs: real processes, real signals, real files."""
 
+import errno
 import json
 import math
 import os
@@ -462,6 +463,45 @@ def test_out_of_memory_suggests_what_to_reduce(folder):
         "smaller `batch_size` (now 4), a smaller `seq_len` (now 512), a smaller `lora.rank` (now 4), "
         "`base_dtype: nf4`, more GPUs."
     )
+
+
+CPU_IS_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(CPU_IS_FULL),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 4096 bytes from file <lora.safetensors>: Cannot allocate memory (12)"),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError("Unable to allocate 8.00 GiB for an array with shape (1073741824,)"),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_out_of_host_memory_suggests_what_to_reduce(error, folder, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(train, "training_loop", fail)
+    config = kill_test_config(folder, "host_memory", no_eval=True, resume="auto")
+    with pytest.raises(UserError) as raised:
+        train.train(str(config))
+    message = str(raised.value)
+    assert message.startswith(
+        f"Process 0 is out of memory: {str(error) or 'MemoryError'}. Use a smaller `seq_len` (now"
+    )
+    assert message.endswith("a machine with more memory.")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), UserError("bad_alloc")]
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error, folder):
+    args = load_train_args(kill_test_config(folder, "memory"))
+    assert preflight.out_of_memory_advice(error, args, rank=0) is None
 
 
 def test_a_manifest_detects_corruption(tmp_path):

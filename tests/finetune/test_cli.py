@@ -1,6 +1,7 @@
-"""Every command can write to an output in any encoding."""
+"""What a command prints when it fails, to an output in any encoding."""
 
 import argparse
+import errno
 import io
 import sys
 from pathlib import Path
@@ -69,3 +70,43 @@ def test_streams_that_are_no_files_are_left_alone(monkeypatch):
 def test_every_command_starts_through_run_cli(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert not text or text.rstrip().splitlines()[-1].startswith("    run_cli(")
+
+
+class PanicException(BaseException):
+    """What a panic in Rust becomes in Python."""
+
+
+def outcome(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(fail)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("no such file"), "error: no such file\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "report.html"),
+            "error: report.html cannot be written: No space left on device. Free some space and try again.\n",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "error: A file cannot be written: Disk quota exceeded. Free some space and try again.\n",
+        ),
+    ],
+)
+def test_a_mistake_or_a_full_disk_is_one_message(error, message, capsys):
+    assert outcome(error, capsys) == (1, message)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "denied"), ValueError("bug"), PanicException("unwrap")]
+)
+def test_a_bug_keeps_its_traceback(error, capsys):
+    code, printed = outcome(error, capsys)
+    assert code == 1
+    assert printed.startswith("Traceback") and str(error) in printed.splitlines()[-1]

@@ -27,6 +27,7 @@ from finetune.data.args import DataArgs, InstructArgs, Source
 from finetune.data.data_loader import Batch, EvalLoader, TrainLoader, build_data_loader
 from finetune.data.dataset import JsonlFile, MixedStream, build_training_stream
 from finetune.data.exceptions import BadRowError, JsonError
+from finetune.data.packing import Sequence
 from finetune.data.rows import line_offsets
 from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
@@ -546,6 +547,48 @@ def test_the_state_is_that_of_the_last_batch_returned(tmp_path: Path, tiny: Inst
             time.sleep(0.01)
         assert loader._ready.full()  # further batches are ready
         assert place_of(loader.state_dict()) == (0, 0, 1, 5)
+
+
+class PanicException(BaseException):
+    """What a panic in Rust becomes in Python."""
+
+
+class FailingStream:
+    """Yields one sequence, then raises `error`, or just ends."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self._error = error
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield Sequence(np.zeros(1), np.zeros(1), np.ones(1, dtype=bool), [1], 0)
+        if self._error is not None:
+            raise self._error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (PanicException("invalid pattern"), RuntimeError, "has ended with PanicException: invalid pattern"),
+        (SystemExit(0), RuntimeError, "has ended with SystemExit: 0"),
+        (KeyboardInterrupt(), RuntimeError, "has ended with KeyboardInterrupt"),
+        (MemoryError("full"), MemoryError, "full"),
+        (UserError("bad row"), UserError, "bad row"),
+        (None, RuntimeError, "has ended without a batch or an error"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_of_any_type_in_the_thread_reaches_the_training(error, kind, message):
+    loader = TrainLoader(FailingStream(error), 1)
+    next(loader)
+    for _ in range(2):
+        with pytest.raises(kind, match=message) as raised:
+            next(loader)
+    assert type(raised.value) is kind
+    loader.close()
 
 
 def test_close_stops_the_thread(tmp_path: Path, tiny: InstructTokenizerBase):

@@ -1,6 +1,8 @@
 """Metrics, log lines, trackers, the loss plot and the summary of a run."""
 
 import base64
+import contextlib
+import errno
 import importlib.util
 import json
 import logging
@@ -9,11 +11,13 @@ import os
 import pty
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import termios
 import textwrap
 import threading
+import time
 import types
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +34,7 @@ from finetune.monitoring.metrics_logger import (
     answers_log_message,
     eval_log_message,
     eval_metrics,
+    metrics_path,
     read_metrics,
     train_log_message,
     train_metrics,
@@ -297,6 +302,60 @@ def test_failing_tracker_is_retried_at_growing_intervals(monkeypatch):
     assert tried_at == [0, 60, 180, 420, 900]
 
 
+# ---- a full disk
+
+
+@pytest.mark.parametrize("tag", ["train", "eval"])
+def test_a_full_disk_ends_in_one_message(tmp_path, tag):
+    metrics_path(tmp_path, tag).symlink_to("/dev/full")
+    expected = re.escape(f"Metrics cannot be written to {tmp_path}/metrics.{tag}.jsonl: No space left on device.")
+    with pytest.raises(UserError, match=f"^{expected}$"), make_logger(tmp_path, tag) as logger:
+        logger.log({"loss": 1.0}, 1)
+
+
+def test_a_metrics_file_that_cannot_be_opened_is_a_user_error(tmp_path):
+    metrics_path(tmp_path, "train").mkdir()
+    with pytest.raises(UserError, match=r"Metrics cannot be written to .*metrics\.train\.jsonl: Is a directory"):
+        make_logger(tmp_path)
+
+
+def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # instead of pytest's
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    monkeypatch.setattr(trackers, "RETRY_AFTER_S", 0.0)
+    with make_logger(tmp_path) as logger:
+        for step in range(1, 40):
+            logger.log({"step": step, "loss": 1.0}, step)
+            time.sleep(0.005)
+    assert len(read_metrics(tmp_path, "train")) == 39
+    (warning,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "TensorBoard could not" in warning and "No space left on device" in warning
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_failures_of_other_threads_are_still_printed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    with make_logger(tmp_path):
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_log_lines_that_do_not_fit_on_the_disk_are_dropped(root_logger, monkeypatch, capfd):
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        set_up_logging(0)
+        logging.getLogger("train").info("step 1")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 # ---- Weights & Biases
 
 
@@ -474,6 +533,39 @@ def test_key_in_an_error_message_is_redacted(tmp_path, monkeypatch, caplog):
     assert len(read_metrics(tmp_path, "train")) == 1
 
 
+def test_wandb_waits_no_longer_than_configured_and_says_so_before(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    stand_in = types.ModuleType("wandb")
+    stand_in.run, stand_in.Settings, calls = None, dict, []
+
+    def init(mode=None, settings=None, **_):
+        calls.append((mode, settings.get("init_timeout"), settings.get("finish_timeout"), caplog.messages[-1]))
+        if mode != "offline":
+            raise TimeoutError("no answer")
+        return types.SimpleNamespace(offline=True, log=lambda *_, **__: None, finish=lambda **_: None)
+
+    stand_in.init = init
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with make_logger(tmp_path, wandb=WandbArgs(project="p", timeout=7)):
+        pass
+    assert calls[0][:3] == (None, 7, 7)
+    assert "Connecting to wandb; if it does not answer within 7 s (`wandb.timeout`)" in calls[0][3]
+    assert calls[1][0] == "offline"
+    assert f"recorded offline. Upload it with `wandb sync {tmp_path}/wandb/offline-run-*`" in calls[1][3]
+
+
+@pytest.mark.slow
+def test_wandb_gives_up_on_a_server_that_does_not_answer(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and never answers
+        script = training_script(f"WandbArgs(project='icd', key='{KEY}', timeout=2)")
+        printed = run_alone(script, tmp_path, WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    begun, ended = (re.search(rf" - (\d+:\d\d:\d\d) - .*{text}", printed) for text in ("Connecting", "could not start"))
+    seconds = [datetime.strptime(line[1], "%H:%M:%S") for line in (begun, ended)]
+    assert (seconds[1] - seconds[0]).total_seconds() <= 10, printed
+    (run,) = recorded_runs(tmp_path / "run")
+    assert_recorded(run)
+
+
 def test_redacted_is_recursive_and_copies():
     config = {"a": [{"b": f"x{KEY}y"}, ("z", 1)], "c": None}
     assert trackers.redacted(config, [KEY]) == {"a": [{"b": "x***y"}, ["z", 1]], "c": None}
@@ -557,6 +649,27 @@ def test_loggers_share_one_mlflow_run(tmp_path, fake_mlflow):
         ("log_metrics", ({"train.loss": 1.0},), {"step": 7}),
         ("end_run", ("run", "FINISHED"), {}),
     ]
+
+
+@pytest.mark.parametrize("timeout, each", [(30, "10"), (1, "1")])
+def test_mlflow_waits_no_longer_than_configured_and_says_so_before(
+    timeout, each, tmp_path, fake_mlflow, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR", "BACKOFF_JITTER"):
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+
+    def unreachable(name):
+        waits = [os.environ[f"MLFLOW_HTTP_REQUEST_{name}"] for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR")]
+        assert waits == [each, "2", "0"]  # three attempts
+        raise ConnectionError("no answer")
+
+    fake_mlflow.set_experiment = unreachable
+    with make_logger(tmp_path, mlflow=MLFlowArgs("http://tracker", "icd", timeout)):
+        pass
+    connecting, failed = caplog.messages
+    assert connecting.startswith(f"Connecting to MLflow; if it does not answer within {timeout} s (`mlflow.timeout`)")
+    assert failed == "MLflow could not start (ConnectionError: no answer); training continues without it."
 
 
 def test_mlflow_records_a_crash(tmp_path, fake_mlflow):

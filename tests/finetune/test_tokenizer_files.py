@@ -169,3 +169,15 @@ def test_renamed_control_tokens_are_named(tmp_path):
 def test_files_that_say_nothing_are_ignored(tmp_path, content):
     files = dict.fromkeys(("tokenizer_config__json", "special_tokens_map__json", "tokenizer__json"), content)
     assert folder_with(tmp_path, "v3", **files, added_tokens__json=content, chat_template__json=content) == []
+
+
+@pytest.mark.parametrize("pattern", ["", "(", "[^"])
+def test_a_tokenizer_that_cannot_encode_is_refused(tmp_path, pattern):
+    """tiktoken panics, with an exception that is not an Exception, when such a pattern is first used."""
+    path = write_tiny_tekken(tmp_path / "tekken.json", "v7")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    load_instruct_tokenizer(tmp_path, 32768)
+    content["config"]["pattern"] = pattern
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"The tokenizer .*tekken\.json cannot be read: "):
+        load_instruct_tokenizer(tmp_path, 32768)
