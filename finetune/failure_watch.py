@@ -8,9 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
-
-import torch.distributed as dist
+from typing import Any, Protocol
 
 from .cli import report_to_torchrun
 
@@ -21,6 +19,18 @@ _REPORT_S = 10.0  # longest time to report a failure: calls to the store of a st
 _SILENCE_S = 300.0  # at most this for a process that does not run at all: no work keeps it from reporting that it does
 _FAILED = "failed"  # store key under which the first rank that fails reports it
 _RUNNING = "running"  # start of the store key under which each rank reports that it is running
+
+
+class Store(Protocol):
+    """torch.distributed's key-value store. Its methods raise RuntimeError if the process that hosts it is gone."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
 class FailureWatch:
@@ -40,7 +50,7 @@ class FailureWatch:
         progress: returns what this rank is doing, for messages of other ranks.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.collectives = 0
         self.progress: Callable[[], str] = lambda: "before the first step"
         self._store = store
@@ -118,7 +128,7 @@ class _Neighbor:
         self._moved_at = time.localtime()  # when it last entered a collective
         self._still_looks = 0  # since then
 
-    def look(self, store: dist.Store) -> None:
+    def look(self, store: Store) -> None:
         """Read the latest report."""
         report = json.loads(store.get(self._key)) if store.check([self._key]) else {}
         self._silent_looks += 1

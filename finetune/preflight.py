@@ -165,8 +165,8 @@ def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str | 
         *(["`base_dtype: nf4`"] if args.lora.enable and args.base_dtype == "same" else []),
         "more GPUs" if on_gpu else "a machine with more memory",
     ]
-    what = f"The GPU of process {rank}" if on_gpu else f"Process {rank}"
-    return f"{what} is out of memory: {first_line(error).removesuffix('.')}. Use " + ", ".join(advice) + "."
+    what = f"The GPU of process {rank} is out of memory" if on_gpu else f"Process {rank} is out of memory"
+    return f"{what}: {first_line(error).removesuffix('.')}. Use " + ", ".join(advice) + "."
 
 
 def _is_host_memory_error(error: Exception) -> bool:

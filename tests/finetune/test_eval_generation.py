@@ -137,14 +137,14 @@ def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_makes_up(
     whole, settings = evaluated
     original, calls = getattr(finetune.eval, interrupted), []
 
-    def signalled(*args: Any, **kwargs: Any) -> Any:
+    def signaling(*args: Any, **kwargs: Any) -> Any:
         if tmp_path.joinpath("cut/run/metrics.train.jsonl").read_text(encoding="utf-8").count("\n") == step:
             os.kill(os.getpid(), signal.SIGTERM)
             calls.append(args)
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.eval, interrupted, signalled)
+        patch.setattr(finetune.eval, interrupted, signaling)
         with pytest.raises(SystemExit) as stopped:
             run(tmp_path / "cut", model_folder, rows, **settings)
     cut = tmp_path / "cut" / "run"
