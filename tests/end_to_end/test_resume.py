@@ -302,7 +302,10 @@ def test_a_rank_that_does_not_respond_is_named(what, folder, monkeypatch):
     (message,) = (line for line in run.log.splitlines() if line.startswith(name + host))
     assert "Traceback" not in run.log
     if what == "stopped":
-        assert re.search(r"has not responded for [34] s, since \d\d:\d\d:\d\d, (before the first|after) step.*: it is stopped", message)
+        assert re.search(
+            r"has not responded for [34] s, since \d\d:\d\d:\d\d, (before the first|after) step.*: it is stopped",
+            message,
+        )
     else:
         assert re.search(
             r"has kept other processes waiting for [34] s, since \S+, after step 3: it is running", message
