@@ -97,12 +97,14 @@ def test_notes_in_csv(delimiter, tmp_path):
 
 
 def test_hotpot_rows_in_every_published_format(tmp_path):
-    """Parquet, the json list of the official site, and jsonl."""
+    """Parquet, the json list of the official site, jsonl, and a list under the name of a jsonl."""
     pq.write_table(pa.Table.from_pylist([HOTPOT] * 3), tmp_path / "hotpot.parquet")
     (tmp_path / "hotpot.json").write_text(json.dumps([HOTPOT] * 3, indent=1), encoding="utf-8")
     jsonl(tmp_path / "lines.json", [HOTPOT] * 3)
+    lines = ",\n".join([json.dumps(HOTPOT)] * 3)
+    (tmp_path / "list.jsonl").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     recipe = chat("{context.title.0}: {context.sentences.0}\n{context.sentences}\n{question}", "{answer}")
-    for name in ("hotpot.parquet", "hotpot.json", "lines.json"):
+    for name in ("hotpot.parquet", "hotpot.json", "lines.json", "list.jsonl"):
         import_table(tmp_path / name, str(tmp_path / "out"), recipe, [1], overwrite=True)
         (row, *others) = lines_of(tmp_path / "out_train.jsonl")
         assert others == [row, row]
@@ -113,6 +115,24 @@ def test_hotpot_rows_in_every_published_format(tmp_path):
             ),
             ("assistant", "The Loire"),
         ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_rows_of_a_list_are_counted_as_rows_not_lines(encoding, tmp_path):
+    rows = [{"q": "a"}, 5, {"q": ""}, {"q": "b"}]
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=2), encoding=encoding)
+    result = import_table(
+        tmp_path / "list.jsonl", f"{tmp_path}/out/", Recipe(text=template("{q}")), [1], encoding=encoding
+    )
+    assert (result.read, result.dropped.count) == (4, 2)
+    assert "not a JSON object: row 2" in str(result) and "--text is empty: row 3" in str(result)
+
+
+def test_a_truncated_list_is_refused(tmp_path):
+    (tmp_path / "list.jsonl").write_text('[\n{"q": "a"},\n{"q": "b"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"list\.jsonl is not valid JSON"):
+        import_table(tmp_path / "list.jsonl", f"{tmp_path}/out/", Recipe(text=template("{q}")))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 # Templates

@@ -164,10 +164,10 @@ def test_alpaca(convert):
     assert converted.keys() == {"messages", "source"} and not warnings
 
 
-def test_the_prompt_that_alpaca_repeats_is_removed_with_a_warning(convert):
+def test_the_prompt_that_alpaca_repeats_stays_metadata(convert):
     row = {"instruction": "Codez.", "output": "R50", "text": "### Instruction:\nCodez.\n\n### Response:\nR50"}
-    converted, warnings = convert(row)
-    assert converted.keys() == {"messages"} and warnings == ["a column `text` that repeats the other columns removed"]
+    converted, _ = convert(row)
+    assert brief(converted) == [("user", "Codez."), ("assistant", "R50")] and converted["text"] == row["text"]
 
 
 @pytest.mark.parametrize(

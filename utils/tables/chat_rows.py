@@ -100,7 +100,7 @@ def _read(row: Row, warn: Warn) -> _Chat | None:
     if keys:
         return _read_turns(row, keys[0], warn)
     if "instruction" in row and "output" in row:
-        return _read_alpaca(row, warn)
+        return _read_alpaca(row)
     if "role" in row or "from" in row:
         raise SkippedRowError("a single message, not a row with a list of messages")
     return None
@@ -133,7 +133,7 @@ def _read_glaive_text(row: Row) -> _Chat:
     return _Chat("messages", turns, described or columns, _without(row))
 
 
-def _read_alpaca(row: Row, warn: Warn) -> _Chat:
+def _read_alpaca(row: Row) -> _Chat:
     texts = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
     for key, value in texts.items():
         if not isinstance(value, str):
@@ -145,12 +145,7 @@ def _read_alpaca(row: Row, warn: Warn) -> _Chat:
     turns = []
     for asked, answered in (*history, (question, texts["output"])):
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    rest = _without(row, *_ALPACA_KEYS)
-    text = rest.get("text")
-    if isinstance(text, str) and all(value in text for value in texts.values()):
-        warn("a column `text` that repeats the other columns removed")
-        del rest["text"]
-    return _Chat("messages", _with_system(row, turns), _tools(row), rest)
+    return _Chat("messages", _with_system(row, turns), _tools(row), _without(row, *_ALPACA_KEYS))
 
 
 def _without(row: Row, *keys: str) -> Row:

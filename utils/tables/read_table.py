@@ -30,7 +30,15 @@ def add_encoding_option(parser: argparse.ArgumentParser) -> None:
 
 def counts_lines(path: Path) -> bool:
     """Return whether the numbers of `read_table` count lines of the file, not rows."""
-    return path.suffix.lower() in (".csv", ".tsv", ".jsonl")
+    return path.suffix.lower() in (".csv", ".tsv") or (path.suffix.lower() == ".jsonl" and not _begins_like_list(path))
+
+
+def _begins_like_list(path: Path) -> bool:
+    """Return whether the first character is `[`, in UTF-8 or UTF-16."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1024).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
 
 
 def has_fixed_columns(path: Path) -> bool:
@@ -39,7 +47,7 @@ def has_fixed_columns(path: Path) -> bool:
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> NumberedRows:
-    """Yield the rows of a file, whose suffix determines its format. Only a .json list is loaded into memory as a whole.
+    """Yield the rows of a file, whose suffix determines its format. Only a JSON list is loaded into memory as a whole.
 
     Args:
         path: .csv (separated by commas, semicolons or tabs), .tsv, .parquet, .jsonl or .json.
@@ -52,9 +60,7 @@ def read_table(path: Path, encoding: str = "utf-8") -> NumberedRows:
     match path.suffix.lower():
         case ".csv" | ".tsv":
             rows = _read_csv(path, _with_bom(encoding))
-        case ".jsonl":
-            rows = _read_jsonl(path, _with_bom(encoding))
-        case ".json":
+        case ".jsonl" | ".json":
             rows = _read_json(path, _with_bom(encoding))
         case ".parquet":
             rows = _read_parquet(path)
@@ -153,7 +159,7 @@ def _read_jsonl(path: Path, encoding: str) -> NumberedRows:
 
 
 def _read_json(path: Path, encoding: str) -> NumberedRows:
-    """Read a list of rows, the format of HotpotQA, or jsonl under the wrong suffix."""
+    """Read jsonl or a list of rows, the format of HotpotQA, each of them also under the suffix of the other."""
     with path.open(encoding=encoding) as file:
         if file.read(1024).lstrip()[:1] != "[":
             yield from _read_jsonl(path, encoding)
