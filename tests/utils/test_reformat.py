@@ -192,8 +192,9 @@ def test_unconvertible_rows_are_skipped_with_a_reason(row, reason):
     assert skip.value.reason == reason
 
 
-def test_rows_without_a_conversation_are_unchanged():
-    assert convert_row({"text": "a document", "id": 3}) == ({"text": "a document", "id": 3}, [])
+@pytest.mark.parametrize("row", [{"text": "a document", "id": 3}, {"text": "a mail", "from": "Bob", "role": "author"}])
+def test_rows_without_a_conversation_are_unchanged(row):
+    assert convert_row(row) == (row, [])
 
 
 def test_messages_and_interactions_are_converted():

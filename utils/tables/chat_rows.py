@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from finetune.data.exceptions import RowError
 from finetune.data.keys import REFORMAT
-from utils.tables.chat_turns import has_calls, is_tool_turn, messages_of
+from utils.tables.chat_turns import has_calls, is_tool_turn, is_turn, messages_of
 from utils.tables.glaive_text import read_glaive_text
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.rewrite import NewId, Warn
@@ -87,7 +87,7 @@ def _convert(row: Row, new_id: NewId, warn: Warn) -> Row | None:
     require_content(kept)
     linked = link_tool_calls(kept, new_id)
     require_answers(linked)
-    tool_key = "available_tools" if "available_tools" in row else "tools"
+    tool_key = "tools" if row.get("available_tools") is None else "available_tools"
     return {chat.key: linked, **chat.rest} | ({tool_key: chat.tools} if chat.tools else {})
 
 
@@ -101,7 +101,7 @@ def _read(row: Row, warn: Warn) -> _Chat | None:
         return _read_turns(row, keys[0], warn)
     if "instruction" in row and "output" in row:
         return _read_alpaca(row)
-    if "role" in row or "from" in row:
+    if is_turn(row):
         raise SkippedRowError("a single message, not a row with a list of messages")
     return None
 

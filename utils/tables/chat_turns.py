@@ -30,9 +30,14 @@ def has_calls(turn: Any) -> bool:
     return isinstance(turn, dict) and any(turn.get(key) for key in _CALL_KEYS)
 
 
+def is_turn(value: Any) -> bool:
+    """Return whether a value has a speaker that is known."""
+    return isinstance(value, dict) and _speaker(value) in _ROLES
+
+
 def is_tool_turn(turn: Any) -> bool:
     """Return whether a turn is a function's answer."""
-    return isinstance(turn, dict) and _ROLES.get(_speaker(turn) or "") == "tool"
+    return is_turn(turn) and _ROLES[_speaker(turn) or ""] == "tool"
 
 
 def messages_of(turn: Any, has_tags: bool, warn: Warn) -> list[Row]:
