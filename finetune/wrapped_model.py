@@ -122,6 +122,7 @@ def _initial_adapter(adapter: WeightsReader, lora: LoraArgs, expected: dict[str,
 
 
 def _uniform_adapter(adapter: PeftAdapter, lora: LoraArgs, expected: dict[str, tuple[int, ...]]) -> WeightsReader:
+    """Return a PEFT adapter with the run's rank and scaling, and log what that changes."""
     assert lora.scaling is not None, "LoraArgs derives it from alpha"
     targets = sorted({layer.rpartition(".")[2] for layer in adapter.scalings})
     rank = max(adapter.shapes[f"{layer}.lora_A.weight"][0] for layer in adapter.scalings)
@@ -132,15 +133,14 @@ def _uniform_adapter(adapter: PeftAdapter, lora: LoraArgs, expected: dict[str, t
             f"[{', '.join(targets)}]`."
         )
     _compare_shapes(adapter, adapter.with_own_ranks(expected), f"this model with `lora.rank: {rank}`")
-    absent = len(expected) // 2 - len(adapter.scalings)
-    factors = ", ".join(f"{scaling:g}" for scaling in sorted(set(adapter.scalings.values())))
-    logger.info(
-        "The PEFT adapter %s has the scaling %s; `lora.scaling` is %g, and the difference is multiplied into B.%s",
-        adapter.source,
-        factors,
-        lora.scaling,
-        f" {absent} layers have no adapter and get none." if absent else "",
-    )
+    if other := sorted(set(adapter.scalings.values()) - {lora.scaling}):
+        scalings = ", ".join(f"{scaling:g}" for scaling in other)
+        logger.info(
+            "%s: the adapter's scaling of %s is converted to `lora.scaling: %g`, by factors of B.",
+            *(adapter.source, scalings, lora.scaling),
+        )
+    if absent := len(expected) // 2 - len(adapter.scalings):
+        logger.info("%s: %d of the layers in `lora.targets` have no adapter and get none.", adapter.source, absent)
     return adapter.uniform(expected, lora.scaling)
 
 

@@ -206,6 +206,16 @@ def test_rows_of_all_ranks_form_the_adapter(base, adapters):
             assert torch.cat(parts)[: shape[0]].equal(whole), name
 
 
+def test_what_is_converted_is_logged(base, adapters, caplog):
+    caplog.set_level("INFO", "wrapped_model")
+    trained_from(base, adapters / "plain", scaling=3.0)
+    assert not caplog.messages
+    trained_from(base, adapters / "one layer", scaling=3.0)
+    converted, absent = caplog.messages
+    assert "the adapter's scaling of 2 is converted to `lora.scaling: 3`" in converted
+    assert "2 of the layers in `lora.targets` have no adapter and get none" in absent
+
+
 def test_padding_and_missing_layers_stay_zero_in_training(base, adapters):
     model = trained_from(base, adapters / "one layer")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
