@@ -69,6 +69,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
+            return node.value if _is_respelled(value, node) else value
         except (yaml.YAMLError, RecursionError):
             raise
         except Exception as error:  # of any type, depending on the constructor: `2024-13-45`, `!!int abc`
@@ -76,7 +77,6 @@ class _Loader(yaml.SafeLoader):
             is_date = kind == "timestamp" and isinstance(error, ValueError)
             problem = str(error) if is_date else f"the value is not a valid {kind}"
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
-        return node.value if _is_respelled(value, node) else value
 
 
 def _is_respelled(value: Any, node: yaml.Node) -> bool:

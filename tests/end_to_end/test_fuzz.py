@@ -30,7 +30,6 @@ from tests.finetune.test_tokenize import TOOL_ROW, paths
 from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import load_tiny_tekken
 from utils.icd10.answers import parse_answer
-from utils.icd10.codes import CODE_PATTERN
 from utils.tables.chat_rows import reformat_row
 from utils.tables.jsonl import LineReport
 from utils.tables.rewrite import Rewriting, rewrite_jsonl
@@ -392,7 +391,7 @@ def test_any_answer_can_be_parsed(text: str):
     with mistakes_only():
         diagnoses = parse_answer(text)
     assert len({diagnosis.code for diagnosis in diagnoses}) == len(diagnoses)
-    assert all(re.fullmatch(CODE_PATTERN, diagnosis.code) for diagnosis in diagnoses)
+    assert all(re.fullmatch(r"\S+", diagnosis.code) for diagnosis in diagnoses)  # invented codes are kept as they are
 
 
 # ---- weights
