@@ -66,7 +66,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
             content = config if name == _CONFIG_NAME else _read_object(folder / name)
             template = content.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            named = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
             template = named.get("default") or next(iter(named.values()), None)
         if isinstance(template, str) and template.strip():
             return name, template
@@ -87,7 +87,7 @@ def _eos_ids(folder: Path) -> list[int]:
     """Return the numbers of the end-of-sequence tokens that Hugging Face's files give, or an empty list."""
     for name in ("generation_config.json", "config.json"):
         ids = _read_object(folder / name).get("eos_token_id")
-        if ids := [id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int]:
+        if ids := [id for id in _list(ids) or [ids] if type(id) is int]:
             return ids
     return []
 
@@ -100,7 +100,7 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
         pairs.append((int(id) if id.isdecimal() else None, entry))
     if not pairs:  # tokenizer.json is large, and repeats them
         entries = _read_object(folder / "tokenizer.json").get("added_tokens")
-        pairs = [(entry.get("id"), entry) for entry in entries or () if isinstance(entry, dict)]
+        pairs = [(entry.get("id"), entry) for entry in _list(entries) if isinstance(entry, dict)]
     named = [(id, entry.get("content") if isinstance(entry, dict) else entry) for id, entry in pairs]
     return {id: token for id, token in named if type(id) is int and id >= 0 and isinstance(token, str)}
 
@@ -121,6 +121,10 @@ def _token_differences(added: dict[int, str], tokenizer: Tokenizer, vocab_size: 
     if renamed:
         found.append(f"it gives tokens the names {_shown(renamed)}")
     return found
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _shown(tokens: list[str]) -> str:

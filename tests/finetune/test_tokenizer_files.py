@@ -165,7 +165,17 @@ def test_renamed_control_tokens_are_named(tmp_path):
     assert "it gives tokens the names <|im_start|>." in warning
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"eos_token": 7, "chat_template": 8, "added_tokens_decoder": 9}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"eos_token": 7, "chat_template": 8, "added_tokens_decoder": 9, "added_tokens": 5, "eos_token_id": "x"}',
+        '{"eos_token": [], "chat_template": [{"name": [], "template": {}}, 1], "added_tokens_decoder": {"a": 1}}',
+        '{"added_tokens": [1, {"id": {}, "content": []}], "eos_token_id": [[], true]}',
+    ],
+)
 def test_files_that_say_nothing_are_ignored(tmp_path, content):
     files = dict.fromkeys(("tokenizer_config__json", "special_tokens_map__json", "tokenizer__json"), content)
     assert folder_with(tmp_path, "v3", **files, added_tokens__json=content, chat_template__json=content) == []

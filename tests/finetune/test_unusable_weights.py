@@ -19,7 +19,7 @@ from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from utils.models.exports import export
 from utils.models.merging import merge_lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 NAN, INF = float("nan"), float("inf")
 
