@@ -1,4 +1,4 @@
-"""Fingerprints of what a run trains on: its data files, base model and tokenizer.
+"""Fingerprints of what a run reads: its data files, base model and tokenizer.
 
 A checkpoint records them, so that a run is not resumed on anything else. They depend on content alone: copying a file
 or changing its modification time makes no difference.
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 
+from .args import TrainArgs
+from .data.args import parse_sources
 from .data.data_loader import TrainLoader
 from .wrapped_model import BaseModel
 
@@ -24,7 +26,9 @@ _HASHED_WHOLE = 1 << 28  # bytes of weights of which every byte is hashed; of la
 _BLOCK, _STRIDE = 1 << 16, 1 << 22  # bytes of a block, and between the starts of two blocks
 
 
-def fingerprints(base: BaseModel, tokenizer: "InstructTokenizerBase", data: TrainLoader) -> Fingerprints:
+def fingerprints(
+    args: TrainArgs, base: BaseModel, tokenizer: "InstructTokenizerBase", data: TrainLoader
+) -> Fingerprints:
     """Return the fingerprints of a run's inputs, JSON-serializable.
 
     Raises:
@@ -33,14 +37,18 @@ def fingerprints(base: BaseModel, tokenizer: "InstructTokenizerBase", data: Trai
     files = sorted({location.file for location in base.weights.locations.values()})
     is_small = base.weights.size_bytes <= _HASHED_WHOLE
     inner = tokenizer.tokenizer
+    evaluated = [file for source in parse_sources(args.data.eval_instruct_data) for file in source.files()]
+    evaluated += [Path(args.eval_generation.file)] if args.eval_generation.file else []
     try:
         weights = {file.name: _hash(file, _BLOCK if is_small else _STRIDE) for file in files}
         vocabulary = _hash(Path(inner.file_path), _BLOCK)
+        evaluation = {str(file): _hash(file, _BLOCK) for file in evaluated}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
     shapes = json.dumps(dataclasses.asdict(base.args), sort_keys=True)
     return {
         "data": data.fingerprints(),
+        "evaluation": evaluation,
         "weights": weights,
         "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
         "tokenizer": f"{inner.version.value} {vocabulary}",
@@ -49,6 +57,8 @@ def fingerprints(base: BaseModel, tokenizer: "InstructTokenizerBase", data: Trai
 
 def require_same_inputs(before: Fingerprints, now: Fingerprints, model_folder: Path) -> None:
     """Compare the fingerprints in a checkpoint with those of the inputs that are present now.
+
+    Evaluation data may change: scores before and after are then not compared.
 
     Raises:
         UserError: an input has changed.

@@ -110,7 +110,7 @@ class RunState:
         self.state.checkpoint = saved.folder.parent / WEIGHTS_NAME
         if not world.is_master:
             self.state.trained_tokens = 0  # the saved number is the sum over ranks; rank 0 continues it
-        if saved.evaluates_as(args):
+        if saved.evaluates_as(args, self.fingerprints):
             self.early_stopping.load_state_dict(run["best_so_far"])
         self.scaler.load_state_dict(run["scaler"])
         self.anomalies.load_state_dict(run["guards"])
@@ -135,10 +135,12 @@ class SavedState:
     def max_steps(self) -> int:
         return self.run["args"]["max_steps"]
 
-    def evaluates_as(self, args: TrainArgs) -> bool:
+    def evaluates_as(self, args: TrainArgs, now_read: Fingerprints) -> bool:
         """Return whether `args` evaluate on the same data in the same run folder, so that the best so far is valid."""
         before, now = self.run["args"], args.to_dict()
+        recorded = self.run.get("fingerprints")
         same_data = before["data"]["eval_instruct_data"] == now["data"]["eval_instruct_data"]
+        same_data = same_data and (not recorded or recorded["evaluation"] == now_read["evaluation"])
         same_folder = Path(args.run_dir).resolve() in self.folder.resolve().parents
         return same_data and before["eval_generation"] == now["eval_generation"] and same_folder
 

@@ -88,9 +88,10 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         data_loader = build_data_loader(
             tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size, is_eval=False
         )
-        inputs = fingerprints(base, tokenizer, data_loader) if world.is_master else {}  # rank 0 compares and saves
+        inputs = fingerprints(args, base, tokenizer, data_loader) if world.is_master else {}
         if saved and world.is_master:
             saved.require_same_inputs(inputs, base.folder)
+    inputs = world.gather(inputs)[0]
     with world.synchronized_errors():
         if saved and (own := saved.of_rank(world)):
             data_loader.load_state_dict(own["data"])

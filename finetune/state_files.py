@@ -71,6 +71,7 @@ class _Group(_Strict):
 
 class _Fingerprints(_Strict):
     data: Digests
+    evaluation: Digests
     weights: Digests
     shapes: str
     tokenizer: str

@@ -41,6 +41,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     lines = (INPUTS / "train_icd.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "data.jsonl").write_text("".join([*same_length, *lines[:20]]), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(lines[20:22]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         resume()
@@ -65,6 +66,18 @@ def edit_state(name: str, change: Callable[[dict[str, Any]], Any]) -> None:
     seal(checkpoint)
 
 
+def at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a function that sets a value deep inside a state."""
+
+    def change(state: Any) -> None:
+        *blocks, last = path
+        for key in blocks:
+            state = state[key]
+        state[last] = value
+
+    return change
+
+
 def seal(checkpoint: Path) -> None:
     (checkpoint / MANIFEST_NAME).unlink()
     write_manifest(checkpoint)
@@ -72,7 +85,11 @@ def seal(checkpoint: Path) -> None:
 
 def resume(**settings: Any) -> None:
     """Train in the working directory."""
-    paths = {"run_dir": "run", "model_id_or_path": "model", "data": {"instruct_data": "data.jsonl"}}
+    paths = {
+        "run_dir": "run",
+        "model_id_or_path": "model",
+        "data": {"instruct_data": "data.jsonl", "eval_instruct_data": "eval.jsonl"},
+    }
     train.train(str(kill_test_config(Path(), "config", **paths | {"no_eval": True, "max_steps": 4} | settings)))
 
 
@@ -230,6 +247,17 @@ def test_copied_inputs_with_other_modification_times_are_the_same():
     assert [row["step"] for row in read_jsonl(Path("run/metrics.train.jsonl"))] == [1, 2, 3, 4, 3, 4]
 
 
+@pytest.mark.usefixtures("checkpoint")
+@pytest.mark.parametrize("changed", [False, True])
+def test_losses_on_changed_evaluation_data_are_not_compared(changed: bool):
+    edit_state("run.json", at("best_so_far", "best", value=0.1))  # on the earlier data, which nothing can beat
+    if changed:
+        data = Path("eval.jsonl")
+        data.write_text(reversed_answers(data.read_text(encoding="utf-8")), encoding="utf-8")
+    resume(no_eval=False, eval_freq=1, keep_best=True)
+    assert steps()[-1] == 4 and Path("run/checkpoints/best").exists() == changed
+
+
 def test_checkpoint_without_fingerprints_is_resumed_with_a_warning(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -273,18 +301,6 @@ def test_another_base_or_tokenizer_is_refused(what: str):
 # ---- Crafted state
 
 DEEP = "[" * 100_000
-
-
-def at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Return a function that sets a value deep inside a state."""
-
-    def change(state: Any) -> None:
-        *blocks, last = path
-        for key in blocks:
-            state = state[key]
-        state[last] = value
-
-    return change
 
 
 CRAFTED = {

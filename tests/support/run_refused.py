@@ -33,7 +33,8 @@ def main(configs: list[str]) -> None:
     torch.set_num_threads(1)
     with init_world() as world:
         for config in configs:
-            print(json.dumps([config, world.rank, ending(Path(config), world)]), flush=True)
+            # In one write: the ranks share a pipe, and torchrun starts Python with -u.
+            sys.stdout.write(json.dumps([config, world.rank, ending(Path(config), world)]) + "\n")
 
 
 if __name__ == "__main__":
