@@ -31,6 +31,8 @@ optim.lr: 6e-5 # the same as `lr: 6e-5` inside `optim:`
   CONFIG.yaml` checks settings and data without a GPU.
 - A key inside a block may be written with dots, as `optim.lr` above, but only once.
 - A block or key that is left out has its default. `null` is accepted only where it is listed.
+- Numbers are decimal: `010`, `1:30` and `0b101`, which have several meanings in YAML, are refused. Counts are at most
+  1,000,000,000, fewer where memory would not suffice; the message about a larger one states the limit.
 - Paths are relative to the folder in which training is started.
 - The `args.yaml` of a run is a configuration, too: it records every setting with the values that were used.
 

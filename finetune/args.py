@@ -256,7 +256,7 @@ class TrainArgs(Settings):
 # ---- Reading
 
 _MAX_KEY_LENGTH = 100  # characters of an unknown key that a message quotes
-_PLAIN_NUMBER = "Write numbers in decimal, without leading zeros"  # for `010`, `0b101` and `1:30`
+_PLAIN_NUMBER = "Write a plain decimal number, such as 10 or 0.5"  # not `010`, `0b101`, `1:30` or `0,5`
 _MAX_LISTED = 50  # problems in one message
 _MAY_HOLD_SECRETS = ("wandb", "wandb.key")  # an API key may be here, where it belongs or by mistake: never quoted
 

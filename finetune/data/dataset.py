@@ -85,7 +85,7 @@ class JsonlFile:
 
     def _chunk_ends(self, file: BufferedReader, index: int) -> list[int]:
         try:
-            line = self._read(file, index)
+            line = read_line(file, self._starts[index], self._ends[index])  # read again, and checked, for training
             # Parsing is slow, and most rows have no tools.
             if b"tools" not in line and b"only_last" not in line:
                 return []

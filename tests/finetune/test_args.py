@@ -350,7 +350,9 @@ def test_steps_of_too_many_tokens_are_refused():
 @pytest.mark.parametrize("key", ["max_steps", "seed", "optim.lr"])
 def test_number_that_yaml_1_1_reads_unlike_its_reader_is_refused(key: str, text: str):
     [problem] = [line.removeprefix("  - ") for line in refused(f"{key}: {text}").splitlines()[1:]]
-    assert problem.startswith(f"`{key}` is '{text}'; expected a ") and "without leading zeros" in problem
+    assert (
+        problem.startswith(f"`{key}` is '{text}'; expected a ") and "plain decimal number, such as 10 or 0.5" in problem
+    )
 
 
 def refused(line: str) -> str:

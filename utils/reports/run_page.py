@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from finetune.monitoring.metrics_logger import metrics_path, read_metrics
 from finetune.redaction import redacted
 from finetune.run_dir import saved_checkpoints
+from finetune.yaml_file import read_yaml
 from model.errors import UserError
 from utils.reports.charts import Figure, Line, Point, line_chart, number_text
 from utils.reports.pages import render_page
@@ -92,10 +91,9 @@ def _read_run(folder: Path, name: str) -> Run:
 def read_settings(path: Path) -> dict[str, str]:
     """Read settings by dotted keys, with secrets hidden; empty if the file is missing or invalid."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError):
+        return dict(_flat(redacted(read_yaml(path))))
+    except UserError:
         return {}
-    return dict(_flat(redacted(settings))) if isinstance(settings, dict) else {}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
