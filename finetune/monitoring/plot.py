@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SMOOTH_FROM = 50  # with more points than this, a smoothed curve is drawn over a thin raw one
 LOG_SCALE_FROM = 50.0  # the loss axis is logarithmic if the ratio of largest to smallest loss is greater than this
+_TOO_LARGE = 1e300  # matplotlib's margins around such a value would overflow
 
 RAW, TRAIN, EVAL, LR, BAD = "#9dbbd8", "#1f5f99", "#d9622b", "#5b6b73", "#b3261e"
 
@@ -117,11 +118,11 @@ def _draw_learning_rate(axes: "Axes", train: list[dict[str, Any]]) -> None:
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps [N] and values [N]; NaN if a value was not finite."""
-    found = [record for record in records if key in record]
+    """Return steps [N] and values [N]; NaN if a value was not finite, or too large to be drawn."""
+    found = [record for record in records if key in record and abs(record["step"]) < _TOO_LARGE]
     steps = np.array([record["step"] for record in found], dtype=float)
     values = np.array([math.nan if record[key] is None else record[key] for record in found], dtype=float)
-    return steps, np.where(np.isfinite(values), values, math.nan)
+    return steps, np.where(np.abs(values) < _TOO_LARGE, values, math.nan)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -214,10 +214,12 @@ def test_values_that_are_not_numbers_are_skipped_and_the_plot_is_drawn(tmp_path)
         "3",
         '"text"',
         '{"step": 7, "loss": 3.0}',
+        '{"step": 8, "lr": 1e308}',
+        f'{{"step": {10**308}, "lr": -1e308}}',
     ]
     (tmp_path / "metrics.train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     records = read_metrics(tmp_path, "train")
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 7]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 7, 8, 10**308]
     assert [record["loss"] for record in records if "loss" in record and record["step"] != 5] == [1.0, 3.0]
     assert records[0]["at"] == "2026" and records[2] == {"step": 3, "lr": None}
     assert draw_loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
