@@ -18,7 +18,10 @@ class RowError(UserError):
 
 class JsonError(RowError):
     kind = "Data load errors"
-    hint = "Each line of a jsonl file is one complete JSON object in UTF-8: no blank lines, no arrays around the rows."
+    hint = (
+        "Each line of a jsonl file is one complete JSON object in UTF-8: no blank lines, no arrays around the rows "
+        "(`python -m utils.reformat_data FILE` converts a JSON list)."
+    )
 
 
 class ConversationFormatError(RowError):

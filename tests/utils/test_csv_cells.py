@@ -2,6 +2,8 @@
 
 import csv
 import io
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -28,6 +30,13 @@ def test_formulas_get_an_apostrophe(cell):
 def test_other_cells_are_unchanged(cell):
     row = next(csv.DictReader(io.StringIO(csv_of((cell, "x")))))
     assert row == {"c0": "" if cell is None else str(cell), "c1": "x"}
+
+
+def test_every_csv_is_written_by_the_one_class():
+    root = Path(__file__).parents[2]
+    files = [*(root / "utils").rglob("*.py"), *(root / "finetune").rglob("*.py")]
+    writing = [file.name for file in files if re.search(r"csv\.(writer|DictWriter)", file.read_text(encoding="utf-8"))]
+    assert writing == ["csv_cells.py"]
 
 
 TEXTS = st.text(st.characters(exclude_characters="\0", codec="utf-8")) | st.text("'=+-@\t＝")
