@@ -69,8 +69,7 @@ def training_loop(run: Run) -> None:
     """
     args, world, state = run.args, run.world, run.state
     step_tokens = args.num_microbatches * args.batch_size * args.seq_len * world.size
-    hidden = None if world.is_master else True  # None: shown on a terminal
-    bar = tqdm(total=args.max_steps, initial=state.step, unit="step", disable=hidden)
+    bar = tqdm(total=args.max_steps, initial=state.step, unit="step", disable=None if world.is_master else True)
     with bar, stop_requests() as stop:
         if state.evaluation_pending:  # before the first step, or because a signal interrupted it before this resume
             finish_step(run, stop)

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from model.errors import UserError
+from model.errors import UserError, first_line, full_memory
 
 from .redaction import redacted
 
@@ -39,7 +39,7 @@ def run_cli(main: Callable[[], object]) -> None:
         print("Interrupted.", file=sys.stderr)
         code = 130
     except BaseException as error:  # also what is not an Exception, such as a panic of a Rust library
-        report = redacted(_full_disk(error) or traceback.format_exc())
+        report = redacted(_no_space(error) or traceback.format_exc())
         print(report, end="", file=sys.stderr)
         report_to_torchrun(report.splitlines()[-1])
         code = 1
@@ -56,10 +56,15 @@ def _escape_what_cannot_be_printed() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _full_disk(error: BaseException) -> str | None:
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return None
-    return f"error: {error.filename or 'A file'} cannot be written: {error.strerror}. Free some space and try again.\n"
+def _no_space(error: BaseException) -> str | None:
+    """Return what to say about a full disk or memory, which is no bug; None for other errors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        file = error.filename or "A file"
+        return f"error: {file} cannot be written: {error.strerror}. Free some space and try again.\n"
+    if full := full_memory(error):
+        memory = "GPU memory" if full == "gpu" else "memory"
+        return f"error: Out of {memory}: {first_line(error).removesuffix('.')}. Use a smaller batch or model.\n"
+    return None
 
 
 def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -1,7 +1,6 @@
 """Checks that fail before anything is loaded: memory, disk, and the connection between processes."""
 
 import dataclasses
-import errno
 import logging
 import shutil
 import socket
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import UserError, first_line
+from model.errors import UserError, first_line, full_memory
 
 from .args import TrainArgs
 from .distributed import World
@@ -23,13 +22,6 @@ from .wrapped_model import BaseModel, shard_count
 logger = logging.getLogger("preflight")
 
 _GIB = 1024**3
-# Parts of messages about memory whose exceptions have no type of their own: of PyTorch's allocators, of mmap, of
-# threads without memory for a stack, of libraries that are imported late.
-_GPU_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_HOST_IS_FULL = (
-    *("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "can't start new thread"),
-    "failed to map segment from shared object",
-)
 
 
 def resolve_checkpoint(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> TrainArgs:
@@ -152,11 +144,10 @@ def check_memory(device: torch.device, needed: float) -> None:
 
 def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str | None:
     """Return the settings to change after a GPU or the host ran out of memory; None for any other error."""
-    if isinstance(error, UserError):
+    full = full_memory(error)
+    if full is None:
         return None
-    on_gpu = isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in _GPU_IS_FULL)
-    if not on_gpu and not _is_host_memory_error(error):
-        return None
+    on_gpu = full == "gpu"
     advice = [
         *([] if args.checkpoint is True else ["`checkpoint: true`"]),
         *([f"a smaller `batch_size` (now {args.batch_size})"] if args.batch_size > 1 else []),
@@ -167,9 +158,3 @@ def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str | 
     ]
     what = f"The GPU of process {rank} is out of memory" if on_gpu else f"Process {rank} is out of memory"
     return f"{what}: {first_line(error).removesuffix('.')}. Use " + ", ".join(advice) + "."
-
-
-def _is_host_memory_error(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or any(part in str(error) for part in _HOST_IS_FULL)

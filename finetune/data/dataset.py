@@ -98,14 +98,16 @@ class JsonlFile:
         """Open the file for `encode`.
 
         Raises:
-            UserError: it cannot be opened any more.
+            UserError: it cannot be opened or read any more.
         """
         try:
-            file = self.path.open("rb")
+            with self.path.open("rb") as file:
+                yield file
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read any more: {error.strerror}.") from error
-        with file:
-            yield file
+            raise UserError(
+                f"{self.path} cannot be read any more: {error.strerror}. Restore it and start again; data files must "
+                "stay in place while they are in use."
+            ) from error
 
     def _read(self, file: BufferedReader, index: int) -> bytes:
         line = read_line(file, self._starts[index], self._ends[index])

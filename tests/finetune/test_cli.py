@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.cli import run_cli
 from model.errors import UserError
@@ -97,9 +98,17 @@ def outcome(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[i
             OSError(errno.EDQUOT, "Disk quota exceeded"),
             "error: A file cannot be written: Disk quota exceeded. Free some space and try again.\n",
         ),
+        (
+            MemoryError("Unable to allocate 8.00 GiB."),
+            "error: Out of memory: Unable to allocate 8.00 GiB. Use a smaller batch or model.\n",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+            "error: Out of GPU memory: CUDA out of memory. Use a smaller batch or model.\n",
+        ),
     ],
 )
-def test_a_mistake_or_a_full_disk_is_one_message(error, message, capsys):
+def test_a_mistake_or_a_lack_of_space_is_one_message(error, message, capsys):
     assert outcome(error, capsys) == (1, message)
 
 

@@ -1,5 +1,6 @@
 """jsonl files -> batches: equal to mistral-finetune's, in its order, resumable anywhere; bad data is an error."""
 
+import errno
 import functools
 import io
 import itertools
@@ -712,6 +713,20 @@ def test_file_that_is_touched_or_copied_is_the_same(tmp_path: Path, tiny: Instru
             os.replace(shutil.copyfile(path, tmp_path / "copy.jsonl"), path)
         found.append(next(sequences).x.tolist())
     assert found == expected
+
+
+def test_read_error_is_one_message(tmp_path: Path, tiny: InstructTokenizerBase, monkeypatch: pytest.MonkeyPatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")  # of a file removed on another machine
+
+    path, stream = small_stream(tmp_path, tiny)
+    sequences = iter(stream)
+    next(sequences)
+    monkeypatch.setattr("finetune.data.dataset.read_line", stale)
+    with pytest.raises(
+        UserError, match=rf"{path} cannot be read any more: Stale file handle\. Restore it and start again"
+    ):
+        list(itertools.islice(sequences, 50))
 
 
 def test_file_that_is_removed_is_one_message(tmp_path: Path, tiny: InstructTokenizerBase):
