@@ -7,6 +7,7 @@ transformers channels (j, j + Dh/2). Shapes: Dh head width, E experts, D model w
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from .weights import (
     require_same_weights,
     weight_files,
 )
+
+logger = logging.getLogger("weights")
 
 HF_STEM = "model"  # file names: model.safetensors or model-00001-of-0000N.safetensors
 INDEX_NAME = "model.safetensors.index.json"  # maps tensors to shards; written only, shard headers suffice for reading
@@ -206,6 +209,7 @@ def open_model_weights(path: Path) -> WeightsReader:
         sets.append(_hf_weights(path, {name: at for file in bins for name, at in open_weights(file).locations.items()}))
     for other in sets[1:]:
         require_same_weights(path, sets[0], other)
+        logger.info("%s has the same weights in %s and %s; the former are read.", path, sets[0].files, other.files)
     return sets[0]
 
 

@@ -164,8 +164,11 @@ def both_layouts(request, tmp_path) -> Path:
     return folder
 
 
-def test_the_same_weights_in_both_layouts_are_read_from_mistrals(both_layouts):
+def test_the_same_weights_in_both_layouts_are_read_from_mistrals(both_layouts, caplog):
+    caplog.set_level("INFO", "weights")
     assert open_model_weights(both_layouts).source == both_layouts / "consolidated.safetensors"
+    (said,) = caplog.messages
+    assert "has the same weights in consolidated.safetensors and model" in said
     (both_layouts / "model.safetensors").unlink()
     (both_layouts / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
