@@ -606,6 +606,16 @@ def test_a_report_lists_the_first_lines_and_counts_the_rest():
     )
 
 
+def test_reasons_beyond_a_hundred_are_counted_together():
+    report = LineReport()
+    for line in range(1, 151):
+        report.add(line, f"reason {line}")
+    report.add(151, "reason 1", times=3)
+    assert report.count == 151 and len(str(report).splitlines()) == 101
+    assert "  other reasons: lines 101, 102, " in str(report) and "and 30 more (line 101: reason 101)" in str(report)
+    assert "  reason 1: lines 1, 151 (4 in total)" in str(report)
+
+
 @pytest.mark.parametrize(
     ("tool", "fixture"), [(reformat_data, "reformat_data.jsonl"), (reformat_data_glaive, "glaive.jsonl")]
 )

@@ -248,6 +248,20 @@ def test_removed_messages_are_counted(convert):
     assert warnings == ["messages after the last answer removed"] * 2
 
 
+def test_other_keys_of_a_turn_are_kept(convert):
+    turns = [{"from": "human", "value": "q", "lang": "fr"}, {"role": "gpt", "from": "Bob", "value": "a"}]
+    expected = {"messages": [USER | {"lang": "fr"}, ASSISTANT | {"from": "Bob"}]}
+    assert convert({"conversations": turns})[0] == expected
+
+
+def test_calls_that_are_given_twice_are_not_lost(convert):
+    call = {"name": "f", "arguments": "{}"}
+    turn = {"role": "tool_call", "content": None, "tool_calls": [{"function": call}]}
+    assert brief(convert({"messages": [USER, turn]})[0])[1] == ("assistant", ("f", "{}"))
+    turn |= {"content": CALL}
+    assert reformat_row({"messages": [USER, turn]}, call_ids(0), [].append)["messages"][1]["content"] == CALL
+
+
 def test_harmless_nulls_mean_nothing(convert):
     message = ASSISTANT | {"tool_calls": None, "function_call": None, "refusal": None, "weight": None}
     assert convert({"messages": [USER, message]})[0] == {"messages": [USER, ASSISTANT]}

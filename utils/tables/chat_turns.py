@@ -64,7 +64,7 @@ def messages_of(turn: Any, has_tags: bool, warn: Warn) -> list[Row]:
     if "from" in turn and not text_keys and not _calls(turn):
         raise SkippedRowError("a turn of `conversations` without a `value`")
     text = turn[text_keys[0]] if text_keys else None
-    replaced = ("role", "from", *_TEXT_KEYS, *_WEIGHT_KEYS, *_CALL_KEYS)
+    replaced = ("role" if "role" in turn else "from", *_TEXT_KEYS, *_WEIGHT_KEYS, *_CALL_KEYS)
     message = {"role": role, **_weight(turn, role, warn)}
     message |= {key: value for key, value in turn.items() if key not in replaced and value is not None}
     calls = _calls(turn)
@@ -73,7 +73,7 @@ def messages_of(turn: Any, has_tags: bool, warn: Warn) -> list[Row]:
     if role == "tool":
         texts = _tagged_answers(_answer_text(text)) if has_tags else [_answer_text(text)]
         return [message | ({} if text is None else {"content": text}) for text in texts]
-    if speaker.endswith("call"):
+    if speaker.endswith("call") and not calls:
         calls, text = _called(text), None
     elif has_tags and role == "assistant" and isinstance(text, str) and not calls:
         text, calls = _tagged_calls(text)
