@@ -100,6 +100,12 @@ def test_parallel_calls_and_answers_in_one_turn_are_separated(convert):
     assert brief(row)[3] == ("tool", "deux")
 
 
+@pytest.mark.parametrize("text", [f"{CALL}\n{CALL}", f"[{CALL}, {CALL}]", f"[{CALL}] [{CALL}]"])
+def test_several_calls_in_one_text(text, convert):
+    row, _ = convert(share_gpt(("human", "q"), ("function_call", text)))
+    assert brief(row)[1] == ("assistant", *[("get_code", '{"label": "fièvre"}')] * 2)
+
+
 def test_text_before_a_hermes_call_is_kept(convert):
     turns = [("human", "q"), ("gpt", f"Je cherche. <tool_call>{CALL}</tool_call>")]
     warnings = []
@@ -292,6 +298,7 @@ def test_harmless_nulls_mean_nothing(convert):
         ({"messages": [USER | {"tool_calls": [{"function": {"name": "f"}}]}, ASSISTANT]}, "a tool call in a message"),
         ({"messages": [{"role": "user", "content": 5}, ASSISTANT]}, "training would refuse it: The content of"),
         ({"messages": [ASSISTANT, {"role": "system", "content": "s"}, ASSISTANT]}, "training would refuse it: Unexp"),
+        ({"messages": [ASSISTANT, ASSISTANT], "tools": [FUNCTION]}, "tools, but no user message to carry them"),
         (USER, "a single message, not a row with a list of messages"),
     ],
 )

@@ -220,6 +220,8 @@ def _require_trainable(row: Row) -> None:
         weights = [getattr(message, "weight", None) for message in conversation.messages]
         if not all(weight is None or 0 <= weight <= 1 for weight in weights):
             raise SkippedRowError("the `weight` of a message is not a number from 0 to 1")
+        if conversation.tools and not any(message.role == "user" for message in conversation.messages):
+            raise SkippedRowError("tools, but no user message to carry them")
         # Its own check of weights refuses what training accepts: numbers between 0 and 1.
         messages = [message.model_copy(update={"weight": None}) for message in conversation.messages]
         _validator().validate_messages(messages)

@@ -1,11 +1,11 @@
 """Read jsonl files row by row, write files atomically, and report skipped rows."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def read_journal(path: Path) -> dict[str, Row]:
     return rows
 
 
-@contextmanager
+@contextlib.contextmanager
 def file_errors() -> Iterator[None]:
     """Turn errors of the operating system (no permission, disk full) into UserErrors."""
     try:
@@ -179,8 +179,8 @@ def require_own_names(outputs: Iterable[Path | None], inputs: Iterable[Path | No
 
 def _identity(path: Path) -> tuple[int, int] | Path:
     """Return what all names of a file have in common; hard links and other upper and lower case included."""
-    try:
+    with contextlib.suppress(OSError):
         status = path.stat()
-    except OSError:
-        return path.resolve()
-    return status.st_dev, status.st_ino
+        if status.st_ino:  # some network file systems have none
+            return status.st_dev, status.st_ino
+    return path.resolve()

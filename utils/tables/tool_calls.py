@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.exceptions import RowError
@@ -39,22 +38,29 @@ def parse_tools(value: Any, key: str) -> list[Row]:
         SkippedRowError: it is none of these, or a tool cannot be converted.
     """
     if isinstance(value, str):
-        values = list(_json_values(value, key))
-        value = [tool for item in values for tool in (item if isinstance(item, list) else [item]) if tool]
+        try:
+            value = [tool for tool in _json_values(value) if tool]
+        except (ValueError, RecursionError) as error:
+            raise SkippedRowError(f"`{key}` is not JSON", str(error)) from error
     if not isinstance(value, list):
         raise SkippedRowError(f"`{key}` is not a list")
     return [as_tool(tool) for tool in value]
 
 
-def _json_values(text: str, key: str) -> Iterator[Any]:
+def _json_values(text: str) -> list[Any]:
+    """Parse JSON texts one after the other; the items of a list count as values.
+
+    Raises:
+        ValueError, RecursionError: the text is something else.
+    """
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    values: list[Any] = []
     rest = text.strip()
     while rest:
-        try:
-            value, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError) as error:
-            raise SkippedRowError(f"`{key}` is not JSON", str(error)) from error
-        yield value
+        value, end = decoder.raw_decode(rest)
+        values += value if isinstance(value, list) else [value]
         rest = rest[end:].lstrip()
+    return values
 
 
 def as_tool(tool: Any) -> Row:
@@ -105,12 +111,12 @@ def _json_object(value: Any) -> Row:
 
 
 def parse_calls(text: str) -> list[Row]:
-    """Parse the text of one or several calls: JSON, JSON with arguments in single quotes, or a Python literal.
+    """Parse the text of one or several calls: JSON texts, JSON with arguments in single quotes, or a Python literal.
 
     Raises:
         SkippedRowError: it is none of these, or a call cannot be converted.
     """
-    for parse in (parse_json, _unquoted, ast.literal_eval):
+    for parse in (_json_values, _unquoted, ast.literal_eval):
         try:
             calls = parse(text)
         except _PARSE_ERRORS:
