@@ -80,8 +80,19 @@ class GenerationArgs(Settings):
 class EarlyStoppingArgs(Settings):
     """When to stop early, and the metric that `patience` and `keep_best` compare."""
 
-    # metric to compare. `eval_loss`: lower is better; `micro_f1`, `exact_match`: scores of `eval_generation`
-    metric: Literal["eval_loss", "micro_f1", "exact_match"] = "eval_loss"
+    # metric to compare. `eval_loss`: lower is better; the others: scores of `eval_generation`. `micro_f1` and
+    # `exact_match` ignore the roles of codes, the rest does not
+    metric: Literal[
+        "eval_loss",
+        "micro_f1",
+        "exact_match",
+        "dp_accuracy",
+        "dp_category_accuracy",
+        "role_micro_f1",
+        "role_exact_match",
+        "dr_f1",
+        "das_f1",
+    ] = "eval_loss"
     patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0: never
 
 

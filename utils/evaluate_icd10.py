@@ -1,17 +1,22 @@
 """Score predicted codes against gold codes.
 
-`python -m utils.evaluate_icd10 --gold G.jsonl (--predictions P.jsonl | --run RUN_DIR) --json OUT.json`
+`python -m utils.evaluate_icd10 --gold G (--predictions P | --run RUN_DIR) --json OUT.json`
+
+Gold and predictions are jsonl or tables (csv, tsv, parquet). Rows of jsonl: `id`, and `messages` whose last one, the
+assistant's, contains the codes, or `answer`, or `codes` as `"I10"` or `{"role": "DAS", "code": "I10"}`; `codes`, which
+a person may have edited, take precedence over `answer`. Tables: a row per code, with the columns `id`, `role` and
+`code`, as `utils.predict_icd10` and hospital exports have them. Rows of jsonl without id are identified by their line
+number, from 1; predictions may count from 0. A stay without a prediction counts as no codes.
 
 Options: `--cim10 TABLE` counts invalid and forbidden codes, `--train TRAIN.jsonl` groups the scores by frequency in the
-training data, `--html F` writes a page with charts, `--csv F` a line per note.
-
-Gold rows are instruct rows: `id`, and `messages` whose last one, the assistant's, contains the codes. Prediction rows
-are `{"id", "answer"}` or `{"id", "codes"}`, with codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. Rows without id
-are identified by their line number, from 1; predictions may count from 0. A missing prediction counts as no codes.
+training data, `--html F` writes a page with charts, `--csv F` a line per stay. Scores and keys of the JSON file:
+docs/evaluation.md.
 """
 
 import argparse
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,53 +24,140 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.cli import run_cli
+from model.errors import UserError
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
+from utils.icd10.headline import headline, headline_ratios, labels, patient_index, resample
 from utils.icd10.metrics import evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, describe_origin, read_gold, read_predictions
-from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, warnings
+from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, uncertainty, warnings
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
+from utils.tables.read_table import add_encoding_option
 from utils.tables.rows_by_id import match_ids
 
 MAX_ERRORS = 15  # codes listed among the most often missed and added
+STAY_FACTS = ("specialty", "year", "documents", "words")
+UNKNOWN = "unknown"
+
+_WORD_BANDS = (250, 500, 1000, 2000)
+_EXAMPLES = 3  # ids that a message quotes
 
 
 def evaluate(
-    gold: Mapping[str, Sequence[Diagnosis]],
+    gold: Mapping[str, Prediction],
     predictions: Mapping[str, Prediction],
     table: Cim10Table | None = None,
     training: Sequence[Sequence[Diagnosis]] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return `exact` and `category` of `evaluate_codings`, `rates` of `rule_rates`, `counts` and `errors`.
+    """Return the scores of predictions; docs/evaluation.md documents the keys.
 
     Args:
-        gold: diagnoses by note id.
-        predictions: predictions by note id; a missing one counts as no codes, an unknown id is ignored.
+        gold: diagnoses by stay; their patients, if known, are what the bootstrap draws.
+        predictions: predictions by stay; a missing one counts as no codes, an unknown id is ignored.
         table: needed for `rates` (empty without it) and the labels of `errors`.
-        training: diagnoses of the training notes, for the frequency bands; None for the frequencies in gold.
+        training: diagnoses of the training stays, for the frequency bands; None for the frequencies in gold.
         seed: seed of the bootstrap.
     """
-    given = [predictions.get(note_id, Prediction([])) for note_id in gold]
+    given = [predictions.get(stay, Prediction([])) for stay in gold]
+    expected = [stay.diagnoses for stay in gold.values()]
     codings = [prediction.diagnoses for prediction in given]
-    missing = [note_id for note_id in gold if note_id not in predictions]
+    patients = [stay.facts.get("patient") for stay in gold.values()]
+    weights = resample(len(gold), seed=seed, patient=patient_index(patients))
     return {
-        "counts": {
-            "notes": len(gold),
-            "training_notes": None if training is None else len(training),
-            "missing_predictions": len(missing),
-            "answers_without_code": sum(not coding for coding in codings) - len(missing),
-            "codes_without_role": sum(item.role is None for coding in codings for item in coding),
-            "repeated_codes": sum(prediction.repeated for prediction in given),
-            "unexpected_predictions": sum(note_id not in gold for note_id in predictions),
-            "missing_ids": missing,
-            "unexpected_ids": [note_id for note_id in predictions if note_id not in gold],
-        },
-        **evaluate_codings(list(gold.values()), codings, training, seed=seed),
+        "counts": _counts(gold, predictions, given, training),
+        "headline": headline(expected, codings, weights),
+        **evaluate_codings(expected, codings, training, seed=seed, patients=patients),
+        "by_stay": _by_stay(gold, codings, weights),
         "rates": rule_rates(codings, table) if table else {},
-        "errors": _most_frequent_errors(list(gold.values()), codings, table),
+        "errors": _most_frequent_errors(expected, codings, table),
+        "per_stay": _per_stay(gold, predictions),
+    }
+
+
+def _counts(
+    gold: Mapping[str, Prediction],
+    predictions: Mapping[str, Prediction],
+    given: Sequence[Prediction],
+    training: Sequence[Sequence[Diagnosis]] | None,
+) -> dict[str, Any]:
+    missing = [stay for stay in gold if stay not in predictions]
+    known = [stay.facts["patient"] for stay in gold.values() if "patient" in stay.facts]
+    return {
+        "notes": len(gold),
+        "patients": len(set(known)) if known else None,
+        "notes_without_patient": len(gold) - len(known),
+        "training_notes": None if training is None else len(training),
+        "gold_codes_without_role": sum(item.role is None for stay in gold.values() for item in stay.diagnoses),
+        "missing_predictions": len(missing),
+        "answers_without_code": sum(not prediction.diagnoses for prediction in given) - len(missing),
+        "edited_predictions": sum(prediction.edited for prediction in given),
+        "codes_without_role": sum(item.role is None for prediction in given for item in prediction.diagnoses),
+        "repeated_codes": sum(prediction.repeated for prediction in given),
+        "unexpected_predictions": sum(stay not in gold for stay in predictions),
+        "missing_ids": missing,
+        "unexpected_ids": [stay for stay in predictions if stay not in gold],
+    }
+
+
+def _by_stay(
+    gold: Mapping[str, Prediction], codings: Sequence[Sequence[Diagnosis]], weights: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Return the headline of each group of stays, by each fact that gold has, with the number of `notes`."""
+    tables: dict[str, dict[str, Any]] = {}
+    for fact in STAY_FACTS:
+        groups: dict[str, list[int]] = {}
+        for index, stay in enumerate(gold.values()):
+            groups.setdefault(_group(fact, stay.facts.get(fact)), []).append(index)
+        if groups.keys() == {UNKNOWN}:
+            continue
+        stays = list(gold.values())
+        tables[fact] = {
+            name: {
+                "notes": len(chosen),
+                **headline(
+                    [stays[index].diagnoses for index in chosen],
+                    [codings[index] for index in chosen],
+                    weights[:, chosen],
+                ),
+            }
+            for name, chosen in sorted(groups.items(), key=lambda item: _natural_key(item[0]))
+        }
+    return tables
+
+
+def _group(fact: str, value: str | None) -> str:
+    if value is None:
+        return UNKNOWN
+    if fact != "words":
+        return value
+    end = next((end for end in _WORD_BANDS if int(value) <= end), None)
+    return f"up to {end}" if end else f"more than {_WORD_BANDS[-1]}"
+
+
+def _natural_key(name: str) -> tuple[bool, bool, int, str]:
+    """Sort by the number in a name, if any; UNKNOWN is last."""
+    digits = "".join(filter(str.isdecimal, name))
+    return name == UNKNOWN, name.startswith("more"), int(digits or 0), name
+
+
+def _per_stay(gold: Mapping[str, Prediction], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+    """Return what a paired comparison needs: sums of each stay in the order of the ids, without ids and codes."""
+    stays = sorted(gold)
+    content = json.dumps([(stay, sorted(labels(gold[stay].diagnoses))) for stay in stays])
+    ratios = headline_ratios(
+        [gold[stay].diagnoses for stay in stays],
+        [predictions[stay].diagnoses if stay in predictions else [] for stay in stays],
+    )
+    patients = [gold[stay].facts.get("patient") for stay in stays]
+    return {
+        "gold_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "patient": patient_index(patients).tolist() if any(patients) else None,
+        "scores": {name: [part.tolist() for part in ratio] for name, ratio in ratios.items()},
     }
 
 
@@ -92,22 +184,29 @@ def _differences(gold: Sequence[Diagnosis], predicted: Sequence[Diagnosis]) -> t
     return [code for code in expected if code not in given], [code for code in given if code not in expected]
 
 
-def note_rows(
-    gold: Mapping[str, Sequence[Diagnosis]], predictions: Mapping[str, Prediction]
-) -> Iterator[dict[str, Any]]:
+def note_rows(gold: Mapping[str, Prediction], predictions: Mapping[str, Prediction]) -> Iterator[dict[str, Any]]:
     """Yield the codes and scores of each gold note, without its text."""
-    for note_id, expected in gold.items():
+    for note_id, stay in gold.items():
+        expected = stay.diagnoses
         given = predictions[note_id].diagnoses if note_id in predictions else []
         missed, added = _differences(expected, given)
         codes, found = {item.code for item in expected}, {item.code for item in given}
         precision, recall, f1 = _note_scores(codes, found)
         _, _, f1_category = _note_scores({category(code) for code in codes}, {category(code) for code in found})
+        ratios = headline_ratios([expected], [given])
+        in_roles = {name: None if ratio.score is None else round(ratio.score, 4) for name, ratio in ratios.items()}
         yield {
             "id": note_id,
             "gold": _with_roles(expected),
             "predicted": _with_roles(given),
             "missed": " ".join(missed),
             "added": " ".join(added),
+            "dp_correct": in_roles["dp_accuracy"],
+            "dp_category_correct": in_roles["dp_category_accuracy"],
+            "role_f1": in_roles["role_micro_f1"],
+            "dr_f1": in_roles["dr_f1"],
+            "das_f1": in_roles["das_f1"],
+            "role_exact_match": in_roles["role_exact_match"],
             "precision": precision,
             "recall": recall,
             "f1": f1,
@@ -129,9 +228,10 @@ def _note_scores(gold: set[str], predicted: set[str]) -> tuple[float, ...]:
 
 def summarize(result: Mapping[str, Any]) -> str:
     """Return a table of the main scores, and the warnings."""
-    rows = [("95 % intervals in brackets", *LEVEL_NAMES.values()), *score_rows(result)]
+    rows = [("", *LEVEL_NAMES.values()), *score_rows(result)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines.insert(0, uncertainty(result))
     return "\n".join([*lines, *warnings(result)])
 
 
@@ -146,9 +246,9 @@ def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gold", type=Path, required=True, metavar="FILE", help="instruct rows (jsonl)")
+    parser.add_argument("--gold", type=Path, required=True, metavar="FILE", help="instruct rows or codes (jsonl, csv)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--predictions", type=Path, metavar="FILE", help="answers or codes (jsonl)")
+    source.add_argument("--predictions", type=Path, metavar="FILE", help="answers or codes (jsonl, csv)")
     source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run; its latest checkpoint answers --gold first")
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="write all scores to this file")
     parser.add_argument("--html", type=Path, metavar="F", help="write a page with charts")
@@ -156,24 +256,46 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table; count invalid and forbidden codes")
     parser.add_argument("--train", type=Path, metavar="FILE", help="training rows (jsonl), to score by code frequency")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument("--ignore_extra", action="store_true", help="leave out predictions of stays that gold lacks")
+    add_encoding_option(parser)
     return parser.parse_args()
+
+
+def require_same_ids(gold: Mapping[str, Any], predictions: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError if both gold and predictions have ids that the other lacks: the same stay may have two names."""
+    unknown = [stay for stay in predictions if stay not in gold]
+    missing = [stay for stay in gold if stay not in predictions]
+    if unknown and missing:
+        shown, others = (", ".join(map(repr, ids[:_EXAMPLES])) for ids in (unknown, missing))
+        raise UserError(
+            f"{path}: {len(unknown):,} of {len(predictions):,} predictions have an id that gold does not have, such as "
+            f"{shown}, and {len(missing):,} gold stays have no prediction, such as {others}. Ids are compared as text: "
+            "give both files the same ones, or --ignore_extra if these predictions are of other stays."
+        )
+
+
+def _json_text(result: Mapping[str, Any]) -> str:
+    """Return the result as JSON, with lists of whole numbers in one line."""
+    text = json.dumps(result, ensure_ascii=False, indent=2)
+    return re.sub(r"\[\s+(?:\d+,\s+)*\d+\s+\]", lambda found: re.sub(r"\s+", "", found[0]), text) + "\n"
 
 
 def main() -> None:
     args = _arguments()
-    outputs = (args.json, args.html, args.csv)
-    require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train))
     if args.run:
         from utils.models.predictor import predict_in_run_dir  # imports torch
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
-        require_own_names(outputs, [args.predictions])
+    outputs = [path for path in (args.json, args.html, args.csv) if path]
+    require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
-    training = list(read_gold(args.train).values()) if args.train else None
-    gold = read_gold(args.gold)
-    predictions = match_ids(gold, read_predictions(args.predictions))
+    training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None
+    gold = read_gold(args.gold, args.encoding)
+    predictions = match_ids(gold, read_predictions(args.predictions, args.encoding))
+    if not args.ignore_extra:
+        require_same_ids(gold, predictions, args.predictions)
     result = evaluate(gold, predictions, table, training, args.seed)
-    contents = {args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"}
+    contents = {args.json: _json_text(result)}
     if args.html:
         about = {"Predictions": args.predictions.name, "Gold": args.gold.name, **describe_origin(args.predictions)}
         contents[args.html] = html_page(result, about | {"Evaluated": f"{datetime.now():%Y-%m-%d %H:%M}"})

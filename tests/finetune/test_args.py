@@ -452,7 +452,7 @@ INVALID = [
     ({"base_dtype": "int4"}, "`base_dtype` is 'int4'; expected same, nf4, nf4-dq or fp8 ("),
     (
         {"early_stopping": {"metric": "f1"}},
-        "`early_stopping.metric` is 'f1'; expected eval_loss, micro_f1 or exact_match",
+        "`early_stopping.metric` is 'f1'; expected eval_loss, micro_f1, exact_match, dp_accuracy, ",
     ),
     ({"early_stopping": {"patience": -1}}, "`early_stopping.patience` is -1; expected a whole number of at least 0 ("),
     ({"eval_generation": {"file": "nope"}}, "`eval_generation.file`: nope does not exist (or is not a file)."),

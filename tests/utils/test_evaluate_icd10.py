@@ -74,6 +74,158 @@ def test_scores_and_keys_of_the_json_file(jsonl, evaluate):
     assert re.search(r"micro precision +0\.500 \[.*\] +0\.750 \[", output)
 
 
+def test_headline_comes_first_and_says_over_what_it_is_resampled(jsonl, evaluate, tmp_path):
+    """Every DP is wrong: exchanged with a DAS or the DR."""
+    rows = [("a", "DP:I5010 DAS:I10 DAS:I489", "p1"), ("b", "DP:J181 DAS:E1198", "p1"), ("c", "DP:Z511 DR:C509", "p2")]
+    swapped = {"a": "DP:I10 DAS:I5010 DAS:I489", "b": "DP:E1198 DAS:J181", "c": "DP:C509 DR:Z511"}
+
+    def codes(text):
+        return [dict(zip(("role", "code"), item.split(":"))) for item in text.split()]
+
+    gold = jsonl("g.jsonl", [{"id": stay, "codes": codes(text), "patient": patient} for stay, text, patient in rows])
+    given = jsonl("p.jsonl", [{"id": stay, "codes": codes(text)} for stay, text in swapped.items()])
+    _, output, result = evaluate(gold, given, "--csv", tmp_path / "notes.csv", "--html", tmp_path / "r.html")
+    scores = {name: found["score"] for name, found in result["headline"].items()}
+    assert scores == pytest.approx({
+        "dp_accuracy": 0, "dp_category_accuracy": 0, "role_micro_f1": 1 / 7, "role_exact_match": 0, "dr_f1": 0,
+        "das_f1": 1 / 3, "micro_f1": 1, "exact_match": 1,
+    })  # fmt: skip
+    assert result["exact"]["role_aware"]["micro"]["f1"] == pytest.approx(1 / 7)
+    lines = output.splitlines()
+    assert lines[0] == "95 % intervals in brackets, bootstrap over the 2 patients of 3 stays"
+    for name, value in (("DP accuracy", "0.000"), ("role-aware micro F1", "0.143"), ("role-aware exact match", "0.000"),
+                        ("DR micro F1", "0.000"), ("DAS micro F1", "0.333"), ("micro F1", "1.000")):  # fmt: skip
+        assert any(line.startswith(f"{name} ") and f" {value} [" in line for line in lines), name
+    assert next(n for n, line in enumerate(lines) if "DP acc" in line) < lines.index("roles ignored:")
+    with (tmp_path / "notes.csv").open(encoding="utf-8", newline="") as file:
+        first = next(csv.DictReader(file))
+    assert (float(first["dp_correct"]), float(first["role_exact_match"]), float(first["exact_match"])) == (0, 0, 1)
+    assert float(first["role_f1"]) == pytest.approx(1 / 3, abs=1e-4) and first["dr_f1"] == ""
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "role-aware exact match" in page and "bootstrap over the 2 patients" in page and "DP accuracy" in page
+
+
+def test_gold_without_roles_has_no_role_aware_scores(jsonl, evaluate):
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": ["I10"]}])
+    _, output, result = evaluate(gold, jsonl("p.jsonl", [{"id": "a", "answer": "DP : I10"}]))
+    assert result["headline"]["dp_accuracy"] == {"score": None, "interval": None}
+    assert result["headline"]["micro_f1"]["score"] == 1
+    assert "role-aware" not in output and "gold codes without a role: 1" in output
+
+
+# ---- csv, edited codes, ids
+
+
+def write_csv(path, text, encoding="utf-8"):
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def test_tables_of_codes_are_gold_and_predictions(evaluate, tmp_path):
+    """The csv of predict_icd10, and one of coders with a hospital's columns; ids stay text."""
+    gold = write_csv(
+        tmp_path / "gold.csv",
+        "visit_occurence_id;condition_status_source_value;concept_code\n"
+        "001;DP;I50.10\n001;DAS;i10\n002;DP;J181\n003;DP;Z511\n003;DR;C509\n",
+    )
+    predictions = write_csv(
+        tmp_path / "p.csv", 'id,role,code,label\n001,DP,I5010,x\n001,DAS,I10,"HTA, x"\n003,DP,E11X,x\n003,,C509,x\n'
+    )
+    code, output, result = evaluate(gold, predictions)
+    assert code == 0, output
+    exact = result["exact"]
+    assert (exact["gold"], exact["predicted"], exact["correct"]) == (5, 4, 3)
+    assert result["headline"]["dp_accuracy"]["score"] == pytest.approx(1 / 3)
+    assert result["counts"]["missing_ids"] == ["002"] and "without a prediction: 002" in output
+    assert result["counts"]["codes_without_role"] == 1
+    assert evaluate(gold, gold)[2]["headline"]["role_exact_match"]["score"] == 1
+
+
+def test_a_table_may_contain_answers_and_stays_without_codes(jsonl, evaluate, tmp_path):
+    gold = jsonl("g.jsonl", [{"id": stay, "codes": ["I10"]} for stay in "ab"])
+    answers = write_csv(tmp_path / "a.csv", 'id,answer\na,"DP : I10, DAS : E11X"\nb,\n')
+    counts = evaluate(gold, answers)[2]["counts"]
+    assert (counts["missing_predictions"], counts["answers_without_code"]) == (0, 1)
+    codes = write_csv(tmp_path / "c.csv", "id,role,code\na,DP,I10\nb,,\n")
+    counts = evaluate(gold, codes)[2]["counts"]
+    assert (counts["missing_predictions"], counts["answers_without_code"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stay_number,role,code\na,DP,I10\n", "line 2: no column id or visit_occurence_id"),
+        ("id,role\na,DP\n", "line 2: no column code or concept_code (found: id, role)"),
+        ("id,role,code\na,chief,I10\n", "line 2: a code that is neither"),
+        ("id,answer\na,I10\na,I10\n", "line 3: duplicate id 'a'"),
+        ("id,role,code\n", "p.csv is empty"),
+    ],
+)
+def test_invalid_tables_are_reported(jsonl, evaluate, tmp_path, text, expected):
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": ["I10"]}])
+    code, message, _ = evaluate(gold, write_csv(tmp_path / "p.csv", text))
+    assert code == 1 and expected in message, message
+
+
+def test_edited_codes_take_precedence_over_the_answer(jsonl, evaluate):
+    gold = jsonl("g.jsonl", [{"id": stay, "codes": [{"role": "DP", "code": "I10"}]} for stay in "abc"])
+    wrong = "diagnostic principal : Douleur (R074)"
+    rows = [
+        {"id": "a", "answer": wrong, "codes": [{"role": "DP", "code": "I10", "label": "HTA"}]},
+        {"id": "b", "answer": wrong, "codes": []},
+        {"id": "c", "answer": wrong + ", Douleur (R074)", "codes": [{"role": "DP", "code": "R074"}]},
+    ]
+    _, output, result = evaluate(gold, jsonl("p.jsonl", rows))
+    assert result["exact"]["correct"] == 1 and result["exact"]["predicted"] == 2
+    assert result["counts"]["edited_predictions"] == 2 and result["counts"]["repeated_codes"] == 1
+    assert "predictions whose codes differ from their answer (the codes are scored): 2" in output
+
+
+@pytest.mark.parametrize("kind", ["answer", "codes"])
+def test_malformed_codes_count_as_predicted(jsonl, evaluate, kind):
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": ["I10", "E119"]}])
+    given = ["I10", "E119", "E11X", "U071A", "M6281000", "I1O", "E1", "S72001A", "ABC"]
+    answer = "diagnostic associé : " + ", ".join(f"Diagnostic ({code})" for code in given)
+    row = {"id": "a", "answer": answer} if kind == "answer" else {"id": "a", "codes": given}
+    exact = evaluate(gold, jsonl("p.jsonl", [row]))[2]["exact"]
+    assert exact["micro"]["precision"] == pytest.approx(2 / 9) and exact["micro"]["recall"] == 1
+
+
+def test_ids_are_compared_as_text(jsonl, evaluate):
+    gold = jsonl("g.jsonl", [{"id": stay, "codes": ["I10"]} for stay in ("000121", "000122", "123")])
+    numbers = [{"id": stay, "codes": ["I10"]} for stay in (121, 122, 123)]
+    code, message, _ = evaluate(gold, jsonl("p.jsonl", numbers))
+    assert code == 1
+    assert "2 of 3 predictions have an id that gold does not have, such as '121', '122'" in message
+    assert "no prediction, such as '000121', '000122'" in message and "--ignore_extra" in message
+    assert evaluate(gold, jsonl("p.jsonl", numbers[2:]))[2]["counts"]["missing_predictions"] == 2
+    more = [{"id": stay, "codes": ["I10"]} for stay in ("000121", "000122", "123", "124")]
+    assert evaluate(gold, jsonl("p.jsonl", more))[2]["counts"]["unexpected_ids"] == ["124"]
+
+
+def test_scores_by_group_of_stays(jsonl, evaluate, tmp_path):
+    rows = [
+        {**instruct_row("mot " * words, answer_of(("DP", "I10")), str(number)), "unit": unit, "discharge": date}
+        for number, (words, unit, date) in enumerate(
+            [(300, "cardiology", "2024-03-01"), (3000, "cardiology", "31/12/2023"), (20, "surgery", ""), (20, None, "")]
+        )
+    ]
+    predictions = [
+        {"id": number, "codes": [{"role": "DP", "code": "I10" if number else "E119"}]} for number in range(4)
+    ]
+    result = evaluate(jsonl("g.jsonl", rows), jsonl("p.jsonl", predictions), "--html", tmp_path / "r.html")[2]
+    found = {
+        fact: {name: (scores["notes"], scores["dp_accuracy"]["score"]) for name, scores in groups.items()}
+        for fact, groups in result["by_stay"].items()
+    }
+    assert found == {
+        "specialty": {"cardiology": (2, 0.5), "surgery": (1, 1), "unknown": (1, 1)},
+        "year": {"2023": (1, 1), "2024": (1, 0), "unknown": (2, 1)},
+        "words": {"up to 250": (2, 1), "up to 500": (1, 0), "more than 2000": (1, 1)},
+    }
+    assert "By specialty" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_precision_is_over_predicted_and_recall_over_gold_codes(gold, jsonl, evaluate):
     more = [{"id": row["id"], "answer": row["answer"] + ", Peste (A209)"} for row in ANSWERS]
     exact = evaluate(gold, jsonl("more.jsonl", more))[2]["exact"]
@@ -112,7 +264,9 @@ def test_rows_without_id_are_matched_by_number(jsonl, evaluate, first, as_text):
 
 def test_missing_and_unexpected_predictions_are_counted_and_listed(gold, jsonl, evaluate):
     predictions = [*ANSWERS[2:], {"id": "unknown", "answer": ANSWERS[0]["answer"]}]
-    _, output, result = evaluate(gold, jsonl("p.jsonl", predictions))
+    code, message, _ = evaluate(gold, jsonl("p.jsonl", predictions))
+    assert code == 1 and "such as 'unknown', and 2 gold stays have no prediction, such as '" in message, message
+    _, output, result = evaluate(gold, jsonl("p.jsonl", predictions), "--ignore_extra")
     counts = result["counts"]
     assert counts["missing_ids"] == [NOTES[0].id, NOTES[1].id] and counts["missing_predictions"] == 2
     assert counts["unexpected_ids"] == ["unknown"] and counts["answers_without_code"] == 0

@@ -15,19 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.icd10.answers import Diagnosis, parse_answer
+from utils.icd10.answers import parse_answer
 from utils.icd10.codes import ROLES, Cim10Table, category, chapter
+from utils.icd10.headline import SAMPLES, Coding, headline_ratios, interval, labels, patient_index, resample
 
 LEVELS: dict[str, Callable[[str], str]] = {"exact": str, "category": category}
-SAMPLES = 1000  # bootstrap samples
 
 _BAND_ENDS = (0, 5, 20, 100)
 FREQUENCY_BANDS = ("0", "1-5", "6-20", "21-100", "more than 100")
 NO_CHAPTER = "none"
-_QUANTILES = (0.025, 0.975)
 _CHUNK = 4_000_000  # elements of a [B, M] array in memory at once
 
-Coding = Sequence[Diagnosis]
 Scores = dict[str, np.ndarray]  # precision, recall, f1: each [B]
 
 
@@ -72,14 +70,6 @@ class Pairs:
         return Pairs(self.codes, self.notes, *columns)
 
 
-def resample(notes: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """Return how often each note is drawn in each bootstrap sample, [samples, notes]; a sample draws `notes` notes."""
-    rng = np.random.default_rng(seed)
-    drawn = (rng.integers(notes, size=notes) for _ in range(samples))
-    # float32 counts exactly up to 2**24 codes.
-    return np.stack([np.bincount(numbers, minlength=notes).astype(np.float32) for numbers in drawn])
-
-
 def score(pairs: Pairs, weights: np.ndarray | None = None) -> dict[str, Scores]:
     """Return micro and macro precision, recall and F1 for each weighting of the notes.
 
@@ -122,7 +112,7 @@ def _rates(correct: np.ndarray, predicted: np.ndarray, gold: np.ndarray) -> Scor
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return part / whole, and 0 where whole is 0."""
-    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0, dtype=np.float64)
 
 
 def exact_matches(pairs: Pairs) -> np.ndarray:
@@ -131,17 +121,15 @@ def exact_matches(pairs: Pairs) -> np.ndarray:
 
 
 def answer_scores(gold: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Return the micro F1 over codes and the fraction of notes with exactly the gold codes, for use during training.
+    """Return the scores of `headline.HEADLINE` that are defined, for use during training.
 
     Args:
         gold: reference answer of each note, as text.
         answers: generated answer of each note, as text.
     """
-    pairs = Pairs.of(*([[item.code for item in parse_answer(text)] for text in texts] for texts in (gold, answers)))
-    return {
-        "micro_f1": float(score(pairs)["micro"]["f1"][0]),
-        "exact_match": float(exact_matches(pairs).mean()),
-    }
+    codings = ([parse_answer(text) for text in texts] for texts in (gold, answers))
+    scores = {name: ratio.score for name, ratio in headline_ratios(*codings).items()}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def evaluate_codings(
@@ -150,12 +138,14 @@ def evaluate_codings(
     training: Sequence[Coding] | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
+    patients: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """Score predictions by exact code (`exact`) and by 3-character category (`category`).
 
     Each of the two contains `micro` and `macro` ({precision, recall, f1}), `exact_match` (fraction of the notes),
-    `intervals` (95 % bootstrap intervals [low, high] of the same scores, over notes) and the number of `gold`,
-    `predicted` and `correct` codes. All of these are repeated in `by_role`, and without `exact_match` in `by_chapter`
+    `intervals` (95 % bootstrap intervals [low, high] of the same scores) and the number of `gold`, `predicted` and
+    `correct` codes, all of them without roles. They are repeated in `role_aware` (a code counts in its role), in
+    `edin_2023` (predicted codes that gold lacks are left out), in `by_role`, and without `exact_match` in `by_chapter`
     and `by_frequency`.
 
     Args:
@@ -165,6 +155,7 @@ def evaluate_codings(
             it. None uses the gold notes.
         samples: number of bootstrap samples.
         seed: seed of the bootstrap.
+        patients: patient of each note, over which the bootstrap draws; None draws notes.
 
     Raises:
         ValueError: there are no notes, or the number of predictions differs.
@@ -173,7 +164,7 @@ def evaluate_codings(
         raise ValueError(
             f"expected as many predictions as gold notes ({len(gold)}, at least 1), found {len(predicted)}"
         )
-    weights = resample(len(gold), samples, seed)
+    weights = resample(len(gold), samples, seed, None if patients is None else patient_index(patients))
     return {
         level: _describe_level(shorten, gold, predicted, gold if training is None else training, weights)
         for level, shorten in LEVELS.items()
@@ -191,10 +182,14 @@ def _describe_level(
         return [{shorten(item.code) for item in coding if roles is None or item.role in roles} for coding in codings]
 
     pairs = Pairs.of(code_sets(gold), code_sets(predicted))
+    in_roles = Pairs.of(*([labels(coding, shorten=shorten) for coding in side] for side in (gold, predicted)))
+    in_gold = {pairs.codes[code] for code in pairs.code[pairs.gold]}
     of_roles = {role: Pairs.of(code_sets(gold, [role]), code_sets(predicted, [role])) for role in ROLES}
     frequency = Counter(code for codes in code_sets(training) for code in codes)
     return {
         **_describe_notes(pairs, weights),
+        "role_aware": _describe_notes(in_roles, weights),
+        "edin_2023": _describe_notes(pairs.only(in_gold.__contains__), weights),
         "by_role": {role: _describe_notes(of_role, weights) for role, of_role in of_roles.items()},
         "by_chapter": _by_group(pairs, weights, {code: chapter(code) or NO_CHAPTER for code in pairs.codes}),
         "by_frequency": _by_group(
@@ -233,18 +228,8 @@ def _describe_notes(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
     matches = exact_matches(pairs)
     described = _describe(pairs, weights)
     described["exact_match"] = float(matches.mean())
-    described["intervals"]["exact_match"] = interval(weights @ matches / len(matches), described["exact_match"])
+    described["intervals"]["exact_match"] = interval(weights @ matches / weights.sum(1), described["exact_match"])
     return described
-
-
-def interval(values: np.ndarray, score: float) -> list[float]:
-    """Return the 95 % interval of the bootstrap values, shifted so that their mean is the score on all notes.
-
-    A bootstrap sample misses some notes and therefore some rare codes, which are then left out of the mean over codes:
-    sampled macro scores are biased. The shift removes the bias; it hardly changes micro scores.
-    """
-    bounds = np.quantile(values, _QUANTILES) - values.mean() + score
-    return [float(bound) for bound in np.clip(bounds, 0, 1)]
 
 
 def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict[str, float]]:

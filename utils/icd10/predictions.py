@@ -1,30 +1,53 @@
-"""Read gold and predicted codes from jsonl files.
+"""Read gold and predicted codes from jsonl and csv files.
 
-Gold rows are instruct rows whose last message contains the codes. Prediction rows are `{"id", "answer"}` or
-`{"id", "codes"}`, with codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. Rows without id are identified by their
-line number, from 1; predictions may count from 0.
+Rows of jsonl: `{"id", "messages"}` (an instruct row, whose last message contains the codes), `{"id", "answer"}` or
+`{"id", "codes"}`, with codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. `codes` take precedence over `answer`: a
+person edited them. Rows without id are identified by their line number, from 1; predictions may count from 0.
+
+Tables (csv, tsv, parquet): one row per code, with the columns of ID_COLUMNS, ROLE_COLUMNS and CODE_COLUMNS, as
+`utils.predict_icd10` writes them, or one row per stay with `answer`. A row with an empty code is a stay without codes.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code
+from utils.icd10.headline import labels
 from utils.tables.jsonl import Row, SkippedRowError
+from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 from utils.tables.rows_by_id import last_answer, read_by_id
 
 NOT_RECORDED = "not recorded"
+ID_COLUMNS = ("id", "visit_occurence_id", "visit_occurrence_id", "stay")
+ROLE_COLUMNS = ("role", "condition_status_source_value", "status")
+CODE_COLUMNS = ("code", "concept_code")
+_NOT_A_CODE = 'a code that is neither "I10" nor {"role": "DP", "code": "I10"}'
+FACT_COLUMNS = {  # of gold
+    "patient": ("patient", "patient_id", "person_id", "ipp"),
+    "specialty": ("specialty", "unit"),
+    "year": ("year", "discharge", "date"),
+    "documents": ("documents",),
+}
 
 
 class Prediction(NamedTuple):
-    """The predicted diagnoses of a note; `repeated` is the number of repetitions of codes in the answer."""
+    """The diagnoses of a stay.
+
+    `repeated` is the number of repetitions of codes, `edited` whether the codes of the row differ from its answer, and
+    `facts` are what gold says about the stay: keys of FACT_COLUMNS, and `words`, the length of its question.
+    """
 
     diagnoses: list[Diagnosis]
     repeated: int = 0
+    edited: bool = False
+    facts: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def of_answer(cls, answer: str) -> "Prediction":
@@ -41,22 +64,27 @@ class Prediction(NamedTuple):
         return cls(list(diagnoses), len(diagnoses) - len({item.code for item in diagnoses}))
 
 
-def read_gold(path: Path) -> dict[str, list[Diagnosis]]:
-    """Return the diagnoses of each instruct row by row id.
+def read_gold(path: Path, encoding: str = "utf-8") -> dict[str, Prediction]:
+    """Return the diagnoses of each stay by id.
 
     Raises:
-        UserError: the answer of a row contains no code, or an id appears twice.
+        UserError: a stay has no code, an id appears twice, or the file cannot be read.
     """
-    return read_by_id(path, _gold_diagnoses)
+    if has_fixed_columns(path):
+        gold = _read_table(path, encoding)
+        if empty := [stay for stay, coding in gold.items() if not coding.diagnoses]:
+            raise UserError(f"{path}: no code for stay {empty[0]!r}; expected at least one per stay.")
+        return gold
+    return read_by_id(path, _gold_row)
 
 
-def read_predictions(path: Path) -> dict[str, Prediction]:
-    """Return the prediction of each row by row id; `answer` takes precedence over `codes`.
+def read_predictions(path: Path, encoding: str = "utf-8") -> dict[str, Prediction]:
+    """Return the prediction of each stay by id; `codes` take precedence over `answer`.
 
     Raises:
-        UserError: a row has neither `answer` nor `codes`, or an id appears twice.
+        UserError: a row has neither `answer` nor `codes`, an id appears twice, or the file cannot be read.
     """
-    return read_by_id(path, _prediction)
+    return _read_table(path, encoding) if has_fixed_columns(path) else read_by_id(path, _prediction)
 
 
 def origin_path(predictions: Path) -> Path:
@@ -82,26 +110,95 @@ def describe_origin(predictions: Path) -> dict[str, str]:
     return {"Checkpoint": str(origin.get("checkpoint", NOT_RECORDED)), "Answers": answers}
 
 
-def _gold_diagnoses(row: Row) -> list[Diagnosis]:
-    diagnoses = parse_answer(last_answer(row))
-    if not diagnoses:
+def _gold_row(row: Row) -> Prediction:
+    coding = _prediction(row if row.keys() & {"answer", "codes"} else {"answer": last_answer(row)})
+    if not coding.diagnoses:
         raise SkippedRowError(
             "no code in the last message; expected the assistant's answer, such as `... : label (I10)`"
         )
-    return diagnoses
+    facts = _facts(row)
+    if "messages" in row:
+        asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
+        facts["words"] = str(sum(len(text.split()) for text in asked if isinstance(text, str)))
+    return coding._replace(facts=facts)
+
+
+def _facts(row: Row) -> dict[str, str]:
+    """Return what scores can be grouped by, without any text of the note."""
+    facts = {}
+    for fact, columns in FACT_COLUMNS.items():
+        value = next((row[name] for name in columns if row.get(name) not in (None, "")), None)
+        if isinstance(value, str | int | float):
+            facts[fact] = str(value).strip()
+    if year := re.search(r"(?<!\d)(?:19|20)\d{2}(?!\d)", facts.get("year", "")):
+        facts["year"] = year[0]
+    return facts
 
 
 def _prediction(row: Row) -> Prediction:
     answer, codes = row.get("answer"), row.get("codes")
+    if isinstance(codes, list):
+        given = Prediction.of_codes([_diagnosis(code) for code in codes])
+        if not isinstance(answer, str):
+            return given
+        answered = Prediction.of_answer(answer)
+        same = labels(answered.diagnoses) == labels(given.diagnoses)
+        return answered if same else given._replace(edited=True)
     if isinstance(answer, str):
         return Prediction.of_answer(answer)
-    if isinstance(codes, list):
-        return Prediction.of_codes([_diagnosis(code) for code in codes])
+    if "messages" in row:
+        return Prediction.of_answer(last_answer(row))
     raise SkippedRowError("neither an `answer` string nor a `codes` list", f"keys: {', '.join(row)}")
 
 
 def _diagnosis(item: Any) -> Diagnosis:
     role, code = (item.get("role"), item.get("code")) if isinstance(item, dict) else (None, item)
-    if not isinstance(code, str) or not normalize_code(code) or role not in (*ROLES, None):
-        raise SkippedRowError('a code that is neither "I10" nor {"role": "DP", "code": "I10"}', json.dumps(item)[:80])
-    return Diagnosis(role, normalize_code(code))
+    if not isinstance(code, str) or not normalize_code(code):
+        raise SkippedRowError(_NOT_A_CODE)
+    return Diagnosis(_role(role), normalize_code(code))
+
+
+def _role(text: Any) -> str | None:
+    """Return the role, or None for an empty one."""
+    role = "" if text is None else str(text).strip().upper()
+    if role not in (*ROLES, "", "?"):
+        raise SkippedRowError(_NOT_A_CODE, f"role {role[:20]!r}; expected {', '.join(ROLES)} or nothing")
+    return role if role in ROLES else None
+
+
+def _read_table(path: Path, encoding: str) -> dict[str, Prediction]:
+    """Read a table with one row per code, or one row per stay with `answer`."""
+    stays: dict[str, Prediction] = {}
+    for number, row in read_table(path, encoding):
+        try:
+            if not isinstance(row, dict):
+                raise row
+            stay = _column(row, ID_COLUMNS)
+            if "answer" in row:
+                if stay in stays:
+                    raise SkippedRowError(f"duplicate id {stay!r}; each row needs its own")
+                stays[stay] = Prediction.of_answer(str(row["answer"] or ""))
+                continue
+            code = _column(row, CODE_COLUMNS)
+            role = _role(next((row[name] for name in ROLE_COLUMNS if name in row), None))
+            found = [Diagnosis(role, normalize_code(code))] if normalize_code(code) else []
+            before = stays.get(stay)
+            stays[stay] = Prediction(
+                [*before.diagnoses, *found] if before else found, facts=before.facts if before else _facts(row)
+            )
+        except SkippedRowError as skip:
+            detail = f" ({skip.detail})" if skip.detail else ""
+            raise UserError(
+                f"{path}, {'line' if counts_lines(path) else 'row'} {number}: {skip.reason}{detail}."
+            ) from None
+    if not stays:
+        raise UserError(f"{path} is empty.")
+    return {stay: Prediction.of_codes(coding.diagnoses)._replace(facts=coding.facts) for stay, coding in stays.items()}
+
+
+def _column(row: Row, names: Sequence[str]) -> str:
+    """Return the value in the first of these columns that the table has, as text."""
+    found = next((name for name in names if name in row), None)
+    if found is None:
+        raise SkippedRowError(f"no column {' or '.join(names)}", f"found: {', '.join(map(str, row))[:200]}")
+    return "" if row[found] is None else str(row[found]).strip()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.icd10.codes import CHAPTER_NAMES
+from utils.icd10.headline import HEADLINE
 from utils.icd10.metrics import NO_CHAPTER
 
 if TYPE_CHECKING:
@@ -25,28 +26,67 @@ COUNT_NAMES = {
     "notes": "notes",
     "missing_predictions": "notes without a prediction (scored as no codes)",
     "answers_without_code": "answers without any code",
-    "codes_without_role": "predicted codes without a role",
+    "edited_predictions": "predictions whose codes differ from their answer (the codes are scored)",
+    "gold_codes_without_role": "gold codes without a role",
+    "codes_without_role": "predicted codes without a role (wrong in role-aware scores)",
     "repeated_codes": "codes given more than once (counted once)",
     "unexpected_predictions": "predictions without a gold note (ignored)",
 }
 _CHAPTER_TITLES = CHAPTER_NAMES | {NO_CHAPTER: "Outside every chapter"}
 ROLE_NAMES = {"DP": "DP, main diagnosis", "DR": "DR, related diagnosis", "DAS": "DAS, associated diagnoses"}
 
+STAY_FACT_NAMES = {
+    "specialty": "specialty",
+    "year": "year",
+    "documents": "number of documents",
+    "words": "length of the question in words",
+}
+
+_STAY_SCORES = ("dp_accuracy", "role_micro_f1", "micro_f1")
 _NAMED = 20  # notes without a prediction that the summary names
 _MEASURES = {"precision": "precision", "recall": "recall", "f1": "F1"}
 
 
 def score_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the rows of the main table: a measure's name, then its score and interval for each level."""
-    rows = [
-        (f"{mean} {name}", *(_score(result[level], mean, key) for level in LEVEL_NAMES))
-        for mean in ("micro", "macro")
-        for key, name in _MEASURES.items()
+    by_level = [result[level] for level in LEVEL_NAMES]
+    head = result["headline"]
+    rows = [(HEADLINE["dp_accuracy"], *(_headline(head[name]) for name in ("dp_accuracy", "dp_category_accuracy")))]
+    if head["role_micro_f1"]["score"] is not None:
+        in_roles = [level["role_aware"] for level in by_level]
+        rows += [
+            ("role-aware micro F1", *(_score(scores, "micro", "f1") for scores in in_roles)),
+            ("role-aware exact match", *map(_exact_match, in_roles)),
+            *(
+                (f"{role} micro F1", *(_score(level["by_role"][role], "micro", "f1") for level in by_level))
+                for role in ("DR", "DAS")
+                if head[f"{role.lower()}_f1"]["score"] is not None
+            ),
+        ]
+    return [
+        *rows,
+        ("roles ignored:", *("" for _ in by_level)),
+        *(
+            (f"{mean} {name}", *(_score(scores, mean, key) for scores in by_level))
+            for mean in ("micro", "macro")
+            for key, name in _MEASURES.items()
+        ),
+        ("exact match of the set", *map(_exact_match, by_level)),
+        *(
+            (f"{mean} F1 as in Edin et al. 2023", *(_score(level["edin_2023"], mean, "f1") for level in by_level))
+            for mean in ("micro", "macro")
+        ),
     ]
-    exact = (
-        _with_interval(result[level]["exact_match"], result[level]["intervals"]["exact_match"]) for level in LEVEL_NAMES
-    )
-    return [*rows, ("exact match of the set", *exact)]
+
+
+def uncertainty(result: Mapping[str, Any]) -> str:
+    """Return what the intervals are of."""
+    counts = result["counts"]
+    notes = f"{counts['notes']:,} stays"
+    if counts["patients"] is None:
+        return f"95 % intervals in brackets, bootstrap over {notes}: the patients are not known"
+    unknown = f" (patient not known for {counts['notes_without_patient']:,})" if counts["notes_without_patient"] else ""
+    return f"95 % intervals in brackets, bootstrap over the {counts['patients']:,} patients of {notes}{unknown}"
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
@@ -57,6 +97,14 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"without a prediction: {', '.join(counts['missing_ids'][:_NAMED])}")
     rates = result["rates"].items()
     return lines + [f"{RULE_NAMES[name]}: {rate['count']:,} of {rate['of']:,}" for name, rate in rates if rate["count"]]
+
+
+def _headline(found: Mapping[str, Any]) -> str:
+    return "-" if found["score"] is None else _with_interval(found["score"], found["interval"])
+
+
+def _exact_match(scores: Mapping[str, Any]) -> str:
+    return _with_interval(scores["exact_match"], scores["intervals"]["exact_match"])
 
 
 def _score(scores: Mapping[str, Any], mean: str, name: str) -> str:
@@ -90,7 +138,9 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
         levels=list(LEVEL_NAMES.values()),
         score_header=("", *LEVEL_NAMES.values()),
         score_rows=score_rows(result),
+        uncertainty=uncertainty(result),
         charts=_charts(result),
+        stay_tables=_stay_tables(result),
         rules=[
             (RULE_NAMES[name], f"{rate['count']:,} of {rate['of']:,}", f"{100 * rate['rate']:.1f} %")
             for name, rate in result["rates"].items()
@@ -108,16 +158,32 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
 
 
 def _cards(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the four scores that sum up the evaluation."""
-    exact, category = result["exact"], result["category"]
-    chosen = (
-        ("Micro-F1, exact code", exact["micro"]["f1"], exact["intervals"]["micro"]["f1"]),
-        ("Micro-F1, category", category["micro"]["f1"], category["intervals"]["micro"]["f1"]),
-        ("Precision, exact code", exact["micro"]["precision"], exact["intervals"]["micro"]["precision"]),
-        ("Recall, exact code", exact["micro"]["recall"], exact["intervals"]["micro"]["recall"]),
-        ("Notes with all codes right", exact["exact_match"], exact["intervals"]["exact_match"]),
-    )
-    return [{"name": name, "value": f"{value:.3f}", "interval": _interval(bounds)} for name, value, bounds in chosen]
+    """Return the scores that sum up the evaluation."""
+    return [
+        {
+            "name": name,
+            "value": "-" if found["score"] is None else f"{found['score']:.3f}",
+            "interval": "" if found["interval"] is None else _interval(found["interval"]),
+        }
+        for key, name in HEADLINE.items()
+        for found in [result["headline"][key]]
+    ]
+
+
+def _stay_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tables of scores by group of stays."""
+    header = ("", "stays", *(HEADLINE[key] for key in _STAY_SCORES))
+    return [
+        {
+            "title": f"By {STAY_FACT_NAMES[fact]}",
+            "header": header,
+            "rows": [
+                (name, f"{scores['notes']:,}", *(_headline(scores[key]) for key in _STAY_SCORES))
+                for name, scores in groups.items()
+            ],
+        }
+        for fact, groups in result["by_stay"].items()
+    ]
 
 
 def _charts(result: Mapping[str, Any]) -> "dict[str, Figure]":
