@@ -206,9 +206,9 @@ def test_demo_scores_base_and_tuned_model(demo: Path) -> None:
         assert (demo / f"demo/{name}.html").is_file() and (demo / f"demo/{notes}/text.csv").is_file()
     output = (demo / "output.txt").read_text(encoding="utf-8")
     assert "Training finished" in output
-    table = output[output.index("micro-F1") :]
-    assert re.search(r"^base model +0\.\d{3}", table, re.MULTILINE)
-    assert re.search(r"^fine-tuned, unseen wordings +0\.\d{3}", table, re.MULTILINE)
+    table = output[output.index("fine-tuned - base model") :]
+    assert re.search(r"^role-blind micro F1 +[+-]0\.\d{3}", table, re.MULTILINE)
+    assert len(re.findall(r"^DP accuracy +0\.\d{3} \[", output, re.MULTILINE)) == 3
 
 
 def test_sample_data_has_three_splits(tmp_path: Path) -> None:
