@@ -87,7 +87,11 @@ def _is_respelled(value: Any, node: yaml.Node) -> bool:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | datetime.date):
         return False
-    return str(value) != node.value and not (isinstance(value, float) and not math.isfinite(value))
+    try:
+        in_range = math.isfinite(value) if isinstance(value, int | float) else True
+    except OverflowError:  # an integer that no float can hold
+        in_range = False
+    return in_range and str(value) != node.value
 
 
 def _parse(text: str) -> Any:
