@@ -234,7 +234,7 @@ def test_known_keys_are_listed_once_per_block():
     assert len(found) == 51 and found[-1] == "... and 13 more"
     assert sum("expected one of" in problem for problem in found) == 2
     assert found[:3] == [
-        "A key of `wandb` is not a known setting; expected one of key, offline, project, run_name.",
+        "A key of `wandb` is not a known setting; expected one of key, offline, project, run_name, timeout.",
         *["A key of `wandb` is not a known setting."] * 2,
     ]
 
@@ -317,6 +317,8 @@ HUGE = {
     "eval_generation.max_tokens": 10**18,
     "eval_generation.batch_size": 10**18,
     "eval_generation.freq": 10**18,
+    "wandb.timeout": 10**18,
+    "mlflow.timeout": 10**18,
 }
 
 
