@@ -1,122 +1,166 @@
 """Convert a hospital's notes and codes to training files.
 
-`python -m utils.prepare_icd10_data --text text.csv --codes codes.csv --cim10 TABLE --out DIR [--patient COLUMN]`
+`python -m utils.prepare_icd10_data --text text.csv --codes codes.csv --cim10 TABLE --out DIR`
 
-Columns of text.csv: visit_occurence_id, text (a stay's notes are joined). Columns of codes.csv: visit_occurence_id,
-condition_status_source_value (DP, DR, DAS), concept_code. TABLE is ATIH's CIM-10 table of the year.
+The notes have a row per document, the codes a row per code, or per stay or unit with columns for DP, DR and DAS. Common
+column names are recognized and printed; name others with `--columns stay=NDA,text=CR,code=DIAG,role=TYPE`, or with a
+YAML file of such entries. Fields: stay, text, code, role, patient, date and kind (of a document), unit (RUM), main
+(marks the stay's DP), discharge (date), and dp, dr, das for columns of roles; `notes.stay` and `codes.stay` where the
+tables differ. TABLE is ATIH's CIM-10 table, or several with the years of discharge: `2024=TABLE 2025=TABLE`.
 
-Files in DIR: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (pretraining texts) for train, val and test, and
-`report.json`, which accounts for every stay and code. Stays of the same patient, or with the same text, are in the same
-split; splits are stratified by the chapter of the main diagnosis.
+Files in DIR: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (pretraining texts) for train, val and test,
+`report.json`, which accounts for every stay and code, and `left_out.csv`, which names those left out. Stays of the same
+patient, or with the same text, are in the same split; splits are stratified by the chapter of the main diagnosis.
 """
 
 import argparse
+import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.icd10.answers import build_answer, list_codes
-from utils.icd10.codes import Cim10Table, chapter
-from utils.icd10.corpus import CodedStay, CodeRow, Corpus, Dropped, build_corpus
+from utils.icd10.answers import build_answer, code_list, list_codes
+from utils.icd10.codes import chapter
+from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
+from utils.icd10.mapping import TableMapping, read_mapping
 from utils.icd10.near_duplicates import find_near_duplicates, normalize_text
+from utils.icd10.note_text import quoted_codes
 from utils.icd10.prompts import instruct_row, pretrain_row
+from utils.icd10.roles import parse_roles
+from utils.icd10.rules import lacks_dr
 from utils.icd10.splits import SPLITS, split_stays
-from utils.tables.jsonl import SkippedRowError, dump_row, require_own_names
+from utils.icd10.stays import (
+    CodeRow,
+    LeftOut,
+    StayFacts,
+    StayNotes,
+    read_codes,
+    read_notes,
+    recognize,
+    require_same_names,
+    require_used,
+)
+from utils.icd10.table_years import TableYears
+from utils.tables.csv_cells import CsvWriter
+from utils.tables.jsonl import dump_row, require_own_names
 from utils.tables.output_folder import new_outputs
-from utils.tables.read_table import FILE_TYPES, add_encoding_option, counts_lines, read_table
+from utils.tables.read_table import FILE_TYPES, add_encoding_option
 from utils.tables.splits import parse_fractions
 
-STAY, TEXT, STATUS, CODE = "visit_occurence_id", "text", "condition_status_source_value", "concept_code"
-REPORT = "report.json"
-MAX_EXAMPLES = 20  # of dropped codes, dropped rows and near-duplicates in a report
+REPORT, LEFT_OUT = "report.json", "left_out.csv"
+MAX_EXAMPLES = 20  # of codes, rows and near-duplicates in a report
+SENTENCE, LIST = "sentence", "list"  # formats of the answer
 
 
-def read_texts(
-    path: Path, patient: str | None, encoding: str, dropped_rows: Dropped
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the text of each stay, its notes joined by a blank line, and the patient of each stay where known.
+class Source(NamedTuple):
+    """What the tables of a hospital have."""
 
-    Args:
-        path: table with the columns STAY and TEXT.
-        patient: column of the patient; None if there is none.
-        encoding: encoding of text formats.
-        dropped_rows: receives the rows that cannot be used, by reason.
+    notes: StayNotes
+    codes: dict[str, list[CodeRow]]
+    facts: StayFacts  # of the table of codes
+    left_out: list[LeftOut]
+    warnings: list[str]
+    changes: list[str]  # what was read otherwise than it is written
+
+    def patient(self, stay: str) -> str | None:
+        """Return the patient of a stay, by the table of notes where it has one."""
+        names = self.notes.patients.get(stay) or self.facts.patients.get(stay) or {}
+        return next(iter(names), None)
+
+
+def read_source(text: Path, codes: Path, mapping: TableMapping, encoding: str) -> Source:
+    """Read both tables, after printing which columns are used.
 
     Raises:
-        UserError: the file cannot be read, or a column is missing.
+        UserError: a table cannot be read, or stays cannot be matched.
     """
-    notes: defaultdict[str, dict[str, None]] = defaultdict(dict)  # an ordered set: duplicate notes are kept once
-    patients: dict[str, str] = {}
-    columns = (STAY, TEXT) if patient is None else (STAY, TEXT, patient)
-    for stay, text, *person in _read_columns(path, columns, encoding, dropped_rows):
-        notes[stay][text.strip()] = None
-        if person and person[0].strip():
-            patients.setdefault(stay, person[0].strip())
-    return {stay: "\n\n".join(filter(None, found)) for stay, found in notes.items()}, patients
+    tables = {
+        "notes": recognize(text, "notes", mapping, encoding),
+        "codes": recognize(codes, "codes", mapping, encoding),
+    }
+    require_used(mapping, {text: tables["notes"], codes: tables["codes"]}, mapping.both)
+    print(f"{tables['notes'].describe(text)}\n{tables['codes'].describe(codes)}", flush=True)
+    left_out: list[LeftOut] = []
+    notes = read_notes(text, tables["notes"], encoding, left_out)
+    found, statuses, facts = read_codes(codes, tables["codes"], mapping.roles, encoding, left_out)
+    warnings = require_same_names(notes, found, text, codes)
+    for stay, date in facts.discharges.items():
+        notes.discharges.setdefault(stay, date)
+    if undated := notes.count_undated():
+        warnings.append(
+            f"{undated:,} stays have documents without a date; these follow the dated ones in the file's order"
+        )
+    changes = [f"Documents converted from {form} to text: {count:,}." for form, count in notes.converted.items()]
+    if renamed := {status: role for status, role in statuses.items() if status.upper() != role}:
+        changes.append(f"Statuses: {', '.join(f'{status!r} is {role}' for status, role in renamed.items())}.")
+    return Source(notes, found, facts, left_out, warnings, changes)
 
 
-def read_codes(path: Path, encoding: str, dropped_rows: Dropped) -> dict[str, list[CodeRow]]:
-    """Return the (status, code) rows of each stay; arguments and errors as for `read_texts`."""
-    codes: defaultdict[str, list[CodeRow]] = defaultdict(list)
-    for stay, status, code in _read_columns(path, (STAY, STATUS, CODE), encoding, dropped_rows):
-        codes[stay].append((status, code))
-    return dict(codes)
+def stays_of_two_patients(source: Source) -> dict[str, str]:
+    """Return the reason to leave out each stay that has two patients, in a table or in one table and the other.
 
-
-def _read_columns(
-    path: Path, columns: Sequence[str], encoding: str, dropped_rows: Dropped
-) -> Iterator[tuple[str, ...]]:
-    """Yield the values of these columns for each row; rows without a value in the first column are dropped."""
-    unit = "line" if counts_lines(path) else "row"
-    empty = True
-    for number, row in read_table(path, encoding):
-        empty = False
-        where = f"{path}, {unit} {number}"
-        if isinstance(row, SkippedRowError):
-            dropped_rows[row.reason].append(f"{where}: {row.detail}" if row.detail else where)
-            continue
-        if missing := [column for column in columns if column not in row]:
-            raise UserError(
-                f"{where}: no column {' and no column '.join(map(repr, missing))}; found "
-                f"{', '.join(map(repr, row))}. Rename the columns of the file, or give another file."
-            )
-        values = tuple("" if row[column] is None else str(row[column]) for column in columns)
-        if values[0].strip():
-            yield values[0].strip(), *values[1:]
-        else:
-            dropped_rows[f"without {columns[0]}"].append(where)
-    if empty:
-        raise UserError(f"{path} has no rows; expected the columns {', '.join(columns)} and one row per note or code.")
+    Tables that never agree name patients in two ways; the names of the notes are used then.
+    """
+    notes, codes = source.notes.patients, source.facts.patients
+    both = [stay for stay in notes if stay in codes]
+    differing = {stay for stay in both if notes[stay].keys().isdisjoint(codes[stay])}
+    if differing and len(differing) == len(both):
+        stay = both[0]
+        source.warnings.append(
+            f"the tables name patients in two ways, and those of the notes are used (stay {stay}: "
+            f"{next(iter(notes[stay]))} and {next(iter(codes[stay]))})"
+        )
+        differing = set()
+    found = [stay for stay in {**notes, **codes} if max(len(notes.get(stay, ())), len(codes.get(stay, ()))) > 1]
+    found += [stay for stay in both if stay in differing and stay not in found]
+    if found:
+        examples = "; ".join(
+            f"{stay}: {' and '.join(list(notes.get(stay, {}) | codes.get(stay, {}))[:3])}" for stay in found[:3]
+        )
+        source.warnings.append(f"{len(found):,} stays have two patients and are left out ({examples})")
+    return dict.fromkeys(found, TWO_PATIENTS)
 
 
 def describe(
-    corpus: Corpus, dropped_rows: Dropped, patients: dict[str, str], texts: Sequence[str], splits: Sequence[int]
+    corpus: Corpus,
+    source: Source,
+    patients: Mapping[str, str],
+    texts: Sequence[str],
+    digests: Sequence[str],
+    splits: Sequence[int],
 ) -> dict[str, Any]:
-    """Return the report: stays and codes kept and dropped, contents of each split, near-duplicates across splits."""
+    """Return the report: stays and codes kept and left out, contents of each split, near-duplicates across splits."""
     kept_codes = sum(len(stay.diagnoses) for stay in corpus.stays)
+    by_kind: dict[str, defaultdict[str, list[str]]] = {what: defaultdict(list) for what in ("stay", "code", "row")}
+    for found in (*source.left_out, *corpus.left_out):
+        name = found.stay if found.what == "stay" else found.where or f"{found.role} {found.code} of stay {found.stay}"
+        by_kind["row" if found.what == "document" else found.what][found.reason].append(name)
     duplicates = list(find_near_duplicates(texts, splits))
     return {
         "stays": {
-            "read": len(corpus.stays) + sum(map(len, corpus.dropped_stays.values())),
+            "read": len(corpus.stays) + sum(map(len, by_kind["stay"].values())),
             "kept": len(corpus.stays),
-            "dropped": dict(corpus.dropped_stays),
+            "dropped": dict(by_kind["stay"]),
         },
         "codes": {
-            "read": kept_codes + sum(map(len, corpus.dropped_codes.values())),
+            "read": kept_codes + sum(map(len, by_kind["code"].values())),
             "kept": kept_codes,
-            "dropped": _examples(corpus.dropped_codes),
+            "dropped": _examples(by_kind["code"]),
+            "moved": _examples(corpus.moved),
         },
-        "unreadable_rows": _examples(dropped_rows),
+        "unreadable_rows": _examples(by_kind["row"]),
+        "changes": source.changes,
+        "warnings": source.warnings,
         "splits": {
             name: _describe_split([stay for stay, split in zip(corpus.stays, splits) if split == number], patients)
             for number, name in enumerate(SPLITS[: max(splits) + 1])
         },
         "duplicates": {
-            "stays_with_the_text_of_another": sum(count for count in Counter(texts).values() if count > 1),
+            "stays_with_the_text_of_another": sum(count for count in Counter(digests).values() if count > 1),
             "near_identical_across_splits": len(duplicates),
             "examples": [
                 {
@@ -130,11 +174,11 @@ def describe(
     }
 
 
-def _examples(dropped: Dropped) -> dict[str, Any]:
-    return {reason: {"count": len(found), "examples": found[:MAX_EXAMPLES]} for reason, found in dropped.items()}
+def _examples(dropped: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {reason: {"count": len(found), "examples": list(found[:MAX_EXAMPLES])} for reason, found in dropped.items()}
 
 
-def _describe_split(stays: Sequence[CodedStay], patients: dict[str, str]) -> dict[str, Any]:
+def _describe_split(stays: Sequence[CodedStay], patients: Mapping[str, str]) -> dict[str, Any]:
     roles = Counter(item.role for stay in stays for item in stay.diagnoses)
     return {
         "stays": len(stays),
@@ -148,12 +192,15 @@ def summarize(report: dict[str, Any]) -> str:
     """Return a summary of the report."""
     stays, codes, duplicates = report["stays"], report["codes"], report["duplicates"]
     lines = [f"Stays read: {stays['read']:,}. Kept: {stays['kept']:,}."]
-    lines += [f"  dropped, {reason}: {len(found):,}" for reason, found in stays["dropped"].items()]
+    lines += [f"  dropped, {reason}: {len(found):,} (e.g. {found[0]})" for reason, found in stays["dropped"].items()]
     lines.append(f"Codes of these stays: {codes['read']:,}. Kept: {codes['kept']:,}.")
-    lines += [_dropped_line(reason, found) for reason, found in codes["dropped"].items()]
+    lines += [_line("dropped, ", reason, found) for reason, found in codes["dropped"].items()]
+    lines += [_line("", reason, found) for reason, found in codes["moved"].items()]
     if report["unreadable_rows"]:
-        lines.append("Unusable rows:")
-        lines += [_dropped_line(reason, found) for reason, found in report["unreadable_rows"].items()]
+        lines.append("Unusable rows and documents:")
+        lines += [_line("dropped, ", reason, found) for reason, found in report["unreadable_rows"].items()]
+    lines += report["changes"]
+    lines += [f"warning: {warning}." for warning in report["warnings"]]
     for name, split in report["splits"].items():
         patients = f" of {split['patients']:,} patients" if split["patients"] is not None else ""
         roles = ", ".join(f"{role} {count:,}" for role, count in split["codes"].items())
@@ -171,31 +218,89 @@ def summarize(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _dropped_line(reason: str, found: dict[str, Any]) -> str:
-    return f"  dropped, {reason}: {found['count']:,} (e.g. {found['examples'][0]})"
+def _line(what: str, reason: str, found: dict[str, Any]) -> str:
+    return f"  {what}{reason}: {found['count']:,} (e.g. {found['examples'][0]})"
 
 
-def save(stays: Sequence[CodedStay], splits: Sequence[int], report: dict[str, Any], out: Path, overwrite: bool) -> None:
-    """Write the files listed in the module docstring to `out`, all of them or none.
+class NormalizedNotes(Sequence[str]):
+    """The normalized note of each stay, made when it is asked for: a large corpus does not fit in memory twice."""
+
+    def __init__(self, notes: StayNotes, stays: Sequence[CodedStay]) -> None:
+        self._notes, self._stays = notes, stays
+
+    def __len__(self) -> int:
+        return len(self._stays)
+
+    def __getitem__(self, index: Any) -> Any:
+        return normalize_text(self._notes[self._stays[index].id])
+
+
+def leave_out_leaks(corpus: Corpus, source: Source, keep: bool) -> Corpus:
+    """Count notes that quote their own codes, as letters written after coding do, and leave them out unless `keep`."""
+    quoting = {
+        stay.id for stay in corpus.stays if quoted_codes(source.notes[stay.id], {item.code for item in stay.diagnoses})
+    }
+    if not quoting:
+        return corpus
+    advice = "a model copies them, and its scores say nothing; --leaks drop leaves them out" if keep else "left out"
+    source.warnings.append(
+        f"{len(quoting):,} notes quote codes of their own stay ({', '.join(sorted(quoting)[:3])}): {advice}"
+    )
+    if keep:
+        return corpus
+    left_out = list(corpus.left_out)
+    for stay in corpus.stays:
+        if stay.id in quoting:
+            left_out.append(LeftOut("stay", "whose note quotes its codes", stay.id))
+            left_out += [LeftOut("code", OF_DROPPED_STAY, stay.id, str(role), code) for role, code, _ in stay.diagnoses]
+    return corpus._replace(stays=[stay for stay in corpus.stays if stay.id not in quoting], left_out=left_out)
+
+
+class Outputs(NamedTuple):
+    """Where and how the files are written."""
+
+    folder: Path
+    format: str
+    overwrite: bool
+
+
+def save(
+    stays: Sequence[CodedStay],
+    source: Source,
+    splits: Sequence[int],
+    outputs: Outputs,
+    report: dict[str, Any],
+    left_out: Sequence[LeftOut],
+) -> None:
+    """Write the files listed in the module docstring, all of them or none.
 
     Raises:
-        UserError: a file exists and `overwrite` is false, or a file cannot be written.
+        UserError: a file exists and is not to be replaced, or a file cannot be written.
     """
     used = _FILES[: len(_LINES) * (max(splits) + 1)]
-    with new_outputs(out, [*used, REPORT], _FILES[len(used) :], overwrite) as temporaries:
+    with new_outputs(outputs.folder, [*used, REPORT, LEFT_OUT], _FILES[len(used) :], outputs.overwrite) as temporaries:
         for number, split in enumerate(SPLITS[: max(splits) + 1]):
             for kind, line_of in _LINES.items():
                 with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
-                    file.writelines(line_of(stay) for stay, found in zip(stays, splits) if found == number)
+                    file.writelines(
+                        line_of(stay, source, outputs.format) for stay, found in zip(stays, splits) if found == number
+                    )
         temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with temporaries[LEFT_OUT].open("w", encoding="utf-8", newline="") as file:
+            writer = CsvWriter(file, LeftOut._fields)
+            for found in left_out:
+                writer.write(*found)
 
 
-def _instruct_line(stay: CodedStay) -> str:
-    return dump_row(instruct_row(stay.text, build_answer(stay.diagnoses), stay.id)) + "\n"
+def _instruct_line(stay: CodedStay, source: Source, form: str) -> str:
+    answer = code_list(stay.diagnoses) if form == LIST else build_answer(stay.diagnoses)
+    row = instruct_row(source.notes[stay.id], answer, stay.id)
+    patient = source.patient(stay.id)
+    return dump_row(row if patient is None else row | {"patient": patient}) + "\n"
 
 
-def _text_line(stay: CodedStay) -> str:
-    return dump_row(pretrain_row(stay.text, list_codes(stay.diagnoses))) + "\n"
+def _text_line(stay: CodedStay, source: Source, form: str) -> str:
+    return dump_row(pretrain_row(source.notes[stay.id], list_codes(stay.diagnoses))) + "\n"
 
 
 _LINES = {"instruct": _instruct_line, "text": _text_line}
@@ -206,33 +311,59 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help=f"table of notes ({FILE_TYPES})")
     parser.add_argument("--codes", type=Path, required=True, help=f"table of codes ({FILE_TYPES})")
-    parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="ATIH's CIM-10 table")
+    parser.add_argument(
+        "--cim10", required=True, nargs="+", metavar="TABLE", help="ATIH's CIM-10 table, or YEAR=TABLE ..."
+    )
     parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
+    parser.add_argument("--roles", metavar="STATUS=ROLE,...", help="DP, DR, DAS or ignore for other statuses")
+    parser.add_argument("--several_dp", choices=(FIRST, LAST), help="unit (RUM) whose DP and DR are the stay's")
+    parser.add_argument("--patient", metavar="COLUMN", help="as --columns patient=COLUMN; a patient is in one split")
     parser.add_argument("--ratios", default="0.8,0.1,0.1", help="fractions of train, val, test (default: %(default)s)")
-    parser.add_argument("--patient", metavar="COLUMN", help="column of --text; keeps a patient's stays in one split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: %(default)s)")
+    parser.add_argument("--format", choices=(SENTENCE, LIST), default=SENTENCE, help="of answers; list: [C509, I10]")
+    parser.add_argument("--leaks", choices=("keep", "drop"), default="keep", help="notes that quote their own codes")
     add_encoding_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser.parse_args()
 
 
+def _mapping(args: argparse.Namespace) -> TableMapping:
+    mapping = read_mapping(args.columns)
+    if args.patient:
+        mapping.notes["patient"] = args.patient
+    mapping.roles.update(parse_roles(args.roles))
+    return mapping
+
+
 def main() -> None:
     args = _arguments()
     fractions = parse_fractions(args.ratios, "--ratios")
-    require_own_names([args.out / name for name in (*_FILES, REPORT)], [args.text, args.codes, args.cim10])
-    table = Cim10Table.from_file(args.cim10)
-    dropped_rows: Dropped = defaultdict(list)
-    texts, patients = read_texts(args.text, args.patient, args.encoding, dropped_rows)
-    codes = read_codes(args.codes, args.encoding, dropped_rows)
-    corpus = build_corpus(texts, codes, table)
+    tables = TableYears(args.cim10)
+    inputs = [args.text, args.codes, *tables.paths]
+    require_own_names([args.out / name for name in (*_FILES, REPORT, LEFT_OUT)], inputs)
+    source = read_source(args.text, args.codes, _mapping(args), args.encoding)
+    corpus = build_corpus(
+        source.notes,
+        source.codes,
+        lambda stay: tables.of(stay, source.notes.discharges),
+        args.several_dp,
+        stays_of_two_patients(source),
+    )
+    corpus = leave_out_leaks(corpus, source, args.leaks == "keep")
     if not corpus.stays:
-        reasons = {**corpus.dropped_stays, **corpus.dropped_codes}
-        counts = "; ".join(f"{reason}: {len(found):,}" for reason, found in reasons.items())
-        raise UserError(f"No stay of {args.text} and {args.codes} is usable with {args.cim10} ({counts}).")
-    normalized = [normalize_text(stay.text) for stay in corpus.stays]
-    splits = split_stays(corpus.stays, patients, normalized, fractions, args.seed)
-    report = describe(corpus, dropped_rows, patients, normalized, splits)
-    save(corpus.stays, splits, report, args.out, args.overwrite)
+        counts = Counter(found.reason for found in corpus.left_out)
+        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+        raise UserError(f"No stay of {args.text} and {args.codes} is usable with {' '.join(args.cim10)} ({reasons}).")
+    if sessions := [stay.id for stay in corpus.stays if lacks_dr(stay.diagnoses)]:
+        source.warnings.append(f"{len(sessions):,} stays have a session as DP and no DR (e.g. {sessions[0]})")
+    known = {stay.id: patient for stay in corpus.stays if (patient := source.patient(stay.id))}
+    normalized = NormalizedNotes(source.notes, corpus.stays)
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in normalized]
+    splits = split_stays(corpus.stays, known, digests, fractions, args.seed)
+    report = describe(corpus, source, known, normalized, digests, splits)
+    outputs = Outputs(args.out, args.format, args.overwrite)
+    save(corpus.stays, source, splits, outputs, report, [*source.left_out, *corpus.left_out])
     print(summarize(report))
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load_trained(options.run)
     encoder, eos = SampleEncoder(tokenizer), tokenizer.tokenizer.eos_id
-    notes = read_prompts(options.notes)[: options.n]
+    notes = read_prompts(options.notes)[0][: options.n]
     prompts = [encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes]
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged"

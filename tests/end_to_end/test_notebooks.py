@@ -139,7 +139,7 @@ def test_prepare_data_for_generative_finetuning(tmp_path, monkeypatch):
         "dropped, without text: 1",
         "dropped, not in the CIM-10 table: 1",
         "dropped, a category with children or a closed code: 1",
-        "dropped, another DP is more frequent: 1",
+        "DP of another unit, kept as DAS: 1",
     )
     assert all(fault in printed for fault in faults)
 

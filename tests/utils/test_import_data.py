@@ -268,7 +268,9 @@ def test_invalid_json_affects_only_its_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.xlsx", b"", "ends in '.xlsx'; expected .csv"),
+        ("a.ods", b"", "ends in '.ods'; expected .csv"),
+        ("a.xlsx", b"", "is not an Excel workbook that can be read"),
+        ("a.csv", b"PK\x03\x04", "is a zip archive. Excel's files are zip archives: name it .xlsx"),
         ("a.csv", b"", "No row of"),
         ("a.csv", b"q,q\n1,2\n", "columns with the same name: 'q'"),
         ("a.csv", b'q,a\n1,2\n"3,4\n5,6\n', "row beginning in line 3: unexpected end of data"),

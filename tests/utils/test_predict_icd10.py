@@ -23,6 +23,7 @@ from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.codes import Cim10Table
+from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import describe_origin
 from utils.icd10.prompts import instruct_row
 from utils.models.predictor import Predictor, predict_file, read_prompts
@@ -72,7 +73,7 @@ def test_interrupted_command_continues(run_dir: Path, notes: Path, tmp_path: Pat
     text = complete.read_text(encoding="utf-8")
     cut.write_text(text[: len(text) // 2], encoding="utf-8")  # ends inside a row
     (tmp_path / "cut.about.json").write_text((tmp_path / "complete.about.json").read_text())
-    assert "from an earlier call)" in predict_file(run_dir, notes, cut, batch_size=2, max_tokens=4)
+    assert "from an earlier call)" in predict_file(run_dir, notes, cut, batch_size=2, max_tokens=4).summary
     by_id = [sorted(read(path), key=lambda row: row["id"]) for path in (complete, cut)]
     assert by_id[0] == by_id[1]
 
@@ -177,7 +178,7 @@ def load_table(folder: Path) -> Cim10Table:
 
 def test_constrained_answers_contain_only_codes_of_the_table(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     codes = load_table(tmp_path)
-    for answer in Predictor(run_dir, codes).answers(read_prompts(notes), max_tokens=120):
+    for answer in Predictor(run_dir, codes).answers(read_prompts(notes)[0], max_tokens=120):
         found = parse_answer(answer)
         assert found
         assert all(codes.allows(item.role, item.code) for item in found)
@@ -205,10 +206,11 @@ def test_evaluating_a_run_predicts_once(
     ("content", "sentence"),
     [
         ('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n', "duplicate id 1"),
-        ('{"other": "a"}\n', "neither `text` nor `messages`"),
-        ('{"messages": ["a"]}\n', "row 1"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "row 1"),
-        ('{"messages": [{"role": "user"}]}\n', "row 1"),
+        ('{"other": "a"}\n', "no column for text; found 'other'"),
+        ('{"messages": ["a"]}\n', "not a conversation: 1"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "no note or question"),
+        ('{"messages": [{"role": "user"}]}\n', "not a conversation: 1"),
+        ('{"messages": null}\n', "neither `text` nor `messages`: 1"),
         ("", "has no rows"),
     ],
 )
@@ -242,7 +244,7 @@ def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(
 def test_id_zero_is_kept_and_missing_ids_are_row_numbers(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "a", "id": 0}\n{"text": "b"}\n', encoding="utf-8")
-    assert [prompt.id for prompt in read_prompts(path)] == ["0", "2"]
+    assert [prompt.id for prompt in read_prompts(path)[0]] == ["0", "2"]
 
 
 def test_folder_without_a_run_is_rejected(tmp_path: Path, notes: Path) -> None:
@@ -255,7 +257,7 @@ def test_checkpoint_and_weights_folders_are_accepted(run_dir: Path, notes: Path,
     checkpoint = run_dir / "checkpoints" / "checkpoint_000001"
     predict_file(run_dir, notes, tmp_path / "p.jsonl", max_tokens=3)
     for folder in (checkpoint, checkpoint / "consolidated"):  # another model would be rejected
-        assert "(5 from an earlier call)" in predict_file(folder, notes, tmp_path / "p.jsonl", max_tokens=3)
+        assert "(5 from an earlier call)" in predict_file(folder, notes, tmp_path / "p.jsonl", max_tokens=3).summary
         predict_file(folder, notes, tmp_path / f"{folder.name}.jsonl", max_tokens=3)
         assert read(tmp_path / f"{folder.name}.jsonl") == read(tmp_path / "p.jsonl")
 
@@ -266,7 +268,7 @@ def test_adapter_without_its_run_is_rejected(run_dir: Path, notes: Path, tmp_pat
         with pytest.raises(UserError, match="is not in a run folder; merge it first"):
             Predictor(weights)
     else:
-        assert Predictor(weights).answers(read_prompts(notes)[:1], max_tokens=1)
+        assert Predictor(weights).answers(read_prompts(notes)[0][:1], max_tokens=1)
 
 
 def test_command_logs_its_progress_without_a_terminal(
@@ -286,7 +288,37 @@ def test_tables_in_other_encodings_are_read(
     table.write_text("id;text\ns1;Dyspnée, séjour n°1\n", encoding="cp1252")
     arguments = ("--run", run_dir, "--notes", table, "--out", out, "--max_tokens", 1)
     code, output = run_command(predict_icd10, *arguments)
-    assert code == 1 and "give --encoding (cp1252" in output and not out.exists()
-    code, output = run_command(predict_icd10, *arguments, "--encoding", "cp1252")
     assert code == 0 and [row["id"] for row in read(out)] == ["s1"], output
-    assert "Dyspnée, séjour n°1" in read_prompts(table, "cp1252")[0].messages[-1]["content"]
+    assert read_prompts(table)[0][0].messages[-1]["content"].endswith(": Dyspnée, séjour n°1")
+
+
+def test_documents_of_a_stay_are_coded_together_as_they_are_prepared(tmp_path: Path) -> None:
+    table = tmp_path / "notes.csv"
+    table.write_text(
+        "nda;cr;type_doc;date_doc\n0012;Sortie.;CRH;12/01/2026\n0013;Autre.;CRH;01/01/2026\n0012;Arrivée.;OBS;03/01/2026\n"
+    )
+    prompts, left_out = read_prompts(table)
+    notes = {prompt.id: prompt.messages[-1]["content"].partition("suivant : ")[2] for prompt in prompts}
+    assert notes == {"0012": "## OBS\n\nArrivée.\n\n## CRH\n\nSortie.", "0013": "## CRH\n\nAutre."} and not left_out
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(table.read_text().replace("nda;cr", "x;y"))
+    with pytest.raises(UserError, match=r"no column for text.*--columns text=COLUMN"):
+        read_prompts(renamed)
+    assert read_prompts(renamed, mapping=read_mapping("stay=x,text=y"))[0] == prompts
+
+
+def test_notes_that_cannot_be_used_do_not_stop_the_others(
+    run_dir: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
+) -> None:
+    table, out = tmp_path / "notes.csv", tmp_path / "p.jsonl"
+    table.write_text("stay_id,text\ns1,Dyspnée.\ns2,  \ns3,a,b\ns4,NULL\ns5,<p>Toux</p>\ns6,Fièvre.\ns6,nan\n")
+    arguments = ("--run", run_dir, "--notes", table, "--out", out, "--max_tokens", 1)
+    code, output = run_command(predict_icd10, *arguments)
+    assert code == 1 and "3 answers" in output and "blank, NULL or nan: 3; number of fields" in output, output
+    assert sorted(row["id"] for row in read(out)) == ["s1", "s5", "s6"]
+    with (tmp_path / "p.left_out.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["stay"] for row in csv.DictReader(file)] == ["s2", "", "s4", "s6"]
+    # A stay with one usable document is answered: nothing is missing.
+    table.write_text("stay_id,text\ns6,Fièvre.\ns6,nan\n")
+    code, output = run_command(predict_icd10, *arguments[:-3], tmp_path / "q.jsonl", "--max_tokens", 1)
+    assert code == 0 and "warning: 1 rows were not used (s6)" in output, output

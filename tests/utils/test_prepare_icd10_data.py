@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.conversation import parse_conversation, pretrain_text
+from model.errors import UserError
 from utils import prepare_icd10_data
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
@@ -18,13 +19,16 @@ from utils.icd10.codes import Cim10Table, chapter
 from utils.icd10.corpus import CodedStay, build_corpus
 from utils.icd10.near_duplicates import MIN_SIMILARITY, find_near_duplicates, normalize_text
 from utils.icd10.prompts import SYSTEM_PROMPT
+from utils.icd10.roles import UNIT_DP
+from utils.icd10.rules import may_have_dr
 from utils.icd10.splits import SPLITS, split_stays
+from utils.icd10.stays import CodeRow, Document, StayNotes
 from utils.tables.splits import assign_splits
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
 CATALOGUE = load_catalogue()
 TABLE = table_of(CATALOGUE)
-NAMES = {f"{split}_{kind}.jsonl" for split in SPLITS for kind in ("instruct", "text")} | {"report.json"}
+NAMES = {f"{split}_{kind}.jsonl" for split in SPLITS for kind in ("instruct", "text")} | {"report.json", "left_out.csv"}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,10 @@ def read_csv(path):
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def all_rows(out):
+    return [row for path in sorted(out.glob("*_instruct.jsonl")) for row in read_jsonl(path)]
 
 
 def splits_of(out):
@@ -145,30 +153,70 @@ def mini_table(tmp_path):
     return path
 
 
-def corpus_of(table, **codes):
-    """Build stays s1=..., s2=... from "DP:I10 DAS:E43"; each has a note."""
-    rows = {stay: [tuple(item.split(":")) for item in text.split()] for stay, text in codes.items()}
-    return build_corpus({stay: f"Note {stay}" for stay in codes}, rows, Cim10Table.from_file(table))
+def corpus_of(table, unit=None, **codes):
+    """Build stays s1=..., s2=... from "DP:I10 DAS:E43" or, with units and flags, "DP:I10:2:oui"; each has a note."""
+    rows = {stay: [CodeRow(*item.split(":")) for item in text.split()] for stay, text in codes.items()}
+    rows = {
+        stay: [row._replace(role=UNIT_DP) if row.role == "DPUM" else row for row in found]
+        for stay, found in rows.items()
+    }
+    notes = StayNotes()
+    for stay in codes:
+        notes.add(Document(stay, f"Note {stay}"))
+    found = Cim10Table.from_file(table)
+    return build_corpus(notes, rows, lambda stay: found, unit)
+
+
+def left_out_codes(corpus):
+    """Return the codes left out as "DP I10 of a", by reason."""
+    found = defaultdict(list)
+    for item in corpus.left_out:
+        if item.what == "code":
+            found[item.reason].append(f"{item.role} {item.code} of {item.stay}")
+    return found
 
 
 def coded(corpus):
     return {stay.id: " ".join(f"{item.role}:{item.code}" for item in stay.diagnoses) for stay in corpus.stays}
 
 
-def test_most_frequent_main_and_related_diagnosis_of_the_corpus_is_kept(mini_table):
-    corpus = corpus_of(
-        mini_table,
-        a="DP:J189 DP:Z511 DR:C509 DR:C187",
-        b="DP:Z511 DR:C187",
-        c="DP:Z511 DR:C187 DR:Z511",
-        d="DP:I10 DP:J189",  # J189 is also the DP of another stay
-    )
-    assert coded(corpus) == {"a": "DP:Z511 DR:C187", "b": "DP:Z511 DR:C187", "c": "DP:Z511 DR:C187", "d": "DP:J189"}
-    assert corpus.dropped_codes == {
-        "another DP is more frequent": ["DP J189 of stay a", "DP I10 of stay d"],
-        "another DR is more frequent": ["DR C509 of stay a"],
-        "also its DP or DR": ["DR Z511 of stay c"],
-    }
+@pytest.mark.parametrize(
+    ("unit", "codes", "expected"),
+    [
+        # The unit, by number where units have one.
+        ("first", "DP:J189 DP:I10 DAS:E43", "DP:J189 DAS:E43 DAS:I10"),
+        ("last", "DP:J189 DP:I10 DAS:E43", "DP:I10 DAS:E43 DAS:J189"),
+        ("first", "DP:J189:10 DP:I10:9", "DP:I10 DAS:J189"),
+        # What the table says: a flag, the code of the stay's DP, the role.
+        (None, "DP:J189:1:non DP:I10:2:oui DAS:E43:1", "DP:I10 DAS:E43 DAS:J189"),
+        (None, "DP:J189:1:i10 DP:I10:2:i10", "DP:I10 DAS:J189"),
+        (None, "DPUM:J189 DPUM:I10 DP:I10", "DP:I10 DAS:J189"),
+        # Nothing to decide.
+        (None, "DP:J189:1 DP:J189:2 DAS:I10", "DP:J189 DAS:I10"),
+        (None, "DPUM:J189 DAS:I10", "DP:J189 DAS:I10"),
+        # The DR of the DP's unit; those of others become DAS.
+        ("last", "DP:J189:1 DR:C509:1 DP:Z511:2 DR:C187:2", "DP:Z511 DR:C187 DAS:C509 DAS:J189"),
+        (None, "DP:Z511 DR:C187 DR:Z511", "DP:Z511 DR:C187"),
+    ],
+)
+def test_main_diagnosis_of_several_units_is_the_one_that_is_named(unit, codes, expected, mini_table):
+    corpus = corpus_of(mini_table, unit, a=codes)
+    assert coded(corpus) == {"a": expected}
+
+
+def test_main_diagnosis_that_nothing_names_stops_with_examples(mini_table):
+    codes = {"a": "DP:J189:1 DP:I10:2", "b": "DP:Z511", "c": "DP:Z511 DR:C187 DR:C509", "d": "DP:I10 DP:E43"}
+    with pytest.raises(
+        UserError, match=r"3 stays have several DP or DR.*a: DP J189 and DP I10; c: DR C187 and DR C509"
+    ):
+        corpus_of(mini_table, d2="DP:J189", **codes)
+
+
+def test_related_diagnosis_is_moved_where_the_guide_allows_none(mini_table):
+    corpus = corpus_of(mini_table, a="DP:J189 DR:I10", b="DP:Z511 DR:C187")
+    assert coded(corpus) == {"a": "DP:J189 DAS:I10", "b": "DP:Z511 DR:C187"}
+    assert list(corpus.moved.values()) == [["DR I10 of stay a"]]
+    assert may_have_dr("Z511") and not any(map(may_have_dr, ("I10", "Z380", "Z039", "Z870", "Z209")))
 
 
 def test_associated_diagnoses_are_distinct_from_dp_and_dr_and_sorted_by_frequency_with_the_dp(mini_table):
@@ -189,17 +237,17 @@ def test_associated_diagnoses_are_distinct_from_dp_and_dr_and_sorted_by_frequenc
         "e": "DP:Z511 DAS:E43",
         "f": "DP:C509 DAS:I10 DAS:E43 DAS:E1198",
     }
-    assert corpus.dropped_codes == {
-        "duplicate DAS": ["DAS I10 of stay a"],
-        "also its DP or DR": ["DAS J189 of stay a", "DAS C187 of stay d"],
+    assert left_out_codes(corpus) == {
+        "duplicate DAS": ["DAS I10 of a"],
+        "also its DP or DR": ["DAS J189 of a", "DAS C187 of d"],
     }
 
 
-def test_codes_are_normalized_and_labeled_by_the_table(mini_table):
-    corpus = corpus_of(mini_table, a="dp:j18.9 DAS:e11.98 DR:F03+00")
+def test_codes_are_labeled_by_the_table(mini_table):
+    corpus = corpus_of(mini_table, a="DP:Z511 DAS:E1198 DR:F03+00")
     (stay,) = corpus.stays
     assert stay.diagnoses == [
-        Diagnosis("DP", "J189", "Pneumonie"),
+        Diagnosis("DP", "Z511", "Séance de chimiothérapie"),
         Diagnosis("DR", "F03+00", "Démence"),
         Diagnosis("DAS", "E1198", "Diabète"),
     ]
@@ -228,6 +276,13 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
         "diagnostic principal : Pneumonie (J189), diagnistic relié : aucun, diagnostic associé : Naissance (Z370)"
     )
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert report["codes"]["moved"] == {
+        "DR beside a DP that takes none (guide MCO), kept as DAS": {"count": 1, "examples": ["DR Z370 of stay kept"]}
+    }
+    named = [(row["what"], row["reason"]) for row in read_csv(tmp_path / "out/left_out.csv")]
+    for what, found in (("stay", report["stays"]["dropped"]), ("code", report["codes"]["dropped"])):
+        listed = Counter(reason for kind, reason in named if kind == what)
+        assert listed == {reason: len(item) if what == "stay" else item["count"] for reason, item in found.items()}
     assert report["stays"] == {
         "read": 6,
         "kept": 1,
@@ -239,19 +294,25 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
     }
     counts = {reason: found["count"] for reason, found in report["codes"]["dropped"].items()}
     assert counts == {
-        "not in the CIM-10 table": 2,
+        "not in the CIM-10 table": 1,
         "a category with children or a closed code": 1,
-        "forbidden as DR": 1,
+        "duplicate DAS": 1,
         "forbidden as DP": 1,
-        "with a status other than DP, DR, DAS": 1,
+        "DAD, a documentary diagnosis (--roles DAD=DAS keeps it)": 1,
         "of a dropped stay": 5,
     }
-    assert report["codes"]["read"] == 13 == report["codes"]["kept"] + sum(counts.values())
+    assert report["codes"]["read"] == 12 == report["codes"]["kept"] + sum(counts.values())
     assert {reason: found["count"] for reason, found in report["unreadable_rows"].items()} == {
-        "without visit_occurence_id": 1,
+        "blank, NULL or nan": 1,
+        "without an identifier of the stay": 1,
+        "without a code": 1,
         "number of fields differs from the header": 1,
     }
-    for words in ("Stays read: 6. Kept: 1.", "without text: 2", "forbidden as DR: 1 (e.g. DR Z370 of stay kept)"):
+    for words in (
+        "Stays read: 6. Kept: 1.",
+        "without text: 2",
+        "forbidden as DP: 1 (e.g. DP F03+00 of stay forbidden)",
+    ):
         assert words in output
 
 
@@ -259,7 +320,7 @@ def test_every_stay_and_code_is_kept_or_dropped_for_one_reason(mini_table, prepa
 
 
 def stays_of(chapters):
-    return [CodedStay(str(number), "", [Diagnosis("DP", code)]) for number, code in enumerate(chapters)]
+    return [CodedStay(str(number), [Diagnosis("DP", code)]) for number, code in enumerate(chapters)]
 
 
 def texts_of(stays):
@@ -381,7 +442,7 @@ def test_normalized_text_contains_only_words():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("I10;Hypertension\n", "line 1: found 1 column(s)"),
+        ("I10;Hypertension\n", "line 1: found 2 column(s)"),
         ("A00|0|NOOO|0|X|Choléra\n", "No stay of"),
         ("", "is empty; expected ATIH"),
     ],
@@ -391,7 +452,8 @@ def test_invalid_table_is_an_error_and_nothing_is_written(content, expected, war
     table.write_text(content, encoding="utf-8")
     text, codes, _ = tables_of(warehouse)
     code, message = prepare(tmp_path / "out", text, codes, table)
-    assert code == 1 and message.startswith("error: ") and expected in message and message.count("\n") == 1
+    *_, last = message.splitlines()
+    assert code == 1 and last.startswith("error: ") and expected in last
     assert not (tmp_path / "out").exists()
 
 
@@ -399,7 +461,7 @@ def test_invalid_arguments_are_reported(warehouse, prepare, tmp_path):
     text, codes, table = tables_of(warehouse)
     out = tmp_path / "out"
     for arguments, expected in (
-        ((codes, text, table), "no column 'text'; found 'visit_occurence_id', 'condition_status_source_value'"),
+        ((codes, text, table), "no column for text; found 'visit_occurence_id', 'condition_status_source_value'"),
         ((text, codes, table, "--patient", "ipp"), "no column 'ipp'"),
         ((text, codes, table, "--ratios", "0.8,0.1"), "--ratios '0.8,0.1': expected the shares"),
         ((tmp_path / "no.csv", codes, table), "no.csv does not exist"),
@@ -411,17 +473,34 @@ def test_invalid_arguments_are_reported(warehouse, prepare, tmp_path):
         assert not out.exists()
 
 
-def test_hospital_exports_in_other_encodings_and_separators(mini_table, prepare, tmp_path):
-    rows = ["visit_occurence_id;text"] + [f"s{number};Dyspnée n°{number}, séjour" for number in range(10)]
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig", "utf-16", "cp850", "mac_roman"])
+def test_the_encoding_of_each_file_is_decided_by_its_bytes(encoding, mini_table, prepare, tmp_path):
+    rows = ["visit_occurence_id;text"] + [f"s{number};Dyspnée à l'effort n°{number}, sœur" for number in range(10)]
+    rows = [row.replace("œ", "oe") if encoding == "cp850" else row for row in rows]
     text = tmp_path / "text.csv"
-    text.write_text("\r\n".join(rows), encoding="cp1252")
-    codes = write_csv(tmp_path / "codes.csv", CODE_COLUMNS[:3], [(f"s{number}", "DP", "I10") for number in range(10)])
-    code, message = prepare(tmp_path / "out", text, codes, mini_table)
-    assert code == 1 and "--encoding (cp1252" in message
-    code, _ = prepare(tmp_path / "out", text, codes, mini_table, "--encoding", "cp1252")
-    assert code == 0 and set(splits_of(tmp_path / "out")) == {f"s{number}" for number in range(10)}
-    few = write_csv(tmp_path / "few.csv", CODE_COLUMNS[:3], [(f"s{number}", "DP", "I10") for number in range(5)])
-    code, message = prepare(tmp_path / "few", text, few, mini_table, "--encoding", "cp1252")
+    text.write_bytes("\r\n".join(rows).encode(encoding))
+    codes = write_csv(
+        tmp_path / "codes.csv", CODE_COLUMNS, [(f"s{number}", "DP", "I10", "élevée") for number in range(10)]
+    )
+    code, output = prepare(tmp_path / "out", text, codes, mini_table)
+    assert code == 0, output
+    notes = {row["id"]: row["messages"][1]["content"].partition("suivant : ")[2] for row in all_rows(tmp_path / "out")}
+    assert notes == dict(row.split(";") for row in rows[1:])
+
+
+def test_file_of_two_encodings_is_refused(mini_table, prepare, tmp_path):
+    text = tmp_path / "text.csv"
+    text.write_bytes("visit_occurence_id,text\ns1,Dyspnée\n".encode() + "s2,Évolution\n".encode("cp1252"))
+    codes = write_csv(tmp_path / "codes.csv", CODE_COLUMNS[:3], [("s1", "DP", "I10"), ("s2", "DP", "I10")])
+    code, message = prepare(tmp_path / "out", text, codes, mini_table, "--ratios", "1")
+    assert code == 1 and "mixes UTF-8 (as in line 2) and another encoding" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_stays_for_the_splits_are_refused(mini_table, prepare, tmp_path):
+    text = write_csv(tmp_path / "text.csv", TEXT_COLUMNS, [(f"s{number}", f"Note {number}") for number in range(5)])
+    codes = write_csv(tmp_path / "few.csv", CODE_COLUMNS[:3], [(f"s{number}", "DP", "I10") for number in range(5)])
+    code, message = prepare(tmp_path / "few", text, codes, mini_table)
     assert code == 1 and "val split would be empty: 5 stays" in message and not (tmp_path / "few").exists()
 
 

@@ -1,16 +1,23 @@
 """The CIM-10 table that ATIH publishes each year, and the roles in which the PMSI accepts each code.
 
-A line is `code|type MCO/HAD|type SSR|type PSY|short label|long label`; codes are padded with spaces. The type restricts
-the role of a code: 0 any role; 1 and 2 (external cause) neither DP nor DR; 3 none (a category with children, or a
-closed code); 4 not DP.
+A line is `code|type MCO/HAD|type SSR|type PSY|short label|long label`; codes are padded with spaces. The same table is
+passed on as csv or xlsx, with a header and fewer or more columns. The type restricts the role of a code: 0 any role; 1
+and 2 (external cause) neither DP nor DR; 3 none (a category with children, or a closed code); 4 not DP.
 """
 
+import csv
+import functools
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from model.errors import UserError
+from model.file_kinds import looks_like
+from utils.tables.encodings import detect_encoding
+from utils.tables.read_table import xlsx_cells
 
 ROLES = ("DP", "DR", "DAS")
 ALLOWED_TYPES = {"DP": frozenset({0}), "DR": frozenset({0, 4}), "DAS": frozenset({0, 1, 2, 4})}
@@ -43,12 +50,71 @@ _CHAPTERS = (  # first category, last category, number, short name
     ("U00", "U99", "XXII", "Special purposes"),
 )
 CHAPTER_NAMES = {numeral: name for _, _, numeral, name in _CHAPTERS}
+_CLOSED = re.compile(r"\*+\s*SU\s*(\d{2})\s*\*+")
+_TYPES = ("0", "1", "2", "3", "4")
 _COLUMNS = "code, type MCO/HAD, type SSR, type PSY, short label, long label"
 
 
+# Cyrillic and Greek letters that look like Latin ones.
+_LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABCEHIJKMOPSTXYABEZHIKMNOPTYX")
+_PREFIX = re.compile(r"(?:CIM|ICD)\s*-?\s*10(?:\s*-?\s*FR)?\s*[:=|]\s*")
+_AROUND = " \t\r\n\"'`«»()[]{}<>,;:.|"
+_MARKS = "+*†‡"  # of the dagger and asterisk system
+# ATIH's list of codes with dashes writes the 5th character before the 4th, or the 6th before the 5th.
+_DASH_NOTATIONS = (
+    (re.compile(r"([A-Z]\d{2})\.?-(\d)\.(\d)"), r"\1\3\2"),  # O04.-0.9 is O0490
+    (re.compile(r"([A-Z]\d{2}\.?\d)-(\d)(\d)"), r"\1\3\2"),  # M62.8-01 is M62810
+)
+_COMPACT = re.compile(r"[A-Z]\d{2,5}(?:\+\d{1,2})?")
+_CODE_LIKE = re.compile(rf"[A-Z]\d[A-Z\d.+-]*[{_MARKS}]*")
+
+
+@functools.lru_cache(1 << 16)
 def normalize_code(text: str) -> str:
-    """Return the code in upper case, without dot, spaces and the CIM-10's dagger or asterisk: ` i50.1 ` -> `I501`."""
-    return re.sub(r"[\s.]", "", text).rstrip("+*†").upper()
+    """Return a code in upper case, without dots, spaces, quotes and dagger or asterisk: ` i50.1 ` -> `I501`.
+
+    A malformed code stays malformed: it is never shortened to a valid one.
+    """
+    if _COMPACT.fullmatch(text):
+        return text
+    code = _PREFIX.sub("", _upper(text)).strip(_AROUND)
+    for pattern, replacement in _DASH_NOTATIONS:
+        if pattern.fullmatch(code):
+            code = pattern.sub(replacement, code)
+    return re.sub(r"[\s.]", "", code).rstrip(_MARKS)
+
+
+def split_codes(text: str) -> list[str]:
+    """Return the normalized codes of a cell: one or several, with or without labels, malformed ones included.
+
+    A cell without anything like a code is returned as one malformed code.
+    """
+    if _COMPACT.fullmatch(text):
+        return [text]
+    cell = _PREFIX.sub("", _upper(text))
+    found = [code for part in re.split(r"[;|\n\t]", cell) for code in _codes_of_part(part)]
+    malformed = normalize_code(text)
+    return found or ([malformed] if malformed else [])
+
+
+def _upper(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).upper().translate(_LOOKALIKES)
+
+
+def _codes_of_part(part: str) -> list[str]:
+    """Return the codes that begin a part, or else those after its label: in brackets, after a comma, at its end."""
+    words = [word for word in (word.strip(_AROUND) for word in re.split(r"[\s,/]+", part)) if word]
+    found = list(itertools.takewhile(_CODE_LIKE.fullmatch, words))
+    labels = words[len(found) :]
+    if not found:  # the label comes first; a reference inside it is not at its end
+        found = re.findall(rf"[(\[]\s*({CODE_PATTERN}[{_MARKS}]*)\s*[)\]]\s*(?:$|,)", part)
+        found = found or [word for word in words[-1:] if re.fullmatch(CODE_PATTERN, word)]
+    elif labels and re.fullmatch(r"[A-Z]|\d+", labels[0]):  # "I50.1 0": a code with a space in it
+        found = [part]
+    elif labels:  # "I489 Fibrillation, I10 HTA"
+        items = (item.split()[0].strip(_AROUND) for item in part.split(",")[1:] if item.strip())
+        found += [word for word in items if re.fullmatch(rf"{CODE_PATTERN}[{_MARKS}]*", word) and word not in found]
+    return [normalize_code(word) for word in found]
 
 
 def category(code: str) -> str:
@@ -70,6 +136,12 @@ class Cim10Entry(NamedTuple):
     label: str
     short_label: str = ""
 
+    @property
+    def closed_in(self) -> int | None:
+        """The year in which ATIH closed the code, by the mark `*** SU19 ***` of its label."""
+        mark = _CLOSED.match(self.label)
+        return 2000 + int(mark[1]) if mark else None
+
 
 class Cim10Table:
     """The codes of one year, in file order. Methods accept codes in any spelling (`i50.1`, ` I501 `)."""
@@ -83,18 +155,15 @@ class Cim10Table:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Cim10Table":
-        """Load ATIH's file, separated by pipes or tabs, in UTF-8 or Latin-1.
+        """Load ATIH's file: pipes, tabs or csv, in any encoding of French files, or xlsx; with a header or without.
 
         Raises:
             UserError: the file cannot be read, or a line does not have the columns of ATIH's table.
         """
         entries: dict[str, Cim10Entry] = {}
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            entry = _parse_line(line.rstrip("\r"), f"{path}, line {number}")
+        for where, entry in _read_entries(Path(path)):
             if entry.code in entries:
-                raise UserError(f"{path}, line {number}: duplicate code {entry.code}; expected each code once.")
+                raise UserError(f"{where}: duplicate code {entry.code}; expected each code once.")
             entries[entry.code] = entry
         if not entries:
             raise UserError(f"{path} is empty; expected ATIH's CIM-10 table ({_COLUMNS}).")
@@ -139,32 +208,89 @@ class Cim10Table:
         return entry is not None and entry.type in ALLOWED_TYPES[role]
 
 
-def _read_text(path: str | Path) -> str:
+_Places = tuple[int, int, int, int]  # of code, type MCO, short label (-1: none) and long label among the columns
+_ATIH = (0, 1, 4, 5)
+_HEADERS = (  # names of these columns, without case and punctuation
+    "code icdcode codecim10 codecim cim10 cim conceptcode diag",
+    "typemcohad typemco mcohad mco autmco autorisationmco type",
+    "libellecourt libcourt shortlabel icdcodedescriptionshort court",
+    "libellelong liblong longlabel libelle label lib icdcodedescription conceptname long",
+)
+
+
+def _read_entries(path: Path) -> Iterator[tuple[str, Cim10Entry]]:
+    """Yield the place and the content of each line of a table."""
+    places: _Places | None = None
+    unit = "row" if path.suffix.lower() == ".xlsx" else "line"
+    for number, columns in _read_columns(path):
+        where = f"{path}, {unit} {number}"
+        if places is None:
+            places = _header_places(columns)
+            if places is not None:
+                continue
+            places = _ATIH if len(columns) == 6 else _guess_places(columns)
+        if places is None or len(columns) <= max(places):
+            raise UserError(
+                f"{where}: found {len(columns)} column(s) in {' '.join(columns)[:60]!r}, expected 6 separated by '|' "
+                f"or tabs ({_COLUMNS}), or a header with these names; use ATIH's file as published."
+            )
+        code, kind, short, label = (columns[place] if place >= 0 else "" for place in places)
+        yield where, _parse_entry(code, kind, short, label, where)
+
+
+def _read_columns(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the stripped cells of each line that is not blank."""
     try:
-        data = Path(path).read_bytes()
+        if path.suffix.lower() in (".xlsx", ".xlsm"):
+            for number, cells in xlsx_cells(path):
+                yield number, ["" if cell is None else str(cell).removesuffix(".0").strip() for cell in cells]
+            return
+        with path.open("rb") as file:
+            kind = looks_like(file.read(256))
+        if kind and not kind.startswith("text"):
+            hint = " Excel's files are zip archives: name it .xlsx." if "zip" in kind else ""
+            raise UserError(f"{path} is {kind}; expected ATIH's CIM-10 table ({_COLUMNS}).{hint}")
+        with path.open(encoding=detect_encoding(path), newline="") as file:
+            first = next((line for line in file if line.strip()), "")
+            separator = max("|\t;,", key=first.count) if "|" not in first else "|"
+            file.seek(0)
+            quote = '"' if separator in ";," else None  # pipes and tabs separate labels with quotes in them
+            quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+            reader = csv.reader(file, delimiter=separator, quotechar=quote, quoting=quoting)
+            for columns in reader:
+                if any(column.strip() for column in columns):
+                    yield reader.line_num, [column.strip() for column in columns]
     except OSError as error:
         raise UserError(f"{path}: cannot read the CIM-10 table ({error.strerror}); check the path.") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot read the CIM-10 table ({error}).") from None
 
 
-def _parse_line(line: str, where: str) -> Cim10Entry:
-    columns = [column.strip() for column in line.split("|" if "|" in line else "\t")]
-    if len(columns) != 6:
-        raise UserError(
-            f"{where}: found {len(columns)} column(s) in {line[:60]!r}, expected 6 separated by '|' or tabs "
-            f"({_COLUMNS}); use ATIH's file as published."
-        )
-    code, kind, _, _, short_label, label = columns
+def _header_places(columns: Sequence[str]) -> _Places | None:
+    """Return the places that a header names, None if the line is not a header."""
+    names = [re.sub(r"[\W_]", "", _upper(column)).casefold() for column in columns]
+    names = ["".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)) for name in names]
+    found = [next((names.index(name) for name in known.split() if name in names), -1) for known in _HEADERS]
+    code, kind, short, label = found
+    return (code, kind, short, label) if min(code, kind, label) >= 0 else None
+
+
+def _guess_places(columns: Sequence[str]) -> _Places | None:
+    """Return the places in a line without header: the code, the first type after it, the last label."""
+    codes = [place for place, cell in enumerate(columns) if re.fullmatch(CODE_PATTERN, cell, re.IGNORECASE)]
+    types = [place for place, cell in enumerate(columns) if codes and place > codes[0] and cell in _TYPES]
+    labels = [place for place, cell in enumerate(columns) if types and place > types[0] and len(cell) > 4]
+    return (codes[0], types[0], labels[0] if len(labels) > 1 else -1, labels[-1]) if labels else None
+
+
+def _parse_entry(code: str, kind: str, short_label: str, label: str, where: str) -> Cim10Entry:
     if not re.fullmatch(CODE_PATTERN, code, re.IGNORECASE):
         raise UserError(
             f"{where}: found {code[:20]!r} in the code column, expected a CIM-10 code such as I10, E1198 or C189+0; "
             "remove the header line if there is one."
         )
-    if kind not in {"0", "1", "2", "3", "4"}:
+    if kind not in _TYPES:
         raise UserError(f"{where}: found {kind[:20]!r} as type MCO/HAD of {code}, expected 0, 1, 2, 3 or 4.")
     if not label:
-        raise UserError(f"{where}: code {code} has no long label; expected one in the sixth column.")
+        raise UserError(f"{where}: code {code} has no long label; expected one in the last column.")
     return Cim10Entry(normalize_code(code), int(kind), label, short_label)

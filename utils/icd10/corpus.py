@@ -1,128 +1,228 @@
-"""Build coded stays from a hospital's tables, and record why anything is dropped.
+"""Build coded stays from a hospital's tables, and record why anything is left out.
 
-A stay keeps one DP and at most one DR (if it has several, the most frequent in the corpus) and its DAS without the DP,
-the DR and duplicates, sorted by how often they occur with this DP in the corpus. Labels come from the table.
+A stay keeps one DP, at most one DR, and its DAS without the DP, the DR and duplicates, sorted by how often they occur
+with this DP in the corpus. Where several units of a stay have a DP, the stay's is the one that the tables or the user
+name; the others become DAS. Labels come from the CIM-10 table.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from model.errors import UserError
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import ROLES, Cim10Table, normalize_code
-
-CodeRow = tuple[str, str]  # condition_status_source_value, concept_code
-Dropped = defaultdict[str, list[str]]  # reason -> descriptions of what was dropped
+from utils.icd10.roles import DOCUMENTARY, UNIT_DP
+from utils.icd10.rules import may_have_dr
+from utils.icd10.stays import CodeRow, LeftOut, StayNotes
 
 NO_TEXT = "without text"
 NO_CODES = "without codes"
 NO_DP = "without a usable DP"
 OF_DROPPED_STAY = "of a dropped stay"
+TWO_PATIENTS = "with documents or codes of two patients"
+
+FIRST, LAST = "first", "last"  # unit whose DP is the stay's
+_FALSE = ("", "0", "n", "non", "no", "false", "faux")
+
+TableOf = Callable[[str], Cim10Table | str]  # the CIM-10 table of a stay, or why there is none
 
 
 class CodedStay(NamedTuple):
-    """A stay with its note and its codes in the order of the answer: DP, DR if any, DAS."""
+    """A stay with its codes in the order of the answer: DP, DR if any, DAS."""
 
     id: str
-    text: str
     diagnoses: list[Diagnosis]
 
 
 class Corpus(NamedTuple):
-    """Stays in the order of their notes, and what was dropped, by reason: ids of stays, descriptions of codes."""
+    """Stays in the order of their notes, and what was left out or changed.
+
+    Attributes:
+        stays: usable stays.
+        left_out: stays and codes that are not used.
+        moved: codes whose role was changed, by reason.
+    """
 
     stays: list[CodedStay]
-    dropped_stays: Dropped
-    dropped_codes: Dropped
+    left_out: list[LeftOut]
+    moved: dict[str, list[str]]
 
 
-def build_corpus(texts: Mapping[str, str], codes: Mapping[str, Sequence[CodeRow]], table: Cim10Table) -> Corpus:
-    """Build the corpus from the text and the codes of each stay.
+def build_corpus(
+    notes: StayNotes,
+    codes: Mapping[str, Sequence[CodeRow]],
+    table_of: TableOf,
+    unit: str | None = None,
+    refused: Mapping[str, str] | None = None,
+) -> Corpus:
+    """Build the corpus from the notes and the codes of each stay.
 
-    Every stay of either mapping is kept or listed once in `dropped_stays`. Every code is kept or listed once in
-    `dropped_codes`.
+    Every stay of either mapping is kept or left out once; so is every code.
+
+    Args:
+        notes: note of each stay.
+        codes: codes of each stay.
+        table_of: returns the CIM-10 table of a stay, or the reason why there is none.
+        unit: "first" or "last": the unit whose DP is the stay's, where the table does not say it.
+        refused: reasons by stay, for stays that are not to be used.
+
+    Raises:
+        UserError: stays have several DP or DR, and nothing says which one is the stay's.
     """
-    dropped_stays: Dropped = defaultdict(list)
-    dropped_codes: Dropped = defaultdict(list)
-    usable: dict[str, dict[str, list[str]]] = {}
-    for stay in dict.fromkeys((*texts, *codes)):
+    builder = _Builder(table_of, unit)
+    for stay in dict.fromkeys((*notes, *codes)):
         rows = codes.get(stay, ())
-        if not texts.get(stay, "").strip() or not rows:
-            dropped_stays[NO_CODES if not rows else NO_TEXT].append(stay)
-            dropped_codes[OF_DROPPED_STAY] += [_describe(role, code, stay) for role, code in rows]
-            continue
-        by_role = _usable_codes(stay, rows, table, dropped_codes)
+        reason = (refused or {}).get(stay) or (NO_CODES if not rows else None if notes.has_text(stay) else NO_TEXT)
+        builder.add(stay, rows, reason)
+    builder.require_one_main_diagnosis()
+    return Corpus(builder.ordered_stays(), builder.left_out, dict(builder.moved))
+
+
+class _Builder:
+    def __init__(self, table_of: TableOf, unit: str | None) -> None:
+        self.left_out: list[LeftOut] = []
+        self.moved: defaultdict[str, list[str]] = defaultdict(list)
+        self._table_of = table_of
+        self._unit = unit
+        self._usable: dict[str, dict[str, list[str]]] = {}
+        self._undecided: dict[str, list[str]] = {}  # what several units have, by stay
+
+    def add(self, stay: str, rows: Sequence[CodeRow], reason: str | None) -> None:
+        """Add a stay, or leave it out for a reason."""
+        table = "" if reason else self._table_of(stay)
+        if isinstance(table, str):
+            self._leave_out_stay(stay, reason or table, [(row.role, row.code) for row in rows])
+            return
+        rows = self._settle_units(stay, rows)
+        by_role: dict[str, list[str]] = {role: [] for role in ROLES}
+        for row in rows:
+            problem = rejection_reason(row.role, row.code, table)
+            if problem is None and row.code in by_role[row.role]:
+                problem = f"duplicate {row.role}"
+            if problem:
+                self._leave_out_code(stay, row.role, row.code, problem)
+            else:
+                by_role[row.role].append(row.code)
         if by_role["DP"]:
-            usable[stay] = by_role
+            self._usable[stay] = self._without_repetitions(stay, by_role)
         else:
-            dropped_stays[NO_DP].append(stay)
-            dropped_codes[OF_DROPPED_STAY] += [
-                _describe(role, code, stay) for role, found in by_role.items() for code in found
-            ]
-    chosen = _choose(usable, dropped_codes)
-    return Corpus(
-        [
-            CodedStay(
-                stay, texts[stay].strip(), [Diagnosis(role, code, table.label(code) or "") for role, code in found]
+            self._leave_out_stay(stay, NO_DP, [(role, code) for role, found in by_role.items() for code in found])
+
+    def _leave_out_stay(self, stay: str, reason: str, codes: Iterable[tuple[str, str]]) -> None:
+        self.left_out.append(LeftOut("stay", reason, stay))
+        for role, code in codes:
+            self._leave_out_code(stay, role, code, OF_DROPPED_STAY)
+
+    def _leave_out_code(self, stay: str, role: str, code: str, reason: str) -> None:
+        self.left_out.append(LeftOut("code", reason, stay, role, code))
+
+    def _settle_units(self, stay: str, rows: Sequence[CodeRow]) -> list[CodeRow]:
+        """Return the codes with at most one DP and one DR: those of other units become DAS."""
+        if len(rows) < 2:
+            return [row._replace(role="DP") if row.role == UNIT_DP else row for row in rows]
+        main = self._choose(stay, _main_candidates(rows))
+        related = [row for row in rows if row.role == "DR" and (main is None or row.code != main.code)]
+        same_unit = [row for row in related if main is not None and row.unit == main.unit]
+        dr = self._choose(stay, same_unit or related)
+        settled = []
+        for row in rows:
+            role = row.role
+            if role in ("DP", UNIT_DP) and main is not None:
+                role = "DP" if row.code == main.code else "DAS"
+            elif role == "DR" and dr is not None and row.code not in (dr.code, main.code if main else None):
+                role = "DAS"
+            if role == "DR" and main is not None and not may_have_dr(main.code):
+                self._move(stay, row, "DR beside a DP that takes none (guide MCO), kept as DAS")
+                role = "DAS"
+            elif role == "DAS" and row.role != "DAS":
+                self._move(stay, row, f"{row.role.split()[0]} of another unit, kept as DAS")
+            settled.append(row._replace(role=role))
+        return settled
+
+    def _move(self, stay: str, row: CodeRow, reason: str) -> None:
+        self.moved[reason].append(f"{row.role} {row.code} of stay {stay}")
+
+    def _choose(self, stay: str, rows: Sequence[CodeRow]) -> CodeRow | None:
+        """Return the row of the only code, or of the chosen unit; note the stay if nothing says which one."""
+        if len({row.code for row in rows}) < 2:
+            return rows[0] if rows else None
+        if self._unit is None:
+            self._undecided.setdefault(stay, []).append(" and ".join(f"{row.role} {row.code}" for row in rows[:3]))
+            return rows[0]
+        numbered = all(row.unit.isdecimal() for row in rows)
+        ordered = sorted(rows, key=lambda row: int(row.unit)) if numbered else list(rows)
+        return ordered[0 if self._unit == FIRST else -1]
+
+    def require_one_main_diagnosis(self) -> None:
+        """Raise UserError if stays have several DP or DR and nothing says which one is the stay's."""
+        if self._undecided:
+            examples = "; ".join(f"{stay}: {', '.join(found)}" for stay, found in list(self._undecided.items())[:5])
+            raise UserError(
+                f"{len(self._undecided):,} stays have several DP or DR, as of several units (RUM): {examples}. Say "
+                "which is the stay's: --columns main=COLUMN (a column that marks the stay's DP or has its code), or "
+                "--several_dp first or last (unit). The others become DAS."
             )
-            for stay, found in chosen.items()
-        ],
-        dropped_stays,
-        dropped_codes,
-    )
+
+    def _without_repetitions(self, stay: str, by_role: dict[str, list[str]]) -> dict[str, list[str]]:
+        dp = by_role["DP"][0]
+        dr = next((code for code in by_role["DR"] if code != dp), None)
+        for role in ROLES[1:]:
+            for code in by_role[role]:
+                if code == dp or (code == dr and role != "DR"):
+                    self._leave_out_code(stay, role, code, "also its DP or DR")
+        das = [code for code in by_role["DAS"] if code not in (dp, dr)]
+        return {"DP": [dp], "DR": [dr] if dr else [], "DAS": das}
+
+    def ordered_stays(self) -> list[CodedStay]:
+        """Return the usable stays, their DAS sorted by how often they occur with the DP."""
+        pairs = Counter((found["DP"][0], code) for found in self._usable.values() for code in found["DAS"])
+        frequency = Counter(code for found in self._usable.values() for code in found["DAS"])
+        stays = []
+        for stay, found in self._usable.items():
+            dp = found["DP"][0]
+            # Ties: the code that is more frequent as DAS, then alphabetical order, so that the order is unique.
+            found["DAS"].sort(key=lambda code: (-pairs[dp, code], -frequency[code], code))
+            table = self._table_of(stay)
+            assert isinstance(table, Cim10Table)
+            stays.append(
+                CodedStay(
+                    stay,
+                    [Diagnosis(role, code, table.label(code) or "") for role in ROLES for code in found[role]],
+                )
+            )
+        return stays
 
 
-def _describe(role: str, code: str, stay: str) -> str:
-    return f"{role} {code} of stay {stay}"
+def _main_candidates(rows: Sequence[CodeRow]) -> list[CodeRow]:
+    """Return the rows that can be the stay's DP: those that the table marks, else its DP, else the DP of its units."""
+    mains = [row for row in rows if row.role in ("DP", UNIT_DP)]
+    marked = [
+        row
+        for row in mains
+        if row.main.casefold() not in _FALSE and normalize_code(row.main) in (row.code, *_flags(row))
+    ]
+    stays_own = [row for row in mains if row.role == "DP"]
+    return marked or stays_own or mains
 
 
-def _usable_codes(stay: str, rows: Sequence[CodeRow], table: Cim10Table, dropped: Dropped) -> dict[str, list[str]]:
-    """Return the distinct codes of each role that the PMSI accepts in it."""
-    usable: dict[str, list[str]] = {role: [] for role in ROLES}
-    for status, written in rows:
-        role, code = status.strip().upper(), normalize_code(written)
-        reason = _rejection_reason(role, code, table)
-        if reason is None and code in usable[role]:
-            reason = f"duplicate {role}"
-        if reason:
-            dropped[reason].append(_describe(status, written, stay))
-        else:
-            usable[role].append(code)
-    return usable
+def _flags(row: CodeRow) -> tuple[str, ...]:
+    """Return the flag of a row as a code, if it is one and not the code of a DP."""
+    flag = normalize_code(row.main)
+    return () if len(flag) >= 3 and flag[1:3].isdecimal() else (flag,)
 
 
-def _rejection_reason(role: str, code: str, table: Cim10Table) -> str | None:
+def rejection_reason(role: str, code: str, table: Cim10Table) -> str | None:
     """Return why a code is not accepted in a role, or None if it is."""
     entry = table.get(code)
+    if role == DOCUMENTARY:
+        return "DAD, a documentary diagnosis (--roles DAD=DAS keeps it)"
     if role not in ROLES:
-        return f"with a status other than {', '.join(ROLES)}"
+        return "with a status that is left out (--roles)"
     if entry is None:
         return "not in the CIM-10 table"
+    if entry.closed_in:
+        return f"closed in {entry.closed_in} (for earlier stays give their table: --cim10 {entry.closed_in - 1}=TABLE)"
     if entry.type == 3:
         return "a category with children or a closed code"
     return None if table.allows(role, code) else f"forbidden as {role}"
-
-
-def _choose(usable: Mapping[str, dict[str, list[str]]], dropped: Dropped) -> dict[str, list[tuple[str, str]]]:
-    """Return (role, code) pairs of each stay in the order of its answer."""
-    frequency = Counter(
-        (role, code) for by_role in usable.values() for role, codes in by_role.items() for code in codes
-    )
-    chosen: dict[str, dict[str, list[str]]] = {}
-    for stay, by_role in usable.items():
-        # On ties, max returns the code that the hospital lists first.
-        dp = max(by_role["DP"], key=lambda code: frequency["DP", code])
-        dr = max((code for code in by_role["DR"] if code != dp), key=lambda code: frequency["DR", code], default=None)
-        das = [code for code in by_role["DAS"] if code not in (dp, dr)]
-        chosen[stay] = {"DP": [dp], "DR": [dr] if dr else [], "DAS": das}
-        for role, codes in by_role.items():
-            for code in codes:
-                if code not in chosen[stay][role]:
-                    reason = "also its DP or DR" if code in (dp, dr) else f"another {role} is more frequent"
-                    dropped[reason].append(_describe(role, code, stay))
-    pairs = Counter((found["DP"][0], code) for found in chosen.values() for code in found["DAS"])
-    for found in chosen.values():
-        dp = found["DP"][0]
-        # Ties: the code that is more frequent as DAS, then alphabetical order, so that the order to learn is unique.
-        found["DAS"].sort(key=lambda code: (-pairs[dp, code], -frequency["DAS", code], code))
-    return {stay: [(role, code) for role in ROLES for code in found[role]] for stay, found in chosen.items()}

@@ -1,10 +1,11 @@
 """Answer the rows of a file with a trained model; an interrupted call continues where it stopped."""
 
 import hashlib
+import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +22,19 @@ from model.generate import generate
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.mapping import NOTE_FIELDS, Columns, TableMapping, find_columns, read_mapping
+from utils.icd10.note_text import note_text
 from utils.icd10.predictions import origin_path, read_origin
 from utils.icd10.prompts import prompt_messages
+from utils.icd10.stays import LeftOut, read_header, read_notes, require_used
 from utils.tables.csv_cells import CsvWriter
-from utils.tables.jsonl import file_errors, read_journal, read_lines, require_own_names, save
+from utils.tables.encodings import AUTO
+from utils.tables.jsonl import SkippedRowError, file_errors, read_journal, read_lines, require_own_names, save
 from utils.tables.read_table import read_table
 
-ID_COLUMNS = ("id", "visit_occurence_id")
 CSV_COLUMNS = ("id", "role", "code", "label")
+LEFT_OUT_SUFFIX = ".left_out.csv"
+ID_COLUMNS = ("id", "visit_occurence_id")  # of conversations
 
 
 class Prompt(NamedTuple):
@@ -42,40 +48,80 @@ class Prompt(NamedTuple):
         return self.row["messages"]
 
 
-def read_prompts(path: Path, encoding: str = "utf-8") -> list[Prompt]:
-    """Return the prompt of each row: the note in `text`, or the `messages` before the last answer.
+def read_prompts(
+    path: Path, encoding: str = AUTO, mapping: TableMapping | None = None
+) -> tuple[list[Prompt], list[LeftOut]]:
+    """Return the prompts of a file, and the rows that have none.
+
+    A row has a document of a stay, as in `utils.prepare_icd10_data`: one prompt per stay; or the `messages` of a
+    conversation, answered from its last question.
 
     Raises:
-        UserError: a row has neither `messages` nor `text`, or an id appears twice.
+        UserError: the file cannot be read, has no usable row, or two conversations have the same id.
     """
-    prompts: list[Prompt] = []
-    seen: set[str] = set()
-    for number, row in read_table(path, encoding):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: {row}.")
-        row_id = str(next((row[key] for key in ID_COLUMNS if row.get(key) not in (None, "")), number))
-        if row_id in seen:
-            raise UserError(f"{path}, row {number}: duplicate id {row_id}; each row needs its own.")
-        seen.add(row_id)
-        prompts.append(Prompt(row_id, _question(row, f"{path}, row {number}")))
-    if not prompts:
+    mapping = mapping or read_mapping(None)
+    header = read_header(path, encoding)
+    if not header:
         raise UserError(f"{path} has no rows; expected a note or a question per row.")
-    return prompts
+    if "messages" in header:
+        prompts, left_out = _conversations(path, encoding)
+    else:
+        columns = find_columns(path, "notes", header, mapping, rows_are_stays=True)
+        require_used(mapping, {path: columns}, NOTE_FIELDS)
+        prompts, left_out = _notes(path, columns, encoding, joined="stay" in mapping.of("notes"))
+    if not prompts:
+        raise UserError(f"{path} has no note or question that can be answered: {_count_reasons(left_out)}.")
+    return prompts, left_out
 
 
-def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
-    if isinstance(row.get("text"), str) and row["text"].strip():
-        return {"messages": prompt_messages(row["text"])}
-    if not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise UserError(f"{where} has neither `text` nor `messages`; expected a note or a conversation.")
-    messages = row["messages"]
+def _notes(path: Path, columns: Columns, encoding: str, joined: bool) -> tuple[list[Prompt], list[LeftOut]]:
+    left_out: list[LeftOut] = []
+    notes = read_notes(path, columns, encoding, left_out, numbered=True)
+    if columns.names.get("stay") == ["id"] and not joined:
+        for row_id in notes:
+            if notes.count_documents(row_id) > 1:
+                raise UserError(
+                    f"{path}: duplicate id {row_id}; give --columns stay=id to join the documents of an id."
+                )
+    stays = [stay for stay in notes if notes.has_text(stay)]
+    return [Prompt(stay, {"messages": prompt_messages(notes[stay])}) for stay in stays], left_out
+
+
+def _conversations(path: Path, encoding: str) -> tuple[list[Prompt], list[LeftOut]]:
+    prompts: dict[str, Prompt] = {}
+    left_out: list[LeftOut] = []
+    for number, row in read_table(path, encoding):
+        row_id = ""
+        try:
+            if not isinstance(row, dict):
+                raise row
+            row_id = str(next((row[key] for key in ID_COLUMNS if row.get(key) not in (None, "")), number))
+            if row_id in prompts:
+                raise UserError(f"{path}, row {number}: duplicate id {row_id}; each conversation needs its own.")
+            prompts[row_id] = Prompt(row_id, _question(row))
+        except SkippedRowError as skip:
+            left_out.append(LeftOut("row", skip.reason, row_id, where=f"{path}, row {number}"))
+    return list(prompts.values()), left_out
+
+
+def _question(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with the messages before the last answer, or those of a note.
+
+    Raises:
+        SkippedRowError: the row has neither.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        if row.get("text") is None:
+            raise SkippedRowError("neither `text` nor `messages`")
+        return {"messages": prompt_messages(note_text(row["text"])[0])}
     try:
         parsed = parse_conversation(row).messages
     except RowError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise SkippedRowError("not a conversation", str(error)) from error
     question = messages[:-1] if parsed[-1].role == "assistant" else messages
     if not question:
-        raise UserError(f"{where} has an answer but no question.")
+        raise SkippedRowError("an answer without a question")
     return row | {"messages": question}  # with its system prompt and tools
 
 
@@ -113,6 +159,20 @@ class Predictor:
         return [self._tokenizer.decode(output).strip() for output in outputs]
 
 
+class Answered(NamedTuple):
+    """What a call did.
+
+    Attributes:
+        summary: a line on the answers.
+        warning: a sentence on the rows that were not used, "" if there are none.
+        complete: whether every stay has an answer.
+    """
+
+    summary: str
+    warning: str
+    complete: bool
+
+
 def predict_file(
     folder: Path,
     rows: Path,
@@ -121,9 +181,10 @@ def predict_file(
     step: int | str | None = None,
     batch_size: int = 16,
     max_tokens: int = 512,
-    encoding: str = "utf-8",
-) -> str:
-    """Answer the rows of a file that are not yet in `out`, and return a summary.
+    encoding: str = AUTO,
+    mapping: TableMapping | None = None,
+) -> Answered:
+    """Answer the rows of a file that are not yet in `out`; rows that have no note are listed, not answered.
 
     Args:
         folder: folder of a run, a checkpoint or a model.
@@ -134,15 +195,16 @@ def predict_file(
         batch_size: rows per batch.
         max_tokens: maximum length of an answer.
         encoding: encoding of `rows`, for text formats.
+        mapping: columns of `rows`.
 
     Raises:
         UserError: the rows, the run or the output cannot be used.
     """
     if out.suffix not in (".jsonl", ".csv"):
         raise UserError(f"{out}: expected a name that ends in .jsonl or .csv.")
-    prompts = read_prompts(rows, encoding)
+    prompts, left_out = read_prompts(rows, encoding, mapping)
     answers = out.with_suffix(".jsonl")
-    require_own_names({out, answers, origin_path(answers)}, [rows])
+    require_own_names({out, answers, origin_path(answers), answers.with_suffix(LEFT_OUT_SUFFIX)}, [rows])
     _require_own_csv(out)
     checkpoint = find_checkpoint(folder, step)
     identity = {
@@ -153,8 +215,7 @@ def predict_file(
     }
     with file_errors():
         answers.parent.mkdir(parents=True, exist_ok=True)
-        done = read_journal(answers)
-        if done:
+        if done := read_journal(answers):
             _require_same_origin(answers, identity)
         to_do = [prompt for prompt in prompts if prompt.id not in done]
         if to_do:
@@ -167,8 +228,36 @@ def predict_file(
                     file.flush()
         if out.suffix == ".csv":
             _save_csv(answers, out)
+        _save_left_out(left_out, answers.with_suffix(LEFT_OUT_SUFFIX))
     earlier = f" ({len(prompts) - len(to_do)} from an earlier call)" if len(to_do) < len(prompts) else ""
-    return f"{len(prompts)} answers{earlier}: {out}"
+    answered = {prompt.id for prompt in prompts}
+    summary = f"{len(prompts)} answers{earlier}: {out}"
+    return Answered(summary, _describe_left_out(left_out, answers), all(row.stay in answered for row in left_out))
+
+
+def _save_left_out(left_out: Sequence[LeftOut], path: Path) -> None:
+    """Write the rows without answer, or remove the file of an earlier call if there are none."""
+    if not left_out:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    writer = CsvWriter(text, LeftOut._fields)
+    for found in left_out:
+        writer.write(*found)
+    save({path: text.getvalue()})
+
+
+def _describe_left_out(left_out: Sequence[LeftOut], answers: Path) -> str:
+    if not left_out:
+        return ""
+    shown = ", ".join(found.stay or found.where for found in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+    listed = answers.with_suffix(LEFT_OUT_SUFFIX)
+    return f"{len(left_out)} rows were not used ({shown}): {_count_reasons(left_out)}. They are listed in {listed}."
+
+
+def _count_reasons(left_out: Sequence[LeftOut]) -> str:
+    counts = Counter(found.reason for found in left_out)
+    return "; ".join(f"{reason}: {count}" for reason, count in counts.items()) or "no rows"
 
 
 def _predictions(
@@ -186,7 +275,7 @@ def _predictions(
 
 def _save_csv(answers: Path, path: Path) -> None:
     """Write one line per code; a missing value is empty."""
-    buffer = StringIO()
+    buffer = io.StringIO()
     writer = CsvWriter(buffer, CSV_COLUMNS)
     for _, line in read_lines(answers):
         row = json.loads(line)
@@ -238,5 +327,8 @@ def predict_in_run_dir(folder: Path, rows: Path) -> Path:
     if run_dir is None:
         raise UserError(f"{folder} is neither a run folder (no args.yaml) nor a checkpoint in one.")
     answers = run_dir / "predictions" / f"{rows.stem}.{checkpoint.resolve().name}.jsonl"
-    print(predict_file(checkpoint, rows, answers), file=sys.stderr)
+    answered = predict_file(checkpoint, rows, answers)
+    print(answered.summary, file=sys.stderr)
+    if answered.warning:
+        print(f"warning: {answered.warning}", file=sys.stderr)
     return answers
