@@ -1,11 +1,13 @@
 """The CIM-10 table: accepted and rejected files, hierarchy, allowed roles."""
 
+import csv
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from model.errors import UserError
-from utils.icd10.codes import ALLOWED_TYPES, ROLES, Cim10Table, category, chapter, normalize_code
+from utils.icd10.codes import ALLOWED_TYPES, ROLES, Cim10Table, category, chapter, normalize_code, split_codes
 
 ROWS = [
     ("B24", "3", "NNNN", "3", "VIH", "Immunodéficience humaine virale [VIH], sans précision"),
@@ -44,6 +46,66 @@ def test_encodings_separators_and_line_ends_are_equivalent(tmp_path, table, enco
     path = tmp_path / "other.txt"
     path.write_bytes(text.encode(encoding))
     assert list(Cim10Table.from_file(path)) == list(table)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "icd_code;aut_mco;pos;aut_ssr;icd_code_description_short;icd_code_description",
+        "Code,Type MCO/HAD,SSR,PSY,Libellé court,Libellé long",
+        None,
+    ],
+)
+def test_csv_and_xlsx_of_the_table_are_equivalent(tmp_path, table, header):
+    separator = ";" if header and ";" in header else ","
+    rows = [*([header.split(separator)] if header else []), *ROWS]
+    with (tmp_path / "table.csv").open("w", encoding="cp1252", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append([int(cell) if cell.isdecimal() else cell for cell in row])
+    book.save(tmp_path / "table.xlsx")
+    for name in ("table.csv", "table.xlsx"):
+        assert list(Cim10Table.from_file(tmp_path / name)) == list(table), name
+
+
+def test_columns_of_a_table_can_be_fewer_and_in_another_order(tmp_path, table):
+    path = write_table(tmp_path, ["libelle;code;aut_mco", *(f'"{row[5]}";{row[0]};{row[1]}' for row in ROWS)])
+    assert [(entry.code, entry.type, entry.label) for entry in Cim10Table.from_file(path)] == [
+        (entry.code, entry.type, entry.label) for entry in table
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "codes"),
+    [
+        ("i5010\u00a0", "I5010"),
+        ("C16.9+0", "C169+0"),
+        ("B24.+0", "B24+0"),
+        ("O04.-0.9", "O0490"),
+        ("M62.8-01", "M62810"),
+        ("CIM10:I50.10", "I5010"),
+        ("Ｉ５０１０", "I5010"),
+        ("І5010", "I5010"),  # Cyrillic
+        ("'I5010',", "I5010"),
+        ("I5010 Insuffisance ventriculaire, sans précision", "I5010"),
+        ("Insuffisance (I50.1) de l'adulte (I5010)", "I5010"),
+        ("E11.4† G63.2*", "E114 G632"),
+        ("I489 I10", "I489 I10"),
+        ("E11.98;I10", "E1198 I10"),
+        ("I489,I10|J181", "I489 I10 J181"),
+        ("I489 Fibrillation, sans précision; I10 HTA", "I489 I10"),
+        # Malformed codes stay malformed.
+        ("E11X", "E11X"),
+        ("I50.1 0", "I5010"),
+        ("M6281000", "M6281000"),
+        ("I1O", "I1O"),
+        ("ABC", "ABC"),
+        (" ", ""),
+    ],
+)
+def test_cells_are_split_into_codes(cell, codes):
+    assert split_codes(cell) == codes.split()
 
 
 def test_lookup_normalizes_codes(table):
@@ -129,9 +191,9 @@ def test_chapters_are_ranges_of_categories(code, numeral):
     [
         ([], ["is empty"]),
         (["", "  "], ["is empty"]),
-        (["code;label"], ["line 1", "1 column", "expected 6"]),
+        (["code;label"], ["line 1", "2 column", "expected 6"]),
         ([LINES[0], "I10|0|NOOO|0|HTA"], ["line 2", "5 column"]),
-        (["code|mco|ssr|psy|court|long", LINES[0]], ["line 1", "'code'", "header"]),
+        (["codes|a|b|c|d|e", LINES[0]], ["line 1", "'codes'", "header"]),
         ([LINES[0], "", "I10|9|NOOO|0|HTA|Hypertension"], ["line 3", "'9'", "0, 1, 2, 3 or 4"]),
         ([LINES[0], "I10||NOOO|0|HTA|Hypertension"], ["line 2", "type MCO/HAD of I10"]),
         ([LINES[0], "I10|0|NOOO|0|HTA| "], ["line 2", "no long label"]),

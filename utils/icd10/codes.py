@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from model.errors import UserError
 from model.file_kinds import looks_like
@@ -250,20 +250,22 @@ def _read_columns(path: Path) -> Iterator[tuple[int, list[str]]]:
         if kind and not kind.startswith("text"):
             hint = " Excel's files are zip archives: name it .xlsx." if "zip" in kind else ""
             raise UserError(f"{path} is {kind}; expected ATIH's CIM-10 table ({_COLUMNS}).{hint}")
-        with path.open(encoding=detect_encoding(path), newline="") as file:
-            first = next((line for line in file if line.strip()), "")
-            separator = max("|\t;,", key=first.count) if "|" not in first else "|"
-            file.seek(0)
-            quote = '"' if separator in ";," else None  # pipes and tabs separate labels with quotes in them
-            quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
-            reader = csv.reader(file, delimiter=separator, quotechar=quote, quoting=quoting)
-            for columns in reader:
-                if any(column.strip() for column in columns):
-                    yield reader.line_num, [column.strip() for column in columns]
+        with path.open(encoding=detect_encoding(path)) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, [column.strip() for column in _split_line(line)]
     except OSError as error:
         raise UserError(f"{path}: cannot read the CIM-10 table ({error.strerror}); check the path.") from None
     except csv.Error as error:
         raise UserError(f"{path}: cannot read the CIM-10 table ({error}).") from None
+
+
+def _split_line(line: str) -> list[str]:
+    """Return the columns of a line: pipes or tabs as ATIH writes them, with quotes inside labels, or csv."""
+    for separator in "|\t":
+        if separator in line:
+            return line.split(separator)
+    return next(csv.reader([line], delimiter=max(";,", key=line.count)))
 
 
 def _header_places(columns: Sequence[str]) -> _Places | None:
