@@ -236,7 +236,7 @@ def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     encoded: list[list[int]] = []
     monkeypatch.setattr("utils.models.predictor.generate", lambda _, prompts, *__, **___: encoded.extend(prompts) or [])
-    Predictor(run_dir).answers(read_prompts(path), max_tokens=1)
+    Predictor(run_dir).answers(read_prompts(path)[0], max_tokens=1)
     assert encoded[0] == encoded[1] == encoded[2]
     assert len(encoded[0]) > len(encoded[3]) + 20
 
