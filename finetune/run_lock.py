@@ -18,7 +18,7 @@ from .run_dir import LOCK_NAME
 
 logger = logging.getLogger("train")
 
-_WAIT_S, _POLL_S = 5.0, 0.2  # torchrun may start a process again before the earlier one has ended
+_WAIT_S, _POLL_S = 3.0, 0.2  # torchrun may start a process again before the earlier one has ended
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # by the file system
 
 

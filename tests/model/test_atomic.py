@@ -185,3 +185,12 @@ def test_replaced_file_keeps_its_permissions(tmp_path, permissions):
             temporary.write_text("new")
             assert mode(temporary) == 0o600
         assert target.read_text() == "new" and mode(target) == permissions
+
+
+def test_shared_temporary_of_another_run_has_another_name(tmp_path):
+    names = {shared_temporary_path(tmp_path / "checkpoint_000100", owner).name for owner in ("", "a", "b")}
+    assert names == {"tmp.checkpoint_000100", "tmp.checkpoint_000100.a", "tmp.checkpoint_000100.b"}
+    for name in names:
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
