@@ -1,6 +1,7 @@
 """Runs under attack: changed inputs, crafted state, two starts in one folder."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -171,16 +172,19 @@ def test_lock_of_a_killed_first_start_is_not_a_run(checkpoint: Path):
     assert steps() == [1]
 
 
-def test_file_removed_by_the_process_that_held_it_is_not_taken_for_the_lock(tmp_path: Path):
-    """A second start opened the file before the first one, at its end, removed it and a third created it again."""
-    path = tmp_path / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    assert run_lock._is_current(descriptor, path)
-    path.unlink()
-    assert not run_lock._is_current(descriptor, path)
-    path.touch()
-    assert not run_lock._is_current(descriptor, path)
-    os.close(descriptor)
+def test_file_that_its_last_owner_removes_is_not_taken_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first start ends, and removes its file, between the second one's opening and locking of it."""
+    path, lock, calls = tmp_path / LOCK_NAME, run_lock.fcntl.flock, itertools.count()
+
+    def flock(descriptor: int, operation: int) -> None:
+        lock(descriptor, operation)
+        if next(calls) == 0:
+            path.unlink()
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    with locked_run_dir(tmp_path, ALONE), path.open("rb") as file, pytest.raises(BlockingIOError):
+        lock(file, run_lock.fcntl.LOCK_EX | run_lock.fcntl.LOCK_NB)
+    assert next(calls) == 2 and not path.exists()
 
 
 def test_file_system_without_locks_is_a_warning(
