@@ -48,9 +48,9 @@ def prompts_of(lengths: list[int], vocab_size: int = 300) -> list[list[int]]:
 
 
 @torch.no_grad()
-def greedy_without_cache(model: Transformer, prompt: list[int], max_tokens: int) -> list[int]:
+def greedy_without_cache(model: Transformer, prompt: list[int], max_tokens: int, eos: int = EOS) -> list[int]:
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens and tokens[-1:] != [EOS]:
+    while len(tokens) < len(prompt) + max_tokens and tokens[-1:] != [eos]:
         tokens.append(int(model(torch.tensor(tokens), [len(tokens)])[-1].argmax()))
     return tokens[len(prompt) :]
 
@@ -76,7 +76,7 @@ def test_all_ranks_run_the_same_number_of_steps_with_or_without_common_prefix() 
     model, steps = tiny_model(), []
     model.register_forward_hook(lambda *_: steps.append(1))
     for prompts in (prompts_of([20]), prompts_of([20, 5]), [prompts_of([20])[0]] * 2):
-        expected = [greedy_without_cache(model, prompt, 8) for prompt in prompts]
+        expected = [greedy_without_cache(model, prompt, 8, eos=-1) for prompt in prompts]
         steps.clear()
         assert generate(model, prompts, 8, -1, any_active=lambda _: True) == expected
         assert len(steps) == 9
@@ -85,7 +85,7 @@ def test_all_ranks_run_the_same_number_of_steps_with_or_without_common_prefix() 
 def test_each_sequence_stops_at_its_own_eos() -> None:
     model = tiny_model()
     prompts = prompts_of([4, 6, 9, 3, 12])
-    free = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
+    free = [greedy_without_cache(model, prompt, 12, eos=-1) for prompt in prompts]
     eos = free[0][3]  # a token that the first sequence generates early
     outputs = generate(model, prompts, 12, eos)
     for output, tokens in zip(outputs, free):
