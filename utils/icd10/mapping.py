@@ -16,10 +16,11 @@ from utils.icd10.roles import UNIT_DP, check_roles
 # Known names of each field as `_key` writes them, the preferred first: this project's, OMOP and EDS, i2b2, and those of
 # French exports (NDA, NAS, IEP, RSS: identifiers of a stay; IPP, NIP: of a patient; RUM, UM, UF: units).
 _KNOWN = {
-    "stay": "visitoccurenceid visitoccurrenceid stayid stay sejourid idsejour sejour nosejour numsejour "
+    "stay": "visitoccurenceid visitoccurrenceid stayid stay sejourid idsejour sejour nosejour nsejour numsejour "
     "numerosejour nda "
-    "numnda nas iep numiep rss norss numrss numerorss encounternum encounterid hadmid venue numvenue novenue "
-    "dossier numdossier nodossier numerodossier numadm numeroadministratif",
+    "numnda nas iep numiep rss norss nrss numrss numerorss encounternum encounterid hadmid venue numvenue "
+    "novenue nvenue "
+    "dossier numdossier nodossier ndossier numerodossier numadm numeroadministratif",
     "text": "text notetext texte note content contenu compterendu texteducompterendu crtexte textecr notecontent "
     "observationblob document cr txt corps",
     "patient": "patientid patient idpatient ipp personid numpatient numeropatient patientnum nip noip subjectid "
@@ -35,7 +36,7 @@ _KNOWN = {
     "codediagnostic diagnostic diagcode conceptcd",
     "role": "conditionstatussourcevalue role statut status typediag typediagnostic diagtype diagnosistype type "
     "statutdiag position tvalchar",
-    "unit": "rum norum numrum numerorum rumid idrum unit unite um num unitemedicale uf "
+    "unit": "rum norum nrum numrum numerorum rumid idrum unit unite um num unitemedicale uf "
     "visitdetailid numum noum ordrerum",
     "main": "main dpdusejour dpsejour dprss rumdp rumprincipal umprincipale rumdudp estdpsejour principal estprincipal",
     "dp": "dprss dp dgnpal diagnosticprincipal diagprincipal diagp codedp dpcode",
@@ -81,6 +82,10 @@ class Columns(NamedTuple):
         """Return the value of a row in a field, None if the table or the row does not have it."""
         names = self.names.get(field)
         return row.get(names[0]) if names else None
+
+    def has_given(self, field: str, pattern: str) -> bool:
+        """Return whether the columns of a field are those that the user gave."""
+        return bool(_matching(pattern, self.names.get(field, [])))
 
     @property
     def is_wide(self) -> bool:

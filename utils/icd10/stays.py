@@ -146,10 +146,9 @@ def recognize(path: Path, table: str, mapping: TableMapping, encoding: str) -> C
 def require_used(mapping: TableMapping, tables: Mapping[Path, Columns], fields: Iterable[str]) -> None:
     """Raise UserError if a column that the user gave for both tables is in none of them."""
     for field in fields:
-        if field in mapping.both and not any(field in columns.names for columns in tables.values()):
-            raise UserError(
-                f"--columns: no column {mapping.both[field]!r} for {field} in {' or '.join(map(str, tables))}."
-            )
+        pattern = mapping.both.get(field)
+        if pattern and not any(columns.has_given(field, pattern) for columns in tables.values()):
+            raise UserError(f"--columns: no column {pattern!r} for {field} in {' or '.join(map(str, tables))}.")
 
 
 def to_document(row: Row, columns: Columns, number: int | None = None) -> Document:

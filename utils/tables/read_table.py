@@ -245,6 +245,8 @@ def xlsx_cells(path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:
                     yield number, tuple(map(_cell, cells))
         finally:
             book.close()
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, InvalidFileException) as error:
         raise UserError(f"{path} is not an Excel workbook that can be read; save it as csv.") from error
 
