@@ -9,8 +9,8 @@ a person may have edited, take precedence over `answer`. Tables: a row per code,
 number, from 1; predictions may count from 0. A stay without a prediction counts as no codes.
 
 Options: `--cim10 TABLE` counts invalid and forbidden codes, `--train TRAIN.jsonl` groups the scores by frequency in the
-training data, `--html F` writes a page with charts, `--csv F` a line per stay. Scores and keys of the JSON file:
-docs/evaluation.md.
+training data, `--second F` gives the agreement with a second coder, `--cophe` depth-aware scores, `--html F` writes a
+page with charts, `--csv F` a line per stay. Scores and keys of the JSON file: docs/evaluation.md.
 """
 
 import argparse
@@ -28,12 +28,13 @@ import numpy as np
 
 from finetune.cli import run_cli
 from model.errors import UserError
+from utils.icd10.agreement import agreement
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
 from utils.icd10.headline import headline, headline_ratios, labels, patient_index, resample
-from utils.icd10.metrics import evaluate_codings, rule_rates
+from utils.icd10.metrics import depth_aware, evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, describe_origin, read_gold, read_predictions
-from utils.reports.evaluation_page import LEVEL_NAMES, html_page, score_rows, uncertainty, warnings
+from utils.reports.evaluation_page import LEVEL_NAMES, html_page, optional_tables, score_rows, uncertainty, warnings
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
 from utils.tables.read_table import add_encoding_option
@@ -53,6 +54,8 @@ def evaluate(
     table: Cim10Table | None = None,
     training: Sequence[Sequence[Diagnosis]] | None = None,
     seed: int = 0,
+    second: Mapping[str, Prediction] | None = None,
+    with_depth: bool = False,
 ) -> dict[str, Any]:
     """Return the scores of predictions; docs/evaluation.md documents the keys.
 
@@ -62,16 +65,30 @@ def evaluate(
         table: needed for `rates` (empty without it) and the labels of `errors`.
         training: diagnoses of the training stays, for the frequency bands; None for the frequencies in gold.
         seed: seed of the bootstrap.
+        second: diagnoses by stay of a second coder; None leaves `second_coder` out.
+        with_depth: whether to add `cophe`, the depth-aware scores.
     """
     given = [predictions.get(stay, Prediction([])) for stay in gold]
     expected = [stay.diagnoses for stay in gold.values()]
     codings = [prediction.diagnoses for prediction in given]
     patients = [stay.facts.get("patient") for stay in gold.values()]
     weights = resample(len(gold), seed=seed, patient=patient_index(patients))
+    optional: dict[str, Any] = {}
+    if with_depth:
+        optional["cophe"] = depth_aware(expected, codings, weights)
+    if second is not None:
+        both = {stay: coding for stay, coding in gold.items() if stay in second}
+        optional["second_coder"] = agreement(
+            {stay: coding.diagnoses for stay, coding in both.items()},
+            {stay: second[stay].diagnoses for stay in both},
+            [coding.facts.get("patient") for coding in both.values()],
+            seed,
+        )
     return {
         "counts": _counts(gold, predictions, given, training),
         "headline": headline(expected, codings, weights),
         **evaluate_codings(expected, codings, training, seed=seed, patients=patients),
+        **optional,
         "by_stay": _by_stay(gold, codings, weights),
         "rates": rule_rates(codings, table) if table else {},
         "errors": _most_frequent_errors(expected, codings, table),
@@ -227,12 +244,16 @@ def _note_scores(gold: set[str], predicted: set[str]) -> tuple[float, ...]:
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """Return a table of the main scores, and the warnings."""
-    rows = [("", *LEVEL_NAMES.values()), *score_rows(result)]
+    """Return a table of the main scores, the tables of optional scores, and the warnings."""
+    blocks = [uncertainty(result), _aligned([("", *LEVEL_NAMES.values()), *score_rows(result)])]
+    for table in optional_tables(result):
+        blocks += [f"{table['title']}:", _aligned([table["header"], *table["rows"]])]
+    return "\n".join([*blocks, *warnings(result)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(0, uncertainty(result))
-    return "\n".join([*lines, *warnings(result)])
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -256,6 +277,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table; count invalid and forbidden codes")
     parser.add_argument("--train", type=Path, metavar="FILE", help="training rows (jsonl), to score by code frequency")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument("--second", type=Path, metavar="FILE", help="a second coder's codes (jsonl, csv): agreement")
+    parser.add_argument("--cophe", action="store_true", help="add depth-aware scores, which count codes by category")
     parser.add_argument("--ignore_extra", action="store_true", help="leave out predictions of stays that gold lacks")
     add_encoding_option(parser)
     return parser.parse_args()
@@ -287,14 +310,17 @@ def main() -> None:
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
     outputs = [path for path in (args.json, args.html, args.csv) if path]
-    require_own_names(outputs, [path for path in (args.gold, args.predictions, args.cim10, args.train) if path])
+    inputs = (args.gold, args.predictions, args.cim10, args.train, args.second)
+    require_own_names(outputs, [path for path in inputs if path])
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None
     gold = read_gold(args.gold, args.encoding)
     predictions = match_ids(gold, read_predictions(args.predictions, args.encoding))
+    second = match_ids(gold, read_predictions(args.second, args.encoding)) if args.second else None
     if not args.ignore_extra:
         require_same_ids(gold, predictions, args.predictions)
-    result = evaluate(gold, predictions, table, training, args.seed)
+        require_same_ids(gold, second or gold, args.second)
+    result = evaluate(gold, predictions, table, training, args.seed, second, args.cophe)
     contents = {args.json: _json_text(result)}
     if args.html:
         about = {"Predictions": args.predictions.name, "Gold": args.gold.name, **describe_origin(args.predictions)}

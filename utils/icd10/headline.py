@@ -115,11 +115,13 @@ def headline(gold: Sequence[Coding], predicted: Sequence[Coding], weights: np.nd
         predicted: diagnoses of each stay, in the same order.
         weights: bootstrap samples of `resample`, [B, N].
     """
-    return {
-        name: {"score": score, "interval": None if score is None else interval(ratio.value(weights), score)}
-        for name, ratio in headline_ratios(gold, predicted).items()
-        for score in [ratio.score]
-    }
+    return {name: scored(ratio, weights) for name, ratio in headline_ratios(gold, predicted).items()}
+
+
+def scored(ratio: Ratio, weights: np.ndarray) -> dict[str, Any]:
+    """Return `{"score", "interval"}`, the interval from the bootstrap samples [B, N]; both are None if undefined."""
+    score = ratio.score
+    return {"score": score, "interval": None if score is None else interval(ratio.value(weights), score)}
 
 
 def patient_index(patients: Sequence[str | None]) -> np.ndarray:

@@ -17,8 +17,24 @@ import numpy as np
 
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import ROLES, Cim10Table, category, chapter
-from utils.icd10.headline import SAMPLES, Coding, headline_ratios, interval, labels, patient_index, resample
+from utils.icd10.headline import (
+    SAMPLES,
+    Coding,
+    Ratio,
+    headline_ratios,
+    interval,
+    labels,
+    patient_index,
+    resample,
+    scored,
+)
 
+DEPTHS: dict[str, Callable[[str], str]] = {
+    "code": str,
+    "4 characters": lambda code: code[:4],
+    "category": category,
+    "chapter": lambda code: chapter(code) or code,
+}
 LEVELS: dict[str, Callable[[str], str]] = {"exact": str, "category": category}
 
 _BAND_ENDS = (0, 5, 20, 100)
@@ -229,6 +245,34 @@ def _describe_notes(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
     described = _describe(pairs, weights)
     described["exact_match"] = float(matches.mean())
     described["intervals"]["exact_match"] = interval(weights @ matches / weights.sum(1), described["exact_match"])
+    return described
+
+
+def depth_aware(gold: Sequence[Coding], predicted: Sequence[Coding], weights: np.ndarray) -> dict[str, Any]:
+    """Return precision, recall and F1 at each depth of DEPTHS and over `all` of them, as CoPHE (Falis et al. 2021).
+
+    A stay's codes are counted at each depth, not only named: of three codes of one category, two are wrong where gold
+    has one.
+
+    Args:
+        gold: diagnoses of each stay.
+        predicted: diagnoses of each stay, in the same order.
+        weights: bootstrap samples of `resample`, [B, N].
+    """
+    sides = [[{item.code for item in coding} for coding in side] for side in (gold, predicted)]
+    expected, given = (np.array([len(codes) for codes in side], dtype=np.int64) for side in sides)
+    common = {}
+    for depth, shorten in DEPTHS.items():
+        counts = ([Counter(map(shorten, codes)) for codes in side] for side in sides)
+        common[depth] = np.array([(one & other).total() for one, other in zip(*counts, strict=True)], dtype=np.int64)
+    common["all"] = np.sum(list(common.values()), axis=0)
+    described = {}
+    for depth, found in common.items():
+        layers = len(DEPTHS) if depth == "all" else 1
+        described[depth] = {
+            name: scored(Ratio(factor * found, layers * whole), weights)
+            for name, factor, whole in (("precision", 1, given), ("recall", 1, expected), ("f1", 2, given + expected))
+        }
     return described
 
 

@@ -44,6 +44,7 @@ STAY_FACT_NAMES = {
 
 _STAY_SCORES = ("dp_accuracy", "role_micro_f1", "micro_f1")
 _NAMED = 20  # notes without a prediction that the summary names
+_COUNTED = {"precision": "precision", "recall": "recall", "micro_f1": "micro F1", "macro_f1": "macro F1"}
 _MEASURES = {"precision": "precision", "recall": "recall", "f1": "F1"}
 
 
@@ -140,7 +141,7 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
         score_rows=score_rows(result),
         uncertainty=uncertainty(result),
         charts=_charts(result),
-        stay_tables=_stay_tables(result),
+        tables=[*optional_tables(result), *_stay_tables(result)],
         rules=[
             (RULE_NAMES[name], f"{rate['count']:,} of {rate['of']:,}", f"{100 * rate['rate']:.1f} %")
             for name, rate in result["rates"].items()
@@ -184,6 +185,35 @@ def _stay_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for fact, groups in result["by_stay"].items()
     ]
+
+
+def optional_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tables of the depth-aware scores and of the agreement with a second coder, if there are any."""
+    tables = []
+    if cophe := result.get("cophe"):
+        rows = [(depth, *(_headline(scores[key]) for key in _MEASURES)) for depth, scores in cophe.items()]
+        title = "Depth-aware scores (CoPHE): codes counted at each depth"
+        tables.append({"title": title, "header": ("", *_MEASURES.values()), "rows": rows})
+    if second := result.get("second_coder"):
+        title = (
+            f"Second coder of {second['notes']:,} stays: kappa, and scores with gold or the second coder as reference"
+        )
+        sides = [second["gold_as_reference"], second["second_as_reference"]]
+        rows = [
+            (
+                name,
+                _number(second["kappa"].get(name)),
+                *(_number(side[name][key]) for side in sides for key in _COUNTED),
+            )
+            for name in sides[0]
+        ]
+        header = ("", "kappa", *(f"{name}, {of}" for of in ("gold", "second") for name in _COUNTED.values()))
+        tables.append({"title": title, "header": header, "rows": rows})
+    return tables
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _charts(result: Mapping[str, Any]) -> "dict[str, Figure]":
