@@ -249,7 +249,7 @@ def _describe_notes(pairs: Pairs, weights: np.ndarray) -> dict[str, Any]:
 
 
 def depth_aware(gold: Sequence[Coding], predicted: Sequence[Coding], weights: np.ndarray) -> dict[str, Any]:
-    """Return precision, recall and F1 at each depth of DEPTHS and over `all` of them, as CoPHE (Falis et al. 2021).
+    """Return precision, recall and F1 at each depth of DEPTHS and over `all` of them, as CoPHE (2021).
 
     A stay's codes are counted at each depth, not only named: of three codes of one category, two are wrong where gold
     has one.
