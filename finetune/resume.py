@@ -252,7 +252,8 @@ def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{folder / RUN_NAME} has invalid settings (`args.{key}`): resume from another.") from None
+        invalid = f"{folder / RUN_NAME} has invalid settings (`args.{key}`)"
+        raise UserError(f"{invalid}. Resume from another checkpoint.") from None
     if max(run["progress"]["step"], run["schedule"]["last_epoch"]) > before["max_steps"]:
         raise UserError(
             f"{folder / RUN_NAME} is corrupt: it has more steps than its run. Resume from another checkpoint."

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.errors import UserError, first_line
+from model.errors import UserError
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -159,7 +159,7 @@ def read_state_file(path: Path, kind: type[Record]) -> dict[str, Any]:
         raise UserError(
             f"{path} does not contain the state of a run: {_describe(error)}. Resume from another checkpoint."
         ) from None
-    state: dict[str, Any] = json.loads(content)
+    state: dict[str, Any] = json.loads(content)  # lists and numbers as before: the models are for checking only
     return state
 
 
@@ -168,4 +168,4 @@ def _describe(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     key = ".".join(map(str, first["loc"]))
     reason = first["msg"][:1].lower() + first["msg"][1:]
-    return f"`{key}`: {reason}" if key else first_line(ValueError(reason))
+    return f"`{key}`: {reason}" if key else reason

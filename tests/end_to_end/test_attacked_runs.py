@@ -374,10 +374,22 @@ def test_crafted_manifest_is_corrupt(checkpoint: Path, manifest: str):
     assert "No checkpoint in run can be resumed" in refusal()
 
 
-@pytest.mark.parametrize("shape", [(3, 5), ()])
-def test_tensors_of_other_shapes_are_refused(checkpoint: Path, shape: tuple[int, ...]):
+CRAFTED_TENSORS: dict[str, Callable[[Path, dict[str, torch.Tensor]], object]] = {
+    "of other shapes": lambda file, found: save_file({name: torch.zeros(3, 5) for name in found}, file),
+    "without dimensions": lambda file, found: save_file({name: torch.zeros(()) for name in found}, file),
+    "of other names": lambda file, found: save_file({f"{name}x": tensor for name, tensor in found.items()}, file),
+    "none": lambda file, found: save_file({}, file),
+    "an empty file": lambda file, found: file.write_bytes(b""),
+    "not safetensors": lambda file, found: file.write_bytes(b"[" * 100_000),
+    "a huge header": lambda file, found: file.write_bytes((1 << 62).to_bytes(8, "little") + b"{}"),
+    "no file": lambda file, found: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED_TENSORS)
+def test_crafted_tensors_are_refused(checkpoint: Path, name: str):
     for file in (checkpoint / "state").glob("*.safetensors"):
-        save_file({name: torch.zeros(shape) for name in load_file(file)}, file)
+        CRAFTED_TENSORS[name](file, load_file(file))
     seal(checkpoint)
     with pytest.raises(UserError, match="cannot be loaded"):
         resume()
