@@ -109,7 +109,7 @@ def finish_step(run: Run, stop: StopRequest) -> None:
     """Evaluate and save if due.
 
     Raises:
-        SystemExit: after a signal, once the step is saved. An evaluation that it interrupts is made up on resume.
+        SystemExit: after a signal, once the step is saved. An evaluation that it interrupts is repeated on resume.
     """
     args, state = run.args, run.state
     # Evaluate before saving: the scores decide whether this checkpoint is the best one and whether to stop.

@@ -231,7 +231,7 @@ class Evaluator:
         by_tokens = self._args.loss_normalization == "tokens"
         eval_loss = evaluate(model, self._batches, self._world, by_tokens, any_active)
         state.eval_losses[state.step] = eval_loss
-        # Missing only if a resumed run makes up an evaluation that was not configured when the step was trained.
+        # Missing only if a resumed run repeats an evaluation and `no_eval` was true when the step was trained.
         train_loss = math.nan if state.last_loss is None else state.last_loss
         metrics = eval_metrics(step=state.step, train_loss=train_loss, eval_loss=eval_loss)
         logger.info(eval_log_message(metrics))
