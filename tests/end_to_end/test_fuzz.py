@@ -31,8 +31,8 @@ from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import load_tiny_tekken
 from utils.icd10.answers import parse_answer
 from utils.tables.chat_rows import reformat_row
-from utils.tables.jsonl import LineReport
-from utils.tables.rewrite import Rewriting, rewrite_jsonl
+from utils.tables.jsonl import LineReport, SkippedRowError
+from utils.tables.rewrite import Rewriting, call_ids, rewrite_jsonl
 
 TIME_LIMIT_S = 20  # for one input, on a busy machine; milliseconds are usual
 fuzz = settings(
@@ -220,7 +220,30 @@ CHATS = [
     },
     {"prompt": "zq1", "completion": "zq2"},
 ]
+ROLE_OF = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+ROLE_OF |= {"developer": "system", **{role: role for role in ("system", "user", "assistant", "tool")}}
+EXCHANGES = [["human", "gpt"], ["user", "assistant"], ["user", "function_call", "observation", "gpt"]]
+ODD_SPEAKERS = ["critic", "developer", "system", "gpt", "human", "tool", "function_call"]
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> dict[str, Any]:
+    """Return a row whose turns have a text each; some have an odd speaker, or are masked."""
+    speakers = [speaker for part in draw(st.lists(st.sampled_from(EXCHANGES), max_size=2)) for speaker in part]
+    for odd in draw(st.lists(st.sampled_from(ODD_SPEAKERS), max_size=2)):
+        speakers.insert(draw(st.integers(0, len(speakers))), odd)
+    keys = draw(st.sampled_from([("from", "value"), ("role", "content")]))
+    turns: list[dict[str, Any]] = []
+    for number, speaker in enumerate(speakers, start=1):
+        text = CALLED.replace("zq3", f"zq{number}") if speaker == "function_call" else f"zq{number}"
+        turns.append(
+            dict(zip(keys, (speaker, text))) | draw(st.sampled_from([{}, {}, {"weight": 0}, {"train": False}]))
+        )
+    return {draw(st.sampled_from(["messages", "conversations"])): turns}
+
+
 CHAT_LINES = st.one_of(
+    chats().map(as_line),
     st.sampled_from(CHATS).map(as_line),
     *(mutated(chat).map(as_line) for chat in CHATS),
     corrupted(as_line(CHATS[0])),
@@ -257,9 +280,31 @@ def texts_in(line: str) -> set[str]:
     return set(re.findall(r"zq\d", line))
 
 
-def numbers_in(report: LineReport) -> set[int]:
-    found = re.findall(r"(?m)^  .*?: (?:line|row)s? ([\d, ]+)", str(report))
+def numbers_in(report: LineReport, reason: str = ".*?") -> set[int]:
+    found = re.findall(rf"(?m)^  {reason}: (?:line|row)s? ([\d, ]+)", str(report))
     return {int(number) for numbers in found for number in numbers.split(", ") if number.strip()}
+
+
+@given(row=chats())
+@fuzz
+def test_a_chat_keeps_every_turn_or_is_left_out(row: dict[str, Any]):
+    turns = row.get("messages") or row.get("conversations") or []
+    speakers = [turn.get("role", turn.get("from")) for turn in turns]
+    warnings: list[str] = []
+    try:
+        converted = reformat_row(row, call_ids(0), warnings.append)
+    except SkippedRowError:
+        return
+    assert converted is not None and set(speakers) <= ROLE_OF.keys()
+    messages = converted["messages"]
+    removed = warnings.count("messages after the last answer removed")
+    assert len(messages) == len(turns) - removed and "gpt" not in speakers[len(messages) :]
+    for speaker, turn, message in zip(speakers, turns, messages):
+        assert message["role"] == ROLE_OF[speaker]
+        assert texts_in(json.dumps(message)) == texts_in(json.dumps(turn))
+        assert ("tool_calls" in message) == (speaker == "function_call")
+        is_masked = not (turn.get("weight", 1) and turn.get("train", True))
+        assert (message.get("weight") == 0) == (is_masked and message["role"] == "assistant")
 
 
 @given(content=chat_files(), backup=st.booleans(), allow_skipped=st.booleans())
@@ -299,15 +344,15 @@ def check_reformatted(file: Path, content: bytes, result: Rewriting, encoder: Sa
         assert result.backup.read_bytes() == content
     before = row_texts(content)
     skipped = numbers_in(result.skipped)
-    kept = [text for number, text in before.items() if number not in skipped]
+    kept = {number: text for number, text in before.items() if number not in skipped}
     assert len(before) == result.read and len(skipped) == result.skipped.count
     written = list(row_texts(after).values())
     assert len(written) == len(kept)
     assert "utils.reformat_data" not in str(result)
-    is_cut = "messages after the last answer removed" in str(result)
-    for old, new in zip(kept, written, strict=True):
+    cut = numbers_in(result.warnings, "messages after the last answer removed")
+    for (number, old), new in zip(kept.items(), written, strict=True):
         row = json.loads(new)
-        assert is_cut or texts_in(old) <= texts_in(new), (old, new)
+        assert number in cut or texts_in(old) <= texts_in(new), (old, new)
         if row != json.loads(old):
             sample = encoder.encode(row, SampleType.INSTRUCT)
             assert len(sample.tokens) == len(sample.masks) > 0
