@@ -308,6 +308,9 @@ def test_row_of_100_mb_is_refused_unread(huge_row: Path, tokenizer: InstructToke
 def test_other_readers_refuse_it_too(huge_row: Path):
     assert "line 2 of dataset" in refusal(lambda: list(read_rows(huge_row, 5)))
     assert "Line 2 of" in refusal(lambda: list(read_lines(huge_row)), memory=150 * MB)
+    # The NUL bytes of a sparse file are refused for what they are, so this reader gets a row of spaces.
+    assert "NUL bytes" in refusal(lambda: rewrite_jsonl(huge_row, lambda row, *_: row), memory=150 * MB)
+    huge_row.write_bytes(json.dumps(ROW).encode() + b"\n[" + b" " * (MAX_ROW_BYTES + 1))
     assert "Line 2 of" in refusal(lambda: rewrite_jsonl(huge_row, lambda row, *_: row), memory=150 * MB)
     assert [path.name for path in huge_row.parent.iterdir()] == ["huge.jsonl"]
 
