@@ -33,7 +33,7 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
 from utils.icd10.headline import headline, headline_ratios, labels, patient_index, resample
 from utils.icd10.metrics import depth_aware, evaluate_codings, rule_rates
-from utils.icd10.predictions import Prediction, describe_origin, read_gold, read_predictions
+from utils.icd10.predictions import Prediction, describe_origin, origin_path, read_gold, read_predictions
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, optional_tables, score_rows, uncertainty, warnings
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
@@ -305,13 +305,13 @@ def _json_text(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     args = _arguments()
+    outputs = (args.json, args.html, args.csv)
+    require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train, args.second))
     if args.run:
         from utils.models.predictor import predict_in_run_dir  # imports torch
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
-    outputs = [path for path in (args.json, args.html, args.csv) if path]
-    inputs = (args.gold, args.predictions, args.cim10, args.train, args.second)
-    require_own_names(outputs, [path for path in inputs if path])
+    require_own_names(outputs, (args.predictions, origin_path(args.predictions)))
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None
     gold = read_gold(args.gold, args.encoding)

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils import evaluate_qa, generate_notes, import_data, prepare_icd10_data, validate_data
+from utils import evaluate_icd10, evaluate_qa, generate_notes, import_data, prepare_icd10_data, validate_data
 
 ROW = {"id": "1", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "un mot"}]}
 PREPARE = [prepare_icd10_data, "--text", "train_text.jsonl", "--codes", "codes.csv", "--cim10", "cim10.tsv"]
 GENERATE = [generate_notes, "--n", "2", "--cim10", "cim10.tsv"]
 IMPORT = [import_data, "train.jsonl", "--text", "{id}", "--overwrite"]
 QA = [evaluate_qa, "--gold", "train.jsonl", "--predictions", "answers.jsonl"]
+ICD10, SECOND = [evaluate_icd10, "--gold", "train.jsonl"], ["--second", "codes.csv"]
 VALIDATE = [validate_data, "config.yaml"]
 CASES = {
     "prepare": [*PREPARE, "--out", ".", "--overwrite"],
@@ -21,6 +22,9 @@ CASES = {
     "generate": [*GENERATE, "--out", ".", "--overwrite"],
     "import": [*IMPORT, "--out", "./"],
     "import, a hard link": [*IMPORT, "--out", "hard"],
+    "evaluate_icd10, before it predicts": [*ICD10, "--run", "run", "--json", "train.jsonl"],
+    "evaluate_icd10, its second coder": [*ICD10, "--predictions", "answers.jsonl", *SECOND, "--json", "codes.csv"],
+    "evaluate_icd10, a record": [*ICD10, "--predictions", "answers.jsonl", "--json", "answers.about.json"],
     "evaluate_qa": [*QA, "--json", "answers.jsonl"],
     "evaluate_qa, a hard link": [*QA, "--json", "hard_train.jsonl"],
     "validate, its report": [*VALIDATE, "--error_report_txt", "train.jsonl"],
