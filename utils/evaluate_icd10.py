@@ -2,11 +2,11 @@
 
 `python -m utils.evaluate_icd10 --gold G (--predictions P | --run RUN_DIR) --json OUT.json`
 
-Gold and predictions are jsonl or tables (csv, tsv, parquet). Rows of jsonl: `id`, and `messages` whose last one, the
-assistant's, contains the codes, or `answer`, or `codes` as `"I10"` or `{"role": "DAS", "code": "I10"}`; `codes`, which
-a person may have edited, take precedence over `answer`. Tables: a row per code, with the columns `id`, `role` and
-`code`, as `utils.predict_icd10` and hospital exports have them. Rows of jsonl without id are identified by their line
-number, from 1; predictions may count from 0. A stay without a prediction counts as no codes.
+Gold and predictions are jsonl or tables (csv, tsv, parquet, xlsx). Rows of jsonl: `id`, and `messages` whose last one,
+the assistant's, contains the codes, or `answer`, or `codes` as `"I10"` or `{"role": "DAS", "code": "I10"}`; `codes`,
+which a person may have edited, take precedence over `answer`. Tables: codes as `utils.prepare_icd10_data` reads them
+and `utils.predict_icd10` writes them. Rows of jsonl without id are identified by their line number, from 1;
+predictions may count from 0. A stay without a prediction counts as no codes.
 
 Options: `--cim10 TABLE` counts invalid and forbidden codes, `--train TRAIN.jsonl` groups the scores by frequency in the
 training data, `--second F` gives the agreement with a second coder, `--cophe` depth-aware scores, `--html F` writes a
@@ -32,8 +32,10 @@ from utils.icd10.agreement import agreement
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
 from utils.icd10.headline import headline, headline_ratios, labels, patient_index, resample
+from utils.icd10.mapping import read_mapping
 from utils.icd10.metrics import depth_aware, evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, describe_origin, origin_path, read_gold, read_predictions
+from utils.icd10.roles import parse_roles
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, optional_tables, score_rows, uncertainty, warnings
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
@@ -280,6 +282,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--second", type=Path, metavar="FILE", help="a second coder's codes (jsonl, csv): agreement")
     parser.add_argument("--cophe", action="store_true", help="add depth-aware scores, which count codes by category")
     parser.add_argument("--ignore_extra", action="store_true", help="leave out predictions of stays that gold lacks")
+    parser.add_argument("--columns", metavar="MAPPING", help="of tables, as in utils.prepare_icd10_data: stay=NDA,...")
+    parser.add_argument("--roles", metavar="STATUS=ROLE,...", help="DP, DR, DAS or ignore for other statuses of tables")
     add_encoding_option(parser)
     return parser.parse_args()
 
@@ -314,9 +318,11 @@ def main() -> None:
     require_own_names(outputs, (args.predictions, origin_path(args.predictions)))
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None
-    gold = read_gold(args.gold, args.encoding)
-    predictions = match_ids(gold, read_predictions(args.predictions, args.encoding))
-    second = match_ids(gold, read_predictions(args.second, args.encoding)) if args.second else None
+    mapping = read_mapping(args.columns)
+    mapping.roles.update(parse_roles(args.roles))
+    gold = read_gold(args.gold, args.encoding, mapping)
+    predictions = match_ids(gold, read_predictions(args.predictions, args.encoding, mapping))
+    second = match_ids(gold, read_predictions(args.second, args.encoding, mapping)) if args.second else None
     if not args.ignore_extra:
         require_same_ids(gold, predictions, args.predictions)
         require_same_ids(gold, second or gold, args.second)

@@ -152,11 +152,42 @@ def test_a_table_may_contain_answers_and_stays_without_codes(jsonl, evaluate, tm
 
 
 @pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("NDA;DP;DR;DAS1;DAS2\n01;I50.10;;I10;E1198\n02;Z511;C509;;\n", ()),
+        ("id,role,code\n01,Diagnostic principal,CIM10:I5010\n01,DA,I10 E1198\n02,DP,Z51.1 séance\n02,DR1,c509\n", ()),
+        ("sejour,kind,diag,patient\n01,P,I5010,x\n01,2,I10\u202f,x\n01,2,E1198,x\n02,P,Z511,y\n02,R,C509,y\n",
+         ("--columns", "stay=sejour,role=kind,code=diag", "--roles", "2=DAS")),
+    ],
+)  # fmt: skip
+def test_layouts_of_hospital_tables_are_read(jsonl, evaluate, tmp_path, text, options):
+    answers = {"01": (("DP", "I5010"), ("DAS", "I10"), ("DAS", "E1198")), "02": (("DP", "Z511"), ("DR", "C509"))}
+    given = jsonl("p.jsonl", [{"id": stay, "answer": answer_of(*codes)} for stay, codes in answers.items()])
+    code, output, result = evaluate(write_csv(tmp_path / "gold.csv", text), given, *options)
+    assert code == 0, output
+    assert result["headline"]["role_exact_match"]["score"] == 1 and result["exact"]["gold"] == 5
+    assert result["counts"]["patients"] == (2 if "patient" in text else None)
+
+
+def test_statuses_of_jsonl_are_read(jsonl, evaluate):
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": [{"role": "DP", "code": "I10"}, {"role": "DAS", "code": "E119"}]}])
+    codes = [{"role": "Diagnostic principal", "code": "I10"}, {"role": "DA", "code": "E11.9"}]
+    result = evaluate(gold, jsonl("p.jsonl", [{"id": "a", "codes": codes}]))[2]
+    assert result["headline"]["role_exact_match"]["score"] == 1
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("stay_number,role,code\na,DP,I10\n", "line 2: no column id or visit_occurence_id"),
-        ("id,role\na,DP\n", "line 2: no column code or concept_code (found: id, role)"),
-        ("id,role,code\na,chief,I10\n", "line 2: a code that is neither"),
+        ("number,role,code\na,DP,I10\n", "p.csv: no column for stay; found 'number', 'role', 'code'"),
+        ("id,role\na,DP\n", "p.csv: no column for code; found 'id', 'role'"),
+        (
+            "id,role,code\na,chief,I10\n",
+            "a status whose role is not known: 'chief' (1). Give the role of each: --roles",
+        ),
+        ("id,role,code\na,DP,I10\n,DP,I10\n", "line 3: without an identifier of the stay"),
+        ("id,role,code\n1.2E+05,DP,I10\n", "an identifier in scientific notation, which has lost digits"),
+        ("id,role,code\na,DP UM,I10\n", "stay 'a' has main diagnoses of units"),
         ("id,answer\na,I10\na,I10\n", "line 3: duplicate id 'a'"),
         ("id,role,code\n", "p.csv is empty"),
     ],

@@ -1,11 +1,11 @@
-"""Read gold and predicted codes from jsonl and csv files.
+"""Read gold and predicted codes from jsonl files and tables.
 
 Rows of jsonl: `{"id", "messages"}` (an instruct row, whose last message contains the codes), `{"id", "answer"}` or
 `{"id", "codes"}`, with codes as `"I10"` or `{"role": "DAS", "code": "I10"}`. `codes` take precedence over `answer`: a
 person edited them. Rows without id are identified by their line number, from 1; predictions may count from 0.
 
-Tables (csv, tsv, parquet): one row per code, with the columns of ID_COLUMNS, ROLE_COLUMNS and CODE_COLUMNS, as
-`utils.predict_icd10` writes them, or one row per stay with `answer`. A row with an empty code is a stay without codes.
+Tables (csv, tsv, parquet, xlsx): codes as `utils.prepare_icd10_data` reads them, or as `utils.predict_icd10` writes
+them (`id`, `role`, `code`), or one row per stay with `id` and `answer`.
 """
 
 import json
@@ -20,14 +20,18 @@ from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code
 from utils.icd10.headline import labels
+from utils.icd10.mapping import TableMapping, find_columns, read_mapping
+from utils.icd10.roles import UNIT_DP, read_statuses
+from utils.icd10.stays import WITHOUT_CODE, LeftOut, identifier, read_codes, read_header
+from utils.tables.encodings import AUTO
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 from utils.tables.rows_by_id import last_answer, read_by_id
 
 NOT_RECORDED = "not recorded"
 ID_COLUMNS = ("id", "visit_occurence_id", "visit_occurrence_id", "stay")
-ROLE_COLUMNS = ("role", "condition_status_source_value", "status")
-CODE_COLUMNS = ("code", "concept_code")
+NO_MAPPING = read_mapping(None)
+_NO_ROLE = "none"  # of a blank status
 _NOT_A_CODE = 'a code that is neither "I10" nor {"role": "DP", "code": "I10"}'
 FACT_COLUMNS = {  # of gold
     "patient": ("patient", "patient_id", "person_id", "ipp"),
@@ -64,27 +68,32 @@ class Prediction(NamedTuple):
         return cls(list(diagnoses), len(diagnoses) - len({item.code for item in diagnoses}))
 
 
-def read_gold(path: Path, encoding: str = "utf-8") -> dict[str, Prediction]:
+def read_gold(path: Path, encoding: str = AUTO, mapping: TableMapping = NO_MAPPING) -> dict[str, Prediction]:
     """Return the diagnoses of each stay by id.
+
+    Args:
+        path: jsonl file or table.
+        encoding: of a table.
+        mapping: columns and roles of a table that the user gave.
 
     Raises:
         UserError: a stay has no code, an id appears twice, or the file cannot be read.
     """
-    if has_fixed_columns(path):
-        gold = _read_table(path, encoding)
-        if empty := [stay for stay, coding in gold.items() if not coding.diagnoses]:
-            raise UserError(f"{path}: no code for stay {empty[0]!r}; expected at least one per stay.")
-        return gold
-    return read_by_id(path, _gold_row)
+    if not has_fixed_columns(path):
+        return read_by_id(path, _gold_row)
+    gold = _read_table(path, encoding, mapping)
+    if empty := [stay for stay, coding in gold.items() if not coding.diagnoses]:
+        raise UserError(f"{path}: no code for stay {empty[0]!r}; expected at least one per stay.")
+    return gold
 
 
-def read_predictions(path: Path, encoding: str = "utf-8") -> dict[str, Prediction]:
-    """Return the prediction of each stay by id; `codes` take precedence over `answer`.
+def read_predictions(path: Path, encoding: str = AUTO, mapping: TableMapping = NO_MAPPING) -> dict[str, Prediction]:
+    """Return the prediction of each stay by id; `codes` take precedence over `answer`. Arguments as in `read_gold`.
 
     Raises:
         UserError: a row has neither `answer` nor `codes`, an id appears twice, or the file cannot be read.
     """
-    return _read_table(path, encoding) if has_fixed_columns(path) else read_by_id(path, _prediction)
+    return _read_table(path, encoding, mapping) if has_fixed_columns(path) else read_by_id(path, _prediction)
 
 
 def origin_path(predictions: Path) -> Path:
@@ -159,46 +168,61 @@ def _diagnosis(item: Any) -> Diagnosis:
 
 
 def _role(text: Any) -> str | None:
-    """Return the role, or None for an empty one."""
-    role = "" if text is None else str(text).strip().upper()
-    if role not in (*ROLES, "", "?"):
-        raise SkippedRowError(_NOT_A_CODE, f"role {role[:20]!r}; expected {', '.join(ROLES)} or nothing")
-    return role if role in ROLES else None
+    """Return the role of a status such as DA or "Diagnostic principal", or None for an empty one."""
+    status = "" if text is None else str(text).strip()
+    if status in ("", "?"):
+        return None
+    try:
+        role = read_statuses({status: 1}, {}, False)[status]
+    except UserError:
+        role = ""
+    if role not in ROLES:
+        raise SkippedRowError(_NOT_A_CODE, f"role {status[:20]!r}; expected {', '.join(ROLES)} or nothing")
+    return role
 
 
-def _read_table(path: Path, encoding: str) -> dict[str, Prediction]:
-    """Read a table with one row per code, or one row per stay with `answer`."""
+def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, Prediction]:
+    header = read_header(path, encoding)
+    if not header:
+        raise UserError(f"{path} is empty.")
+    if "answer" in header:
+        return _read_answers(path, encoding)
+    columns = find_columns(path, "codes", header, mapping, rows_are_stays=True)
+    left_out: list[LeftOut] = []
+    codes, _, found = read_codes(path, columns, {"": _NO_ROLE} | mapping.roles, encoding, left_out)
+    if unusable := [row for row in left_out if row.reason != WITHOUT_CODE]:
+        raise UserError(f"{unusable[0].where}: {unusable[0].reason}; expected a code of a stay.")
+    facts: dict[str, dict[str, str]] = {}
+    for _, row in read_table(path, encoding):
+        if isinstance(row, dict):
+            facts.setdefault(identifier(columns.get(row, "stay")), _facts(row))
+    stays = {}
+    for stay, rows in codes.items():
+        if any(row.role == UNIT_DP for row in rows):
+            raise UserError(f"{path}: stay {stay!r} has main diagnoses of units; use utils.prepare_icd10_data's rows.")
+        diagnoses = [
+            Diagnosis(None if row.role == _NO_ROLE else row.role, row.code)
+            for row in rows
+            if row.role in (*ROLES, _NO_ROLE)
+        ]
+        known = facts[stay] | ({"year": found.discharges[stay][:4]} if stay in found.discharges else {})
+        known |= {"patient": patient for patient in found.patients.get(stay, ())}
+        stays[stay] = Prediction.of_codes(diagnoses)._replace(facts=known)
+    return stays
+
+
+def _read_answers(path: Path, encoding: str) -> dict[str, Prediction]:
+    """Read a table with one row per stay: `id` and `answer`."""
     stays: dict[str, Prediction] = {}
     for number, row in read_table(path, encoding):
         try:
             if not isinstance(row, dict):
                 raise row
-            stay = _column(row, ID_COLUMNS)
-            if "answer" in row:
-                if stay in stays:
-                    raise SkippedRowError(f"duplicate id {stay!r}; each row needs its own")
-                stays[stay] = Prediction.of_answer(str(row["answer"] or ""))
-                continue
-            code = _column(row, CODE_COLUMNS)
-            role = _role(next((row[name] for name in ROLE_COLUMNS if name in row), None))
-            found = [Diagnosis(role, normalize_code(code))] if normalize_code(code) else []
-            before = stays.get(stay)
-            stays[stay] = Prediction(
-                [*before.diagnoses, *found] if before else found, facts=before.facts if before else _facts(row)
-            )
+            stay = identifier(next((row[name] for name in ID_COLUMNS if name in row), None))
+            if stay in stays:
+                raise SkippedRowError(f"duplicate id {stay!r}; each row needs its own")
+            stays[stay] = Prediction.of_answer(str(row["answer"] or ""))
         except SkippedRowError as skip:
-            detail = f" ({skip.detail})" if skip.detail else ""
-            raise UserError(
-                f"{path}, {'line' if counts_lines(path) else 'row'} {number}: {skip.reason}{detail}."
-            ) from None
-    if not stays:
-        raise UserError(f"{path} is empty.")
-    return {stay: Prediction.of_codes(coding.diagnoses)._replace(facts=coding.facts) for stay, coding in stays.items()}
-
-
-def _column(row: Row, names: Sequence[str]) -> str:
-    """Return the value in the first of these columns that the table has, as text."""
-    found = next((name for name in names if name in row), None)
-    if found is None:
-        raise SkippedRowError(f"no column {' or '.join(names)}", f"found: {', '.join(map(str, row))[:200]}")
-    return "" if row[found] is None else str(row[found]).strip()
+            where = f"{path}, {'line' if counts_lines(path) else 'row'} {number}"
+            raise UserError(f"{where}: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.") from None
+    return stays

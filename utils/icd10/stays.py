@@ -33,6 +33,9 @@ _DATE = re.compile(r"(\d{4})[-/.]?(\d{2})[-/.]?(\d{2})(?:[ T]?(\d{2}):?(\d{2})(?
 _FRENCH_DATE = re.compile(r"(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})(?:[ T]+(\d{1,2})[:hH](\d{2})(?::(\d{2}))?)?.*")
 
 
+WITHOUT_CODE = "without a code"
+
+
 class LeftOut(NamedTuple):
     """Something that is not used, and why. `what` is "row", "document", "code" or "stay"."""
 
@@ -328,7 +331,7 @@ def read_codes(
             rows = list(_codes_of_row(row, columns, line))
             written[stay] += rows
             if not rows and not columns.is_wide:
-                raise SkippedRowError("without a code")
+                raise SkippedRowError(WITHOUT_CODE)
             facts.add(stay, _optional(columns.get(row, "patient")), sortable_date(columns.get(row, "discharge")))
         except SkippedRowError as skip:
             found = describe_row(path, line, row, columns, skip)
