@@ -205,8 +205,11 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
             for row in rows
             if row.role in (*ROLES, _NO_ROLE)
         ]
-        known = facts[stay] | ({"year": found.discharges[stay][:4]} if stay in found.discharges else {})
-        known |= {"patient": patient for patient in found.patients.get(stay, ())}
+        known = facts[stay]
+        if stay in found.discharges:
+            known["year"] = found.discharges[stay][:4]
+        if stay in found.patients:
+            known["patient"] = next(iter(found.patients[stay]))
         stays[stay] = Prediction.of_codes(diagnoses)._replace(facts=known)
     return stays
 
