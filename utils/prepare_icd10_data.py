@@ -14,7 +14,6 @@ patient, or with the same text, are in the same split; splits are stratified by 
 """
 
 import argparse
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from utils.icd10.answers import build_answer, code_list, list_codes
 from utils.icd10.codes import chapter
 from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
 from utils.icd10.mapping import TableMapping, read_mapping
-from utils.icd10.near_duplicates import find_near_duplicates, normalize_text
+from utils.icd10.near_duplicates import Survey, find_near_duplicates, normalize_text, survey
 from utils.icd10.note_text import quoted_codes
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.roles import parse_roles
@@ -130,7 +129,7 @@ def describe(
     source: Source,
     patients: Mapping[str, str],
     texts: Sequence[str],
-    digests: Sequence[str],
+    surveyed: Survey,
     splits: Sequence[int],
 ) -> dict[str, Any]:
     """Return the report: stays and codes kept and left out, contents of each split, near-duplicates across splits."""
@@ -139,7 +138,7 @@ def describe(
     for found in (*source.left_out, *corpus.left_out):
         name = found.stay if found.what == "stay" else found.where or f"{found.role} {found.code} of stay {found.stay}"
         by_kind["row" if found.what == "document" else found.what][found.reason].append(name)
-    duplicates = list(find_near_duplicates(texts, splits))
+    duplicates = list(find_near_duplicates(surveyed.signatures, texts, splits))
     return {
         "stays": {
             "read": len(corpus.stays) + sum(map(len, by_kind["stay"].values())),
@@ -160,7 +159,7 @@ def describe(
             for number, name in enumerate(SPLITS[: max(splits) + 1])
         },
         "duplicates": {
-            "stays_with_the_text_of_another": sum(count for count in Counter(digests).values() if count > 1),
+            "stays_with_the_text_of_another": sum(count for count in Counter(surveyed.digests).values() if count > 1),
             "near_identical_across_splits": len(duplicates),
             "examples": [
                 {
@@ -359,9 +358,9 @@ def main() -> None:
         source.warnings.append(f"{len(sessions):,} stays have a session as DP and no DR (e.g. {sessions[0]})")
     known = {stay.id: patient for stay in corpus.stays if (patient := source.patient(stay.id))}
     normalized = NormalizedNotes(source.notes, corpus.stays)
-    digests = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in normalized]
-    splits = split_stays(corpus.stays, known, digests, fractions, args.seed)
-    report = describe(corpus, source, known, normalized, digests, splits)
+    surveyed = survey(normalized)
+    splits = split_stays(corpus.stays, known, surveyed.digests, fractions, args.seed)
+    report = describe(corpus, source, known, normalized, surveyed, splits)
     outputs = Outputs(args.out, args.format, args.overwrite)
     save(corpus.stays, source, splits, outputs, report, [*source.left_out, *corpus.left_out])
     print(summarize(report))

@@ -6,6 +6,7 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.data.conversation import parse_conversation, pretrain_text
@@ -17,7 +18,7 @@ from utils.generate_notes import CODE_COLUMNS, TEXT_COLUMNS, save_notes, table_o
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.codes import Cim10Table, chapter
 from utils.icd10.corpus import CodedStay, build_corpus
-from utils.icd10.near_duplicates import MIN_SIMILARITY, find_near_duplicates, normalize_text
+from utils.icd10.near_duplicates import MIN_SIMILARITY, find_near_duplicates, normalize_text, signature
 from utils.icd10.prompts import SYSTEM_PROMPT
 from utils.icd10.roles import UNIT_DP
 from utils.icd10.rules import may_have_dr
@@ -399,7 +400,8 @@ def test_near_duplicates_match_a_comparison_of_all_pairs():
             words[position] = f"autre{rng.randrange(1000)}"
         texts.append(" ".join(words))
         splits.append(1)
-    found = {item.note: item for item in find_near_duplicates(texts, splits)}
+    signatures = np.stack([signature(text) for text in texts])
+    found = {item.note: item for item in find_near_duplicates(signatures, texts, splits)}
     expected = {}
     for number in range(60, 120):
         similarity = max(jaccard(texts[number], texts[other]) for other in range(60))

@@ -5,6 +5,8 @@ Similarity is the Jaccard index of the notes' 3-word shingles. Candidates come f
 notes of 300 words that differ in ten of them have an index of about 0.8.
 """
 
+import functools
+import hashlib
 import re
 import unicodedata
 import zlib
@@ -20,6 +22,7 @@ MIN_SIMILARITY = 0.8
 _SHINGLE = 3  # words
 _BANDS, _ROWS = 10, 4  # two notes share a band with probability 0.995 at similarity 0.8, and 0.08 at 0.3
 _WORD = re.compile(r"\w+")
+_MARKS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")  # combining
 
 
 class NearDuplicate(NamedTuple):
@@ -30,30 +33,60 @@ class NearDuplicate(NamedTuple):
     similarity: float
 
 
+class Survey(NamedTuple):
+    """What comparing the notes of a corpus needs: hashes of the normalized texts, and MinHash signatures."""
+
+    digests: list[str]
+    signatures: np.ndarray
+
+
 def normalize_text(text: str) -> str:
     """Return the words only: without case, accents, punctuation and layout."""
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    return " ".join(_WORD.findall("".join(char for char in decomposed if not unicodedata.combining(char))))
+    return " ".join(_WORD.findall(_MARKS.sub("", unicodedata.normalize("NFKD", text.casefold()))))
 
 
-def find_near_duplicates(texts: Sequence[str], splits: Sequence[int]) -> Iterator[NearDuplicate]:
-    """Yield, for each note that has one, the first near-duplicate in a split with a lower number.
+def signature(text: str) -> np.ndarray:
+    """Return the MinHash signature of a note as returned by `normalize_text`: uint32 [bands x rows]."""
+    shingles = _shingle_hashes(text)
+    mixed = shingles ^ (shingles >> np.uint64(29))
+    return (mixed[:, None] * _FACTORS >> np.uint64(32)).min(axis=0).astype(np.uint32)
+
+
+def survey(texts: Sequence[str]) -> Survey:
+    """Read each normalized note once."""
+    digests, signatures = [], []
+    for text in tqdm(texts, unit=" notes", desc="comparing", disable=None):
+        digests.append(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+        signatures.append(signature(text))
+    return Survey(digests, np.stack(signatures))
+
+
+def find_near_duplicates(
+    signatures: np.ndarray, texts: Sequence[str], splits: Sequence[int]
+) -> Iterator[NearDuplicate]:
+    """Yield, for each note that has one, a near-duplicate in a split with a lower number.
 
     Args:
-        texts: notes as returned by `normalize_text`.
+        signatures: of the notes, uint32 [notes, bands x rows].
+        texts: notes as returned by `normalize_text`; only those of candidates are asked for.
         splits: number of the split of each note.
     """
-    signatures = [_signature(_shingles(text)) for text in tqdm(texts, unit=" notes", desc="comparing", disable=None)]
-    earlier: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)  # notes of lower splits, by band
-    for split in sorted(set(splits)):
-        members = [index for index, found in enumerate(splits) if found == split]
-        for index in members:
-            candidates = dict.fromkeys(other for band in signatures[index] for other in earlier.get(band, ()))
-            if duplicate := _first_duplicate(index, candidates, texts):
-                yield duplicate
-        for index in members:
-            for band in signatures[index]:
-                earlier[band].append(index)
+    numbers = np.asarray(splits)
+    candidates: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+    for band in range(_BANDS):
+        keys = np.ascontiguousarray(signatures[:, band * _ROWS : (band + 1) * _ROWS]).view(np.uint64)
+        _, groups = np.unique(keys[:, 0] * _MIXER ^ keys[:, 1], return_inverse=True)
+        order = np.argsort(groups, kind="stable")
+        ends = np.flatnonzero(np.diff(groups[order])) + 1
+        for members in np.split(order, ends) if len(ends) + 1 < len(order) else ():
+            if len(members) > 1 and numbers[members].min() < numbers[members].max():
+                for index in members:
+                    if len(lower := members[numbers[members] < numbers[index]]):
+                        candidates[int(index)].append(lower)
+    for index in sorted(candidates, key=lambda index: (splits[index], index)):
+        others = dict.fromkeys(int(other) for lower in candidates[index] for other in lower)
+        if duplicate := _first_duplicate(index, others, texts):
+            yield duplicate
 
 
 def _first_duplicate(index: int, candidates: Iterable[int], texts: Sequence[str]) -> NearDuplicate | None:
@@ -67,22 +100,25 @@ def _first_duplicate(index: int, candidates: Iterable[int], texts: Sequence[str]
     return None
 
 
+@functools.lru_cache(1 << 16)
+def _hash_word(word: str) -> int:
+    return zlib.crc32(word.encode())
+
+
 def _shingles(text: str) -> np.ndarray:
-    """Return the sorted hashes of the distinct shingles, uint64; a shorter text is a single shingle."""
-    words = np.array([zlib.crc32(word.encode()) for word in text.split()] or [0], dtype=np.uint64)
+    """Return the sorted hashes of the distinct shingles, uint64."""
+    return np.unique(_shingle_hashes(text))
+
+
+def _shingle_hashes(text: str) -> np.ndarray:
+    """Return the hashes of the shingles, uint64; a shorter text is a single shingle."""
+    words = np.array([_hash_word(word) for word in text.split()] or [0], dtype=np.uint64)
     length = min(_SHINGLE, len(words))
     hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)
     for offset in range(length):
         hashes = hashes * _MIXER + words[offset : offset + len(hashes)]
-    return np.unique(hashes * _MIXER)
+    return hashes * _MIXER
 
 
 _MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio; odd, so multiplication is a bijection
 _FACTORS = np.random.default_rng(0).integers(2**63, size=_BANDS * _ROWS, dtype=np.uint64) | np.uint64(1)
-
-
-def _signature(shingles: np.ndarray) -> list[tuple[int, bytes]]:
-    """Return the bands of a MinHash signature, each with its number."""
-    mixed = shingles ^ (shingles >> np.uint64(29))
-    smallest = np.array([(mixed * factor >> np.uint64(32)).min() for factor in _FACTORS], dtype=np.uint32)
-    return [(band, rows.tobytes()) for band, rows in enumerate(smallest.reshape(_BANDS, _ROWS))]

@@ -100,6 +100,8 @@ def identifier(value: Any) -> str:
 
 def _optional(value: Any) -> str:
     """Return an identifier, a kind or a unit as text, "" if there is none."""
+    if value is None or value == "":
+        return ""
     try:
         return identifier(value)
     except SkippedRowError as skip:
