@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from benchmarks.prepare import write_stays
 from model.errors import UserError
 from utils import prepare_icd10_data
 from utils.icd10.answers import parse_answer
@@ -343,6 +344,12 @@ def test_rows_name_the_patient(prepare, tmp_path):
     assert prepare(notes, CODES)[0] == 0
     rows = [json.loads(line) for line in (tmp_path / "out/train_instruct.jsonl").open(encoding="utf-8")]
     assert [row.get("patient") for row in rows] == ["007", "007", None]
+
+
+def test_stays_of_the_benchmark_are_prepared(prepare, tmp_path):
+    files = write_stays(6, tmp_path / "stays")
+    code, output, found = prepare(files["text"], files["codes"], table=files["cim10"])
+    assert code == 0 and "train: 6 stays of 3 patients" in output and len(found) == 6, output
 
 
 def test_a_workbook_with_two_sheets_is_refused(prepare, tmp_path):
