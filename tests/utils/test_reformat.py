@@ -574,6 +574,20 @@ def test_a_call_whose_text_has_no_utf8_is_skipped(tmp_path):
     assert "an unpaired surrogate, which is not a character: line 1" in str(rewrite_jsonl(path, reformat_row))
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_permissions_are_those_of_the_original_at_all_times(mode, tmp_path):
+    path = copied("reformat_data.jsonl", tmp_path)
+    path.chmod(mode)
+    seen = []
+
+    def look(row, new_id, warn):
+        seen.extend(file.stat().st_mode & 0o777 for file in tmp_path.glob(".*"))
+        return reformat_row(row, new_id, warn)
+
+    backup = rewrite_jsonl(path, look).backup
+    assert set(seen) == {0o600} and {file.stat().st_mode & 0o777 for file in (path, backup)} == {mode}
+
+
 def test_a_symlink_is_preserved(tmp_path):
     path = copied("reformat_data.jsonl", tmp_path)
     link = tmp_path / "link.jsonl"

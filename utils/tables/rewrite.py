@@ -102,6 +102,7 @@ def rewrite_jsonl(
     require_file(path)
     path = path.resolve()  # a link stays a link
     with file_errors(), temporary_file(path) as temporary:
+        temporary.touch(mode=0o600)  # the rows may be notes
         unit, rows = _read_rows(path)
         result = _convert_rows(rows, temporary, convert, call_ids(seed), Rewriting(unit))
         _require_known_rows(path, result)
