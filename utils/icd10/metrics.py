@@ -28,6 +28,7 @@ from utils.icd10.headline import (
     resample,
     scored,
 )
+from utils.icd10.rules import excluded_pairs, is_session, may_have_dr
 
 DEPTHS: dict[str, Callable[[str], str]] = {
     "code": str,
@@ -35,6 +36,14 @@ DEPTHS: dict[str, Callable[[str], str]] = {
     "category": category,
     "chapter": lambda code: chapter(code) or code,
 }
+GUIDE_RULES = (
+    "DR_without_Z",
+    "DR_is_DP",
+    "DAS_is_DP_or_DR",
+    "session_without_DR",
+    "parent_and_child",
+    "excluded_pair",
+)
 LEVELS: dict[str, Callable[[str], str]] = {"exact": str, "category": category}
 
 _BAND_ENDS = (0, 5, 20, 100)
@@ -281,7 +290,8 @@ def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict
 
     Out of all codes: `unknown` (not in the table), `category` (a type-3 code with children), `closed` (a type-3 code
     without children). Out of the codes in the role: `forbidden_DP`, `forbidden_DR`, `forbidden_DAS` (in the table, but
-    not accepted in this role). Out of the notes: `no_DP`, `several_DP`, `several_DR`.
+    not accepted in this role). Out of the notes: `no_DP`, `several_DP`, `several_DR`. Rules of the guide MCO: see
+    `_guide_counts`.
 
     Returns:
         {count, of, rate} for each rule; rate is 0 if `of` is 0.
@@ -302,4 +312,38 @@ def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict
     counts["no_DP"] = (sum(roles["DP"] == 0 for roles in per_note), len(per_note))
     for role in ("DP", "DR"):
         counts[f"several_{role}"] = (sum(roles[role] > 1 for roles in per_note), len(per_note))
+    counts |= _guide_counts(predicted, table)
     return {name: {"count": count, "of": of, "rate": count / of if of else 0.0} for name, (count, of) in counts.items()}
+
+
+def _guide_counts(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, tuple[int, int]]:
+    """Return the number of notes that break each rule of the guide MCO, and of those that could.
+
+    `DR_without_Z`: a DR with a DP that takes none. `DR_is_DP`. `DAS_is_DP_or_DR`. `session_without_DR`: the DP is
+    chemotherapy, radiotherapy or dialysis. `parent_and_child`: a code and one of its ancestors. `excluded_pair`: two
+    codes that exclude each other.
+    """
+    counts: Counter[str] = Counter()
+    could: Counter[str] = Counter()
+    for coding in predicted:
+        of = {role: {item.code for item in coding if item.role == role} for role in ROLES}
+        codes = {item.code for item in coding}
+        broken = {
+            "DR_without_Z": of["DR"] and of["DP"] and not any(map(may_have_dr, of["DP"])),
+            "DR_is_DP": of["DR"] & of["DP"],
+            "DAS_is_DP_or_DR": of["DAS"] & (of["DP"] | of["DR"]),
+            "session_without_DR": any(map(is_session, of["DP"])) and not of["DR"],
+            "parent_and_child": any(codes.intersection(table.ancestors(code)) for code in codes),
+            "excluded_pair": excluded_pairs(codes),
+        }
+        concerned = {
+            "DR_without_Z": of["DR"] and of["DP"],
+            "DR_is_DP": of["DR"] and of["DP"],
+            "DAS_is_DP_or_DR": of["DAS"],
+            "session_without_DR": any(map(is_session, of["DP"])),
+            "parent_and_child": codes,
+            "excluded_pair": codes,
+        }
+        counts.update(rule for rule, found in broken.items() if found)
+        could.update(rule for rule, found in concerned.items() if found)
+    return {rule: (counts[rule], could[rule]) for rule in GUIDE_RULES}

@@ -21,6 +21,12 @@ RULE_NAMES = {
     "no_DP": "notes without a DP",
     "several_DP": "notes with several DP",
     "several_DR": "notes with several DR",
+    "DR_without_Z": "notes with a DR whose DP takes none (guide MCO, D1 and D2)",
+    "DR_is_DP": "notes whose DR is the DP",
+    "DAS_is_DP_or_DR": "notes with a DAS that is the DP or the DR",
+    "session_without_DR": "sessions without a DR",
+    "parent_and_child": "notes with a code and its parent",
+    "excluded_pair": "notes with two codes that exclude each other",
 }
 COUNT_NAMES = {
     "notes": "notes",
