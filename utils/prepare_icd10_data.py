@@ -27,7 +27,7 @@ from utils.icd10.codes import chapter
 from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
 from utils.icd10.mapping import TableMapping, read_mapping
 from utils.icd10.near_duplicates import Survey, find_near_duplicates, normalize_text, survey
-from utils.icd10.note_text import quoted_codes
+from utils.icd10.note_text import quoted_codes, quotes_label
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.roles import parse_roles
 from utils.icd10.rules import lacks_dr
@@ -69,6 +69,17 @@ class Source(NamedTuple):
         """Return the patient of a stay, by the table of notes where it has one."""
         names = self.notes.patients.get(stay) or self.facts.patients.get(stay) or {}
         return next(iter(names), None)
+
+    def known_facts(self, stay: str) -> dict[str, str | int]:
+        """Return what evaluation can group a stay by: its patient, year of discharge and number of documents."""
+        facts: dict[str, str | int] = {}
+        if patient := self.patient(stay):
+            facts["patient"] = patient
+        if date := self.notes.discharges.get(stay):
+            facts["year"] = date[:4]
+        if self.notes.has_documents:
+            facts["documents"] = self.notes.count_documents(stay)
+        return facts
 
 
 def read_source(text: Path, codes: Path, mapping: TableMapping, encoding: str) -> Source:
@@ -235,24 +246,37 @@ class NormalizedNotes(Sequence[str]):
 
 
 def leave_out_leaks(corpus: Corpus, source: Source, keep: bool) -> Corpus:
-    """Count notes that quote their own codes, as letters written after coding do, and leave them out unless `keep`."""
-    quoting = {
-        stay.id for stay in corpus.stays if quoted_codes(source.notes[stay.id], {item.code for item in stay.diagnoses})
-    }
-    if not quoting:
-        return corpus
-    advice = "a model copies them, and its scores say nothing; --leaks drop leaves them out" if keep else "left out"
-    source.warnings.append(
-        f"{len(quoting):,} notes quote codes of their own stay ({', '.join(sorted(quoting)[:3])}): {advice}"
-    )
-    if keep:
+    """Count notes that quote their own codes or labels, as letters written after coding do.
+
+    Args:
+        corpus: coded stays.
+        source: their notes; receives the warnings.
+        keep: whether the stays whose notes quote codes stay in the corpus.
+    """
+    codes, labels = set(), []
+    for stay in corpus.stays:
+        note = source.notes[stay.id]
+        if quoted_codes(note, {item.code for item in stay.diagnoses}):
+            codes.add(stay.id)
+        if quotes_label(note, [item.label for item in stay.diagnoses]):
+            labels.append(stay.id)
+    if labels:
+        source.warnings.append(
+            f"{len(labels):,} notes quote a long label of their own codes word for word (e.g. {labels[0]}): scores on "
+            "them are too good if the labels come from coding"
+        )
+    if codes:
+        advice = "a model copies them, and its scores say nothing; --leaks drop leaves them out" if keep else "left out"
+        examples = ", ".join(sorted(codes)[:3])
+        source.warnings.append(f"{len(codes):,} notes quote codes of their own stay ({examples}): {advice}")
+    if keep or not codes:
         return corpus
     left_out = list(corpus.left_out)
     for stay in corpus.stays:
-        if stay.id in quoting:
+        if stay.id in codes:
             left_out.append(LeftOut("stay", "whose note quotes its codes", stay.id))
             left_out += [LeftOut("code", OF_DROPPED_STAY, stay.id, str(role), code) for role, code, _ in stay.diagnoses]
-    return corpus._replace(stays=[stay for stay in corpus.stays if stay.id not in quoting], left_out=left_out)
+    return corpus._replace(stays=[stay for stay in corpus.stays if stay.id not in codes], left_out=left_out)
 
 
 class Outputs(NamedTuple):
@@ -294,8 +318,7 @@ def save(
 def _instruct_line(stay: CodedStay, source: Source, form: str) -> str:
     answer = code_list(stay.diagnoses) if form == LIST else build_answer(stay.diagnoses)
     row = instruct_row(source.notes[stay.id], answer, stay.id)
-    patient = source.patient(stay.id)
-    return dump_row(row if patient is None else row | {"patient": patient}) + "\n"
+    return dump_row(row | source.known_facts(stay.id)) + "\n"
 
 
 def _text_line(stay: CodedStay, source: Source, form: str) -> str:

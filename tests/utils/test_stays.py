@@ -339,11 +339,35 @@ def test_answers_as_bare_lists(prepare, tmp_path):
     assert [row["messages"][2]["content"] for row in rows] == ["[I10]", "[J189, I10]", "[J189]"]
 
 
-def test_rows_name_the_patient(prepare, tmp_path):
-    notes = ["stay_id,text,ipp", "a1,Note.,007", "b2,Autre.,007", "c3,Encore.,"]
+def test_notes_that_quote_long_labels_are_counted(prepare, tmp_path):
+    table = tmp_path / "table.txt"
+    table.write_text("I10|0|N|0|H|Hypertension essentielle primitive non compliquée du sujet âgé\nJ189|0|N|0|P|Toux\n")
+    notes = [
+        "stay_id,text",
+        "a1,HYPERTENSION essentielle primitive non compliquée du sujet âgé.",
+        "b2,Toux.",
+        "c3,HTA.",
+    ]
+    code, output, found = prepare(notes, CODES, table=table)
+    assert code == 0 and len(found) == 3 and "warning: 1 notes quote a long label of their own codes" in output, output
+
+
+def test_rows_name_the_patient_the_year_and_the_number_of_documents(prepare, tmp_path):
+    notes = [
+        "stay_id,text,ipp,date_sortie",
+        "a1,Note.,007,05/01/2025",
+        "b2,Autre.,007,",
+        "c3,Encore.,,",
+        "a1,Suite.,007,",
+    ]
     assert prepare(notes, CODES)[0] == 0
     rows = [json.loads(line) for line in (tmp_path / "out/train_instruct.jsonl").open(encoding="utf-8")]
-    assert [row.get("patient") for row in rows] == ["007", "007", None]
+    facts = [{name: row.get(name) for name in ("patient", "year", "documents")} for row in rows]
+    assert facts == [
+        {"patient": "007", "year": "2025", "documents": 2},
+        {"patient": "007", "year": None, "documents": 1},
+        {"patient": None, "year": None, "documents": 1},
+    ]
 
 
 def test_stays_of_the_benchmark_are_prepared(prepare, tmp_path):

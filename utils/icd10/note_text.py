@@ -3,6 +3,7 @@
 import html
 import html.parser
 import re
+from collections.abc import Iterable
 
 from utils.icd10.codes import normalize_code
 from utils.tables.jsonl import SkippedRowError
@@ -65,6 +66,7 @@ _BLOCKS = frozenset(
     ]
 )
 _HIDDEN = frozenset(("script", "style", "head"))
+_LONG_LABEL = 6  # words
 _CODE = re.compile(r"\b[A-Z]\d{2}(?:\.?\d{1,3})?(?:\+\d{1,2})?(?![\w+])", re.IGNORECASE)
 
 
@@ -146,3 +148,9 @@ class _HtmlText(html.parser.HTMLParser):
 def quoted_codes(note: str, codes: set[str]) -> set[str]:
     """Return those of a stay's codes that its note quotes, dotted or not, as notes written after coding do."""
     return codes & {normalize_code(found) for found in _CODE.findall(note)}
+
+
+def quotes_label(note: str, labels: Iterable[str]) -> bool:
+    """Return whether a note quotes a label that is too long to be there by chance, in any case."""
+    lowered = note.casefold()
+    return any(len(label.split()) >= _LONG_LABEL and label.casefold() in lowered for label in labels)

@@ -5,6 +5,7 @@ A stay's documents are joined in the order of their dates, each under its kind. 
 
 import contextlib
 import datetime
+import functools
 import itertools
 import math
 import re
@@ -219,6 +220,11 @@ class StayNotes(Mapping[str, str]):
 
     def __contains__(self, stay: object) -> bool:
         return stay in self._documents
+
+    @functools.cached_property
+    def has_documents(self) -> bool:
+        """Whether any stay has several documents; asked for once all are added."""
+        return any(len(found) > 1 for found in self._documents.values())
 
     def count_documents(self, stay: str) -> int:
         """Return the number of documents of a stay."""
