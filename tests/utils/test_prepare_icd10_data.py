@@ -488,6 +488,11 @@ def test_the_encoding_of_each_file_is_decided_by_its_bytes(encoding, mini_table,
     assert code == 0, output
     notes = {row["id"]: row["messages"][1]["content"].partition("suivant : ")[2] for row in all_rows(tmp_path / "out")}
     assert notes == dict(row.split(";") for row in rows[1:])
+    if encoding == "utf-16":
+        return
+    # An option holds for both files: the one that is valid UTF-8 is read as such.
+    code, _ = prepare(tmp_path / "again", text, codes, mini_table, "--encoding", encoding)
+    assert code == 0 and all_rows(tmp_path / "again") == all_rows(tmp_path / "out")
 
 
 def test_file_of_two_encodings_is_refused(mini_table, prepare, tmp_path):

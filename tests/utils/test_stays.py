@@ -93,6 +93,8 @@ def test_each_of_six_exports_is_prepared_by_one_command_to_the_same_codes(run_co
         (["x|p|r|s1|s2", "a1|I10|||", "b2|J189||I10|", "c3|J189|||"], ["codes.stay=x,dp=p,dr=r,das=s*"]),
         (["visit_occurrence_id,tval_char,concept_cd", "a1,DP,CIM10:I10", "b2,DP,CIM10:J18.9", "b2,DAS,CIM10:I10",
           "c3,DP,CIM10:J189"], []),
+        (["nda;type;code;DP;DR;DAS_01", "a1;HC;28Z;I10;;", "b2;HC;04M;J189;;I10", "c3;HC;04M;J189;;"], []),
+        (["nda;rum;DP;DP_RSS;DAS", "a1;1;I10;I10;", "b2;1;I10;J189;", "b2;2;J189;J189;", "c3;1;J189;J189;"], []),
         (["RSS;DGN_PAL;DGN_REL;DAS", "a1;I10;;", "b2;J189;;I10 I10", "c3;J189;;"], []),
     ],
 )  # fmt: skip
@@ -266,6 +268,7 @@ RTF += r"{\pict\pngblip 8950}}"
          "Pneumopathie franche", "HTML"),
         ("<div>TA <b>12/8</b><br>pouls <60 et >40</div>", "TA 12/8\npouls <60 et >40", "HTML"),
         ("<?xml version='1.0'?><ClinicalDocument><text>Toux.</text></ClinicalDocument>", "Toux.", "HTML"),
+        ("&lt;p&gt;Toux&lt;/p&gt;", "Toux", "HTML"),
         ("Fi&egrave;vre &agrave; 39&deg;", "Fièvre à 39°", "HTML"),
         # Not markup.
         ("CRP <5 et GB >10 000 ; p<0,05 ; a & b", "CRP <5 et GB >10 000 ; p<0,05 ; a & b", None),

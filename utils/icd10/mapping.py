@@ -40,9 +40,9 @@ _KNOWN = {
     "visitdetailid numum noum ordrerum",
     "main": "main dpdusejour dpsejour dprss rumdp rumprincipal umprincipale rumdudp estdpsejour principal estprincipal",
     "dp": "dprss dp dgnpal diagnosticprincipal diagprincipal diagp codedp dpcode",
-    "dpum": "dpum dprum dpunite",
+    "dpum": "dpum dprum dpunite dp",  # DP next to DP_RSS is the unit's
     "dr": "dr dgnrel diagnosticrelie diagrelie diagr coderd drcode codedr",
-    "das": "das da diagnosticassocie diagnosticsassocies diagassocie diagassocies dgnas codedas "
+    "das": "das da diagnosticassocie diagnosticsassocies diagassocie diagassocies dgnas codedas diagass diagassoc "
     "diagnosticsassociessignificatifs diagnosticassociesignificatif listedas",
 }
 _NAMES = {field: [name.casefold() for name in names.split()] for field, names in _KNOWN.items()}
@@ -186,8 +186,11 @@ def find_columns(
 
 def _settle_layout(names: dict[str, list[str]], given: Mapping[str, str]) -> None:
     """Keep the columns of one layout: a code and its role per row, or columns of roles."""
+    if names.get("dpum") == names.get("dp"):
+        names.pop("dpum", None)
+    # A row per code has at most the stay's DP as a column, never its DR or DAS.
     wide = any(field in given for field in WIDE) or not ("code" in names and "role" in names)
-    wide = wide and any(field in names for field in WIDE)
+    wide = (wide and any(field in names for field in WIDE)) or ("dp" in names and ("das" in names or "dr" in names))
     for field in ("code", "role") if wide else WIDE:
         names.pop(field, None)
     if wide and "main" in names and names["main"] == names.get("dp"):

@@ -30,7 +30,7 @@ _NULLS = {
 }
 _BINARY = ("%PDF-", "PK\x03\x04", "ÐÏ\x11à", "\x89PNG", "ÿØÿ")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{200,}={0,2}\s*")
-_RTF = re.compile(r"\s*\{\\rtf")
+_RTF = re.compile(r"\{\\rtf\d")
 _MARKUP = re.compile(
     r"^\s*<(?:!doctype|html|\?xml|body|head)\b"
     r"|<(p|div|span|table|tr|td|th|ul|ol|li|h[1-6]|b|i|u|em|strong|font|pre|center|body)(?:\s[^<>]*)?>.*?</\1\s*>"
@@ -90,12 +90,12 @@ def note_text(value: object) -> tuple[str, str | None]:
     if text.startswith(_BINARY) or _BASE64.fullmatch(text):
         raise SkippedRowError("a file (PDF, image or base64) instead of text")
     converted = None
-    if _RTF.match(text):
+    if _RTF.search(text):
         text, converted = _from_rtf(text), "RTF"
+    if _ENTITY.search(text) and not _MARKUP.search(text):  # markup whose brackets are escaped, or entities alone
+        text, converted = html.unescape(text).replace("\xa0", " "), converted or "HTML"
     if _MARKUP.search(text):
         text, converted = _from_html(text), converted or "HTML"
-    elif _ENTITY.search(text):
-        text, converted = html.unescape(text).replace("\xa0", " "), converted or "HTML"
     if converted and not any(map(str.isalnum, text)):
         raise SkippedRowError(f"{converted} without text")
     return text.strip(), converted

@@ -16,6 +16,15 @@ _CANDIDATES = ("cp1252", "cp850", "mac_roman", "latin-1")  # of French exports, 
 _FRENCH = frozenset("àâæçéèêëîïôœùûüÿÀÂÇÉÈÊËÎÏÔŒÙÛ°«»’–…€µ\xa0")
 
 
+def encoding_of(path: Path, wished: str) -> str:
+    """Return the encoding to read a file in: the wished one, unless that is "auto" or the file is valid UTF-8.
+
+    A file in a one-byte encoding is never valid UTF-8 where it has accents, and one option holds for several files.
+    """
+    one_byte = len("é".encode(wished, "replace")) == 1 if wished != AUTO else False
+    return detect_encoding(path) if wished == AUTO or (one_byte and _is_utf8(path)) else wished
+
+
 def detect_encoding(path: Path) -> str:
     """Return the encoding of a text file: UTF-8 or UTF-16 where its bytes are, otherwise a one-byte encoding.
 

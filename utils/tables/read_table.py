@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from model.errors import UserError
 from model.file_kinds import looks_like
 from utils.tables.csv_cells import original
-from utils.tables.encodings import AUTO, detect_encoding
+from utils.tables.encodings import AUTO, encoding_of
 from utils.tables.jsonl import Row, SkippedRowError, load_row, read_lines, require_file
 
 NumberedRows = Iterator[tuple[int, Row | SkippedRowError]]  # an unreadable row is a SkippedRowError
@@ -70,7 +70,7 @@ def read_table(path: Path, encoding: str = AUTO) -> NumberedRows:
         yield from _read_xlsx(path)
     elif suffix in (*_DELIMITED, ".jsonl", ".json"):
         _require_text(path)
-        encoding = detect_encoding(path) if encoding == AUTO else encoding
+        encoding = encoding_of(path, _checked(encoding))
         read = _read_csv if suffix in _DELIMITED else _read_json
         with _decoding(path, encoding):
             yield from read(path, _with_bom(encoding))
@@ -88,11 +88,15 @@ def _require_text(path: Path) -> None:
         raise UserError(f"{path} ends in {path.suffix!r} but is {kind}.{hint}")
 
 
-def _with_bom(encoding: str) -> str:
+def _checked(encoding: str) -> str:
     try:
-        return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        return encoding if encoding == AUTO else codecs.lookup(encoding).name
     except LookupError as error:
         raise UserError(f"Unknown encoding {encoding!r}; try utf-8, cp1252 or utf-16.") from error
+
+
+def _with_bom(encoding: str) -> str:
+    return "utf-8-sig" if encoding == "utf-8" else encoding
 
 
 @contextmanager
