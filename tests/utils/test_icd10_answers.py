@@ -177,10 +177,17 @@ MALFORMED = [
     ("DP Z511X\nDAS D64.9", "DP:Z511X DAS:D649"),
     ("I10X, E119", "?:I10X ?:E119"),
     ("HTA (I10), Diabète (E11X), scanner (IRM).", "?:I10 ?:E11X"),
+    ("diagnostic principal : Cancer (CIM-10 : E11X), diagnostic associé : HTA (code I10Z)", "DP:E11X DAS:I10Z"),
+    ("**DP** : Diabète [E11X]\nDAS : HTA [I10]", "DP:E11X DAS:I10"),
+    ("DP=z511x DR=c61 DAS=i10;e039b", "DP:Z511X DR:C61 DAS:I10 DAS:E039B"),
+    ("- e11x : diabète\n- i10 : HTA", "?:E11X ?:I10"),
+    ("DP : Pneumopathie J18.9X\nDAS : HTA I10", "DP:J189X DAS:I10"),
+    ("diagnostic principal : HTA (I10 ; E119), diagnostic associé : Fièvre (A01, B02) (C03)", "DP:I10 DP:E119 DAS:C03"),
     # Longer than a valid code, never cut to one.
+    ("diagnostic principal : HTA (I10X", "DP:I10X"),
     ("DP : I10,9\nDAS : Pneumopathie (J18,9)", "DP:I10,9 DAS:J18,9"),
     ("DP : I10-I15", "DP:I10-I15"),
-    ("- I5010.5 HTA", ""),
+    ("- I5010.5 HTA", "?:I50105"),
     # Spellings of valid codes.
     ("diagnostic principal : Polynévrite (G63.2*), diagnostic associé : Diabète (E11.4†), HTA (I 10)",
      "DP:G632 DAS:E114 DAS:I10"),

@@ -24,24 +24,33 @@ class Diagnosis(NamedTuple):
 _ROLE = re.compile(
     r"""diagn\w{0,20}\s+(?P<full>princip|reli|associ)\w*(?:\s+significati\w*)?(?:\s*\((?:DP|DR|DAS)\))?
     | ^[^\w\n]*(?P<opening>princip|reli|associ)\w*\s*(?=:)
-    | \b(?P<short>DP|DR|DAS)\b(?=\s*[:=–—-]|\s+[A-Z]\d)""",
+    | \b(?P<short>DP|DR|DAS)\b(?=\**\s*[:=–—-]|\s+[A-Z]\d)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 _ROLE_OF_STEM = {"princip": "DP", "reli": "DR", "associ": "DAS", "dp": "DP", "dr": "DR", "das": "DAS"}
 
 # Not a code: the start of a longer word, number or range (C00-D48), a code of the asterisk system (G01*).
 _END = r"(?![\w*†+]|\.?-\S|\.-|[.,/]\d)"
-_IN_PARENTHESES = rf"[(\[]\s*(?:(?:code|cim(?:[ -]?10)?)\b(?:\s*:)?\s*)?(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
+_PREFIX = r"(?:(?:code|cim(?:[ -]?10)?)\b(?:\s*:)?\s*)?"
+_IN_PARENTHESES = rf"[(\[]\s*{_PREFIX}(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
 # A code without parentheses starts an item ("- I10 : HTA", "code I10") or ends it ("HTA I10,"). "vitamine B12" and
 # "sorti à J10" are not codes.
 _OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)[^\S\n]*(?P<opening>{CODE_PATTERN}){_END}"
 _CLOSING = rf"(?<!vitamine\s)(?<!\sà\s)\b(?P<closing>{CODE_PATTERN}){_END}(?=\s*(?:[.;,|\n]|\bet\b|$))"
 # Malformed codes count as predicted: a word with a digit, or capitals, in the parentheses that end an item, and without
 # parentheses a letter and a digit where a code is expected.
-_MALFORMED = r"(?=[\w.+-]*\d)\w[\w.+*†-]{1,14}(?:,\d+)?|[^\W\d_](?:[ .]?\d){2,6}|(?-i:[A-Z]{2,5})"
-_MALFORMED_ITEM = rf"\(\s*(?P<malformed>{_MALFORMED})\s*\)(?=\s*(?:[;.,\n]|$|\bet\b))"
+_MALFORMED = r"(?=[\w.+-]*\d)\w[\w.+*†-]{1,14}(?:,\d+)?|[^\W\d_](?:[ .]?\d){2,6}[ .]?[A-Z]?"
+_MALFORMED_ITEM = (
+    rf"(?:[(\[]\s*{_PREFIX}(?P<malformed>{_MALFORMED})\s*(?:[)\]]|\Z)|\((?P<capitals>(?-i:[A-Z]{{2,5}}))\))"
+    r"(?=\s*(?:[;.,\n]|$|\bet\b))"
+)
 _MALFORMED_BARE = (
-    r"(?:^|[:;,=•*|]|\d[.)]|\s[–—-])[^\S\n]*(?P<bare>(?-i:[A-Z]\d)[\w.+*†-]{0,13}(?:,\d+)?)(?=\s*[;,|\n:=]|\.?\s|\.?$)"
+    r"(?:(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-])[^\S\n]*(?P<bare>(?:(?-i:[A-Z]\d)|[a-z]\d{2})[\w.+*†-]{0,13}(?:,\d+)?)"
+    r"(?=\s*[;,|\n:=]|\.?\s|\.?$)"
+    r"|(?<!vitamine)(?<!\sà)\s(?P<last>(?-i:[A-Z]\d{2})[\w.]{1,12})(?=\s*(?:[;,|\n]|$)))"
+)
+_CODES_OF_A_GROUP = re.compile(
+    rf"[(\[]\s*{CODE_PATTERN}(?:\s*[;,/]\s*{CODE_PATTERN})+\s*[)\]](?=\s*(?:[;.,\n]|$))", re.IGNORECASE
 )
 _FLAGS = re.IGNORECASE | re.MULTILINE
 _VALID_CODES = rf"{_IN_PARENTHESES}|{_OPENING}|{_CLOSING}"
@@ -114,7 +123,7 @@ def _codes(section: str, has_role: bool) -> list[tuple[str, str]]:
         items = (normalize_code(item.strip(" \t\r\n'\"«»")) for item in re.split(r"[,;|]", listed["items"]))
         return [(code, "") for code in items if code and code.lower() != NOTHING]
     blanked = _blank_remarks(section)
-    pattern = _CODES if "(" in blanked else _BARE_CODES
+    pattern = _CODES if re.search(r"[(\[]", blanked) else _BARE_CODES
     matches = [match for match in pattern.finditer(blanked) if _is_code(match, has_role)]
     found, start = [], 0
     for match, following in zip(matches, [*matches[1:], None]):
@@ -129,10 +138,11 @@ def _codes(section: str, has_role: bool) -> list[tuple[str, str]]:
 
 def _is_code(match: re.Match[str], has_role: bool) -> bool:
     """Return whether a match is a code, of whatever form: "(IRM)." in free text and "(VIH), avec" are not."""
-    malformed, bare = (match.groupdict().get(name) for name in ("malformed", "bare"))
-    if malformed and not any(map(str.isdigit, malformed)):
+    groups = match.groupdict()
+    if groups.get("capitals"):
         return has_role and not re.match(r",\s*[a-zà-ÿ]", match.string[match.end() :])
-    return not bare or has_role or bare[1:3].isdigit()
+    bare = groups.get("bare")
+    return has_role or not (groups.get("last") or (bare and not bare[1:3].isdigit()))
 
 
 def _same_item(match: re.Match[str], following: re.Match[str], section: str) -> bool:
@@ -149,6 +159,8 @@ def _blank_remarks(section: str) -> str:
     """Replace parentheses that contain more than a code with spaces: codes mentioned there belong to a label."""
 
     def blank(group: re.Match[str]) -> str:
+        if _CODES_OF_A_GROUP.match(group.string, group.start()):
+            return f",{group[0][1:-1]},"
         is_code = re.fullmatch(_IN_PARENTHESES, group[0], _FLAGS) or _MALFORMED_GROUP.match(group.string, group.start())
         return group[0] if is_code else " " * len(group[0])
 
