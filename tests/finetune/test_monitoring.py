@@ -563,7 +563,7 @@ def test_wandb_gives_up_on_a_server_that_does_not_answer(tmp_path):
         printed = run_alone(script, tmp_path, WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
     begun, ended = (re.search(rf" - (\d+:\d\d:\d\d) - .*{text}", printed) for text in ("Connecting", "could not start"))
     seconds = [datetime.strptime(line[1], "%H:%M:%S") for line in (begun, ended)]
-    assert (seconds[1] - seconds[0]).total_seconds() <= 10, printed
+    assert (seconds[1] - seconds[0]).total_seconds() <= 30, printed  # wandb's own default is 90 s
     (run,) = recorded_runs(tmp_path / "run")
     assert_recorded(run)
 
