@@ -293,6 +293,13 @@ def test_rows_without_id_are_matched_by_number(jsonl, evaluate, first, as_text):
     assert evaluate(gold, jsonl("o.jsonl", by_order))[2]["exact"]["exact_match"] == 1
 
 
+def test_ids_are_only_counted_from_zero_if_gold_is_numbered(jsonl, evaluate):
+    gold = jsonl("g.jsonl", [{"visit_occurence_id": stay, "codes": ["I10"]} for stay in ("1", "2", "5")])
+    predictions = jsonl("p.jsonl", [{"id": stay, "codes": ["I10"]} for stay in ("0", "1", "2")])
+    code, message, _ = evaluate(gold, predictions)
+    assert code == 1 and "such as '0', and 1 gold stays have no prediction, such as '5'" in message
+
+
 def test_missing_and_unexpected_predictions_are_counted_and_listed(gold, jsonl, evaluate):
     predictions = [*ANSWERS[2:], {"id": "unknown", "answer": ANSWERS[0]["answer"]}]
     code, message, _ = evaluate(gold, jsonl("p.jsonl", predictions))

@@ -1,6 +1,6 @@
-"""Match the rows of two jsonl files, such as questions and answers, by `id`.
+"""Match the rows of two jsonl files, such as questions and answers, by the first of ID_KEYS.
 
-The id of a row without `id` is its line number, from 1; in a file of answers, numbers may start at 0.
+The id of a row without one is its line number, from 1; in a file of answers, numbers may start at 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from finetune.data.exceptions import RowError
 from model.errors import UserError
 from utils.tables.jsonl import Row, SkippedRowError, load_row, read_lines, require_file
+
+ID_KEYS = ("id", "visit_occurence_id")
 
 _T = TypeVar("_T")
 
@@ -25,7 +27,7 @@ def read_by_id(path: Path, convert: Callable[[Row], _T]) -> dict[str, _T]:
     for number, line in read_lines(path):
         try:
             row = load_row(line)
-            row_id = str(number if row.get("id") is None else row["id"])
+            row_id = str(next((row[key] for key in ID_KEYS if row.get(key) is not None), number))
             if row_id in rows:
                 raise SkippedRowError(f"duplicate id {row_id!r}; each row needs its own")
             rows[row_id] = convert(row)
@@ -53,12 +55,13 @@ def last_answer(row: Row) -> str:
 
 
 def match_ids(gold: Mapping[str, Any], predictions: Mapping[str, _T]) -> dict[str, _T]:
-    """Return the predictions with the ids of gold: numbers that start at 0 are changed to start at 1.
+    """Return the predictions with the ids of gold: numbers from 0 are changed to start at 1 if gold has 1, 2, 3, ...
 
     Raises:
         UserError: the files have no id in common.
     """
-    if "0" in predictions and "0" not in gold:
+    numbered = gold.keys() == set(map(str, range(1, len(gold) + 1)))
+    if numbered and "0" in predictions and str(len(gold)) not in predictions:
         predictions = {str(int(row_id) + 1) if row_id.isdecimal() else row_id: p for row_id, p in predictions.items()}
     if not gold.keys() & predictions.keys():
         raise UserError(
