@@ -293,6 +293,23 @@ def test_rows_without_id_are_matched_by_number(jsonl, evaluate, first, as_text):
     assert evaluate(gold, jsonl("o.jsonl", by_order))[2]["exact"]["exact_match"] == 1
 
 
+def test_messages_quote_no_note(jsonl, evaluate):
+    """A note that became a key, a role or a code by mistake."""
+    note = "Madame Xylophone, 78 ans, est hospitalisée pour une dyspnée."
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": ["I10"]}])
+    wrong = [{"role": "DP", "text": note}, {"role": note, "code": "I10"}, note]
+    for row in ({note: 1}, *({"codes": [code]} for code in wrong)):
+        code, message, _ = evaluate(gold, jsonl("p.jsonl", [{"id": "a"} | row]))
+        assert code == 1 and "line 1: " in message and "Xylophone" not in message, message
+
+
+def test_text_in_place_of_a_code_is_refused_in_tables(jsonl, evaluate, tmp_path):
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": ["I10"]}])
+    table = write_csv(tmp_path / "p.csv", "id,role,code\na,DP,Madame Xylophone est hospitalisée pour dyspnée\n")
+    code, message, _ = evaluate(gold, table)
+    assert code == 1 and "stay 'a' has text in place of a code" in message and "Xylophone" not in message
+
+
 def test_ids_are_only_counted_from_zero_if_gold_is_numbered(jsonl, evaluate):
     gold = jsonl("g.jsonl", [{"visit_occurence_id": stay, "codes": ["I10"]} for stay in ("1", "2", "5")])
     predictions = jsonl("p.jsonl", [{"id": stay, "codes": ["I10"]} for stay in ("0", "1", "2")])

@@ -16,9 +16,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from finetune.data.keys import key_names
+from finetune.data.rows import is_identifier
 from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
-from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code
+from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code, split_codes
 from utils.icd10.headline import labels
 from utils.icd10.mapping import TableMapping, find_columns, read_mapping
 from utils.icd10.roles import UNIT_DP, read_statuses
@@ -31,6 +33,7 @@ from utils.tables.rows_by_id import last_answer, read_by_id
 NOT_RECORDED = "not recorded"
 ID_COLUMNS = ("id", "visit_occurence_id", "visit_occurrence_id", "stay")
 NO_MAPPING = read_mapping(None)
+_LONGEST_CODE = 20  # characters of a malformed one; more is text
 _NO_ROLE = "none"  # of a blank status
 _NOT_A_CODE = 'a code that is neither "I10" nor {"role": "DP", "code": "I10"}'
 FACT_COLUMNS = {  # of gold
@@ -147,7 +150,7 @@ def _facts(row: Row) -> dict[str, str]:
 def _prediction(row: Row) -> Prediction:
     answer, codes = row.get("answer"), row.get("codes")
     if isinstance(codes, list):
-        given = Prediction.of_codes([_diagnosis(code) for code in codes])
+        given = Prediction.of_codes([found for code in codes for found in _diagnoses(code)])
         if not isinstance(answer, str):
             return given
         answered = Prediction.of_answer(answer)
@@ -157,14 +160,15 @@ def _prediction(row: Row) -> Prediction:
         return Prediction.of_answer(answer)
     if "messages" in row:
         return Prediction.of_answer(last_answer(row))
-    raise SkippedRowError("neither an `answer` string nor a `codes` list", f"keys: {', '.join(row)}")
+    raise SkippedRowError("neither an `answer` string nor a `codes` list", f"keys: {key_names(row)}")
 
 
-def _diagnosis(item: Any) -> Diagnosis:
+def _diagnoses(item: Any) -> list[Diagnosis]:
     role, code = (item.get("role"), item.get("code")) if isinstance(item, dict) else (None, item)
-    if not isinstance(code, str) or not normalize_code(code):
+    codes = split_codes(code) if isinstance(code, str) else []
+    if not codes or any(len(found) > _LONGEST_CODE for found in codes):
         raise SkippedRowError(_NOT_A_CODE)
-    return Diagnosis(_role(role), normalize_code(code))
+    return [Diagnosis(_role(role), found) for found in codes]
 
 
 def _role(text: Any) -> str | None:
@@ -177,7 +181,8 @@ def _role(text: Any) -> str | None:
     except UserError:
         role = ""
     if role not in ROLES:
-        raise SkippedRowError(_NOT_A_CODE, f"role {status[:20]!r}; expected {', '.join(ROLES)} or nothing")
+        found = f"role {status!r}; " if is_identifier(status) else ""
+        raise SkippedRowError(_NOT_A_CODE, f"{found}the role is {', '.join(ROLES)} or nothing")
     return role
 
 
@@ -205,6 +210,8 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
             for row in rows
             if row.role in (*ROLES, _NO_ROLE)
         ]
+        if any(len(item.code) > _LONGEST_CODE for item in diagnoses):
+            raise UserError(f"{path}: stay {stay!r} has text in place of a code; name the columns with --columns.")
         known = facts[stay]
         if stay in found.discharges:
             known["year"] = found.discharges[stay][:4]
