@@ -78,7 +78,6 @@ ELSEWHERE = {
     "torchrun --max-restarts 3": "test_resume.py::test_torchrun_restarts_a_run_that_lost_a_process",
     "sbatch": "test_machines.py::test_the_slurm_script_starts_every_node_and_requeues_an_interrupted_run",
     "python -m benchmarks.train": "test_benchmark_train.py::test_the_paired_mode_ends_with_the_ratios",
-    "python -m benchmarks.prepare": "test_stays.py::test_stays_of_the_benchmark_are_prepared",
     "python -m benchmarks.generate": "test_predict_icd10.py::test_constrained_answers_contain_only_codes_of_the_table",
     "python -m tests.end_to_end.two_nodes": "test_machines.py::test_a_restarted_node_finishes_the_run",
     "python -m tests.end_to_end.same_answers": "test_export.py::test_transformers_computes_our_logits",
