@@ -335,6 +335,18 @@ def test_each_stay_is_coded_with_the_table_of_its_year(prepare, tmp_path):
     assert code == 1 and "expected one table, or several with their years" in output
 
 
+def test_codes_that_were_closed_after_a_stay_are_valid_for_it(prepare, tmp_path):
+    table = tmp_path / "table.txt"
+    table.write_text("I10|0|N|0|H|HTA\nB59|3|N|3|P|*** SU19 *** Pneumocystose\n")
+    notes = ["stay_id,text,date_sortie", "a1,N.,31/12/2018", "b2,M.,01/01/2019", "c3,O.,"]
+    codes = [CODES[0], *(f"{stay},{role}" for stay in ("a1", "b2", "c3") for role in ("DP,B59", "DAS,I10"))]
+    code, output, found = prepare(notes, codes, table=table)
+    assert code == 0 and found == {"a1": "DP:B59 DAS:I10"}, output
+    assert "closed in 2019 (for earlier stays give their table: --cim10 2018=TABLE): 2" in output
+    written = (tmp_path / "out/train_instruct.jsonl").read_text(encoding="utf-8")
+    assert "Pneumocystose (B59)" in written and "SU19" not in written
+
+
 def test_answers_as_bare_lists(prepare, tmp_path):
     code, output, _ = prepare(NOTES, CODES, "--format", "list")
     assert code == 0, output

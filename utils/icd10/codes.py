@@ -169,6 +169,15 @@ class Cim10Table:
             raise UserError(f"{path} is empty; expected ATIH's CIM-10 table ({_COLUMNS}).")
         return cls(entries.values())
 
+    def as_of(self, year: int) -> "Cim10Table":
+        """Return the table with the codes that were closed after this year, in any role: their types are not kept."""
+        reopened = {
+            code: entry._replace(type=0, label=_CLOSED.sub("", entry.label).strip())
+            for code, entry in self._entries.items()
+            if entry.closed_in and entry.closed_in > year
+        }
+        return Cim10Table((self._entries | reopened).values()) if reopened else self
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -31,20 +31,17 @@ class TableYears:
         starts = sorted(starts) or [("", Path(options[0]))]
         self.paths = [path for _, path in starts]
         self._tables = [(start, Cim10Table.from_file(path)) for start, path in starts]
-
-    @property
-    def needs_dates(self) -> bool:
-        """Whether a stay without a date of discharge has no table."""
-        return len(self._tables) > 1
+        self._by_year: dict[tuple[str, int], Cim10Table] = {}
 
     def of(self, stay: str, discharges: Mapping[str, str]) -> Cim10Table | str:
-        """Return the table of a stay, or why there is none."""
-        if not self.needs_dates:
-            return self._tables[0][1]
+        """Return the table of a stay, with the codes that were closed after its discharge, or why there is none."""
         date = discharges.get(stay)
         if not date:
-            return NO_DATE
-        valid = [table for start, table in self._tables if start <= date[:10]]
-        return (
-            valid[-1] if valid else f"discharged before {self._tables[0][0]}, the first day of the first CIM-10 table"
-        )
+            return NO_DATE if len(self._tables) > 1 else self._tables[0][1]
+        valid = [(start, table) for start, table in self._tables if start <= date[:10]]
+        if not valid:
+            return f"discharged before {self._tables[0][0]}, the first day of the first CIM-10 table"
+        (start, table), year = valid[-1], int(date[:4])
+        if (start, year) not in self._by_year:
+            self._by_year[start, year] = table.as_of(year)
+        return self._by_year[start, year]
