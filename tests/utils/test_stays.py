@@ -391,6 +391,18 @@ def test_stays_of_the_benchmark_are_prepared(prepare, tmp_path):
     assert code == 0 and "train: 6 stays of 3 patients" in output and len(found) == 6, output
 
 
+@pytest.mark.parametrize("encoding", ["klingon", "base64", "idna"])
+def test_unknown_encodings_are_refused(encoding, prepare):
+    code, output, _ = prepare(NOTES, CODES, "--encoding", encoding)
+    assert code == 1 and f"Unknown encoding '{encoding}'" in output
+
+
+def test_a_table_of_bytes_is_refused(prepare, tmp_path):
+    (tmp_path / "table.txt").write_bytes(bytes(range(256)) * 20)
+    code, output, _ = prepare(NOTES, CODES, table=tmp_path / "table.txt")
+    assert code == 1 and "table.txt: cannot read the CIM-10 table" in output
+
+
 def test_a_workbook_with_two_sheets_is_refused(prepare, tmp_path):
     book = openpyxl.Workbook()
     book.active.append(["stay_id", "text"])

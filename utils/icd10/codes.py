@@ -265,7 +265,7 @@ def _read_columns(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield number, [column.strip() for column in _split_line(line)]
     except OSError as error:
         raise UserError(f"{path}: cannot read the CIM-10 table ({error.strerror}); check the path.") from None
-    except csv.Error as error:
+    except (csv.Error, UnicodeError) as error:
         raise UserError(f"{path}: cannot read the CIM-10 table ({error}).") from None
 
 

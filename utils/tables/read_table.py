@@ -90,8 +90,9 @@ def _require_text(path: Path) -> None:
 
 def _checked(encoding: str) -> str:
     try:
+        "é".encode("utf-8" if encoding == AUTO else encoding, "replace")
         return encoding if encoding == AUTO else codecs.lookup(encoding).name
-    except LookupError as error:
+    except (LookupError, UnicodeError) as error:
         raise UserError(f"Unknown encoding {encoding!r}; try utf-8, cp1252 or utf-16.") from error
 
 
