@@ -21,6 +21,7 @@ WORK = "runs/tutorials"
 PLOTS_AND_TABLES = {
     "generate_fictives_notes": (2, 3),
     "prepare_data_for_generative_finetuning": (2, 2),
+    "mistral_finetune_7b": (2, 2),
 }
 
 
