@@ -29,7 +29,7 @@ import train
 from finetune.cli import run_cli
 from finetune.manifest import find_corruption
 from finetune.monitoring.metrics_logger import read_metrics
-from finetune.run_dir import saved_checkpoints
+from finetune.run_dir import checkpoint_name, saved_checkpoints
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.run_trajectories import INPUTS, write_config
 
@@ -111,10 +111,10 @@ def train_forked(config: Path, ranks: int) -> Path:
 
 
 @functools.cache
-def uninterrupted(folder: Path, ranks: int) -> tuple[dict[str, list[list[float]]], float]:
+def uninterrupted(folder: Path, ranks: int, steps: int) -> tuple[dict[str, list[list[float]]], float]:
     """Return the metrics of an uninterrupted run, and its duration in seconds."""
     start = time.monotonic()
-    run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}"), ranks)
+    run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}", max_steps=steps), ranks)
     return curve(run_dir), time.monotonic() - start
 
 
@@ -134,13 +134,13 @@ def stage_of(log: str, run_dir: Path) -> str:
     return "training" if "step:" in log else "loading"
 
 
-def trial(folder: Path, name: str, ranks: int, delay: float, expected: dict[str, list]) -> str:
+def trial(folder: Path, name: str, ranks: int, steps: int, delay: float, expected: dict[str, list]) -> str:
     """Kill a run after `delay` seconds and restart it. Return what it was doing when it was killed.
 
     Raises:
         AssertionError: a checkpoint was corrupt, the restarted run failed, or its metrics differ.
     """
-    config = kill_test_config(folder, name)
+    config = kill_test_config(folder, name, max_steps=steps)
     run_dir = config.with_suffix("")
     first = ForkedRun(config, ranks)
     time.sleep(delay)
@@ -153,17 +153,17 @@ def trial(folder: Path, name: str, ranks: int, delay: float, expected: dict[str,
     assert second.wait() == [0] * ranks, second.log
     assert curve(run_dir) == expected, second.log
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert left == {"checkpoint_000014", "checkpoint_000016", "last"}, left
+    assert left == {checkpoint_name(steps - 2), checkpoint_name(steps), "last"}, left
     return stage
 
 
-def run_trials(folder: Path, ranks: int, kills: int, seed: int) -> dict[str, int]:
-    """Run `kills` trials. Return the number of kills per stage of the run."""
-    expected, seconds = uninterrupted(folder, ranks)
-    assert [row[0] for row in expected["train"]] == list(range(1, 17))
+def run_trials(folder: Path, ranks: int, kills: int, seed: int, steps: int = 16) -> dict[str, int]:
+    """Run `kills` trials of runs of `steps` steps. Return the number of kills per stage of the run."""
+    expected, seconds = uninterrupted(folder, ranks, steps)
+    assert [row[0] for row in expected["train"]] == list(range(1, steps + 1))
     generator = random.Random(seed)
     return collections.Counter(
-        trial(folder, f"trial_{ranks}_{index}", ranks, generator.uniform(0, seconds), expected)
+        trial(folder, f"trial_{ranks}_{index}", ranks, steps, generator.uniform(0, seconds), expected)
         for index in range(kills)
     )
 

@@ -71,7 +71,7 @@ def copy_run(run_dir: Path, folder: Path, name: str, **settings) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_at_any_time_resumes_with_identical_metrics(ranks, folder):
-    stages = run_trials(folder, ranks, kills=4, seed=ranks)  # `make kill-test` does 200
+    stages = run_trials(folder, ranks, kills=4, seed=ranks, steps=8)  # `make kill-test` does 200
     assert sum(stages.values()) == 4
 
 
@@ -325,8 +325,8 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(folder):
-    expected, _ = uninterrupted(folder, 2)
-    config = kill_test_config(folder, "torchrun")
+    expected, _ = uninterrupted(folder, 2, steps=8)
+    config = kill_test_config(folder, "torchrun", max_steps=8)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     log = folder / "torchrun.log"
     with log.open("w") as output:
