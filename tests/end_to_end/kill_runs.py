@@ -18,12 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401  everything a run needs is imported before forking
 import torch
-import torch._dynamo
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.utils.tensorboard
 
 import train
 from finetune.cli import run_cli
@@ -58,10 +53,17 @@ def kill_test_config(folder: Path, name: str, **settings: object) -> Path:
     return write_config(folder, name, defaults | settings)
 
 
+@functools.cache
+def import_before_forking() -> None:
+    """Import what a run imports when it needs it, so that the forked processes share it."""
+    import matplotlib.pyplot  # noqa: F401
+
+
 class ForkedRun:
     """A training run in `ranks` forked processes."""
 
     def __init__(self, config: Path, ranks: int) -> None:
+        import_before_forking()
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         self._log = config.with_suffix(".log")
@@ -114,7 +116,7 @@ def train_forked(config: Path, ranks: int) -> Path:
 def uninterrupted(folder: Path, ranks: int, steps: int) -> tuple[dict[str, list[list[float]]], float]:
     """Return the metrics of an uninterrupted run, and its duration in seconds."""
     start = time.monotonic()
-    run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}", max_steps=steps), ranks)
+    run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}_{steps}", max_steps=steps), ranks)
     return curve(run_dir), time.monotonic() - start
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_readme_commands import ELSEWHERE
+from tests.end_to_end.test_readme_commands import DRIVER, ELSEWHERE, with_places
 from tests.support.documents import PAGES, ROOT, TEXT, command_starting_with
 from tests.support.no_network import without_network
 from tests.support.run_module import run_module
@@ -151,7 +151,7 @@ def test_messages_are_those_of_the_code() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run `make demo` in a new folder, with too few notes and steps to learn much.
+    """Run the commands of `make demo` in a new folder and one process, with too few notes and steps to learn much.
 
     Only connections within the machine are allowed; `sockets.txt` records other attempts.
     """
@@ -160,28 +160,26 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder / "example/demo.yaml"
     text = re.sub(r"max_steps: \d+", "max_steps: 4", config.read_text(encoding="utf-8"))
     config.write_text(re.sub(r"(eval|ckpt)_freq: \d+", r"\1_freq: 2", text), encoding="utf-8")
-    fewer = ["DEMO_NOTES=120", "DEMO_HELD_OUT=4", "DEMO_BASE_STEPS=8", "OMP_NUM_THREADS=1"]
+    fewer = ["DEMO_NOTES=120", "DEMO_HELD_OUT=4", "DEMO_BASE_STEPS=8"]
+    make = ["make", "-n", "-f", ROOT / "Makefile", "-o", "setup", "demo", "BIN=bin", *fewer]
+    printed = subprocess.run(make, cwd=folder, capture_output=True, text=True, check=True).stdout
+    commands = {line: with_places(line, {}) for line in printed.splitlines() if line.startswith("bin/")}
+    assert len(commands) == 13
     environment, _ = without_network(folder, ROOT, loopback=True)
     result = subprocess.run(
-        [
-            "make",
-            "-f",
-            ROOT / "Makefile",
-            "-o",
-            "setup",
-            "demo",
-            f"BIN={Path(sys.executable).parent}",
-            *fewer,
-            "OMP_NUM_THREADS=1",
-        ],
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(commands),
         cwd=folder,
-        env=environment,
+        env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
+        check=True,
     )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    (folder / "output.txt").write_text(result.stdout + result.stderr, encoding="utf-8")
+    outcomes = json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))
+    output = result.stdout + result.stderr + "".join(text for _, text in outcomes.values())
+    assert all(code == 0 for code, _ in outcomes.values()), output[-4000:]
+    (folder / "output.txt").write_text(output, encoding="utf-8")
     return folder
 
 

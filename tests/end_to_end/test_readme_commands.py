@@ -121,7 +121,8 @@ def with_places(command: str, places: dict[str, str]) -> list[str]:
     longest_first = sorted(places, key=len, reverse=True)
     words = "|".join(map(re.escape, longest_first))
     replaced = re.sub(rf"(?<![\w.])(?:{words})(?!\w)", lambda match: places[match[0]], command)
-    program, *arguments = shlex.split(replaced)
+    path, *arguments = shlex.split(replaced)
+    program = Path(path).name
     return ["torch.distributed.run", *arguments] if program == "torchrun" else arguments[1:]
 
 

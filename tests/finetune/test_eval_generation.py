@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from wandb import teardown
 
 import finetune.eval
 import train
@@ -70,6 +69,8 @@ def test_answers_are_scored_and_saved_in_their_folder_only(tmp_path: Path, model
     generation = GenerationArgs(file=str(rows), n_samples=3, max_tokens=4, batch_size=2, freq=2)
     wandb = WandbArgs(project="icd", offline=True)
     run_dir = run(tmp_path, model_folder, rows, max_steps=4, eval_generation=generation, wandb=wandb)
+    from wandb import teardown  # slow to import
+
     teardown()  # else processes that other tests start would find wandb's service in their environment
     records = eval_records(run_dir)
     assert [record["step"] for record in records] == [0, 2, 4]
