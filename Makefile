@@ -66,7 +66,7 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 test-fast: setup
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/end_to_end # whose tests are all slow
 
 # Without a key, so that running a tutorial is never charged.
 notebooks: setup

@@ -183,8 +183,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
-        # Not initialized: weights are loaded, and drawing normal numbers on `meta` imports PyTorch's compiler, 2 s.
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim), freeze=False)
+        # As nn.Embedding initializes it, which on `meta` imports PyTorch's compiler, 2 s.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.randn(args.vocab_size, args.dim), freeze=False)
         blocks = (TransformerBlock(args, ENGINES[attention]) for _ in range(args.n_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]  # ModuleList is not generic
         self.norm = RMSNorm(args.dim, args.norm_eps)

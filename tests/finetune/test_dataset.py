@@ -494,7 +494,7 @@ def test_a_new_loader_resumes_where_another_stopped(
     expected = as_digests(batches)
     places = [source for state in states for source in state["sources"]]
     assert any(place["offset"] > 0 for place in places) and max(place["epoch"] for place in places) > 2
-    for k in (0, 1, 2, 5, 13, 34):
+    for k in (0, 2, 13, 34):
         with closing(fresh()) as loader:
             loader.load_state_dict(json.loads(json.dumps(states[k])))
             assert loader.state_dict() == states[k]

@@ -28,6 +28,8 @@ from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.metrics import answer_scores
 from utils.icd10.prompts import instruct_row
 
+pytestmark = pytest.mark.slow
+
 WORLD = World(0, 1, torch.device("cpu"))
 LINKS = ("best", "last")
 NOTE = "Patient xylophonique de 70 ans, zibeline."  # words that must not appear outside of answers/

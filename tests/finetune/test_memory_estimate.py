@@ -224,6 +224,7 @@ def test_processes_of_a_node_share_its_memory():
     assert 0 < free_bytes(CPU, 4) == pytest.approx(free_bytes(CPU, 1) / 4, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_run_records_the_selected_mode(ranks, tmp_path):
     config = kill_test_config(tmp_path, "run", checkpoint="auto", max_steps=1)

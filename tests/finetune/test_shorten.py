@@ -325,6 +325,7 @@ def test_an_evaluation_has_each_row_that_fits_once(tiny, rows_file):
         assert sorted(n for batch in batches for n in row_numbers(batch, tiny)) == list(range(FITTING + LONG))
 
 
+@pytest.mark.slow
 def test_training_counts_warns_once_and_resumes(tiny, rows_file, caplog):
     batches = loader(tiny, rows_file)
     taken = [(batch.x.tolist(), batch.sizes, batches.counts, batches.state_dict()) for batch in batches_of(batches, 30)]

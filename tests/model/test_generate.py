@@ -146,6 +146,7 @@ def assert_allowed(answer: str, table: Cim10Table) -> None:
         assert table.allows(diagnosis.role, diagnosis.code), answer
 
 
+@pytest.mark.slow
 def test_random_tokens_form_only_codes_from_the_table(vocabulary: Vocabulary) -> None:
     grammar, rng = AnswerGrammar(TABLE), random.Random(0)
     answers = [random_answer(grammar, vocabulary, rng, limit=rng.choice([60, 150, 400])) for _ in range(60)]

@@ -132,6 +132,7 @@ def change_weights(adapter: Path, change) -> None:
 # --- The same logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_training_and_merging_start_from_what_peft_computes(base, adapters, tmp_path, name):
     adapter, targets = adapters / name, ADAPTERS[name][1]

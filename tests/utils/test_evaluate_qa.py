@@ -112,6 +112,7 @@ def test_inputs_are_not_overwritten(jsonl, command):
     assert code == 1 and "g.jsonl is an output and also another file" in message
 
 
+@pytest.mark.slow
 def test_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     gold = jsonl("g.jsonl", [question("Victor Hugo", "a"), question("1802", "b")])
     args = TrainArgs(

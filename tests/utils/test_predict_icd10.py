@@ -29,6 +29,8 @@ from utils.icd10.prompts import instruct_row
 from utils.models.predictor import Predictor, predict_file, read_prompts
 from utils.tables.read_table import read_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -596,6 +596,7 @@ def test_a_symlink_is_preserved(tmp_path):
     assert link.is_symlink() and len(read_rows(path)) == 7
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     peaks = []
     for rows in (300, 6000):

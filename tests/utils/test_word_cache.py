@@ -27,6 +27,7 @@ def caching() -> WordCachingTokenizer:
     return WordCachingTokenizer(PLAIN)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @example("½▁ ﬁ", True, True)
 @given(text=TEXTS, bos=st.booleans(), eos=st.booleans())
