@@ -57,7 +57,7 @@ def _escape_what_cannot_be_printed() -> None:
 
 
 def _no_space(error: BaseException) -> str | None:
-    """Return what to say about a full disk or memory, which is no bug; None for other errors."""
+    """Return what to say about a full disk or memory, which is not a defect; None for other errors."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         file = error.filename or "A file"
         return f"error: {file} cannot be written: {error.strerror}. Free some space and try again.\n"

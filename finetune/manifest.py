@@ -10,7 +10,6 @@ from model.errors import UserError
 from .run_dir import WEIGHTS_NAME
 
 MANIFEST_NAME = "manifest.json"
-_BLOCK = 1 << 20
 
 
 def write_manifest(folder: Path) -> None:
@@ -70,8 +69,5 @@ def require_intact(weights: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

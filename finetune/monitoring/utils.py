@@ -47,7 +47,7 @@ class ConsoleHandler(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except OSError:  # redirected to a full disk; a traceback per line would help nobody
+        except OSError:  # redirected to a full disk; a traceback per line would be of no use
             pass
         except Exception:
             self.handleError(record)

@@ -31,7 +31,7 @@ def store() -> Reports:
 
 
 def problems(store: Reports, timeout: float, looks: int, own: int, beats: bool) -> list[str | None]:
-    """Return what a rank that has entered `own` collectives finds at each look; `beats`: rank 3 goes on reporting."""
+    """Return what a rank that has entered `own` collectives finds at each look; `beats`: rank 3 still reports."""
     neighbor, found = _Neighbor(3, timeout), []
     for look in range(looks):
         if beats:
@@ -66,7 +66,7 @@ def test_a_running_process_is_named_only_if_others_wait_for_it(store):
         "has kept other processes waiting for 11 s, since " in found[11] and "after step 7: it is running" in found[11]
     )
     assert problems(store, 10, 50, own=5, beats=True) == [None] * 50, "it has entered the same collective"
-    assert problems(store, 10, 50, own=4, beats=True) == [None] * 50, "this rank is behind"
+    assert problems(store, 10, 50, own=4, beats=True) == [None] * 50, "this rank has entered fewer"
 
 
 def test_a_process_that_has_left_is_not_waited_for(store):

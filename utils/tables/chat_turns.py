@@ -169,7 +169,7 @@ def _tagged_calls(text: str) -> tuple[str, list[Row]]:
 
 
 def _tagged_answers(text: Any) -> list[Any]:
-    """Return the texts in Hermes' `<tool_response>` tags; a text without tags as it is."""
+    """Return the content of each of Hermes' `<tool_response>` tags; content without tags is returned unchanged."""
     if not isinstance(text, str) or "<tool_response>" not in text:
         return [text]
     before, *tagged = text.split("<tool_response>")
