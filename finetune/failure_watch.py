@@ -157,7 +157,8 @@ class _Neighbor:
                 f"{doing}: it is stopped, or its machine cannot be reached. The other processes end, too."
             )
         waited = self._still_looks * WATCH_S
-        if waited > self._timeout and report.get("collectives", 0) < own_collectives:
+        is_running = self._silent_looks <= 1  # else it may have stopped, which takes longer to tell
+        if is_running and waited > self._timeout and report.get("collectives", 0) < own_collectives:
             return (
                 f"{name} has kept other processes waiting for {waited:.0f} s, since "
                 f"{time.strftime('%H:%M:%S', self._moved_at)}, {doing}: it is running but does not arrive where they "

@@ -49,6 +49,16 @@ def test_a_process_that_no_longer_reports_is_named_after_the_timeout(store):
     assert ", after step 7: it is stopped, or its machine cannot be reached." in found[11]
 
 
+def test_a_process_that_stopped_long_after_its_last_collective_is_not_called_running(store):
+    neighbor, found = _Neighbor(3, 10 * WATCH_S), []
+    for look in range(25):
+        store.write(min(look, 8))  # enters no collective; reports until the eighth look
+        neighbor.look(store)
+        found.append(neighbor.problem(6))
+    first = next(problem for problem in found if problem)
+    assert "has not responded for 11 s" in first and "it is running" not in first
+
+
 def test_a_process_that_does_not_run_is_given_five_minutes_at_most(store):
     store.write(1)
     found = problems(store, 1800, 303, own=6, beats=False)
