@@ -148,6 +148,9 @@ class TrainArgs(Settings):
 
     eval_freq: NonNegativeInt = 0  # steps between evaluations; 0: only after the last step
     no_eval: Bool = True  # do not evaluate on `data.eval_instruct_data`
+    # sequences per process that an evaluation computes at once, a multiple of `batch_size`; null: `batch_size`. It
+    # changes speed and memory, not the loss
+    eval_batch_size: Annotated[int, Field(ge=1), Number, at_most(65_536)] | None = None
 
     eval_generation: GenerationArgs = dataclasses.field(default_factory=GenerationArgs)
     early_stopping: EarlyStoppingArgs = dataclasses.field(default_factory=EarlyStoppingArgs)
@@ -159,6 +162,9 @@ class TrainArgs(Settings):
     checkpoint: CheckpointMode = True
     # dtype of computation and of frozen weights. `auto`: bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU
     param_dtype: Literal["auto", ParamDtype] = "auto"
+    # multiply fp32 matrices as TF32, which keeps 10 of 23 bits: faster on GPUs from Ampere on. Only `param_dtype: fp32`
+    # has such products
+    tf32: Bool = False
     # format of the blocks' frozen weights. `same`: that of `param_dtype`; `nf4`: 4 bits, as in QLoRA; `nf4-dq`: with
     # double quantization; `fp8`: 8 bits, and fp8 matrix products on GPUs that have them, from Hopper on
     base_dtype: BaseDtype = "same"
@@ -201,6 +207,8 @@ class TrainArgs(Settings):
                 "`data.eval_instruct_data` is not used, because `no_eval` is true (the default): "
                 "set `no_eval: false` to evaluate on it."
             )
+        if self.no_eval and self.eval_batch_size is not None:
+            found.append("`eval_batch_size` is not used, because `no_eval` is true (the default).")
         if None not in (self.world_size, world_size) and self.world_size != world_size:
             found.append(
                 f"`world_size: {self.world_size}` has no effect: this run has {world_size} processes. "
@@ -230,6 +238,9 @@ class TrainArgs(Settings):
                 "save the adapter and merge it into the base with `python -m utils.merge_lora`."
             )
             yield Problem("base_dtype", message)
+        if self.tf32 and self.param_dtype in ("bf16", "fp16"):
+            message = f"`tf32: true` is for fp32, but `param_dtype` is {self.param_dtype}, which multiplies in 16 bits."
+            yield Problem("tf32", message)
         if self.cpu_offload and self.optim.name == "adamw8bit":
             message = "`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU."
             yield Problem("cpu_offload", message)
@@ -241,6 +252,13 @@ class TrainArgs(Settings):
                 f"most {_MOST_STEP_TOKENS:,}."
             )
             yield Problem("num_microbatches", message)
+
+        if self.eval_batch_size is not None and self.eval_batch_size % self.batch_size:
+            message = (
+                f"`eval_batch_size` is {self.eval_batch_size}; expected a multiple of `batch_size`, which is "
+                f"{self.batch_size}: the evaluation loss is the mean of batches of that size."
+            )
+            yield Problem("eval_batch_size", message)
 
     def _saving_problems(self) -> Iterator[Problem]:
         if self.save_adapters and not self.lora.enable and not self.no_ckpt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -64,10 +65,12 @@ def evaluate(
     world: World,
     by_tokens: bool = False,
     any_active: AnyActive | None = None,
+    at_once: int = 1,
 ) -> float:
     """Return the mean over all ranks' batches of the batch loss, in nats per token; NaN if no rank has a batch.
 
-    With `by_tokens` a batch is weighted by its trained tokens, which gives the mean over all tokens.
+    With `by_tokens` a batch is weighted by its trained tokens, which gives the mean over all tokens. `at_once` batches
+    are computed together; the result is the same.
 
     A sharded model needs all ranks in every forward pass, so a rank without batches left computes a placeholder,
     which does not count. `any_active` replaces `world.any`; it may raise to interrupt the evaluation.
@@ -77,15 +80,37 @@ def evaluate(
     remaining = iter(batches)
     with _evaluation_mode(model):
         while True:
-            batch = next(remaining, None)
-            if not any_active(batch is not None):
+            group = list(itertools.islice(remaining, at_once))
+            if not any_active(bool(group)):
                 break
-            loss = batch_loss(model, batch or _PLACEHOLDER, world.device)
-            if batch is not None:
-                weight = batch.loss_weight if by_tokens else 1
-                total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
+            batch, weight, count = _joined(group, by_tokens) if group else (_PLACEHOLDER, 0.0, 0.0)
+            loss = batch_loss(model, batch, world.device).item()
+            if group:
+                total += torch.tensor([loss * weight, count], dtype=torch.float64)
     loss_sum, count = world.sum(total).tolist()
     return loss_sum / count if count else math.nan
+
+
+def _joined(batches: list[Batch], by_tokens: bool) -> tuple[Batch, float, float]:
+    """Join batches.
+
+    Returns:
+        The batch, the factor that turns its loss into the sum of all losses, and their number: batches, or trained tokens
+        with `by_tokens`.
+    """
+    if len(batches) == 1:
+        weight = batches[0].loss_weight if by_tokens else 1.0
+        return batches[0], weight, weight
+    masks = [np.ones(len(batch.x), np.float32) if batch.y_mask is None else batch.y_mask for batch in batches]
+    if not by_tokens:  # each batch counts the same, however many trained tokens it has
+        masks = [mask / max(mask.sum(), 1e-30) for mask in masks]
+    joined = Batch(
+        x=np.concatenate([batch.x for batch in batches]),
+        y=np.concatenate([batch.y for batch in batches]),
+        sizes=[size for batch in batches for size in batch.sizes],
+        y_mask=np.concatenate(masks),
+    )
+    return joined, joined.loss_weight, joined.loss_weight if by_tokens else len(batches)
 
 
 def check_eval_batches(batches: Iterable[Batch], world: World) -> None:
@@ -229,7 +254,8 @@ class Evaluator:
     def _evaluate_loss(self, model: Transformer, state: TrainState, any_active: AnyActive) -> dict[str, float]:
         assert self._batches is not None
         by_tokens = self._args.loss_normalization == "tokens"
-        eval_loss = evaluate(model, self._batches, self._world, by_tokens, any_active)
+        at_once = (self._args.eval_batch_size or self._args.batch_size) // self._args.batch_size
+        eval_loss = evaluate(model, self._batches, self._world, by_tokens, any_active, at_once)
         state.eval_losses[state.step] = eval_loss
         # Missing only if a resumed run repeats an evaluation and `no_eval` was true when the step was trained.
         train_loss = math.nan if state.last_loss is None else state.last_loss

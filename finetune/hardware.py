@@ -61,6 +61,19 @@ def choose_hardware(device: torch.device, param_dtype: str, attention: str, mode
     return Hardware(device, dtype, choose_engine(attention, device, dtype, model_args.head_dim))
 
 
+def enable_tf32(hardware: Hardware) -> str | None:
+    """Let this process multiply fp32 matrices as TF32. Return why that has no effect, if it has none."""
+    if hardware.device.type != "cuda":
+        return "this run has no GPU"
+    if hardware.dtype != torch.float32:
+        name = hardware.settings()["param_dtype"]
+        return f"`param_dtype` is {name} on this GPU, and only fp32 has such products"
+    if torch.cuda.get_device_capability(hardware.device)[0] < 8:
+        return f"{torch.cuda.get_device_name(hardware.device)} has no TF32; GPUs have it from Ampere on"
+    torch.set_float32_matmul_precision("high")
+    return None
+
+
 def check_compile(device: torch.device) -> None:
     """Compile a small function, to check that `compile: true` works here.
 

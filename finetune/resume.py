@@ -44,7 +44,7 @@ RUN_NAME = "run.json"
 _FREE = {
     *("run_dir", "resume", "world_size", "checkpoint", "compile", "attention", "sharding", "cpu_offload", "guards"),
     *("log_freq", "wandb", "mlflow", "ckpt_freq", "save_adapters", "no_ckpt", "num_ckpt_keep", "keep_best"),
-    *("eval_freq", "no_eval", "data.eval_instruct_data", "eval_generation", "early_stopping"),
+    *("eval_freq", "no_eval", "eval_batch_size", "data.eval_instruct_data", "eval_generation", "early_stopping"),
 }
 
 

@@ -18,7 +18,7 @@ from .distributed import World
 from .epochs import count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
 from .fingerprints import Fingerprints, fingerprints
-from .hardware import Hardware, choose_hardware
+from .hardware import Hardware, choose_hardware, enable_tf32
 from .mixed_precision import LossScaler
 from .monitoring.metrics_logger import MetricsLogger
 from .optim import build_optimizer
@@ -74,9 +74,12 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         base = open_base_model(args)
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
+        no_tf32 = enable_tf32(hardware) if args.tf32 else None
         if world.is_master:
             base.require_intact()
     if world.is_master:
+        if no_tf32:
+            logger.warning("`tf32: true` has no effect: %s.", no_tf32)
         for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
             logger.warning(warning)
     args = dataclasses.replace(args, world_size=world.size, **hardware.settings())

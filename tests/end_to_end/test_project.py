@@ -72,7 +72,7 @@ def test_every_address_of_the_project_is_the_same() -> None:
 
 def test_versions_agree() -> None:
     citation = yaml.safe_load(read("CITATION.cff"))
-    latest = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
+    latest = re.search(r"^## (\d\S*)", read("CHANGELOG.md"), re.MULTILINE)
     assert latest and citation["version"] == PROJECT["version"] == latest[1]
     assert citation["repository-code"] == PROJECT_URL and citation["license"] == PROJECT["license"]
 

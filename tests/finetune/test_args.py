@@ -199,6 +199,21 @@ def test_settings_without_effect_are_warnings():
     assert warning.startswith("`data.eval_instruct_data` is not used, because `no_eval` is true")
 
 
+def test_an_evaluation_computes_whole_training_batches_at_once():
+    evaluated = {"no_eval": False, "data": BASE["data"] | {"eval_instruct_data": "eval.jsonl"}, "batch_size": 3}
+    assert load(BASE | evaluated | {"eval_batch_size": 6}).eval_batch_size == 6
+    [problem] = problems(**evaluated, eval_batch_size=4)
+    assert problem.startswith("`eval_batch_size` is 4; expected a multiple of `batch_size`, which is 3")
+    [warning] = load(BASE | {"eval_batch_size": 4}).warnings()
+    assert warning.startswith("`eval_batch_size` is not used")
+
+
+def test_tf32_is_for_fp32():
+    assert load(BASE | {"tf32": True, "param_dtype": "fp32"}).tf32
+    [problem] = problems(tf32=True, param_dtype="bf16")
+    assert problem.startswith("`tf32: true` is for fp32, but `param_dtype` is bf16")
+
+
 def test_reading_settings_imports_neither_torch_nor_a_tokenizer():
     code = "import sys, finetune.args; print([name for name in ('torch', 'mistral_common') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
@@ -305,6 +320,7 @@ HUGE = {
     "eval_freq": 10**10,
     "seq_len": 10**14,
     "batch_size": 2**63 - 1,
+    "eval_batch_size": 2**63 - 1,
     "num_microbatches": 2**62,
     "num_ckpt_keep": 10**30,
     "world_size": 10**12,
