@@ -18,7 +18,7 @@ from benchmarks.measure import measure, print_table, spread
 from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.transformer import Transformer
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
@@ -74,13 +74,14 @@ def speed(
 
 def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict[str, float]:
     """Sample constrained answers and count the codes that `table` does not allow in their role."""
-    new_constraint, random = ConstraintFactory(table), torch.Generator().manual_seed(0)
+    new_constraint, sampling = ConstraintFactory(table), Sampling(temperature=1.0)
     counts: Counter[str] = Counter(codes=0, not_allowed=0, without_code=0, cut_short=0)
     start = time.perf_counter()
     for first in tqdm(range(0, answers, BATCH_SIZE), desc="Answering", disable=None):
         constraints = [new_constraint() for _ in range(min(BATCH_SIZE, answers - first))]
         prompts = [[1]] * len(constraints)  # notes would have no effect on an untrained model
-        outputs = generate(model, prompts, LONGEST_ANSWER, new_constraint.eos_id, 1.0, random, constraints)
+        seeds = range(first, first + len(constraints))
+        outputs = generate(model, prompts, LONGEST_ANSWER, new_constraint.eos_id, sampling, seeds, constraints)
         counts["cut_short"] += sum(tokens[-1] != new_constraint.eos_id for tokens in outputs)
         for constraint in constraints:
             found = parse_answer(constraint.text)

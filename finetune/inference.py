@@ -20,25 +20,43 @@ from .data.args import DataArgs
 from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
 from .distributed import World
 from .hardware import choose_device, choose_hardware
-from .run_dir import find_weights, run_of
+from .run_dir import find_checkpoint, find_weights, run_of
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
 logger = logging.getLogger("inference")
 
 
-def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transformer, InstructTokenizerBase]:
+def load_trained(
+    folder: Path, step: int | str | None = None, merge: bool = True
+) -> tuple[Transformer, InstructTokenizerBase]:
     """Load a trained model and its tokenizer, on the GPU if there is one.
-
-    An adapter is merged into its base model, unless the base is quantized.
 
     Args:
         folder: a run folder, a checkpoint, or a model folder.
         step: which checkpoint of the run: a step number or "best"; None: the latest.
+        merge: merge an adapter into its base model, unless that is quantized.
 
     Raises:
         UserError: the run, the checkpoint or the base model does not exist.
     """
-    args = _args_of(find_weights(folder, step))
+    return _load(_args_of(find_weights(folder, step)), merge)
+
+
+def load_base_of(folder: Path, step: int | str | None = None) -> tuple[Transformer, InstructTokenizerBase]:
+    """Load the model that a run fine-tunes, as it was before; arguments and errors as for `load_trained`.
+
+    Raises:
+        UserError: the folder is not in a run.
+    """
+    run_dir = run_of(find_checkpoint(folder, step))
+    if run_dir is None:
+        raise UserError(f"{folder} is not in a run folder: the model that it was fine-tuned from is not recorded.")
+    args = read_train_args(run_dir / "args.yaml")
+    args.lora.enable = False
+    return _load(args, merge=False)
+
+
+def _load(args: TrainArgs, merge: bool) -> tuple[Transformer, InstructTokenizerBase]:
     base = open_base_model(args)
     base.require_intact()
     tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
@@ -49,7 +67,7 @@ def load_trained(folder: Path, step: int | str | None = None) -> tuple[Transform
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
     args = dataclasses.replace(args, checkpoint=False, compile=False, cpu_offload=False)
     model = build_model(base, args, hardware, World(0, 1, device), trains=False)
-    if args.base_dtype == "same":
+    if merge and args.base_dtype == "same":
         merge_lora(model)
     return model.eval(), tokenizer
 

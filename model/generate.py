@@ -6,8 +6,9 @@ C candidate tokens.
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,26 @@ class Constraint(Protocol):
 
     def take(self, token: int) -> None:
         """Advance past the chosen token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Filters apply in this order, as in transformers; the default is greedy decoding.
+
+    Attributes:
+        temperature: divides the logits; 0 selects the most likely token.
+        top_k: number of most likely tokens to choose from; 0 for all of them.
+        top_p: choose from the fewest most likely tokens whose probabilities reach this sum (Holtzman et al., 2020).
+        seed: of the random numbers of a sequence; a sequence that is one of several can have a seed of its own.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
 
 
 class _Cache:
@@ -120,66 +141,93 @@ def _causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _engines_replaced(model: Transformer, cache: _Cache) -> Iterator[None]:
+def _generating(model: Transformer, cache: _Cache) -> Iterator[None]:
+    """Evaluation mode, with the cache in place of the attention engines."""
+    was_training = model.training
     attentions = [layer.attention for layer in model.layers]
     engines = [attention.engine for attention in attentions]
     for layer, (attention, engine) in enumerate(zip(attentions, engines)):
         attention.engine = functools.partial(cache.attend, layer, engine)
+    model.eval()
     try:
         yield
     finally:
+        model.train(was_training)
         for attention, engine in zip(attentions, engines):
             attention.engine = engine
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     eos_id: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
     constraints: Sequence[Constraint] | None = None,
     any_active: Callable[[bool], bool] = bool,
     device: torch.device | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt until `eos_id` or `max_tokens` tokens.
-
-    Args:
-        prompts: token ids of each prompt, at least one.
-        temperature: 0 selects the most likely token.
-        generator: source of randomness for temperatures above 0.
-        constraints: one per prompt.
-        any_active: returns whether to run a step, given whether any local sequence needs it. Ranks with a sharded model
-            must run the same number of steps, and agree on it here.
-        device: where to compute; default: the device of the weights.
+    """Continue every prompt until `eos_id` or `max_tokens` tokens; arguments as for `stream`.
 
     Returns:
         The new tokens of each prompt, including `eos_id` if it was generated.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
+    for step in stream(model, prompts, max_tokens, eos_id, sampling, seeds, constraints, any_active, device):
+        for index, token in step.items():
+            outputs[index].append(token)
+    return outputs
+
+
+@torch.no_grad()
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    eos_id: int,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    constraints: Sequence[Constraint] | None = None,
+    any_active: Callable[[bool], bool] = bool,
+    device: torch.device | None = None,
+) -> Generator[dict[int, int], None, None]:
+    """Continue every prompt until `eos_id` or `max_tokens` tokens, and yield the tokens as they are chosen.
+
+    Args:
+        prompts: token ids of each prompt, at least one.
+        sampling: how tokens are chosen.
+        seeds: one per prompt, so that its tokens do not depend on the batch; default: that of `sampling` for all.
+        constraints: one per prompt.
+        any_active: returns whether to run a step, given whether any local sequence needs it. Ranks with a sharded model
+            must run the same number of steps, and agree on it here.
+        device: where to compute; default: the device of the weights.
+
+    Yields:
+        The next token of each prompt that has not ended, by the prompt's index.
+    """
     active = list(range(len(prompts)))  # prompt of each cache row; finished ones are dropped once they are half
+    ended: set[int] = set()
     cache = _Cache(model, prompts, max_tokens, device or model.tok_embeddings.weight.device)
+    seeds = seeds or [sampling.seed] * len(prompts)
+    generators = [torch.Generator(cache.device).manual_seed(seed) for seed in seeds]
 
     def choose(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         candidates = [constraints[index].allowed() for index in active] if constraints else None
-        return _choose(hidden[documents.cu_seqlens[1:].long() - 1], weight, candidates, temperature, generator)
+        last = hidden[documents.cu_seqlens[1:].long() - 1]
+        return _choose(last, weight, candidates, sampling, [generators[index] for index in active])
 
-    was_training = model.training
-    model.eval()
-    with _engines_replaced(model, cache):
+    with _generating(model, cache):
         tokens, documents = _compute_prefix(model, cache, prompts, any_active)
         for step in range(max_tokens):
             tokens = model(tokens, documents, head=choose)
-            running = []
-            for row, (index, token) in enumerate(zip(active, tokens.tolist())):
-                if outputs[index][-1:] != [eos_id]:
-                    outputs[index].append(token)
-                    if constraints:
-                        constraints[index].take(token)
-                if outputs[index][-1] != eos_id:
-                    running.append(row)
+            chosen = {index: token for index, token in zip(active, tokens.tolist()) if index not in ended}
+            if constraints:
+                for index, token in chosen.items():
+                    constraints[index].take(token)
+            ended.update(index for index, token in chosen.items() if token == eos_id)
+            yield chosen
+            running = [row for row, index in enumerate(active) if index not in ended]
             if step + 1 == max_tokens or not any_active(bool(running)):
                 break
             if running and len(running) <= len(active) // 2:
@@ -187,8 +235,6 @@ def generate(
                 tokens = tokens[running]
                 cache.keep(running)
             documents = cache.advance()
-    model.train(was_training)
-    return outputs
 
 
 def _compute_prefix(
@@ -210,28 +256,45 @@ def _choose(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     allowed: Sequence[Sequence[int] | np.ndarray | torch.Tensor] | None,
-    temperature: float,
-    generator: torch.Generator | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
     """Choose the next token of each sequence: final hidden states [B, D], output weight [V, D] -> [B]."""
     if allowed is None:
-        return _pick(_logits(hidden, weight), temperature, generator)
+        return _pick(_logits(hidden, weight), sampling, generators)
     ids = [torch.as_tensor(each, device=hidden.device) for each in allowed]
     candidates, columns = torch.cat(ids).unique(return_inverse=True)  # [C], often a small part of V
     rows = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(each) for each in ids])).to(hidden.device)
     forbidden = torch.ones(len(ids), len(candidates), dtype=torch.bool, device=hidden.device)
     forbidden[rows, columns] = False
     logits = _logits(hidden, weight[candidates]).masked_fill(forbidden, -torch.inf)
-    return candidates[_pick(logits, temperature, generator)]
+    return candidates[_pick(logits, sampling, generators)]
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight.to(hidden.dtype)).float()
 
 
-def _pick(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
-    if temperature == 0 and logits.device.type == "cpu":
+def _pick(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Choose a column of each row: logits [B, C] -> [B]."""
+    if sampling.temperature == 0 and logits.device.type == "cpu":
         return torch.from_numpy(logits.numpy().argmax(axis=-1))  # torch's argmax takes ten times as long
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator).squeeze(1)
+    cumulative = filtered_probabilities(logits, sampling).double().cumsum(dim=-1)
+    uniform = [torch.rand(1, generator=own, device=logits.device, dtype=torch.float64) for own in generators]  # [0, 1)
+    return torch.searchsorted(cumulative, torch.stack(uniform) * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def filtered_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return the probabilities of the tokens that `sampling` leaves, with a temperature above 0: [B, C] -> [B, C]."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    probabilities = torch.softmax(logits, dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        enough_before = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(enough_before, 0))
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)

@@ -1,5 +1,6 @@
 """Linear layers that keep their checkpoint names, with and without a low-rank adapter."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -145,6 +146,19 @@ def merge_lora(model: nn.Module) -> None:
         weight = merged_weight(layer.weight.detach(), layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
         merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
         setattr(model.get_submodule(parent_name), attribute, merged)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Compute what the base model computes."""
+    scalings = {layer: layer.scaling for _, layer in lora_layers(model)}
+    try:
+        for layer in scalings:
+            layer.scaling = 0.0
+        yield
+    finally:
+        for layer, scaling in scalings.items():
+            layer.scaling = scaling
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

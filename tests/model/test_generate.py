@@ -11,7 +11,7 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from model.args import ModelArgs, MoeArgs
-from model.generate import generate
+from model.generate import Sampling, filtered_probabilities, generate, stream
 from model.transformer import Transformer
 from tests.support.golden import GOLDEN
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
@@ -110,6 +110,40 @@ def test_prompt_equals_the_tokens_before_the_trained_answer() -> None:
     assert prompt == sample.tokens[:first_trained]
 
 
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch() -> None:
+    model, prompts = tiny_model(), prompts_of([5, 9, 3])
+    sampling = Sampling(temperature=2.0, top_k=50, top_p=0.95)
+    together = generate(model, prompts, 12, -1, sampling, seeds=[7, 8, 9])
+    assert [
+        generate(model, [prompt], 12, -1, sampling, [seed])[0] for prompt, seed in zip(prompts, (7, 8, 9))
+    ] == together
+    assert generate(model, prompts, 12, -1, sampling, seeds=[7, 8, 10])[2] != together[2]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(1.0, top_k=5), Sampling(1.5, top_p=0.6), Sampling(0.9, 20, 0.8)], ids=str
+)
+def test_filters_are_those_of_transformers(sampling: Sampling) -> None:
+    from transformers.generation import logits_process as filters
+
+    logits = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)) * 3
+    expected = filters.TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    if sampling.top_k:
+        expected = filters.TopKLogitsWarper(sampling.top_k)(None, expected)
+    if sampling.top_p < 1:
+        expected = filters.TopPLogitsWarper(sampling.top_p)(None, expected)
+    torch.testing.assert_close(filtered_probabilities(logits, sampling), expected.softmax(-1))
+
+
+def test_tokens_are_yielded_as_they_are_chosen() -> None:
+    model, prompts = tiny_model(), prompts_of([4, 6])
+    whole = generate(model, prompts, 10, EOS)
+    steps = stream(model, prompts, 10, EOS)
+    assert [next(steps), next(steps)] == [dict(enumerate(column)) for column in list(zip(*whole))[:2]]
+    steps.close()
+    assert generate(model, prompts, 10, EOS) == whole  # the model is as before
+
+
 # --- Constrained answers ----------------------------------------------------------------------------------------------
 
 TABLE = Cim10Table(
@@ -159,8 +193,7 @@ def test_random_tokens_form_only_codes_from_the_table(vocabulary: Vocabulary) ->
 def test_hundreds_of_sampled_answers_are_valid_and_diverse(vocabulary: Vocabulary) -> None:
     grammar, model = AnswerGrammar(TABLE), tiny_model(vocab_size=len(vocabulary.pieces))
     constraints = [AnswerConstraint(grammar, vocabulary) for _ in range(300)]
-    randomness = torch.Generator().manual_seed(0)
-    outputs = generate(model, [[1]] * 300, 150, vocabulary.eos_id, 30.0, randomness, constraints)
+    outputs = generate(model, [[1]] * 300, 150, vocabulary.eos_id, Sampling(30.0), range(300), constraints)
     assert len({tuple(output) for output in outputs}) == 300
     assert sum(output[-1] == vocabulary.eos_id for output in outputs) > 30
     found = [parse_answer(constraint.text) for constraint in constraints]
