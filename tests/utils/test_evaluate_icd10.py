@@ -435,9 +435,11 @@ def test_page_is_self_contained_and_shows_the_scores(page):
 
 
 def test_page_names_chapters_and_roles(page):
-    result, source, parsed = page()
-    for numeral in result["exact"]["by_chapter"]:
-        assert f"{numeral}  {CHAPTER_NAMES[numeral]}" in parsed.text
+    covid = instruct_row("Note", answer_of(("DP", "J128"), ("DAS", "U0710")), "covid")
+    result, source, parsed = page(rows=[*ROWS, covid])
+    names = [f"{numeral}  {name}" for numeral, name in CHAPTER_NAMES.items()]
+    shown = re.findall(rf">({'|'.join(names)})<", source)
+    assert shown == [name for name in names if name in shown] and len(shown) == len(result["exact"]["by_chapter"])
     assert "DP, main diagnosis" in parsed.text and "DAS, associated diagnoses" in parsed.text
     for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -453,6 +455,10 @@ def test_every_chapter_of_the_classification_has_a_name():
     [
         (None, ["Checkpoint", "not recorded", "Answers", "not recorded"]),
         ({"cim10": None, "checkpoint": "runs/a/checkpoint_000300"}, ["runs/a/checkpoint_000300", "not constrained to"]),
+        (
+            {"run_name": "icd v1", "checkpoint": "x", "answered": "2026-01-02 03:04"},
+            ["Run icd v1", "Answered 2026-01-02"],
+        ),
         ({"cim10": "hash", "checkpoint": "x"}, ["Answers", "constrained to codes of the CIM-10 table"]),
         ({"cim10": "hash"}, ["not recorded", "constrained to codes of the CIM-10 table"]),
         ([], ["not recorded", "not recorded"]),
@@ -464,7 +470,7 @@ def test_page_shows_the_origin_of_the_predictions(about, facts, page, tmp_path):
     text = re.sub(r"\s+", " ", page()[2].text)
     assert re.search(r".*".join(map(re.escape, facts)), text)
     assert re.search(r"Evaluated \d{4}-\d\d-\d\d \d\d:\d\d ", text) and "Notes 40" in text and "Gold g.jsonl" in text
-    if about and about["cim10"]:
+    if about and about.get("cim10"):
         assert "not constrained" not in text
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -165,11 +166,27 @@ def test_an_id_that_is_a_formula_is_neutralized_in_the_csv_only(run_dir: Path, t
 
 
 def test_origin_of_the_answers_is_recorded(run_dir: Path, notes: Path, tmp_path: Path) -> None:
-    checkpoint = str(saved_checkpoints(run_dir / "checkpoints")[-1])
+    checkpoint = saved_checkpoints(run_dir / "checkpoints")[-1]
     for name, table, answers in (("free", None, "not constrained"), ("limited", load_table(tmp_path), "constrained")):
         predict_file(run_dir, notes, tmp_path / f"{name}.jsonl", table, batch_size=5, max_tokens=8)
-        origin = {"Checkpoint": checkpoint, "Answers": f"{answers} to codes of the CIM-10 table"}
-        assert describe_origin(tmp_path / f"{name}.jsonl") == origin
+        origin = describe_origin(tmp_path / f"{name}.jsonl")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", origin.pop("Answered"))
+        limits = f"{answers} to codes of the CIM-10 table"
+        assert origin == {"Run": run_dir.name, "Checkpoint": str(checkpoint), "Answers": limits}
+
+
+def test_origin_names_the_checkpoint_of_a_link_and_no_run_of_a_model(
+    run_dir: Path, notes: Path, tmp_path: Path
+) -> None:
+    checkpoint = saved_checkpoints(run_dir / "checkpoints")[-1]
+    (run_dir / "checkpoints/best").symlink_to(checkpoint.name)
+    predict_file(run_dir, notes, tmp_path / "best.jsonl", step="best", batch_size=5, max_tokens=1)
+    (run_dir / "checkpoints/best").unlink()
+    assert describe_origin(tmp_path / "best.jsonl")["Checkpoint"] == str(checkpoint)
+    model = run_dir.parent / "model"
+    predict_file(model, notes, tmp_path / "model.jsonl", batch_size=5, max_tokens=1)
+    origin = describe_origin(tmp_path / "model.jsonl")
+    assert origin["Checkpoint"] == str(model) and "Run" not in origin
 
 
 def load_table(folder: Path) -> Cim10Table:

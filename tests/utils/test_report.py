@@ -127,6 +127,13 @@ def test_points_are_where_the_axes_say():
     assert dots(svg)["b, step 5: 2"][0] == pytest.approx(places[0][1] + 4 / 9 * (places[-1][1] - places[0][1]))
 
 
+@pytest.mark.parametrize(("steps", "is_curve"), [(1, False), (2, False), (3, True)])
+def test_two_evaluations_are_not_joined_by_a_line(steps, is_curve):
+    svg = chart([Line("a", [(step, 0.5 + step / 10) for step in range(steps)], 0, marked=True)])
+    assert ("a" in curves(svg)) is is_curve and len(dots(svg)) == steps
+    assert svg.count("stroke-width: 1.3") == is_curve
+
+
 def test_a_wide_range_of_values_has_a_logarithmic_axis():
     svg = chart([Line("a", [(1, 0.01), (2, 1.0), (3, 100.0)], 0)])
     first, second, third = (y for _, _, y in curves(svg)["a"])
@@ -193,7 +200,10 @@ def test_page_has_a_line_per_run_and_measure(make_run):
     charts = charts_of(html)
     expected = ["Loss", "Micro-F1 of the answers", "Learning rate", "Gradient norm", "Speed"]
     assert list(charts) == expected  # no memory was measured
-    assert set(curves(charts["Loss"])) == {"run_a, loss", "run_a, eval_loss", "run_b, loss", "run_b, eval_loss"}
+    assert set(curves(charts["Loss"])) == {"run_a, loss", "run_b, loss"}
+    assert {f"{run}, eval_loss, step {step}" for run in ("run_a", "run_b") for step in (2, 3)} == {
+        tip.partition(":")[0] for tip in dots(charts["Loss"])
+    }
     assert set(curves(charts["Micro-F1 of the answers"])) == {"run_a, micro_f1", "run_b, micro_f1"}
     assert "run_a, micro_f1, step 2: 0.75" in page.text
     assert html.count('<i class="swatch') == 2

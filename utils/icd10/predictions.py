@@ -114,12 +114,17 @@ def read_origin(predictions: Path) -> dict[str, Any]:
 
 
 def describe_origin(predictions: Path) -> dict[str, str]:
-    """Return the checkpoint of a predictions file and whether its codes were constrained to the CIM-10 table."""
+    """Return the run, checkpoint and date of predictions, and whether their codes were constrained to the CIM-10 table.
+
+    The run is left out if the model is not of one.
+    """
     origin = read_origin(predictions)
     answers = NOT_RECORDED
     if "cim10" in origin:
         answers = f"{'not ' if origin['cim10'] is None else ''}constrained to codes of the CIM-10 table"
-    return {"Checkpoint": str(origin.get("checkpoint", NOT_RECORDED)), "Answers": answers}
+    run = {"Run": str(origin["run_name"])} if origin.get("run_name") else {}
+    checkpoint, date = (str(origin.get(key, NOT_RECORDED)) for key in ("checkpoint", "answered"))
+    return run | {"Checkpoint": checkpoint, "Answers": answers, "Answered": date}
 
 
 def _gold_row(row: Row) -> Prediction:

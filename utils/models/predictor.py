@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +220,7 @@ def predict_file(
             _require_same_origin(answers, identity)
         to_do = [prompt for prompt in prompts if prompt.id not in done]
         if to_do:
-            save({origin_path(answers): json.dumps(identity | {"checkpoint": str(checkpoint)}, indent=1)})
+            save({origin_path(answers): json.dumps(identity | _origin(checkpoint), ensure_ascii=False, indent=1)})
             print(f"Answering {len(to_do)} of {len(prompts)} rows with {checkpoint} ...", file=sys.stderr, flush=True)
             predictor = Predictor(checkpoint, table)
             with open(answers, "a", encoding="utf-8", opener=owner_only) as file:
@@ -291,6 +292,14 @@ def _require_own_csv(path: Path) -> None:
             header = file.readline().decode("utf-8", "replace").strip()
             if header not in ("", ",".join(CSV_COLUMNS)):
                 raise UserError(f"{path} exists and is not an output of this command; choose another file.")
+
+
+def _origin(checkpoint: Path) -> dict[str, Any]:
+    """Return what an evaluation shows about the answers; links such as `best` are replaced by the checkpoint's name."""
+    run_dir = run_of(checkpoint)
+    named = checkpoint.with_name(checkpoint.resolve().name) if run_dir else checkpoint
+    answered = f"{datetime.now():%Y-%m-%d %H:%M}"
+    return {"run_name": run_dir and run_dir.name, "checkpoint": str(named), "answered": answered}
 
 
 def _require_same_origin(answers: Path, identity: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Charts for HTML pages: SVG elements drawn with matplotlib.
 
 Every color is a CSS variable, so that one chart serves light and dark pages; `CSS_COLORS` has their values. A chart is
-`WIDTH` units wide, and its text is as large as a page's at that width, so it stays readable on a phone.
+`WIDTH` units wide, about as wide as a phone, and its text has the size of small print at that width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-WIDTH = 420
+WIDTH = 380
+_CURVE_FROM = 3  # points of a marked line
 DASHES = ("solid", "dashed", "dotted")  # distinguish lines once every color is used
 _PAGE, _TEXT, _MUTED, _GRID, _AXIS = "#ffffff", "#1c2126", "#59666f", "#e4e8eb", "#a3aeb6"
 _SERIES = (TRAIN, EVAL, "#2a8a5c", "#7a4fa3", "#a07800", LR)
@@ -48,7 +49,11 @@ Point = tuple[float, float | None]  # step and value; None: not finite
 
 
 class Line(NamedTuple):
-    """A curve; `series` selects color and dash, `marked` draws a dot at each point."""
+    """A curve; `series` selects color and dash.
+
+    `marked` draws a dot at each point, and the curve only from three points on: a line between two would suggest a
+    course that was not measured.
+    """
 
     name: str
     points: Sequence[Point]
@@ -139,8 +144,9 @@ def _draw_line(axes: Axes, line: Line, smooth: bool, tip: str, tips: dict[str, l
     if smooth:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
         values = smoothed(values)
-    tips[tip] = [line.name]
-    axes.plot(steps, values, color=color, linewidth=1.3 if line.marked else 2, linestyle=dash, gid=tip)
+    if not line.marked or len(values) >= _CURVE_FROM:
+        tips[tip] = [line.name]
+        axes.plot(steps, values, color=color, linewidth=1.3 if line.marked else 2, linestyle=dash, gid=tip)
     if line.marked or len(values) == 1:
         finite = [(step, value) for step, value in line.points if value is not None]
         tips[f"{tip}dots"] = [f"{line.name}, step {step:,.0f}: {number_text(value)}" for step, value in finite]
@@ -215,16 +221,16 @@ def bar_chart(name: str, title: str, groups: Sequence[BarGroup]) -> Markup:
 
 def _draw_group(axes: Axes, group: BarGroup, top: float, tip: str, tips: dict[str, list[str]]) -> None:
     middle = top + _LABEL / 2 + 1
-    axes.annotate(group.name, (0, middle), (3, 0), textcoords="offset points", va="center", color=_TEXT, fontsize=12)
+    axes.annotate(group.name, (0, middle), (3, 0), textcoords="offset points", va="center", color=_TEXT)
     values = " / ".join(f"{bar.value:.3f}" if bar else "–" for bar in group.bars)
-    axes.text(1, middle, f"{group.detail}   {values}", va="center", ha="right", color=_MUTED, fontsize=11)
+    axes.text(1, middle, f"{group.detail}   {values}", va="center", ha="right", color=_MUTED)
     for series, bar in enumerate(group.bars):
         if bar is None:
             continue
         height = top + _LABEL + (series + 0.5) * _BAR
         tips[f"{tip}bar{series}"] = [f"{group.name}: {bar.value:.3f} [{bar.low:.3f}, {bar.high:.3f}]"]
         axes.barh(height, bar.value, _BAR - 1.5, color=_SERIES[series], gid=f"{tip}bar{series}")
-        for color, width in ((_PAGE, 3.6), (_TEXT, 1.4)):  # the wider one sets the interval off from the bar
+        for color, width in ((_PAGE, 3), (_TEXT, 1.2)):  # the wider one sets the interval off from the bar
             axes.hlines(height, bar.low, bar.high, color=color, linewidth=width)
 
 

@@ -1,11 +1,11 @@
 """The scores of an evaluation, as text and as an HTML page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.icd10.codes import CHAPTER_NAMES
 from utils.icd10.headline import HEADLINE
-from utils.icd10.metrics import NO_CHAPTER
+from utils.icd10.metrics import FREQUENCY_BANDS, NO_CHAPTER
 
 if TYPE_CHECKING:
     from utils.reports.charts import Figure
@@ -38,7 +38,7 @@ COUNT_NAMES = {
     "repeated_codes": "codes given more than once (counted once)",
     "unexpected_predictions": "predictions without a gold note (ignored)",
 }
-_CHAPTER_TITLES = CHAPTER_NAMES | {NO_CHAPTER: "Outside every chapter"}
+_CHAPTER_TITLES = {key: f"{key}  {name}" for key, name in CHAPTER_NAMES.items()} | {NO_CHAPTER: "outside every chapter"}
 ROLE_NAMES = {"DP": "DP, main diagnosis", "DR": "DR, related diagnosis", "DAS": "DAS, associated diagnoses"}
 
 STAY_FACT_NAMES = {
@@ -226,38 +226,34 @@ def _charts(result: Mapping[str, Any]) -> "dict[str, Figure]":
     training = result["counts"]["training_notes"]
     notes = "gold notes" if training is None else f"of {training:,} training notes"
     return {
-        "by_chapter": _chart(
-            result, "by_chapter", "F1 by chapter of the CIM-10", lambda key: f"{key}  {_CHAPTER_TITLES[key]}"
-        ),
-        "by_role": _chart(result, "by_role", "F1 by role", ROLE_NAMES.__getitem__),
+        "by_chapter": _chart(result, "by_chapter", "F1 by chapter of the CIM-10", _CHAPTER_TITLES),
+        "by_role": _chart(result, "by_role", "F1 by role", ROLE_NAMES),
         "by_frequency": _chart(
             result,
             "by_frequency",
             f"F1 by how many {notes} have the code",
-            lambda key: f"{key} notes",
+            {band: f"{band} notes" for band in FREQUENCY_BANDS},
         ),
     }
 
 
-def _chart(result: Mapping[str, Any], key: str, title: str, name: Callable[[str], str]) -> "Figure":
+def _chart(result: Mapping[str, Any], key: str, title: str, names: Mapping[str, str]) -> "Figure":
     """Return a chart of micro-F1 by group.
 
     Args:
         result: of the evaluation.
         key: of the groups in `result`.
         title: of the chart.
-        name: turns a group's key into its name.
+        names: of the groups, in the order of the chart.
     """
     from utils.reports.charts import Bar, BarGroup, Figure, bar_chart
 
-    # In the order of the exact codes' groups, then of those that only categories have.
-    keys = dict.fromkeys(
-        group for level in LEVEL_NAMES for group, scores in result[level][key].items() if scores["gold"]
-    )
     groups = []
-    for group in keys:
+    for group, name in names.items():
         found = [result[level][key].get(group) for level in LEVEL_NAMES]
+        if not any(each and each["gold"] for each in found):
+            continue
         bars = [Bar(each["micro"]["f1"], *each["intervals"]["micro"]["f1"]) if each else None for each in found]
         gold = " / ".join(dict.fromkeys(f"{each['gold']:,}" if each else "0" for each in found))
-        groups.append(BarGroup(name(group), f"({gold})", bars))
+        groups.append(BarGroup(name, f"({gold})", bars))
     return Figure(title, "", bar_chart(key, title, groups))
