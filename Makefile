@@ -15,7 +15,7 @@ help:
 	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
 	@echo "make fuzz         10,000 random inputs per fuzz target"
 	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
-	@echo "make docs         regenerate docs/configuration.md from the settings in the code"
+	@echo "make docs         regenerate docs/configuration.md and docs/models.md from the code"
 	@echo "make constraints  write the versions installed in .venv to constraints.txt, after make test passed"
 	@echo "make clean        remove what make demo and make sample-data wrote"
 
@@ -93,6 +93,7 @@ format: setup
 # Build tags (2.13.0+cpu) are left out: they differ between machines.
 docs: setup
 	$(BIN)/python -m docs.generate_configuration
+	$(BIN)/python -m docs.generate_models
 
 constraints: setup
 	(echo "# Versions that all tests passed with. pyproject.toml has the supported ranges."; \

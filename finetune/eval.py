@@ -95,8 +95,8 @@ def _joined(batches: list[Batch], by_tokens: bool) -> tuple[Batch, float, float]
     """Join batches.
 
     Returns:
-        The batch, the factor that turns its loss into the sum of all losses, and their number: batches, or trained tokens
-        with `by_tokens`.
+        The batch, the factor that turns its loss into the sum of all losses, and the number of losses: of batches,
+        or of trained tokens with `by_tokens`.
     """
     if len(batches) == 1:
         weight = batches[0].loss_weight if by_tokens else 1.0
