@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.measure import last_record, measure, print_table, run_json, spread
+from benchmarks.small_runs import eval_losses, train_demo
 from finetune.cli import run_cli
 from finetune.monitoring.metrics_logger import read_metrics
 from model.args import BASE_DTYPES
@@ -28,18 +27,11 @@ COLUMNS = {
 }
 
 
-def train_demo(base_dtype: str, seed: int, folder: Path) -> dict[str, float]:
+def learn(base_dtype: str, seed: int, folder: Path) -> dict[str, float]:
     """Train in this process with the demo's settings, and return its losses."""
-    import train  # takes seconds, and the parent process does not need it
-
-    settings = yaml.safe_load(Path("example/demo.yaml").read_text(encoding="utf-8"))
-    settings |= {"base_dtype": base_dtype, "seed": seed, "run_dir": str(folder / "run"), "no_ckpt": True, "log_freq": 1}
-    settings.pop("eval_generation", None)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    train.train(str(config))
-    losses = [line["eval_loss"] for line in read_metrics(folder / "run", "eval")]
-    train_losses = [line["loss"] for line in read_metrics(folder / "run", "train")][-100:]
+    run_dir = train_demo(folder, base_dtype=base_dtype, seed=seed)
+    losses = list(eval_losses(run_dir).values())
+    train_losses = [line["loss"] for line in read_metrics(run_dir, "train")][-100:]
     return {
         "first_eval_loss": losses[0],
         "last_eval_loss": losses[-1],
@@ -59,7 +51,7 @@ def main() -> None:
         raise UserError(f"{MODEL} does not exist: run `make demo` to create it.")
     if options.alone:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(train_demo(options.alone, options.seeds, Path(folder))))
+            print(json.dumps(learn(options.alone, options.seeds, Path(folder))))
         return
     print_table(last_record("base_dtype") if options.show else compare(options.seeds), COLUMNS)
 

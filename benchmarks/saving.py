@@ -11,10 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.data import icd_file
 from benchmarks.measure import last_record, measure, print_table, run_json, spread
+from benchmarks.small_runs import train_demo
 from finetune.monitoring.metrics_logger import read_metrics
 
 STEPS, WARM_UP = 60, 10
@@ -26,21 +25,21 @@ COLUMNS = {
 }
 
 
-def train_demo(model: Path, ckpt_freq: int, folder: Path) -> dict[str, float]:
+def time_steps(model: Path, ckpt_freq: int, folder: Path) -> dict[str, float]:
     """Train in this process with the demo's settings; time the steps after the warm-up, including the last save."""
-    import train  # takes seconds, and the parent process does not need it
-
-    settings = yaml.safe_load(Path("example/demo.yaml").read_text(encoding="utf-8"))
-    settings |= {"data": {"instruct_data": str(icd_file(20)), "packing": "best_fit"}, "model_id_or_path": str(model)}
-    settings |= {"run_dir": str(folder / "run"), "max_steps": STEPS, "ckpt_freq": ckpt_freq, "no_ckpt": not ckpt_freq}
-    settings |= {"no_eval": True, "num_ckpt_keep": 3, "log_freq": 1}
-    settings.pop("eval_generation", None)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    train.train(str(config))
+    run_dir = train_demo(
+        folder,
+        data={"instruct_data": str(icd_file(20)), "packing": "best_fit"},
+        model_id_or_path=str(model),
+        max_steps=STEPS,
+        ckpt_freq=ckpt_freq,
+        no_ckpt=not ckpt_freq,
+        no_eval=True,
+        num_ckpt_keep=3,
+    )
     end = datetime.datetime.now()
-    start = datetime.datetime.fromisoformat(read_metrics(folder / "run", "train")[WARM_UP - 1]["at"])
-    files = (folder / "run" / "checkpoints").glob("last/**/*")
+    start = datetime.datetime.fromisoformat(read_metrics(run_dir, "train")[WARM_UP - 1]["at"])
+    files = (run_dir / "checkpoints").glob("last/**/*")
     return {
         "seconds_per_step": (end - start).total_seconds() / (STEPS - WARM_UP),
         "checkpoint_bytes": sum(path.stat().st_size for path in files if path.is_file()),
@@ -56,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.model:
-            print(json.dumps(train_demo(options.model, options.ckpt_freq, Path(folder))))
+            print(json.dumps(time_steps(options.model, options.ckpt_freq, Path(folder))))
             return
         record = last_record("saving") if options.show else compare(Path(folder) / "model", options.rounds)
     print_table(record, COLUMNS)

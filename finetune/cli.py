@@ -22,6 +22,7 @@ def run_cli(main: Callable[[], object]) -> None:
     Secrets are redacted, in tracebacks of bugs too. Characters that an output stream cannot encode are escaped.
     """
     _escape_what_cannot_be_printed()
+    _require_posix()
     one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     code = 0
     try:
@@ -47,6 +48,12 @@ def run_cli(main: Callable[[], object]) -> None:
         _exit_immediately(code)
     if code:
         sys.exit(code)
+
+
+def _require_posix() -> None:
+    """End the command on native Windows, where files are not flushed, renamed, locked and linked as on POSIX."""
+    if sys.platform == "win32":
+        sys.exit("error: Native Windows is not supported: use WSL2 (`wsl --install`), and run this command there.")
 
 
 def _escape_what_cannot_be_printed() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from model.errors import UserError, first_line
 from model.fused_lora import SwiGLU
 
 from .mixed_precision import DTYPES, choose_dtype
+from .speed_estimate import Gpu, visible_gpu
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -29,6 +29,13 @@ class Hardware:
         """Return the resolved YAML keys."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         return {"param_dtype": names[self.dtype], "attention": self.attention}
+
+    def gpu(self) -> Gpu | None:
+        """Return the GPU, for an estimate of its speed; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        found = torch.cuda.get_device_properties(self.device)
+        return visible_gpu(found.name, found.total_memory)
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -94,6 +101,8 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     """Return the peak and the current memory in bytes: allocated on the GPU, or resident in RAM on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    import resource  # POSIX
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     try:
         with open("/proc/self/statm") as file:

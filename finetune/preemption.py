@@ -18,7 +18,7 @@ logger = logging.getLogger("train")
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 MARKER_NAME = "interrupted"  # file in the run folder
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class StopRequest:

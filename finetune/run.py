@@ -26,6 +26,7 @@ from .preemption import clear_interrupted
 from .preflight import check_preflight, check_shared, resolve_checkpoint
 from .resume import RunState, SavedState, find_saved_state
 from .run_dir import create_run_dir
+from .speed_estimate import expected_time
 from .utils import TrainState, set_seed
 from .wrapped_model import BaseModel, build_model, open_base_model, trainable_parameters
 
@@ -121,6 +122,9 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
         check_shared(run_dir)
     if world.is_master:
         logger.info("Run dir: %s on %d x %s", run_dir, world.size, hardware.describe())
+        if gpu := hardware.gpu():
+            steps = args.max_steps - (saved.step if saved else 0)
+            logger.info(expected_time(args, inputs.base.args, gpu, world.size, steps))
 
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
     with contextlib.ExitStack() as stack:

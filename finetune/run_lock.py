@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -59,6 +58,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 def _acquire(run_dir: Path) -> int:
     """Return the descriptor of the locked file; closing it releases the lock."""
+    import fcntl  # POSIX
+
     path, deadline = run_dir / LOCK_NAME, time.monotonic() + _WAIT_S
     while True:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 These are estimates, not measurements. A GPU is assumed to reach `TYPICAL_SHARE` of its peak. Published LoRA runs of 7B
 models reach 41 % on a V100 and 50 % on an A100, and at least 25 % on an H100 (attention not counted); an RTX 4090 was
 reported at 56 % or more (torchtune, 8B). Not counted: adapters (a few percent), communication between GPUs, evaluation,
-checkpoints, and unpacking weights of a quantized base.
+checkpoints, and unpacking weights of a quantized base. A small model waits for kernel launches instead, whose number is
+counted and whose time is assumed.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from .memory_estimate import MemoryConfig
 
 TYPICAL_SHARE = 0.4  # of a GPU's peak rate
-_FEWEST_PARAMETERS = 1e9  # a smaller model waits for kernel launches and memory, not for arithmetic
+_LAUNCH_SECONDS = 1e-5  # assumed for one kernel of an eager PyTorch program
+_LAYER_LAUNCHES, _NETWORK_LAUNCHES = 150, 60  # of a layer's forward and backward pass, and of each feed-forward network
 _GIB = 1024**3
 
 
@@ -30,6 +32,14 @@ class Gpu:
     tflops: float  # peak rate of dense 16-bit matrix products accumulated in fp32
     dtype: str = "bf16"  # what `param_dtype: auto` selects
     attention: str = "varlen"  # what `attention: auto` selects
+    stand_in: str = ""  # label of the listed GPU whose peak rate is assumed; empty: its own
+
+    def basis(self, share: float = TYPICAL_SHARE) -> str:
+        """Return what an estimate of its speed is based on."""
+        reached = f"{share:.0%} of the {self.stand_in or self.label}'s 16-bit peak of {self.tflops:g} TFLOP/s"
+        if not self.stand_in:
+            return reached
+        return f"{reached}, the slowest listed GPU with about as much memory, since only the memory is known"
 
     @property
     def usable_bytes(self) -> float:
@@ -50,17 +60,22 @@ GPUS = {
     "t4": _before_ampere("T4", 14.6, 65.0),  # T4 data sheet: 65; 16 GB
     "l4": Gpu("L4", 22.0, 121.0),  # L4 data sheet: 242 with sparsity; 24 GB
     "a10": Gpu("A10", 22.0, 125.0),  # A10 data sheet: 125; 24 GB
+    "a30": Gpu("A30", 23.5, 165.0),  # A30 data sheet: 165; 24 GB
+    "a40": Gpu("A40", 44.4, 149.7),  # A40 data sheet: 149.7; 48 GB
     "a6000": Gpu("RTX A6000", 47.4, 154.8),  # RTX A6000 data sheet: 309.7 with sparsity; 48 GB
+    "l40": Gpu("L40", 44.4, 181.0),  # L40 data sheet: 181.05; 48 GB
     "l40s": Gpu("L40S", 44.4, 362.0),  # L40S data sheet: 362.05; 48 GB
     "a100-40": Gpu("A100 40 GB", 39.4, 312.0),  # A100 data sheet: 312
     "a100": Gpu("A100 80 GB", 79.1, 312.0),
     "h100-pcie": Gpu("H100 PCIe", 79.1, 756.0),  # H100 data sheet: 1,513 with sparsity; 80 GB
     "h100": Gpu("H100", 79.1, 989.0),  # H100 data sheet (SXM): 1,979 with sparsity; 80 GB
+    "h100-nvl": Gpu("H100 NVL", 93.0, 835.0),  # H100 data sheet: 1,671 with sparsity; 94 GB
     "h200": Gpu("H200", 139.8, 989.0),  # H200 data sheet (SXM): 1,979 with sparsity; 141 GB
     "b200": Gpu("B200", 178.0, 2250.0),  # DGX B200 data sheet: 36,000 for eight with sparsity; 180 GB
     # GeForce: the architecture white papers' "FP16 Tensor TFLOPS with FP32 accumulate".
     "rtx3090": Gpu("RTX 3090", 23.5, 71.0),  # GA102 white paper: 71; 24 GB
     "rtx4090": Gpu("RTX 4090", 23.5, 165.2),  # Ada white paper: 165.2; 24 GB
+    "rtx4080": Gpu("RTX 4080", 15.6, 97.5),  # Ada white paper: 97.5; 16 GB
     "rtx5090": Gpu("RTX 5090", 31.3, 209.5),  # RTX Blackwell white paper: 209.5; 32 GB
 }
 _OTHER_GPUS = {"laptop", "mig", "q"}  # words of names that share a number with a GPU of the table (Max-Q)
@@ -79,6 +94,24 @@ def find_gpu(name: str) -> Gpu | None:
     return next((GPUS[key] for key in keys if all({part, f"{part}gb"} & words for part in key.split("-"))), None)
 
 
+def unlisted_gpu(gib: float, label: str = "GPU") -> Gpu:
+    """Return a GPU of which only the memory is known.
+
+    It is assumed to be as fast as the slowest GPU of the table that computes in bf16 and has at least about as much
+    memory, or as the one with the most memory.
+    """
+    recent = [gpu for gpu in GPUS.values() if gpu.dtype == "bf16"]
+    as_large = [gpu for gpu in recent if gpu.gib >= 0.9 * gib]
+    peer = min(as_large, key=lambda gpu: gpu.tflops) if as_large else max(recent, key=lambda gpu: gpu.gib)
+    return Gpu(label, gib, peer.tflops, stand_in=peer.label)
+
+
+def visible_gpu(name: str, memory_bytes: int) -> Gpu:
+    """Return the GPU of a device, under the device's name."""
+    listed = find_gpu(name)
+    return dataclasses.replace(listed, label=name) if listed else unlisted_gpu(memory_bytes / _GIB, name)
+
+
 def mean_context(lengths: Mapping[int, int], window: int | None = None) -> float:
     """Return how many tokens a token attends to on average, itself included.
 
@@ -92,11 +125,6 @@ def mean_context(lengths: Mapping[int, int], window: int | None = None) -> float
         near = min(length, window or length)
         attended += count * (near * (near + 1) / 2 + (length - near) * near)
     return attended / tokens
-
-
-def active_parameters(model: ModelArgs) -> float:
-    """Return the number of weights that one token passes through, only the selected experts' of a mixture."""
-    return _block_parameters(model) + 2 * model.vocab_size * model.dim
 
 
 def _block_parameters(model: ModelArgs) -> float:
@@ -130,16 +158,35 @@ def flops_per_token(
     return (4 if lora else 6) * (blocks + head) + 3 * attention + recomputed[checkpoint]
 
 
-def tokens_per_second(gpu: Gpu, model: ModelArgs, flops: float, share: float = TYPICAL_SHARE) -> float | None:
-    """Return the speed of one GPU; None for a model so small that arithmetic does not limit it.
+def tokens_per_second(
+    gpu: Gpu, model: ModelArgs, flops: float, microbatch_tokens: int, share: float = TYPICAL_SHARE
+) -> float:
+    """Return the speed of one GPU, limited by arithmetic or, for a small model, by kernel launches.
 
     Args:
-        gpu: of `GPUS`.
+        gpu: of `GPUS`, or of `unlisted_gpu`.
         model: shapes.
         flops: operations per token (see `flops_per_token`).
+        microbatch_tokens: tokens of a forward pass.
         share: share of the peak rate that is reached, 0 to 1.
     """
-    return share * gpu.tflops * 1e12 / flops if active_parameters(model) >= _FEWEST_PARAMETERS else None
+    networks = model.moe.num_experts if model.moe else 1
+    launches = model.n_layers * (_LAYER_LAUNCHES + _NETWORK_LAUNCHES * networks)
+    seconds = max(microbatch_tokens * flops / (share * gpu.tflops * 1e12), launches * _LAUNCH_SECONDS)
+    return microbatch_tokens / seconds
+
+
+def expected_time(args: TrainArgs, model: ModelArgs, gpu: Gpu, gpus: int, steps: int) -> str:
+    """Return a sentence on how long these steps take on `gpus` of these GPUs, for the log before the first step."""
+    microbatch = args.batch_size * args.seq_len
+    context = mean_context({args.seq_len: 1}, model.sliding_window)
+    flops = flops_per_token(model, context, args.checkpoint, args.lora.enable)
+    speed = gpus * tokens_per_second(gpu, model, flops, microbatch)
+    hours = steps * args.num_microbatches * microbatch * gpus / speed / 3600
+    return (
+        f"Expected time: {hours:.1f} hours for {steps:,} steps without evaluation and checkpoints, at {speed:,.0f} "
+        f"tokens/s (estimated from {gpu.basis()}; the ETA of the following lines is measured)"
+    )
 
 
 def memory_config(args: TrainArgs, model: ModelArgs, gpu: Gpu, gpus: int, trained_share: float = 1.0) -> "MemoryConfig":

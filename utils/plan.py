@@ -24,6 +24,7 @@ from finetune.speed_estimate import (
     mean_context,
     memory_config,
     tokens_per_second,
+    unlisted_gpu,
 )
 from model.args import BASE_DTYPES, BaseDtype, ModelArgs, load_model_args
 from model.errors import UserError
@@ -81,18 +82,20 @@ def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
 
 
 def choose_gpu(name: str | None, gib: float | None) -> Gpu:
-    """Return the GPU to plan for; its peak rate is 0 if only its memory is known.
+    """Return the GPU to plan for; if only its memory is known, its peak rate is assumed.
 
     Args:
         name: `--gpu`; a key of `GPUS` or a device's name.
         gib: `--gpu_gb`; memory that replaces the table's.
 
     Raises:
-        UserError: the name is not in the table.
+        UserError: the name is not in the table, and no memory is given.
     """
     if name is None:
-        return Gpu("GPU", gib or 80.0, tflops=0.0)
+        return unlisted_gpu(gib or 80.0)
     gpu = find_gpu(name)
+    if gpu is None and gib:
+        return unlisted_gpu(gib, name)
     if gpu is None:
         raise UserError(
             f"--gpu: {name!r} is not in the table of GPUs: {', '.join(GPUS)}. For another GPU give its memory with "
@@ -143,22 +146,18 @@ def expected(
     tokens = args.max_steps * args.num_microbatches * args.batch_size * args.seq_len * options.gpus
     context = mean_context({args.seq_len: 1}, model.sliding_window)
     flops = flops_per_token(model, context, checkpoint, args.lora.enable, options.trained_share)
-    speed, basis = options.tokens_per_second, "as given"
-    if speed is None and gpu.tflops:
-        of_one = tokens_per_second(gpu, model, flops, options.mfu)
-        speed = options.gpus * of_one if of_one else None
-        basis = f"estimated, not measured: {options.mfu:.0%} of the {gpu.label}'s 16-bit peak of {gpu.tflops:g} TFLOP/s"
-    if speed is None and gpu.tflops:
-        basis = "unknown, because the model is too small for an estimate: give --tokens_per_second"
-    elif speed is None:
-        basis = "unknown, because only the GPU's memory is known: name the GPU with --gpu or give --tokens_per_second"
+    if options.tokens_per_second:
+        speed, basis = options.tokens_per_second, "as given"
+    else:
+        speed = options.gpus * tokens_per_second(gpu, model, flops, args.batch_size * args.seq_len, options.mfu)
+        basis = f"estimated, not measured: {gpu.basis(options.mfu)}"
     return {
         "checkpoint": checkpoint,
         "tokens": None if args.epochs else tokens,
         "flops_per_token": flops,
         "tokens_per_second": speed,
         "basis": basis,
-        "hours": tokens / speed / 3600 if speed and not args.epochs else None,
+        "hours": None if args.epochs else tokens / speed / 3600,
     }
 
 
@@ -259,12 +258,12 @@ def _expected_lines(run: dict[str, Any]) -> list[str]:
         lines = [f"Length: {run['tokens']:,} tokens."]
     else:
         lines = ["Length: `epochs` sets it; count the tokens with python -m utils.validate_data."]
-    if run["tokens_per_second"]:
-        lines.append(f"Speed: {run['tokens_per_second']:,.0f} tokens/s on all GPUs ({run['basis']}).")
-    else:
-        lines.append(f"Speed: {run['basis']}.")
+    lines.append(f"Speed: {run['tokens_per_second']:,.0f} tokens/s on all GPUs ({run['basis']}).")
     if run["hours"]:
         lines.append(f"Time: {run['hours']:.1f} hours, without start-up, evaluation and checkpoints.")
+    else:
+        per_million = 1e6 / run["tokens_per_second"] / 60
+        lines.append(f"Time: {per_million:.1f} minutes per million tokens, without start-up, evaluation and checkpoints.")
     mode = str(run["checkpoint"]).lower()
     lines.append(
         f"With `checkpoint: {mode}` a token needs {run['flops_per_token'] / 1e9:.1f} GFLOP if documents are as long as "
@@ -276,7 +275,7 @@ def _expected_lines(run: dict[str, Any]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's folder or a known name, instead of the YAML's model_id_or_path")
-    parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}; or another, with --gpu_gb")
     parser.add_argument("--gpu_gb", type=float, help="memory per GPU in GiB (default: that of --gpu, else 80)")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs that share the model (default: 1)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """Runs under attack: changed inputs, crafted state, two starts in one folder."""
 
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -174,16 +175,16 @@ def test_lock_of_a_killed_first_start_is_not_a_run(checkpoint: Path):
 
 def test_file_that_its_last_owner_removes_is_not_taken_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The first start ends, and removes its file, between the second one's opening and locking of it."""
-    path, lock, calls = tmp_path / LOCK_NAME, run_lock.fcntl.flock, itertools.count()
+    path, lock, calls = tmp_path / LOCK_NAME, fcntl.flock, itertools.count()
 
     def flock(descriptor: int, operation: int) -> None:
         lock(descriptor, operation)
         if next(calls) == 0:
             path.unlink()
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked_run_dir(tmp_path, ALONE), path.open("rb") as file, pytest.raises(BlockingIOError):
-        lock(file, run_lock.fcntl.LOCK_EX | run_lock.fcntl.LOCK_NB)
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert next(calls) == 2 and not path.exists()
 
 
@@ -193,7 +194,7 @@ def test_file_system_without_locks_is_a_warning(
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked_run_dir(tmp_path / "run", ALONE):
         assert "cannot be locked (No locks available): do not start this run twice" in caplog.text
 

@@ -2,19 +2,30 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune import speed_estimate
 from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
+from finetune.data.data_loader import Batch
+from finetune.loss import batch_loss
 from finetune.speed_estimate import (
     GPUS,
-    active_parameters,
+    expected_time,
     find_gpu,
     flops_per_token,
     mean_context,
     memory_config,
     tokens_per_second,
+    unlisted_gpu,
+    visible_gpu,
 )
+from model.args import LoraArgs, ModelArgs, MoeArgs
+from model.lora import add_lora
+from model.transformer import Transformer
 from utils.models.known_models import KNOWN_MODELS
 
 MISTRAL_7B = KNOWN_MODELS["mistral-7b"]
@@ -33,6 +44,13 @@ BLOCKS = 7_248_023_552 - 2 * 32768 * 4096  # weights of all layers, norms includ
         ("NVIDIA A10G", None),
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA A40", "a40"),
+        ("NVIDIA A30", "a30"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 4080", "rtx4080"),
         ("Tesla V100-SXM2-16GB", "v100-16"),
         ("Tesla V100-SXM2-32GB", "v100"),
         ("Tesla T4", "t4"),
@@ -89,23 +107,89 @@ def test_attention_costs_three_forward_passes_and_a_fourth_where_it_is_recompute
 
 
 def test_a_mixture_counts_the_experts_that_a_token_uses():
-    assert active_parameters(KNOWN_MODELS["mixtral-8x7b"]) == pytest.approx(12.88e9, rel=0.01)
+    flops = flops_per_token(KNOWN_MODELS["mixtral-8x7b"], 0, False)
+    assert flops / 4 == pytest.approx(12.88e9 - 32000 * 4096, rel=0.01)  # without the embeddings, which are looked up
 
 
 @pytest.mark.parametrize(("gpu", "published"), [("v100", 1202), ("a100-40", 3653), ("h100", 5720), ("h100", 8800)])
 def test_estimates_are_near_published_speeds(gpu, published):
     """Of Mistral 7B, adapters only, all recomputed, short documents; 8,800 is a count of this code's kernels."""
     flops = flops_per_token(MISTRAL_7B, 600, True)
-    assert tokens_per_second(GPUS[gpu], MISTRAL_7B, flops) == pytest.approx(published, rel=0.6)
+    assert tokens_per_second(GPUS[gpu], MISTRAL_7B, flops, 8192) == pytest.approx(published, rel=0.6)
 
 
 def test_speed_is_a_share_of_the_peak_rate():
-    assert tokens_per_second(GPUS["h100"], MISTRAL_7B, 1e9, share=0.5) == pytest.approx(0.5 * 989e12 / 1e9)
+    speed = tokens_per_second(GPUS["h100"], MISTRAL_7B, 1e9, 10**6, share=0.5)
+    assert speed == pytest.approx(0.5 * 989e12 / 1e9)
 
 
-def test_a_tiny_model_has_no_estimate():
-    tiny = dataclasses.replace(MISTRAL_7B, n_layers=1, dim=64)
-    assert tokens_per_second(GPUS["h100"], tiny, 1e9) is None
+def test_a_small_model_waits_for_kernel_launches():
+    tiny = dataclasses.replace(MISTRAL_7B, n_layers=2, dim=64)
+    flops = flops_per_token(tiny, 0, False)
+    speed = tokens_per_second(GPUS["h100"], tiny, flops, 1000)
+    assert tokens_per_second(GPUS["b200"], tiny, flops, 1000) == speed  # arithmetic does not matter
+    assert tokens_per_second(GPUS["h100"], tiny, flops, 2000) == pytest.approx(2 * speed)
+    mixture = dataclasses.replace(tiny, moe=MoeArgs(8, 2))
+    assert tokens_per_second(GPUS["h100"], mixture, flops, 1000) < speed / 2
+
+
+class CountOperations(TorchDispatchMode):
+    """Count what PyTorch computes, views not included: on a GPU most of it is one kernel each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        self.count += not is_view
+        return func(*args, **(kwargs or {}))
+
+
+def operations(layers: int, moe: MoeArgs | None) -> int:
+    shapes = {"dim": 32, "n_layers": layers, "head_dim": 16, "hidden_dim": 32, "n_heads": 2, "n_kv_heads": 1}
+    model = Transformer(ModelArgs(**shapes, norm_eps=1e-5, vocab_size=16, rope_theta=1e4, moe=moe))
+    add_lora(model, LoraArgs(rank=2))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+        parameter.requires_grad_("lora" in name)
+    tokens = np.arange(16)
+    batch = Batch(x=tokens, y=tokens, sizes=[16])
+    with CountOperations() as counted:
+        batch_loss(model, batch, torch.device("cpu")).backward()
+    return counted.count
+
+
+@pytest.mark.parametrize("moe", [None, MoeArgs(2, 2), MoeArgs(8, 2)])
+def test_the_assumed_launches_are_near_the_operations_of_a_layer(moe):
+    assumed = speed_estimate._LAYER_LAUNCHES + speed_estimate._NETWORK_LAUNCHES * (moe.num_experts if moe else 1)
+    assert operations(3, moe) - operations(2, moe) == pytest.approx(assumed, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("gib", "peer"), [(8, "RTX 3090"), (23.5, "RTX 3090"), (48, "A40"), (80, "A100 80 GB"), (141, "H200"), (288, "B200")]
+)
+def test_an_unlisted_gpu_is_as_fast_as_the_slowest_with_its_memory(gib, peer):
+    gpu = unlisted_gpu(gib)
+    (listed,) = (gpu for gpu in GPUS.values() if gpu.label == peer)
+    assert (gpu.tflops, gpu.gib, gpu.dtype) == (listed.tflops, gib, "bf16")
+    assert f"the {peer}'s 16-bit peak" in gpu.basis() and "only the memory is known" in gpu.basis()
+
+
+def test_a_visible_gpu_is_found_or_assumed():
+    assert visible_gpu("Tesla T4", 15 * 1024**3) == dataclasses.replace(GPUS["t4"], label="Tesla T4")
+    assert visible_gpu("AMD Instinct", 64 * 1024**3) == unlisted_gpu(64, "AMD Instinct")
+
+
+def test_the_log_of_a_run_starts_with_the_expected_time():
+    args = TrainArgs(data=DataArgs(), model_id_or_path="x", run_dir="y", seq_len=8192, batch_size=2, num_microbatches=3)
+    one, two = (expected_time(args, MISTRAL_7B, GPUS["v100"], gpus, 1000) for gpus in (1, 2))
+    flops = flops_per_token(MISTRAL_7B, mean_context({8192: 1}), True)
+    speed = tokens_per_second(GPUS["v100"], MISTRAL_7B, flops, 16384)
+    hours = 1000 * 3 * 16384 / speed / 3600
+    assert f"Expected time: {hours:.1f} hours for 1,000 steps" in one and f"at {speed:,.0f} tokens/s" in one
+    assert f"Expected time: {hours:.1f} hours" in two  # each GPU has as many tokens as before
+    assert "40% of the V100 32 GB's 16-bit peak of 125 TFLOP/s" in one
 
 
 @pytest.mark.parametrize(("gib", "mode"), [(20, True), (24, "selective"), (80, False), (1, True)])

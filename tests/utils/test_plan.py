@@ -86,7 +86,6 @@ def test_hours_follow_from_the_given_speed(config, planned):
     run = planned(*options, "--tokens_per_second", 1000)["expected"]
     assert run["tokens"] == 100 * 2 * 4096 * 4
     assert run["hours"] == pytest.approx(run["tokens"] / 1000 / 3600) and run["basis"] == "as given"
-    assert planned(*options)["expected"]["hours"] is None
 
 
 def test_flops_of_a_token_follow_from_its_weights(config, planned):
@@ -151,17 +150,28 @@ def test_settings_that_do_not_fit_get_advice(gib, advice, config, run_command):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "basis"),
     [
-        (("--gpu_gb", 24), "because only the GPU's memory is known: name the GPU with --gpu or give"),
-        (("--gpu", "t4", "--model", "tiny"), "because the model is too small for an estimate"),
+        ((), "40% of the A100 80 GB's 16-bit peak of 312 TFLOP/s, the slowest listed GPU with about as much memory"),
+        (("--gpu_gb", 24), "40% of the RTX 3090's 16-bit peak of 71 TFLOP/s, the slowest listed GPU with about as much"),
+        (("--gpu", "MI300X", "--gpu_gb", 192), "the B200's 16-bit peak of 2250 TFLOP/s, the slowest listed GPU"),
+        (("--gpu", "t4", "--model", "tiny"), "40% of the T4's 16-bit peak of 65 TFLOP/s)"),
     ],
 )
-def test_unknown_speed_has_a_reason(options, reason, config, run_command, tmp_path, monkeypatch):
+def test_speed_is_never_unknown(options, basis, config, run_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tiny_checkpoint(tmp_path / "tiny")
     code, said = run_command(plan, config(), "--model", "mistral-7b", *options)
-    assert code == 0 and f"Speed: unknown, {reason}" in said and "Time:" not in said
+    assert code == 0 and basis in said and "unknown" not in said
+    assert re.search(r"Speed: [\d,]+ tokens/s on all GPUs \(estimated, not measured", said)
+    assert re.search(r"Time: [\d.]+ hours", said)
+
+
+def test_with_epochs_the_time_is_given_per_million_tokens(config, run_command):
+    path = config(epochs=2.0)
+    path.write_text(path.read_text().replace("max_steps: 100\n", ""))
+    code, said = run_command(plan, path, "--model", "mistral-7b", "--tokens_per_second", 10_000)
+    assert code == 0 and "Time: 1.7 minutes per million tokens" in said
 
 
 def test_config_is_given_once(config, run_command):

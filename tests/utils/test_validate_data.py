@@ -18,6 +18,7 @@ from finetune.data.shorten import FittingEncoder
 from finetune.data.tokenize import SampleEncoder, SampleType
 from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.monitoring.plot import new_figure
+from finetune.speed_estimate import visible_gpu
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture
 from tests.support.tiny_tekken import write_tiny_tekken
@@ -457,6 +458,8 @@ def test_a_missing_model_folder_is_a_warning(command):
     assert warning.startswith("Warning: `model_id_or_path`: the folder models/mistral-7B-v0.3 does not exist")
     assert "mistral-common's v3 tokenizer" in warning
     assert command.expected()["eta"] == "unknown"
+    assert "unknown: the model's shapes are unknown until its folder exists. Give a measured speed" in command.out
+    assert command(train="a.jsonl", model_id_or_path="mistral-7b") == 0 and "unknown" not in command.out
 
 
 def test_unused_evaluation_data_is_a_warning(command):
@@ -530,16 +533,23 @@ def test_golden_runs(command):
             assert expected == json.loads(blocks[0])["expected"], name
 
 
-def test_a_model_without_a_speed_estimate(command):  # V7
+def test_a_small_model_has_an_estimate_too(command):  # V7
     params = SHAPES | {"norm_eps": 1e-5, "vocab_size": 32768}
     write(command.folder / "m/params.json", json.dumps(params))
     write(command.folder / "a.jsonl", GOOD)
     assert command(train="a.jsonl", model_id_or_path="m") == 0
-    assert command.expected()["eta"] == "unknown"
-    assert "Give a measured speed with --wps" in command.out
-    assert command.out.count("unknown") == 4  # JSON, two durations, the explanation
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", command.expected()["eta"]) and "unknown" not in command.out
+    assert "1 x A100 80 GB: 40% of the A100 80 GB's 16-bit peak of 312 TFLOP/s." in command.out
     assert command("--wps", "100", train="a.jsonl", model_id_or_path="m", max_steps=10) == 0
     assert command.expected()["eta"] == "00:08:24"  # 20,480 tokens plus five minutes
+
+
+def test_an_unlisted_gpu_has_an_estimate_too(command, monkeypatch):
+    monkeypatch.setattr(validator, "visible_gpus", lambda: [visible_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10 << 30)])
+    write(command.folder / "a.jsonl", GOOD)
+    assert command(train="a.jsonl", model_id_or_path="open-mistral-7b") == 0
+    assert command.expected()["eta"] != "unknown"
+    assert "MIG 1g.10gb: 40% of the RTX 3090's 16-bit peak of 71 TFLOP/s, the slowest listed GPU" in command.out
 
 
 def test_train_tokens_count_gpus_and_micro_batches(command):  # V7
@@ -551,7 +561,7 @@ def test_train_tokens_count_gpus_and_micro_batches(command):  # V7
 
 
 def test_duration_on_the_visible_gpu_is_that_of_the_plan(command, run_command, monkeypatch):
-    monkeypatch.setattr(validator, "visible_gpus", lambda: ["Tesla V100-SXM2-32GB"] * 2)
+    monkeypatch.setattr(validator, "visible_gpus", lambda: [visible_gpu("Tesla V100-SXM2-32GB", 32 << 30)] * 2)
     write(command.folder / "a.jsonl", *[row("Codez : " + "toux et fièvre, " * 2000, "R05, R509.")] * 2)
     assert command(train="a.jsonl", seq_len=1202, max_steps=100) == 0
     assert "2 x Tesla V100-SXM2-32GB" in command.out

@@ -90,10 +90,11 @@ def describe_run(plan: RunPlan, statistics: DataStatistics, speeds: list[Speed])
             "`epochs`: training counts its steps on each process's shuffled rows, so they may differ slightly."
         )
     lines.append(f"Times are estimates and include {OVERHEAD_SECONDS // 60} minutes for start-up, loading and saving.")
+    lines += [f"{speed.where}: {speed.basis}." for speed in speeds if speed.basis]
     if not all(speed.tokens_per_second for speed in speeds):
         lines.append(
-            "unknown: there is no speed estimate for this model on this GPU. Give a measured speed with --wps, or see "
-            "`python -m utils.plan`."
+            "unknown: the model's shapes are unknown until its folder exists. Give a measured speed with --wps, or one "
+            "of the names of `python -m utils.plan` as `model_id_or_path`."
         )
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from finetune.speed_estimate import (
     mean_context,
     memory_config,
     tokens_per_second,
+    visible_gpu,
 )
 from model.args import ModelArgs
 from utils.validation.data_statistics import DataStatistics
@@ -27,16 +28,17 @@ _PUBLISHED_ON_H100 = {
     "open-mixtral-8x22b": 1007.0,
     "mistral-large-latest": 567.0,
 }
-_USUAL_GPUS = ("H100", "A100", "V100")
+_USUAL_GPUS = [GPUS["h100"], GPUS["a100"], GPUS["v100"]]
 
 
-def visible_gpus() -> list[str]:
-    """Return the names of the GPUs that a run on this machine would use."""
+def visible_gpus() -> list[Gpu]:
+    """Return the GPUs that a run on this machine would use."""
     if shutil.which("nvidia-smi") is None:  # saves the second or two that importing torch takes
         return []
     import torch
 
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [visible_gpu(gpu.name, gpu.total_memory) for gpu in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Speed:
     """Speed of a whole run."""
 
     where: str
-    tokens_per_second: float | None  # None: unknown
+    tokens_per_second: float | None  # None: unknown, because the model's shapes are
+    basis: str = ""  # what an estimate is based on
 
 
 def run_speeds(
-    args: TrainArgs, model: ModelArgs | None, statistics: DataStatistics, num_gpus: int, gpus: list[str]
+    args: TrainArgs, model: ModelArgs | None, statistics: DataStatistics, num_gpus: int, gpus: list[Gpu]
 ) -> list[Speed]:
     """Estimate speeds on the first visible GPU, or on usual ones if none is visible.
 
@@ -57,21 +60,20 @@ def run_speeds(
         model: shapes; None if unknown.
         statistics: of the training data.
         num_gpus: GPUs of the run.
-        gpus: names of the visible ones.
+        gpus: the visible ones.
     """
-    speeds = []
-    for name in gpus[:1] or _USUAL_GPUS:
-        of_one = _speed_of_one(args, model, statistics, num_gpus, find_gpu(name))
-        speeds.append(Speed(f"{num_gpus} x {name}", of_one and num_gpus * of_one))
-    return speeds if any(speed.tokens_per_second for speed in speeds) else speeds[:1]
+    if model is None:
+        return [Speed(f"{num_gpus} x {(gpus or _USUAL_GPUS)[0].label}", None)]
+    return [
+        Speed(
+            f"{num_gpus} x {gpu.label}", num_gpus * _speed_of_one(args, model, statistics, num_gpus, gpu), gpu.basis()
+        )
+        for gpu in gpus[:1] or _USUAL_GPUS
+    ]
 
 
-def _speed_of_one(
-    args: TrainArgs, model: ModelArgs | None, statistics: DataStatistics, num_gpus: int, gpu: Gpu | None
-) -> float | None:
-    if gpu is None or model is None:
-        return None
-    if gpu is GPUS["h100"] and args.model_id_or_path in _PUBLISHED_ON_H100:
+def _speed_of_one(args: TrainArgs, model: ModelArgs, statistics: DataStatistics, num_gpus: int, gpu: Gpu) -> float:
+    if find_gpu(gpu.label) is GPUS["h100"] and args.model_id_or_path in _PUBLISHED_ON_H100:
         return _PUBLISHED_ON_H100[args.model_id_or_path]
     checkpoint = args.checkpoint
     if checkpoint == "auto":
@@ -83,7 +85,7 @@ def _speed_of_one(
         args.lora.enable,
         statistics.trained / statistics.tokens,
     )
-    return tokens_per_second(gpu, model, flops)
+    return tokens_per_second(gpu, model, flops, args.batch_size * args.seq_len)
 
 
 def eta(tokens: float, speed: Speed) -> str:
