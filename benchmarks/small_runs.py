@@ -103,9 +103,7 @@ def epochs_seen(run_dir: Path) -> float:
 
 def experiment_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that all experiments have."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each case (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
     parser.add_argument("--alone", type=json.loads, metavar="CASE", help="run one case in this process")

@@ -263,7 +263,9 @@ def _expected_lines(run: dict[str, Any]) -> list[str]:
         lines.append(f"Time: {run['hours']:.1f} hours, without start-up, evaluation and checkpoints.")
     else:
         per_million = 1e6 / run["tokens_per_second"] / 60
-        lines.append(f"Time: {per_million:.1f} minutes per million tokens, without start-up, evaluation and checkpoints.")
+        lines.append(
+            f"Time: {per_million:.1f} minutes per million tokens, without start-up, evaluation and checkpoints."
+        )
     mode = str(run["checkpoint"]).lower()
     lines.append(
         f"With `checkpoint: {mode}` a token needs {run['flops_per_token'] / 1e9:.1f} GFLOP if documents are as long as "

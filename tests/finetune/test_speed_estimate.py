@@ -167,7 +167,8 @@ def test_the_assumed_launches_are_near_the_operations_of_a_layer(moe):
 
 
 @pytest.mark.parametrize(
-    ("gib", "peer"), [(8, "RTX 3090"), (23.5, "RTX 3090"), (48, "A40"), (80, "A100 80 GB"), (141, "H200"), (288, "B200")]
+    ("gib", "peer"),
+    [(8, "RTX 3090"), (23.5, "RTX 3090"), (48, "A40"), (80, "A100 80 GB"), (141, "H200"), (288, "B200")],
 )
 def test_an_unlisted_gpu_is_as_fast_as_the_slowest_with_its_memory(gib, peer):
     gpu = unlisted_gpu(gib)

@@ -153,7 +153,10 @@ def test_settings_that_do_not_fit_get_advice(gib, advice, config, run_command):
     ("options", "basis"),
     [
         ((), "40% of the A100 80 GB's 16-bit peak of 312 TFLOP/s, the slowest listed GPU with about as much memory"),
-        (("--gpu_gb", 24), "40% of the RTX 3090's 16-bit peak of 71 TFLOP/s, the slowest listed GPU with about as much"),
+        (
+            ("--gpu_gb", 24),
+            "40% of the RTX 3090's 16-bit peak of 71 TFLOP/s, the slowest listed GPU with about as much",
+        ),
         (("--gpu", "MI300X", "--gpu_gb", 192), "the B200's 16-bit peak of 2250 TFLOP/s, the slowest listed GPU"),
         (("--gpu", "t4", "--model", "tiny"), "40% of the T4's 16-bit peak of 65 TFLOP/s)"),
     ],
