@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune.data.conversation import parse_conversation
+from finetune.data.conversation import chunk_ends, parse_conversation
 from finetune.data.tokenize import SampleEncoder, SampleType
 from tests.support.golden import instruct_tokenizer
 from utils.tables.chat_rows import reformat_row
@@ -397,6 +397,76 @@ def test_tools_that_would_lose_something_are_skipped(tool, reason):
 )
 def test_calls_that_would_lose_something_are_skipped(call, reason):
     assert skipped({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}).startswith(reason)
+
+
+MULTI_HOP = {
+    "question": "Lequel est le plus haut, le Puy de Dôme ou le Ballon d'Alsace ?",
+    "multihop": True,
+    "sub_questions": [
+        {
+            "question": "Quelle est l'altitude du Puy de Dôme ?",
+            "paragraph": "Le Puy de Dôme culmine à 1 465 m.",
+            "long_answer": "Le paragraphe la donne.\nAnswer:1 465 m",
+        },
+        {
+            "question": "Quelle est l'altitude du Ballon d'Alsace ?",
+            "paragraph": "Le Ballon d'Alsace culmine à 1 247 m.",
+            "long_answer": "Le paragraphe la donne.\nAnswer:1 247 m",
+        },
+    ],
+    "final_answer": "Summary:1 465 m et 1 247 m.\nAnswer:Le Puy de Dôme.",
+    "answer": None,
+    "meta_info": {"source": "2_entities"},
+    "tag": "entities-train.json",
+}
+
+
+def retrieved(part):
+    query = json.dumps({"query": part["question"]}, ensure_ascii=False)
+    return [("assistant", ("retrieve", query)), ("tool", part["paragraph"])]
+
+
+def test_every_turn_of_a_multi_hop_question_is_trained(convert, encoder):
+    row, warnings = convert(MULTI_HOP)
+    first, second = map(retrieved, MULTI_HOP["sub_questions"])
+    final = MULTI_HOP["final_answer"]
+    assert brief(row) == [("user", MULTI_HOP["question"]), *first, *second, ("assistant", final)]
+    assert [tool["function"]["name"] for tool in row["tools"]] == ["retrieve"] and not warnings
+    assert row.keys() - {"messages", "tools"} == {"multihop", "answer", "meta_info", "tag"}
+
+    conversation = parse_conversation(row)
+    trained = []
+    for end in sorted(chunk_ends(conversation)):  # the samples that training makes of the row
+        sample = encoder.encode_conversation(conversation.up_to(end))
+        tokens = [token for token, mask in zip(sample.tokens, sample.masks) if mask]
+        trained.append(encoder.instruct_tokenizer.tokenizer.decode(tokens))
+    whole = encoder.encode_conversation(conversation)
+    kept = [token for token, mask in zip(whole.tokens, whole.masks) if mask]
+    trained.append(encoder.instruct_tokenizer.tokenizer.decode(kept))
+    found = "\n".join(trained)
+    for part in MULTI_HOP["sub_questions"]:
+        assert part["question"] in found and part["paragraph"] not in found
+    assert final in found and MULTI_HOP["question"] not in found
+
+
+def test_a_single_question_is_retrieved_once(convert):
+    part = MULTI_HOP["sub_questions"][0]
+    row, _ = convert(MULTI_HOP | {"question": part["question"], "sub_questions": [part], "multihop": False})
+    assert brief(row)[:-1] == [("user", part["question"]), *retrieved(part)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sub_questions": []}, "`sub_questions` is not a list with entries"),
+        ({"sub_questions": ["Quand ?"]}, "an entry of `sub_questions` is not an object"),
+        ({"sub_questions": [{"question": "Quand ?"}]}, "`sub_questions.paragraph` is not a string with text"),
+        ({"final_answer": None}, "`final_answer` is not a string with text"),
+        ({"question": " "}, "`question` is not a string with text"),
+    ],
+)
+def test_multi_hop_questions_that_lack_a_part_are_skipped(change, reason):
+    assert skipped(MULTI_HOP | change) == reason
 
 
 def test_flat_calls_and_parameters_are_read(convert):

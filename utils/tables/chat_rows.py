@@ -1,7 +1,8 @@
 """Convert a row of a common chat layout to `messages` and `tools`.
 
 Layouts: OpenAI's messages with functions or tools; ShareGPT's `conversations` (LLaMA-Factory's and Hermes' calls
-included); Glaive's, with `function_description` or as text; Alpaca's `instruction`, `input` and `output`.
+included); Glaive's, with `function_description` or as text; Alpaca's `instruction`, `input` and `output`; qa-expert's
+`question`, `sub_questions` and `final_answer`.
 """
 
 import contextlib
@@ -28,6 +29,17 @@ _OWN_KEYS = ("messages", "interactions")
 _TURN_KEYS = (*_OWN_KEYS, "conversations", "conversation", "chat")
 _TOOL_KEYS = ("functions", "function_description", "tools", "available_tools")
 _ALPACA_KEYS = ("instruction", "input", "output", "history")
+_MULTI_HOP_KEYS = ("question", "sub_questions", "final_answer")
+# What qa-expert's model calls for each part of a question.
+_RETRIEVE = {
+    "name": "retrieve",
+    "description": "Return a paragraph that may answer a question.",
+    "parameters": {
+        "type": "object",
+        "properties": {"query": {"type": "string", "description": "a question about a single fact"}},
+        "required": ["query"],
+    },
+}
 # Glaive's system prompt repeats the descriptions in `tools`: "... Use them if required - {...}".
 _REPEATED_FUNCTIONS = re.compile(r"\s*-\s*\[?\s*\{\s*\".*", re.DOTALL)
 
@@ -101,6 +113,8 @@ def _read(row: Row, warn: Warn) -> _Chat | None:
         return _read_turns(row, keys[0], warn)
     if "instruction" in row and "output" in row:
         return _read_alpaca(row)
+    if all(key in row for key in _MULTI_HOP_KEYS):
+        return _read_multi_hop(row)
     if is_turn(row):
         raise SkippedRowError("a single message, not a row with a list of messages")
     return None
@@ -146,6 +160,35 @@ def _read_alpaca(row: Row) -> _Chat:
     for asked, answered in (*history, (question, texts["output"])):
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return _Chat("messages", _with_system(row, turns), _tools(row), _without(row, *_ALPACA_KEYS))
+
+
+def _read_multi_hop(row: Row) -> _Chat:
+    """Read a question whose parts are retrieved one by one; each of them is a call, its paragraph the response.
+
+    The answers to the parts, `long_answer`, have no turn: the final answer sums them up.
+    """
+    parts = row["sub_questions"]
+    if not isinstance(parts, list) or not parts:
+        raise SkippedRowError("`sub_questions` is not a list with entries")
+    turns = [{"role": "user", "content": _required_text(row, "question")}]
+    for part in parts:
+        if not isinstance(part, dict):
+            raise SkippedRowError("an entry of `sub_questions` is not an object")
+        query = {"query": _required_text(part, "question", "sub_questions.")}
+        call = {"type": "function", "function": {"name": _RETRIEVE["name"], "arguments": query}}
+        turns.append({"role": "assistant", "tool_calls": [call]})
+        turns.append({"role": "tool", "content": _required_text(part, "paragraph", "sub_questions.")})
+    turns.append({"role": "assistant", "content": _required_text(row, "final_answer")})
+    return _Chat(
+        "messages", _with_system(row, turns), parse_tools([_RETRIEVE], "tools"), _without(row, *_MULTI_HOP_KEYS)
+    )
+
+
+def _required_text(row: Row, key: str, where: str = "") -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise SkippedRowError(f"`{where}{key}` is not a string with text")
+    return value
 
 
 def _without(row: Row, *keys: str) -> Row:
