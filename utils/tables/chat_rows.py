@@ -170,7 +170,7 @@ def _read_multi_hop(row: Row) -> _Chat:
     parts = row["sub_questions"]
     if not isinstance(parts, list) or not parts:
         raise SkippedRowError("`sub_questions` is not a list with entries")
-    turns = [{"role": "user", "content": _required_text(row, "question")}]
+    turns: list[Row] = [{"role": "user", "content": _required_text(row, "question")}]
     for part in parts:
         if not isinstance(part, dict):
             raise SkippedRowError("an entry of `sub_questions` is not an object")
