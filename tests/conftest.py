@@ -9,11 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from finetune.cli import run_cli
 
-settings.register_profile("long", max_examples=10_000)
+# No limits of time for one input: they would fail on a busy machine.
+settings.register_profile("short", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("short"), max_examples=10_000)
+settings.load_profile("short")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")

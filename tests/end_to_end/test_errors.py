@@ -18,6 +18,7 @@ import train
 from model.errors import UserError
 from tests.support.checkpoints import SMALL, make_tiny_adapter, make_tiny_checkpoint
 from tests.support.golden import GOLDEN
+from tests.support.patience import PATIENCE_S
 from tests.support.run_trajectories import INPUTS, ROOT, own_errors, short_run, torchrun
 
 SHAPES = SMALL | {"n_layers": 1}
@@ -365,7 +366,7 @@ if GOLDEN:
 
 def run_train(config: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "train", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "train", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 
@@ -435,7 +436,7 @@ def two_rank_folders(model, tmp_path_factory) -> tuple[dict[str, Path], str]:
             if prepare:
                 prepare()
             configs.append(write_config(absolute(merged(settings, changes), folders[name])))
-    done = torchrun("tests.support.run_refused", *configs, timeout=120)
+    done = torchrun("tests.support.run_refused", *configs)
     assert done.returncode == 0, done.stderr
     return folders, done.stdout
 
@@ -455,7 +456,7 @@ def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoi
     file_with(*rows[:21] * 3, "{")  # the second rank's last row, several steps after the first checkpoint
     in_order = {"instruct_data": "bad.jsonl", "instruct": {"shuffle": False, "dynamic_chunk_fn_call": False}}
     changes = {"data": in_order, "seq_len": 512, "max_steps": 50, "ckpt_freq": 2, "num_ckpt_keep": None}
-    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)), timeout=120)
+    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)))
     errors = own_errors(done)
     assert done.returncode != 0 and "Traceback" not in errors
     assert errors.count("The data in line 64 of dataset") == 1

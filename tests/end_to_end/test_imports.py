@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_functions_have_at_most_60_lines():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
+
+
+def test_time_limits_of_tests_come_from_one_place():
+    """See tests/support/patience.py. The settings of trackers, `WandbArgs(timeout=2)`, are not limits of a test."""
+    limit = re.compile(r"\b(timeout=|wait\(|join\(|mark\.timeout\(|alarm\()[0-9]|monotonic\(\) - ")
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            assert "Args(" in line or not limit.search(line), f"{file}:{number}: {line}"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support.patience import PATIENCE_S
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 
@@ -42,7 +43,9 @@ def execute(name, folder, monkeypatch):
     monkeypatch.delenv("MISTRAL_API_KEY", raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     notebook = read_notebook(name)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder / "tutorials")}})
+    client = NotebookClient(
+        notebook, timeout=int(PATIENCE_S), resources={"metadata": {"path": str(folder / "tutorials")}}
+    )
     client.execute()
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 

@@ -16,6 +16,7 @@ import pytest
 from tests.end_to_end.test_readme_commands import DRIVER, ELSEWHERE, with_places
 from tests.support.documents import PAGES, ROOT, TEXT, command_starting_with
 from tests.support.no_network import without_network
+from tests.support.patience import PATIENCE_S
 from tests.support.run_module import run_module
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -173,7 +174,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE_S,
         check=True,
     )
     outcomes = json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ import yaml
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.documents import COMMANDS, ROOT, TEXT, command_starting_with, starts_with
 from tests.support.no_network import without_network
+from tests.support.patience import PATIENCE_S
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -171,7 +172,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
         env=environment | {"OMP_NUM_THREADS": "1"},
         text=True,
-        timeout=600,
+        timeout=PATIENCE_S,
         check=True,
     )
     return folder

@@ -29,6 +29,8 @@ from finetune.preemption import MARKER_NAME
 from finetune.run_dir import saved_checkpoints
 from model.errors import UserError
 from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials, uninterrupted
+from tests.support.held_run import hold, release
+from tests.support.patience import PATIENCE_S, wait_for_line, wait_until
 from tests.support.run_trajectories import INPUTS, ROOT, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,15 +239,18 @@ def test_a_checkpoint_of_mistral_finetune_cannot_be_resumed(finished, folder):
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_ends_a_run_after_a_saved_step(ranks, number, folder):
+def test_a_signal_ends_a_run_after_a_saved_step(ranks, number, folder, monkeypatch):
     uninterrupted = kill_test_config(folder, f"uninterrupted_{ranks}", ckpt_freq=0)
     if not uninterrupted.with_suffix("").exists():
         assert start(uninterrupted, ranks)[0] == [0] * ranks
     config = kill_test_config(folder, f"stopped_{ranks}_{number}", ckpt_freq=0)
     run_dir = config.with_suffix("")
-    run = ForkedRun(config, ranks)
-    wait_for(run_dir / "metrics.train.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish_step", hold(config))
+        run = ForkedRun(config, ranks)
+    wait_for_line(run_dir / "metrics.train.jsonl")
     os.kill(run.pids[-1], number)  # on one rank only
+    release(config)
     assert run.wait() == [75] * ranks, run.log
     assert (run_dir / MARKER_NAME).exists()
     assert steps(run_dir) == [len(curve(run_dir)["train"])] and steps(run_dir)[0] < 16
@@ -258,7 +263,8 @@ def test_a_signal_to_one_rank_interrupts_the_evaluation_of_both(folder, monkeypa
     original, begun = eval.batch_loss, tmp_path / "begun"
 
     def slow_loss(*args):
-        begun.write_text("\n")
+        with begun.open("a") as file:
+            file.write("batch\n")
         time.sleep(1)  # the second rank has fewer batches, and computes placeholders with the first
         return original(*args)
 
@@ -266,11 +272,10 @@ def test_a_signal_to_one_rank_interrupts_the_evaluation_of_both(folder, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(eval, "batch_loss", slow_loss)
         run = ForkedRun(config, 2)
-        wait_for(begun)
+        wait_for_line(begun)
         os.kill(run.pids[1], signal.SIGTERM)
-        began = time.monotonic()
         assert run.wait() == [75, 75], run.log
-    assert time.monotonic() - began < 20  # of over 30 s for all batches
+    assert begun.read_text().count("\n") < 40  # of over 60 on both ranks; about 4 if the signal arrives at once
     assert steps(config.with_suffix("")) == [4] and curve(config.with_suffix(""))["eval"] == []
     assert start(config, 2)[0] == [0, 0]
     assert [row[0] for row in curve(config.with_suffix(""))["eval"]] == [4, 8]
@@ -279,24 +284,23 @@ def test_a_signal_to_one_rank_interrupts_the_evaluation_of_both(folder, monkeypa
 @pytest.mark.parametrize("what", ["stopped", "stuck"])
 def test_a_rank_that_does_not_respond_is_named(what, folder, monkeypatch):
     """Stopped by a signal; or running, but stuck outside of a collective."""
-    monkeypatch.setenv(TIMEOUT_VARIABLE, "6")  # more than a first step takes on a busy machine
     original = train.log_step
 
     def stuck(run, result):
         original(run, result)
+        if run.state.step == 3:  # from then on steps take milliseconds: before, a busy machine may need some seconds
+            run.world.failures._neighbor._timeout = 3
         if what == "stuck" and run.world.rank == 1 and run.state.step == 3:
-            time.sleep(100)
+            time.sleep(PATIENCE_S)
 
     monkeypatch.setattr(train, "log_step", stuck)
     config = kill_test_config(folder, what, max_steps=100_000, no_eval=True, no_ckpt=True)
     run = ForkedRun(config, 2)
-    wait_for(config.with_suffix("") / "metrics.train.jsonl")
+    wait_until(lambda: "step: 000003" in run.log, "three steps")
     if what == "stopped":
         os.kill(run.pids[1], signal.SIGSTOP)
-    began = time.monotonic()
-    code = os.waitstatus_to_exitcode(os.waitpid(run.pids.pop(0), 0)[1])
-    assert code == 1 and time.monotonic() - began < 60
-    run.kill()
+    assert os.waitstatus_to_exitcode(os.waitpid(run.pids.pop(0), 0)[1]) == 1
+    run.kill()  # the second rank is still there
     run.wait()
     name, host = f"error: Rank 1 (process {run.pids[0]} on ", socket.gethostname()
     (message,) = (line for line in run.log.splitlines() if line.startswith(name + host))
@@ -316,14 +320,6 @@ def test_a_timeout_that_is_not_a_number_is_refused(monkeypatch):
         pass
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
-    """Wait until a file has a line."""
-    end = time.monotonic() + seconds
-    while not (path.exists() and path.read_bytes().count(b"\n")):
-        assert time.monotonic() < end, f"{path} was not written"
-        time.sleep(0.01)
-
-
 def test_torchrun_restarts_a_run_that_lost_a_process(folder):
     expected, _ = uninterrupted(folder, 2, steps=8)
     config = kill_test_config(folder, "torchrun", max_steps=8)
@@ -331,16 +327,17 @@ def test_torchrun_restarts_a_run_that_lost_a_process(folder):
     log = folder / "torchrun.log"
     with log.open("w") as output:
         launcher = subprocess.Popen(
-            [sys.executable, *command, "-m", "train", str(config)],
+            [sys.executable, *command, "-m", "tests.support.held_run", str(config)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    wait_for(config.with_suffix("") / "checkpoints" / "last" / MANIFEST_NAME)
-    workers = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "train"], capture_output=True, text=True)
+    wait_for_line(config.with_suffix("") / "checkpoints" / "last" / MANIFEST_NAME)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "held_run"], capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    assert launcher.wait(timeout=180) == 0, log.read_text()
+    release(config)
+    assert launcher.wait(PATIENCE_S) == 0, log.read_text()
     assert "Resuming from" in log.read_text()
     assert curve(config.with_suffix("")) == expected
 
@@ -355,10 +352,8 @@ def test_an_exception_on_one_rank_ends_all_within_seconds(folder):
     settings = {"data": {"instruct_data": str(data)}, "no_eval": True, "max_steps": 1000, "no_ckpt": True}
     config = kill_test_config(folder, "one_fails", **settings)
     run = ForkedRun(config, 2)
-    began = time.monotonic()
-    wait_for(config.with_suffix("") / "metrics.train.jsonl")
     assert run.wait() == [1, 1]
-    assert time.monotonic() - began < 60
+    assert "step: 000001" in run.log and "step: 001000" not in run.log
     assert run.log.count("error: The data in line 42") == 1, run.log
 
 
@@ -427,7 +422,7 @@ def test_a_full_disk_ends_the_run_and_keeps_earlier_checkpoints(folder, tmp_path
         env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_DIR": str(disk / "run"), "KEPT": str(kept)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE_S,
     )
     if done.returncode == 99 or done.stderr.startswith("unshare:"):
         pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")

@@ -239,7 +239,7 @@ def two_ranks(models, tmp_path_factory) -> dict[str, Path]:
         configs.append(small_config(folder, models["dense"], name, **settings))
     configs.append(small_config(folder, models["moe"], "rank_1", lora={"rank": 1}))  # rank 1 has no row of any lora_A
     configs.append(small_config(folder, models["dense"], "fp16", param_dtype="fp16"))
-    done = torchrun("tests.support.run_trajectories", *configs, timeout=1800)
+    done = torchrun("tests.support.run_trajectories", *configs)
     assert done.returncode == 0, done.stderr
     return {config.stem: config.parent / config.stem for config in configs} | {"stdout": done.stdout}
 
@@ -556,7 +556,7 @@ def test_a_failed_save_ends_every_rank_with_one_message(models, tmp_path):
     """`ulimit` permits no file above 200 KiB, and the adapter is larger."""
     config = small_config(tmp_path, models["dense"], lora={"rank": 256})
     limited = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "--"]
-    done = torchrun("train", config, prefix=limited, timeout=120)
+    done = torchrun("train", config, prefix=limited)
     errors = own_errors(done)
     assert done.returncode != 0 and "Traceback" not in errors
     assert errors.count("could not be saved") == 1 and "checkpoint_000003" in errors and "File too large" in errors

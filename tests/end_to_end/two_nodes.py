@@ -20,6 +20,8 @@ import psutil
 
 from finetune.manifest import MANIFEST_NAME
 from tests.end_to_end.kill_runs import curve, kill_test_config, train_forked
+from tests.support.held_run import release
+from tests.support.patience import PATIENCE_S, wait_until
 from tests.support.run_trajectories import ROOT
 
 # torchrun detects a lost node within seconds instead of 15, and waits 3 seconds for it instead of 30.
@@ -66,11 +68,10 @@ def _namespaces(stack: contextlib.ExitStack) -> Network:
         process = subprocess.Popen([*command, "sleep", "infinity"], stderr=subprocess.DEVNULL)
         stack.callback(process.wait)
         stack.callback(process.kill)
-        end = time.monotonic() + 10
-        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
-            if process.poll() is not None or time.monotonic() > end:
-                raise OSError("cannot create a namespace")
-            time.sleep(0.01)
+        comm = Path(f"/proc/{process.pid}/comm")
+        wait_until(lambda: process.poll() is not None or comm.read_text() == "sleep\n", "a namespace is not created")
+        if process.poll() is not None:
+            raise OSError("cannot create a namespace")
         return process.pid
 
     first = hold("unshare", "--user", "--map-root-user", "--net")
@@ -86,11 +87,13 @@ def _namespaces(stack: contextlib.ExitStack) -> Network:
 class Node:
     """A torchrun with its two processes."""
 
-    def __init__(self, where: Network, number: int, config: Path, *options: str, nodes: str = "2") -> None:
+    def __init__(
+        self, where: Network, number: int, config: Path, *options: str, nodes: str = "2", module: str = "train"
+    ) -> None:
         self._log = config.with_suffix(f".{number}.log")
         common = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "3"]
         common += ["--local-addr", where.addresses[number]]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *common, *options, "-m", "train", str(config)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *common, *options, "-m", module, str(config)]
         # A restarted node finds the others only if torchrun creates a new store for each attempt.
         environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment["GLOO_SOCKET_IFNAME"] = where.interface
@@ -108,10 +111,10 @@ class Node:
                     process.send_signal(signal.SIGKILL)
         self._launcher.wait()
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self) -> int:
         """Return the exit code of its torchrun."""
         try:
-            return self._launcher.wait(seconds)
+            return self._launcher.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -135,11 +138,10 @@ def rendezvous_options(where: Network, number: int, static: bool = False) -> lis
     return ["--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", endpoint, "--rdzv-conf", settings]
 
 
-def wait_for_checkpoint(config: Path, nodes: Sequence[Node], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not (config.with_suffix("") / "checkpoints" / "last" / MANIFEST_NAME).exists():
-        assert time.monotonic() < end and all(node.is_up for node in nodes), nodes[0].log + nodes[1].log
-        time.sleep(0.05)
+def wait_for_checkpoint(config: Path, nodes: Sequence[Node]) -> None:
+    manifest = config.with_suffix("") / "checkpoints" / "last" / MANIFEST_NAME
+    wait_until(lambda: manifest.exists() or not all(node.is_up for node in nodes), "no checkpoint")
+    assert manifest.exists(), nodes[0].log + nodes[1].log
 
 
 def two_nodes(config: Path, *, static: bool = False, kill: bool = True, disconnect: bool = False) -> list[Node]:
@@ -157,7 +159,8 @@ def two_nodes(config: Path, *, static: bool = False, kill: bool = True, disconne
     with network() as where:
 
         def start(number: int) -> Node:
-            return Node(where, number, config, *rendezvous_options(where, number, static))
+            module = "tests.support.held_run" if kill else "train"
+            return Node(where, number, config, *rendezvous_options(where, number, static), module=module)
 
         nodes = [start(0), start(1)]
         try:
@@ -166,6 +169,7 @@ def two_nodes(config: Path, *, static: bool = False, kill: bool = True, disconne
                 if disconnect:
                     where.set_link("down")
                 nodes[1].kill()
+                release(config)
                 if disconnect:
                     where.set_link("up")
                 nodes[1] = start(1)
@@ -180,10 +184,12 @@ def two_nodes(config: Path, *, static: bool = False, kill: bool = True, disconne
 def one_node_left(config: Path) -> Node:
     """Train on two nodes (`--nnodes 1:2`). The second is killed, and the first continues alone."""
     with network() as where:
-        nodes = [Node(where, n, config, *rendezvous_options(where, n), nodes="1:2") for n in range(2)]
+        held = {"nodes": "1:2", "module": "tests.support.held_run"}
+        nodes = [Node(where, n, config, *rendezvous_options(where, n), **held) for n in range(2)]
         try:
             wait_for_checkpoint(config, nodes)
             nodes[1].kill()
+            release(config)
             assert nodes[0].wait() == 0 and "Resuming a 4-process run with 2 processes" in nodes[0].log, nodes[0].log
         finally:
             nodes[0].kill()

@@ -10,7 +10,6 @@ import queue
 import re
 import shutil
 import threading
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +33,7 @@ from finetune.data.tokenize import SampleEncoder, SampleType
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture, instruct_tokenizer, load_json_gz
 from tests.support.make_golden_fixtures import condense_batches, digest
+from tests.support.patience import PATIENCE_S, wait_until
 from tests.support.tiny_tekken import load_tiny_tekken
 
 DIGESTS = load_json_gz(fixture("expected/batches/digests.json.gz"))
@@ -390,7 +390,7 @@ def test_rows_without_trained_tokens_give_a_clear_error(
             outcome.put(error)
 
     threading.Thread(target=attempt, daemon=True).start()
-    reason = str(outcome.get(timeout=30))  # mistral-finetune loops forever
+    reason = str(outcome.get(timeout=PATIENCE_S))  # mistral-finetune loops forever
     assert re.match(r"No row of .*masked\.jsonl assigned to this process has a trainable token", reason)
 
 
@@ -543,10 +543,7 @@ def test_the_state_is_that_of_the_last_batch_returned(tmp_path: Path, tiny: Inst
     path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{i:04}"} for i in range(12)])
     with closing(train_loader(tiny, data_args(data=str(path)), seq_len=5)) as loader:
         take(loader, 2)
-        deadline = time.monotonic() + 30
-        while not loader._ready.full() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert loader._ready.full()  # further batches are ready
+        wait_until(loader._ready.full, "no further batches are ready")
         assert place_of(loader.state_dict()) == (0, 0, 1, 5)
 
 
@@ -569,7 +566,6 @@ class FailingStream:
         return {}
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [

@@ -20,6 +20,7 @@ from finetune.monitoring.utils import LineFormatter
 from finetune.run_dir import create_run_dir
 from model.errors import UserError
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
+from tests.support.patience import PATIENCE_S
 from tests.support.run_trajectories import ROOT, short_run
 
 YAML_KEY = "y4mlk3y" * 6
@@ -56,7 +57,7 @@ def run_train(folder: Path, text: str, before: str = "", **environment: str) -> 
         env=os.environ | ENVIRONMENT | paths | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
 
 

@@ -22,6 +22,7 @@ from finetune.cli import run_cli
 from finetune.distributed import init_world
 from finetune.monitoring.utils import set_up_logging
 from tests.support.golden import fixture, load_json_gz
+from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 INPUTS = fixture("inputs")
@@ -68,7 +69,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def torchrun(*command: object, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Run `[PREFIX] torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` in the root folder of the project."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -78,7 +79,7 @@ def torchrun(*command: object, prefix: Sequence[str] = (), timeout: float = 600)
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE_S,
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
+from tests.support.patience import PATIENCE_S
 from utils import generate_notes
 from utils.fictional_notes import api_notes
 from utils.fictional_notes.catalogue import load_catalogue
@@ -76,7 +77,7 @@ def hang_up(handler):
 
 
 def keep_silent(handler):
-    threading.Event().wait(3)
+    handler.rfile.read(1)  # until the client hangs up
     handler.close_connection = True
 
 
@@ -155,7 +156,7 @@ def test_request_contains_model_messages_and_key(server, waits):
 
 
 def test_rate_limits_and_failures_are_retried(server, waits, monkeypatch):
-    monkeypatch.setattr(api_notes, "_TIMEOUT_MS", 300)
+    monkeypatch.setattr(api_notes, "_TIMEOUT_MS", 2000)
     server.failures = [*[refuse(503)] * 3, refuse(429, Retry_After="17"), hang_up, keep_silent]
     assert api_notes.connect("m", server.url)(requests(1)[0].messages) == "note 7 : séjour simple"
     assert len(waits) == 6
@@ -216,7 +217,12 @@ def test_command_writes_the_same_files_and_never_the_key(server, tmp_path):
     # MISTRAL_DEBUG makes the client log its requests.
     environment = os.environ | {api_notes.KEY_VARIABLE: KEY, "MISTRAL_DEBUG": "1"}
     result = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 0, result.stderr
     assert "Wrote 10 fictional notes" in result.stdout and "chat/completions" in result.stderr

@@ -21,6 +21,7 @@ from finetune.monitoring.plot import new_figure
 from finetune.speed_estimate import visible_gpu
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture
+from tests.support.patience import PATIENCE_S
 from tests.support.tiny_tekken import write_tiny_tekken
 from utils import plan, validate_data
 from utils.validation import check_rows, length_plot, validator
@@ -755,7 +756,11 @@ def test_an_interruption_leaves_no_files(command, monkeypatch):
 
 def start(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "utils.validate_data", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "utils.validate_data", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
 
 
@@ -791,6 +796,6 @@ def test_help_loads_neither_torch_nor_mistral_common(command):
         f"try: runpy.run_module('utils.{command}', run_name='__main__')\n"
         "finally: assert not {'torch', 'mistral_common', 'numpy'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
