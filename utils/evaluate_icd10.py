@@ -36,6 +36,7 @@ from utils.icd10.mapping import read_mapping
 from utils.icd10.metrics import depth_aware, evaluate_codings, rule_rates
 from utils.icd10.predictions import Prediction, describe_origin, origin_path, read_gold, read_predictions
 from utils.icd10.roles import parse_roles
+from utils.icd10.rules import ADVICE
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, optional_tables, score_rows, uncertainty, warnings
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
@@ -64,7 +65,7 @@ def evaluate(
     Args:
         gold: diagnoses by stay; their patients, if known, are what the bootstrap draws.
         predictions: predictions by stay; a missing one counts as no codes, an unknown id is ignored.
-        table: needed for `rates` (empty without it) and the labels of `errors`.
+        table: needed for broken rules and advice (empty without it) and the labels of `errors`.
         training: diagnoses of the training stays, for the frequency bands; None for the frequencies in gold.
         seed: seed of the bootstrap.
         second: diagnoses by stay of a second coder; None leaves `second_coder` out.
@@ -92,10 +93,23 @@ def evaluate(
         **evaluate_codings(expected, codings, training, seed=seed, patients=patients),
         **optional,
         "by_stay": _by_stay(gold, codings, weights),
-        "rates": rule_rates(codings, table) if table else {},
+        **_rule_counts(gold, codings, table),
         "errors": _most_frequent_errors(expected, codings, table),
         "per_stay": _per_stay(gold, predictions),
     }
+
+
+def _rule_counts(
+    gold: Mapping[str, Prediction], codings: Sequence[Sequence[Diagnosis]], table: Cim10Table | None
+) -> dict[str, Any]:
+    """Return `rates` and `advice` of the predictions, and `gold_rates` and `gold_advice`; empty without a table."""
+    found = {}
+    facts = [stay.facts for stay in gold.values()]
+    for prefix, coded in (("", codings), ("gold_", [stay.diagnoses for stay in gold.values()])):
+        rates = rule_rates(coded, table, facts) if table else {}
+        found[f"{prefix}rates"] = {name: rate for name, rate in rates.items() if name not in ADVICE}
+        found[f"{prefix}advice"] = {name: rate for name, rate in rates.items() if name in ADVICE}
+    return found
 
 
 def _counts(
@@ -203,8 +217,10 @@ def _differences(gold: Sequence[Diagnosis], predicted: Sequence[Diagnosis]) -> t
     return [code for code in expected if code not in given], [code for code in given if code not in expected]
 
 
-def note_rows(gold: Mapping[str, Prediction], predictions: Mapping[str, Prediction]) -> Iterator[dict[str, Any]]:
-    """Yield the codes and scores of each gold note, without its text."""
+def note_rows(
+    gold: Mapping[str, Prediction], predictions: Mapping[str, Prediction], table: Cim10Table | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the codes and scores of each gold note, without its text; with a table, the rules that they break, too."""
     for note_id, stay in gold.items():
         expected = stay.diagnoses
         given = predictions[note_id].diagnoses if note_id in predictions else []
@@ -231,7 +247,13 @@ def note_rows(gold: Mapping[str, Prediction], predictions: Mapping[str, Predicti
             "f1": f1,
             "f1_category": f1_category,
             "exact_match": int(codes == found),
+            **({"gold_rules": _broken(expected, stay, table), "rules": _broken(given, stay, table)} if table else {}),
         }
+
+
+def _broken(coding: Sequence[Diagnosis], stay: Prediction, table: Cim10Table) -> str:
+    """Return the names of the rules that a coding of a stay breaks, and of the advice that it does not follow."""
+    return " ".join(name for name, rate in rule_rates([coding], table, [stay.facts]).items() if rate["count"])
 
 
 def _with_roles(diagnoses: Sequence[Diagnosis]) -> str:
@@ -332,7 +354,7 @@ def main() -> None:
         about = {"Predictions": args.predictions.name, "Gold": args.gold.name, **describe_origin(args.predictions)}
         contents[args.html] = html_page(result, about | {"Evaluated": f"{datetime.now():%Y-%m-%d %H:%M}"})
     if args.csv:
-        contents[args.csv] = _csv_text(note_rows(gold, predictions))
+        contents[args.csv] = _csv_text(note_rows(gold, predictions, table))
     save(contents)
     print(summarize(result))
 

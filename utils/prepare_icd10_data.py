@@ -5,32 +5,35 @@
 The notes have a row per document, the codes a row per code, or per stay or unit with columns for DP, DR and DAS. Common
 column names are recognized and printed; name others with `--columns stay=NDA,text=CR,code=DIAG,role=TYPE`, or with a
 YAML file of such entries. Fields: stay, text, code, role, patient, date and kind (of a document), unit (RUM), main
-(marks the stay's DP), discharge (date), and dp, dr, das for columns of roles; `notes.stay` and `codes.stay` where the
-tables differ. TABLE is ATIH's CIM-10 table, or several with the years of discharge: `2024=TABLE 2025=TABLE`.
+(marks the stay's DP), discharge (date), sex and age or birth (date), which some coding rules need, and dp, dr, das for
+columns of roles; `notes.stay` and `codes.stay` where the tables differ. TABLE is ATIH's CIM-10 table, or several with
+the years of discharge: `2024=TABLE 2025=TABLE`.
 
-Files in DIR: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (pretraining texts) for train, val and test,
-`report.json`, which accounts for every stay and code, and `left_out.csv`, which names those left out. Stays of the same
-patient, or with the same text, are in the same split; splits are stratified by the chapter of the main diagnosis.
+Files in DIR: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (pretraining texts) for train, val and test;
+`report.json`, which accounts for every stay and code; `left_out.csv`, which names those left out; `rules.csv`, which
+names the stays whose codes break coding rules. Stays of the same patient, or with the same text, are in the same split;
+splits are stratified by the chapter of the main diagnosis.
 """
 
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.cli import run_cli
 from model.errors import UserError
 from utils.icd10.answers import build_answer, code_list, list_codes
-from utils.icd10.codes import chapter
+from utils.icd10.codes import Cim10Table, chapter
 from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
 from utils.icd10.mapping import TableMapping, read_mapping
 from utils.icd10.near_duplicates import Survey, find_near_duplicates, normalize_text, survey
 from utils.icd10.note_text import quoted_codes, quotes_label
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.roles import parse_roles
-from utils.icd10.rules import lacks_dr
+from utils.icd10.rule_report import BrokenRule, check_stays, summarize_rules
+from utils.icd10.rules import Case
 from utils.icd10.splits import SPLITS, split_stays
 from utils.icd10.stays import (
     CodeRow,
@@ -50,7 +53,7 @@ from utils.tables.output_folder import new_outputs
 from utils.tables.read_table import FILE_TYPES, add_encoding_option
 from utils.tables.splits import parse_fractions
 
-REPORT, LEFT_OUT = "report.json", "left_out.csv"
+REPORT, LEFT_OUT, BROKEN_RULES = "report.json", "left_out.csv", "rules.csv"
 MAX_EXAMPLES = 20  # of codes, rows and near-duplicates in a report
 SENTENCE, LIST = "sentence", "list"  # formats of the answer
 
@@ -71,15 +74,16 @@ class Source(NamedTuple):
         return next(iter(names), None)
 
     def known_facts(self, stay: str) -> dict[str, str | int]:
-        """Return what evaluation can group a stay by: its patient, year of discharge and number of documents."""
+        """Return what evaluation needs: patient, sex, age, year of discharge and number of documents."""
         facts: dict[str, str | int] = {}
         if patient := self.patient(stay):
             facts["patient"] = patient
-        if date := self.notes.discharges.get(stay):
+        date = self.notes.discharges.get(stay)
+        if date:
             facts["year"] = date[:4]
         if self.notes.has_documents:
             facts["documents"] = self.notes.count_documents(stay)
-        return facts
+        return facts | self.notes.people.facts(stay, date)
 
 
 def read_source(text: Path, codes: Path, mapping: TableMapping, encoding: str) -> Source:
@@ -96,8 +100,8 @@ def read_source(text: Path, codes: Path, mapping: TableMapping, encoding: str) -
     print(f"{tables['notes'].describe(text)}\n{tables['codes'].describe(codes)}", flush=True)
     left_out: list[LeftOut] = []
     notes = read_notes(text, tables["notes"], encoding, left_out)
-    found, statuses, facts = read_codes(codes, tables["codes"], mapping.roles, encoding, left_out)
-    warnings = require_same_names(notes, found, text, codes)
+    found, statuses, facts = read_codes(codes, tables["codes"], mapping.roles, encoding, left_out, notes.people)
+    warnings = [*require_same_names(notes, found, text, codes), *notes.people.warnings()]
     for stay, date in facts.discharges.items():
         notes.discharges.setdefault(stay, date)
     if undated := notes.count_undated():
@@ -142,8 +146,9 @@ def describe(
     texts: Sequence[str],
     surveyed: Survey,
     splits: Sequence[int],
+    rules: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the report: stays and codes kept and left out, contents of each split, near-duplicates across splits."""
+    """Return the report: stays and codes kept and left out, broken rules, splits, near-duplicates across splits."""
     kept_codes = sum(len(stay.diagnoses) for stay in corpus.stays)
     by_kind: dict[str, defaultdict[str, list[str]]] = {what: defaultdict(list) for what in ("stay", "code", "row")}
     for found in (*source.left_out, *corpus.left_out):
@@ -165,6 +170,7 @@ def describe(
         "unreadable_rows": _examples(by_kind["row"]),
         "changes": source.changes,
         "warnings": source.warnings,
+        **rules,
         "splits": {
             name: _describe_split([stay for stay, split in zip(corpus.stays, splits) if split == number], patients)
             for number, name in enumerate(SPLITS[: max(splits) + 1])
@@ -210,7 +216,7 @@ def summarize(report: dict[str, Any]) -> str:
         lines.append("Unusable rows and documents:")
         lines += [_line("dropped, ", reason, found) for reason, found in report["unreadable_rows"].items()]
     lines += report["changes"]
-    lines += [f"warning: {warning}." for warning in report["warnings"]]
+    lines += [*summarize_rules(report), *(f"warning: {warning}." for warning in report["warnings"])]
     for name, split in report["splits"].items():
         patients = f" of {split['patients']:,} patients" if split["patients"] is not None else ""
         roles = ", ".join(f"{role} {count:,}" for role, count in split["codes"].items())
@@ -279,6 +285,20 @@ def leave_out_leaks(corpus: Corpus, source: Source, keep: bool) -> Corpus:
     return corpus._replace(stays=[stay for stay in corpus.stays if stay.id not in codes], left_out=left_out)
 
 
+def check_rules(
+    stays: Sequence[CodedStay], tables: TableYears, source: Source
+) -> tuple[dict[str, Any], list[BrokenRule]]:
+    """Return the counts of the rules that stays break, each by the table of its year, and the broken rules."""
+
+    def cases() -> Iterator[tuple[str, Case]]:
+        for stay in stays:
+            table = tables.of(stay.id, source.notes.discharges)
+            assert isinstance(table, Cim10Table)  # other stays are not in the corpus
+            yield stay.id, Case.build(stay.diagnoses, table, source.known_facts(stay.id))
+
+    return check_stays(cases())
+
+
 class Outputs(NamedTuple):
     """Where and how the files are written."""
 
@@ -293,15 +313,23 @@ def save(
     splits: Sequence[int],
     outputs: Outputs,
     report: dict[str, Any],
-    left_out: Sequence[LeftOut],
+    lists: Mapping[str, Sequence[tuple[str, ...]]],
 ) -> None:
     """Write the files listed in the module docstring, all of them or none.
+
+    Args:
+        stays: usable stays.
+        source: their notes.
+        splits: number of the split of each stay.
+        outputs: where and how.
+        report: content of the report.
+        lists: rows of each csv file by its name.
 
     Raises:
         UserError: a file exists and is not to be replaced, or a file cannot be written.
     """
     used = _FILES[: len(_LINES) * (max(splits) + 1)]
-    with new_outputs(outputs.folder, [*used, REPORT, LEFT_OUT], _FILES[len(used) :], outputs.overwrite) as temporaries:
+    with new_outputs(outputs.folder, [*used, REPORT, *_LISTS], _FILES[len(used) :], outputs.overwrite) as temporaries:
         for number, split in enumerate(SPLITS[: max(splits) + 1]):
             for kind, line_of in _LINES.items():
                 with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
@@ -309,10 +337,11 @@ def save(
                         line_of(stay, source, outputs.format) for stay, found in zip(stays, splits) if found == number
                     )
         temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        with temporaries[LEFT_OUT].open("w", encoding="utf-8", newline="") as file:
-            writer = CsvWriter(file, LeftOut._fields)
-            for found in left_out:
-                writer.write(*found)
+        for name, columns in _LISTS.items():
+            with temporaries[name].open("w", encoding="utf-8", newline="") as file:
+                writer = CsvWriter(file, columns)
+                for found in lists[name]:
+                    writer.write(*found)
 
 
 def _instruct_line(stay: CodedStay, source: Source, form: str) -> str:
@@ -326,6 +355,7 @@ def _text_line(stay: CodedStay, source: Source, form: str) -> str:
 
 
 _LINES = {"instruct": _instruct_line, "text": _text_line}
+_LISTS = {LEFT_OUT: LeftOut._fields, BROKEN_RULES: BrokenRule._fields}
 _FILES = [f"{split}_{kind}.jsonl" for split in SPLITS for kind in _LINES]
 
 
@@ -363,7 +393,7 @@ def main() -> None:
     fractions = parse_fractions(args.ratios, "--ratios")
     tables = TableYears(args.cim10)
     inputs = [args.text, args.codes, *tables.paths]
-    require_own_names([args.out / name for name in (*_FILES, REPORT, LEFT_OUT)], inputs)
+    require_own_names([args.out / name for name in (*_FILES, REPORT, *_LISTS)], inputs)
     source = read_source(args.text, args.codes, _mapping(args), args.encoding)
     corpus = build_corpus(
         source.notes,
@@ -377,15 +407,21 @@ def main() -> None:
         counts = Counter(found.reason for found in corpus.left_out)
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
         raise UserError(f"No stay of {args.text} and {args.codes} is usable with {' '.join(args.cim10)} ({reasons}).")
-    if sessions := [stay.id for stay in corpus.stays if lacks_dr(stay.diagnoses)]:
-        source.warnings.append(f"{len(sessions):,} stays have a session as DP and no DR (e.g. {sessions[0]})")
+    rules, broken = check_rules(corpus.stays, tables, source)
     known = {stay.id: patient for stay in corpus.stays if (patient := source.patient(stay.id))}
     normalized = NormalizedNotes(source.notes, corpus.stays)
     surveyed = survey(normalized)
     splits = split_stays(corpus.stays, known, surveyed.digests, fractions, args.seed)
-    report = describe(corpus, source, known, normalized, surveyed, splits)
+    report = describe(corpus, source, known, normalized, surveyed, splits, rules)
     outputs = Outputs(args.out, args.format, args.overwrite)
-    save(corpus.stays, source, splits, outputs, report, [*source.left_out, *corpus.left_out])
+    save(
+        corpus.stays,
+        source,
+        splits,
+        outputs,
+        report,
+        {LEFT_OUT: [*source.left_out, *corpus.left_out], BROKEN_RULES: broken},
+    )
     print(summarize(report))
 
 

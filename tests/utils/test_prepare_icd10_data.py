@@ -29,7 +29,8 @@ from utils.tables.splits import assign_splits
 SHARED = Path(__file__).resolve().parents[2] / "../shared/icd"
 CATALOGUE = load_catalogue()
 TABLE = table_of(CATALOGUE)
-NAMES = {f"{split}_{kind}.jsonl" for split in SPLITS for kind in ("instruct", "text")} | {"report.json", "left_out.csv"}
+TRAINING_FILES = {f"{split}_{kind}.jsonl" for split in SPLITS for kind in ("instruct", "text")}
+NAMES = TRAINING_FILES | {"report.json", "left_out.csv", "rules.csv"}
 
 
 @pytest.fixture(scope="module")

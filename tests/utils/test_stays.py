@@ -15,9 +15,9 @@ from benchmarks.prepare import write_stays
 from model.errors import UserError
 from utils import prepare_icd10_data
 from utils.icd10.answers import parse_answer
+from utils.icd10.cells import identifier, sortable_date
 from utils.icd10.note_text import note_text, quoted_codes
 from utils.icd10.roles import read_statuses
-from utils.icd10.stays import identifier, sortable_date
 from utils.tables.jsonl import SkippedRowError
 
 ROOT = Path(__file__).parents[2]

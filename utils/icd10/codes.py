@@ -178,6 +178,11 @@ class Cim10Table:
         }
         return Cim10Table((self._entries | reopened).values()) if reopened else self
 
+    @functools.cached_property
+    def has_external_causes(self) -> bool:
+        """Whether chapter XX is in the table; ATIH publishes it with and without."""
+        return any(code >= "V01" and code[:3] <= "Y98" for code in self._entries)
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from model.errors import UserError
+from utils.icd10.people import PERSON_FIELDS
 from utils.icd10.roles import UNIT_DP, check_roles
 
 # Known names of each field as `_key` writes them, the preferred first: this project's, OMOP and EDS, i2b2, and those of
@@ -32,6 +33,9 @@ _KNOWN = {
     "notetype typenote notetitle titre libelledocument",
     "discharge": "datesortie dtsortie datsortie datesor datsor dischargedate discharge visitenddatetime visitenddate "
     "datefinsejour finsejour datefin sortie dischtime",
+    "sex": "sex sexe genre gender gendersourcevalue genderconceptid sexepatient patientsex codesexe sexcd",
+    "age": "age ageannees ageans agepatient ageadmission agealadmission ageentree agealentree ageinyears",
+    "birth": "birthdatetime birthdate dateofbirth birth dob datenaissance datedenaissance dtnaissance datenais ddn",
     "code": "conceptcode conditionsourcevalue code codecim codecim10 cim10 cim icd10 icd10code icdcode diag codediag "
     "codediagnostic diagnostic diagcode conceptcd",
     "role": "conditionstatussourcevalue role statut status typediag typediagnostic diagtype diagnosistype type "
@@ -48,8 +52,8 @@ _KNOWN = {
 _NAMES = {field: [name.casefold() for name in names.split()] for field, names in _KNOWN.items()}
 WIDE = {"dp": "DP", "dpum": UNIT_DP, "dr": "DR", "das": "DAS"}  # columns of codes by role
 
-NOTE_FIELDS = ("stay", "text", "patient", "date", "kind", "discharge")
-_LONG_FIELDS = ("stay", "code", "role", "unit", "main", "patient", "discharge")
+NOTE_FIELDS = ("stay", "text", "patient", "date", "kind", "discharge", *PERSON_FIELDS)
+_LONG_FIELDS = ("stay", "code", "role", "unit", "main", "patient", "discharge", *PERSON_FIELDS)
 _FIELDS = tuple(dict.fromkeys((*NOTE_FIELDS, *_LONG_FIELDS, *WIDE)))
 _TABLES = ("notes", "codes")
 

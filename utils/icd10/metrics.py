@@ -9,7 +9,7 @@ Shapes: N notes, M (note, code) pairs, C codes, B weightings of the notes.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from utils.icd10.headline import (
     resample,
     scored,
 )
-from utils.icd10.rules import excluded_pairs, is_session, may_have_dr
+from utils.icd10.rules import ADVICE, RULES, Case
 
 DEPTHS: dict[str, Callable[[str], str]] = {
     "code": str,
@@ -36,14 +36,6 @@ DEPTHS: dict[str, Callable[[str], str]] = {
     "category": category,
     "chapter": lambda code: chapter(code) or code,
 }
-GUIDE_RULES = (
-    "DR_without_Z",
-    "DR_is_DP",
-    "DAS_is_DP_or_DR",
-    "session_without_DR",
-    "parent_and_child",
-    "excluded_pair",
-)
 LEVELS: dict[str, Callable[[str], str]] = {"exact": str, "category": category}
 
 _BAND_ENDS = (0, 5, 20, 100)
@@ -285,19 +277,26 @@ def depth_aware(gold: Sequence[Coding], predicted: Sequence[Coding], weights: np
     return described
 
 
-def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict[str, float]]:
-    """Count predicted codes that do not exist or that the PMSI does not accept.
+def rule_rates(
+    codings: Sequence[Coding], table: Cim10Table, facts: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, float]]:
+    """Count codes that do not exist or that the PMSI does not accept, and stays that break rules or against advice.
 
     Out of all codes: `unknown` (not in the table), `category` (a type-3 code with children), `closed` (a type-3 code
     without children). Out of the codes in the role: `forbidden_DP`, `forbidden_DR`, `forbidden_DAS` (in the table, but
-    not accepted in this role). Out of the notes: `no_DP`, `several_DP`, `several_DR`. Rules of the guide MCO: see
-    `_guide_counts`.
+    not accepted in this role). Out of the stays: `no_DP`, `several_DP`, `several_DR`. Out of the stays to which they
+    apply: RULES and ADVICE of `utils.icd10.rules`.
+
+    Args:
+        codings: diagnoses of each stay.
+        table: CIM-10 table.
+        facts: `sex` and `age` of each stay, where known; None if they are not.
 
     Returns:
         {count, of, rate} for each rule; rate is 0 if `of` is 0.
     """
-    items = [item for coding in predicted for item in dict.fromkeys((found.role, found.code) for found in coding)]
-    codes = [code for coding in predicted for code in {item.code for item in coding}]
+    items = [item for coding in codings for item in dict.fromkeys((found.role, found.code) for found in coding)]
+    codes = [code for coding in codings for code in {item.code for item in coding}]
     unusable = [code for code in codes if (entry := table.get(code)) and entry.type == 3]
     counts = {
         "unknown": (sum(code not in table for code in codes), len(codes)),
@@ -308,42 +307,12 @@ def rule_rates(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, dict
         given = [code for found, code in items if found == role]
         forbidden = sum(code in table and not table.allows(role, code) for code in given)
         counts[f"forbidden_{role}"] = (forbidden, len(given))
-    per_note = [Counter(role for role, _ in {(item.role, item.code) for item in coding}) for coding in predicted]
-    counts["no_DP"] = (sum(roles["DP"] == 0 for roles in per_note), len(per_note))
+    per_stay = [Counter(role for role, _ in {(item.role, item.code) for item in coding}) for coding in codings]
+    counts["no_DP"] = (sum(roles["DP"] == 0 for roles in per_stay), len(per_stay))
     for role in ("DP", "DR"):
-        counts[f"several_{role}"] = (sum(roles[role] > 1 for roles in per_note), len(per_note))
-    counts |= _guide_counts(predicted, table)
+        counts[f"several_{role}"] = (sum(roles[role] > 1 for roles in per_stay), len(per_stay))
+    cases = [Case.build(coding, table, known) for coding, known in zip(codings, facts or [{}] * len(codings))]
+    for name, rule in (RULES | ADVICE).items():
+        checked = [broken for case in cases if (broken := rule.check(case)) is not None]
+        counts[name] = (sum(map(bool, checked)), len(checked))
     return {name: {"count": count, "of": of, "rate": count / of if of else 0.0} for name, (count, of) in counts.items()}
-
-
-def _guide_counts(predicted: Sequence[Coding], table: Cim10Table) -> dict[str, tuple[int, int]]:
-    """Return the number of notes that break each rule of the guide MCO, and of those that could.
-
-    `DR_without_Z`: a DR with a DP that takes none. `DR_is_DP`. `DAS_is_DP_or_DR`. `session_without_DR`: the DP is
-    chemotherapy, radiotherapy or dialysis. `parent_and_child`: a code and one of its ancestors. `excluded_pair`: two
-    codes that exclude each other.
-    """
-    counts: Counter[str] = Counter()
-    could: Counter[str] = Counter()
-    for coding in predicted:
-        of = {role: {item.code for item in coding if item.role == role} for role in ROLES}
-        codes = {item.code for item in coding}
-        broken = {
-            "DR_without_Z": of["DR"] and of["DP"] and not any(map(may_have_dr, of["DP"])),
-            "DR_is_DP": of["DR"] & of["DP"],
-            "DAS_is_DP_or_DR": of["DAS"] & (of["DP"] | of["DR"]),
-            "session_without_DR": any(map(is_session, of["DP"])) and not of["DR"],
-            "parent_and_child": any(codes.intersection(table.ancestors(code)) for code in codes),
-            "excluded_pair": excluded_pairs(codes),
-        }
-        concerned = {
-            "DR_without_Z": of["DR"] and of["DP"],
-            "DR_is_DP": of["DR"] and of["DP"],
-            "DAS_is_DP_or_DR": of["DAS"],
-            "session_without_DR": any(map(is_session, of["DP"])),
-            "parent_and_child": codes,
-            "excluded_pair": codes,
-        }
-        counts.update(rule for rule, found in broken.items() if found)
-        could.update(rule for rule, found in concerned.items() if found)
-    return {rule: (counts[rule], could[rule]) for rule in GUIDE_RULES}

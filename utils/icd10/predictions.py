@@ -20,11 +20,13 @@ from finetune.data.keys import key_names
 from finetune.data.rows import is_identifier
 from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
+from utils.icd10.cells import identifier
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code, split_codes
 from utils.icd10.headline import labels
 from utils.icd10.mapping import TableMapping, find_columns, read_mapping
+from utils.icd10.people import People
 from utils.icd10.roles import UNIT_DP, read_statuses
-from utils.icd10.stays import WITHOUT_CODE, LeftOut, identifier, read_codes, read_header
+from utils.icd10.stays import WITHOUT_CODE, LeftOut, read_codes, read_header
 from utils.tables.encodings import AUTO
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
@@ -41,6 +43,8 @@ FACT_COLUMNS = {  # of gold
     "specialty": ("specialty", "unit"),
     "year": ("year", "discharge", "date"),
     "documents": ("documents",),
+    "sex": ("sex",),  # for the rules
+    "age": ("age",),
 }
 
 
@@ -199,7 +203,8 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
         return _read_answers(path, encoding)
     columns = find_columns(path, "codes", header, mapping, rows_are_stays=True)
     left_out: list[LeftOut] = []
-    codes, _, found = read_codes(path, columns, {"": _NO_ROLE} | mapping.roles, encoding, left_out)
+    people = People()
+    codes, _, found = read_codes(path, columns, {"": _NO_ROLE} | mapping.roles, encoding, left_out, people)
     if unusable := [row for row in left_out if row.reason != WITHOUT_CODE]:
         raise UserError(f"{unusable[0].where}: {unusable[0].reason}; expected a code of a stay.")
     facts: dict[str, dict[str, str]] = {}
@@ -222,6 +227,7 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
             known["year"] = found.discharges[stay][:4]
         if stay in found.patients:
             known["patient"] = next(iter(found.patients[stay]))
+        known |= {fact: str(value) for fact, value in people.facts(stay, found.discharges.get(stay)).items()}
         stays[stay] = Prediction.of_codes(diagnoses)._replace(facts=known)
     return stays
 

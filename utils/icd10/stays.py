@@ -4,24 +4,24 @@ A stay's documents are joined in the order of their dates, each under its kind. 
 """
 
 import contextlib
-import datetime
 import functools
 import itertools
-import math
 import re
 import sys
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from model.errors import UserError
+from utils.icd10.cells import identifier, optional_text, sortable_date
 from utils.icd10.codes import split_codes
 from utils.icd10.mapping import WIDE, Columns, TableMapping, find_columns
 from utils.icd10.note_text import note_text
+from utils.icd10.people import PERSON_FIELDS, People
 from utils.icd10.roles import read_statuses
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
@@ -29,9 +29,6 @@ from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 _IN_MEMORY = 64 << 20  # bytes of notes before they go to a temporary file
 _HEADER_ROWS = 200  # of a file whose rows may have different columns
 _EXAMPLES = 5
-_SCIENTIFIC = re.compile(r"\d(?:[.,]\d+)?[eE]\+\d+")
-_DATE = re.compile(r"(\d{4})[-/.]?(\d{2})[-/.]?(\d{2})(?:[ T]?(\d{2}):?(\d{2})(?::?(\d{2}))?)?.*")
-_FRENCH_DATE = re.compile(r"(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})(?:[ T]+(\d{1,2})[:hH](\d{2})(?::(\d{2}))?)?.*")
 
 
 WITHOUT_CODE = "without a code"
@@ -58,6 +55,7 @@ class Document(NamedTuple):
     patient: str = ""
     discharge: str = ""
     converted: str | None = None
+    person: Mapping[str, str] = MappingProxyType({})
 
 
 class CodeRow(NamedTuple):
@@ -76,55 +74,6 @@ class CodeRow(NamedTuple):
     unit: str = ""
     main: str = ""
     line: int = 0
-
-
-def identifier(value: Any) -> str:
-    """Return an identifier as text; an integer that a table stores as a float is written as an integer.
-
-    Raises:
-        SkippedRowError: there is none, or digits of it are lost.
-    """
-    if isinstance(value, float | Decimal):
-        if not math.isfinite(value):
-            value = None
-        elif value == int(value):
-            if isinstance(value, float) and abs(value) >= 2**53:
-                raise SkippedRowError("an identifier that is stored as a float and has lost digits", f"{value:.6e}")
-            value = int(value)
-    text = "" if value is None else str(value).strip().strip("\ufeff")
-    if _SCIENTIFIC.fullmatch(text):
-        raise SkippedRowError("an identifier in scientific notation, which has lost digits", text)
-    if text.casefold() in ("", "null", "nan", "none", "<na>"):
-        raise SkippedRowError("without an identifier of the stay")
-    return text
-
-
-def _optional(value: Any) -> str:
-    """Return an identifier, a kind or a unit as text, "" if there is none."""
-    if value is None or value == "":
-        return ""
-    try:
-        return identifier(value)
-    except SkippedRowError as skip:
-        return skip.detail
-
-
-def sortable_date(value: Any) -> str:
-    """Return `2026-01-05` or `2026-01-05T08:30:00` for a date in ISO or French order, "" if it is none."""
-    if isinstance(value, datetime.datetime | datetime.date):
-        return value.isoformat()[:19]
-    text = _optional(value)
-    if found := _DATE.fullmatch(text):
-        year, month, day, *time = found.groups()
-    elif found := _FRENCH_DATE.fullmatch(text):
-        day, month, year, *time = found.groups()
-    else:
-        return ""
-    try:
-        parts = [int(part) for part in (year, month, day, *(part or 0 for part in time))]
-        return datetime.datetime(*parts).isoformat() if time[0] else datetime.date(*parts[:3]).isoformat()  # type: ignore[arg-type]
-    except ValueError:
-        return ""
 
 
 def read_header(path: Path, encoding: str) -> list[str]:
@@ -166,8 +115,14 @@ def to_document(row: Row, columns: Columns, number: int | None = None) -> Docume
     stay = _stay_of(row, columns, number)
     text, converted = note_text(columns.get(row, "text"))
     date, discharge = (sortable_date(columns.get(row, field)) for field in ("date", "discharge"))
-    kind, patient = (_optional(columns.get(row, field)) for field in ("kind", "patient"))
-    return Document(stay, text, date, kind, patient, discharge, converted)
+    kind, patient = (optional_text(columns.get(row, field)) for field in ("kind", "patient"))
+    return Document(stay, text, date, kind, patient, discharge, converted, _person_of(row, columns))
+
+
+def _person_of(row: Row, columns: Columns) -> dict[str, str]:
+    """Return what a row says about the patient, by field."""
+    cells = {field: optional_text(columns.get(row, field)) for field in PERSON_FIELDS if field in columns.names}
+    return {field: text for field, text in cells.items() if text}
 
 
 class StayNotes(Mapping[str, str]):
@@ -182,6 +137,7 @@ class StayNotes(Mapping[str, str]):
         self._end = 0
         self.patients: defaultdict[str, dict[str, None]] = defaultdict(dict)  # of each stay, an ordered set
         self.discharges: dict[str, str] = {}
+        self.people = People()
         self.converted: Counter[str] = Counter()
 
     def add_stay(self, stay: str) -> None:
@@ -200,6 +156,7 @@ class StayNotes(Mapping[str, str]):
             self.patients[document.stay][document.patient] = None
         if document.discharge:
             self.discharges[document.stay] = max(document.discharge, self.discharges.get(document.stay, ""))
+        self.people.add(document.stay, document.person)
         if document.converted:
             self.converted[document.converted] += 1
 
@@ -302,20 +259,27 @@ def require_identifiers(path: Path, left_out: Iterable[LeftOut]) -> None:
 
 
 class StayFacts(NamedTuple):
-    """Patients (an ordered set) and date of discharge of stays, where known."""
+    """Patients (an ordered set), their sex and age, and date of discharge of stays, where known."""
 
     patients: dict[str, dict[str, None]]
     discharges: dict[str, str]
+    people: People
 
-    def add(self, stay: str, patient: str, discharge: str) -> None:
+    def add(self, stay: str, patient: str, discharge: str, person: Mapping[str, str]) -> None:
         if patient:
             self.patients.setdefault(stay, {})[patient] = None
         if discharge:
             self.discharges[stay] = max(discharge, self.discharges.get(stay, ""))
+        self.people.add(stay, person)
 
 
 def read_codes(
-    path: Path, columns: Columns, roles: Mapping[str, str], encoding: str, left_out: list[LeftOut]
+    path: Path,
+    columns: Columns,
+    roles: Mapping[str, str],
+    encoding: str,
+    left_out: list[LeftOut],
+    people: People,
 ) -> tuple[dict[str, list[CodeRow]], dict[str, str], StayFacts]:
     """Return the codes of each stay in the file's order, the role of each status, and the stays' patients and dates.
 
@@ -325,12 +289,13 @@ def read_codes(
         roles: roles that the user gave, by status.
         encoding: of text formats.
         left_out: receives the rows that cannot be used.
+        people: receives the sex and the age of the stays' patients.
 
     Raises:
         UserError: the file cannot be read, or a status is not known.
     """
     written: defaultdict[str, list[CodeRow]] = defaultdict(list)  # with the status in place of the role
-    facts = StayFacts({}, {})
+    facts = StayFacts({}, {}, people)
     for line, row in read_table(path, encoding):
         try:
             if isinstance(row, SkippedRowError):
@@ -340,7 +305,8 @@ def read_codes(
             written[stay] += rows
             if not rows and not columns.is_wide:
                 raise SkippedRowError(WITHOUT_CODE)
-            facts.add(stay, _optional(columns.get(row, "patient")), sortable_date(columns.get(row, "discharge")))
+            patient, discharge = (columns.get(row, field) for field in ("patient", "discharge"))
+            facts.add(stay, optional_text(patient), sortable_date(discharge), _person_of(row, columns))
         except SkippedRowError as skip:
             found = describe_row(path, line, row, columns, skip)
             left_out.append(found._replace(what="row"))
@@ -355,13 +321,13 @@ def read_codes(
 
 def _codes_of_row(row: Row, columns: Columns, line: int) -> Iterator[CodeRow]:
     """Yield the codes of a row with their status in place of the role."""
-    unit, main = (sys.intern(_optional(columns.get(row, field))) for field in ("unit", "main"))
+    unit, main = (sys.intern(optional_text(columns.get(row, field))) for field in ("unit", "main"))
     if columns.is_wide:
         cells = [(role, column) for field, role in WIDE.items() for column in columns.names.get(field, ())]
     else:
-        cells = [(sys.intern(_optional(columns.get(row, "role"))), column) for column in columns.names["code"]]
+        cells = [(sys.intern(optional_text(columns.get(row, "role"))), column) for column in columns.names["code"]]
     for status, column in cells:
-        for code in split_codes(_optional(row.get(column))):
+        for code in split_codes(optional_text(row.get(column))):
             yield CodeRow(status, sys.intern(code), unit, main, line)
 
 

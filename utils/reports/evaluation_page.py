@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from utils.icd10.codes import CHAPTER_NAMES
 from utils.icd10.headline import HEADLINE
 from utils.icd10.metrics import FREQUENCY_BANDS, NO_CHAPTER
+from utils.icd10.rules import ADVICE, RULES
 
 if TYPE_CHECKING:
     from utils.reports.charts import Figure
@@ -18,16 +19,12 @@ RULE_NAMES = {
     "forbidden_DP": "main diagnoses that are not allowed as DP",
     "forbidden_DR": "related diagnoses that are not allowed as DR",
     "forbidden_DAS": "associated diagnoses that are not allowed as DAS",
-    "no_DP": "notes without a DP",
-    "several_DP": "notes with several DP",
-    "several_DR": "notes with several DR",
-    "DR_without_Z": "notes with a DR whose DP takes none (guide MCO, D1 and D2)",
-    "DR_is_DP": "notes whose DR is the DP",
-    "DAS_is_DP_or_DR": "notes with a DAS that is the DP or the DR",
-    "session_without_DR": "sessions without a DR",
-    "parent_and_child": "notes with a code and its parent",
-    "excluded_pair": "notes with two codes that exclude each other",
+    "no_DP": "stays without a DP",
+    "several_DP": "stays with several DP",
+    "several_DR": "stays with several DR",
+    **{name: f"{rule.title} ({rule.source})" for name, rule in (RULES | ADVICE).items()},
 }
+RULE_KINDS = {"rates": "Broken coding rules", "advice": "Advice (not rules)"}
 COUNT_NAMES = {
     "notes": "notes",
     "missing_predictions": "notes without a prediction (scored as no codes)",
@@ -102,8 +99,16 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {counts[key]:,}" for key, name in COUNT_NAMES.items() if key != "notes" and counts[key]]
     if counts["missing_ids"]:
         lines.append(f"without a prediction: {', '.join(counts['missing_ids'][:_NAMED])}")
-    rates = result["rates"].items()
-    return lines + [f"{RULE_NAMES[name]}: {rate['count']:,} of {rate['of']:,}" for name, rate in rates if rate["count"]]
+    for kind, title in RULE_KINDS.items():
+        rates, of_gold = result[kind], result[f"gold_{kind}"]
+        broken = [name for name in rates if rates[name]["count"] or of_gold[name]["count"]]
+        found = [f"  {RULE_NAMES[name]}: {_share(rates[name])}, in gold {_share(of_gold[name])}" for name in broken]
+        lines += [f"{title}:", *found] if found else []
+    return lines
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    return f"{rate['count']:,} of {rate['of']:,}"
 
 
 def _headline(found: Mapping[str, Any]) -> str:
@@ -149,8 +154,16 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
         charts=_charts(result),
         tables=[*optional_tables(result), *_stay_tables(result)],
         rules=[
-            (RULE_NAMES[name], f"{rate['count']:,} of {rate['of']:,}", f"{100 * rate['rate']:.1f} %")
-            for name, rate in result["rates"].items()
+            {
+                "title": title,
+                "rows": [
+                    (RULE_NAMES[name], *(cell for found in (rate, of_gold[name]) for cell in _rate_cells(found)))
+                    for of_gold in [result[f"gold_{kind}"]]
+                    for name, rate in result[kind].items()
+                ],
+            }
+            for kind, title in RULE_KINDS.items()
+            if result[kind]
         ],
         errors=[
             {"title": title, "rows": [(error["code"], error["label"], f"{error['notes']:,}") for error in errors]}
@@ -162,6 +175,10 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
         counts=[(name, f"{counts[key]:,}") for key, name in COUNT_NAMES.items()],
         missing=", ".join(counts["missing_ids"]),
     )
+
+
+def _rate_cells(rate: Mapping[str, Any]) -> tuple[str, str]:
+    return _share(rate), f"{100 * rate['rate']:.1f} %" if rate["of"] else "-"
 
 
 def _cards(result: Mapping[str, Any]) -> list[dict[str, str]]:
