@@ -4,6 +4,9 @@ python -m utils.export RUN --to peft --out DIR                     adapter for P
 python -m utils.export RUN --to hf --merged --out DIR              model for transformers, vLLM, llama.cpp
 python -m utils.export RUN --to mistral --merged --out DIR         model for mistral-inference, vLLM
 
+--push OWNER/NAME uploads the new folder to the Hugging Face Hub, to a private repository, and needs the extra `hub`.
+Without it, no connection is opened.
+
 RUN is a run (its latest checkpoint), a checkpoint, a PEFT adapter or a model folder. The new folder has the dtype of
 the checkpoint, or of a PEFT adapter's base.
 """
@@ -12,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from finetune.cli import add_step_option, run_cli
+from utils.models.hub import check_push, push
 
 
 def main() -> None:
@@ -21,12 +25,20 @@ def main() -> None:
     parser.add_argument("--merged", action="store_true", help="merge the adapter into its base model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--base", type=Path, metavar="MODEL", help="base model (default: as the checkpoint records)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository of the hub")
+    parser.add_argument("--public", action="store_true", help="with --push: let everybody download it")
     add_step_option(parser)
     args = parser.parse_args()
+    if args.public and not args.push:
+        parser.error("--public is for --push OWNER/NAME")
 
     from utils.models.exports import export  # loads torch, which --help does not need
 
+    if args.push:
+        check_push(args.push, args.public)
     export(args.source, args.to, args.out, args.merged, args.base, args.step)
+    if args.push:
+        push(args.out, args.push, args.public)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A Hugging Face Hub on loopback, with the endpoints that our commands need: one that stops, forges and refuses."""
 
+import base64
 import hashlib
 import json
 import re
@@ -8,7 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 REPOSITORY = "mistralai/Mistral-7B-v0.3"
 COMMIT = "c" * 40
@@ -23,6 +27,8 @@ class FakeHub(ThreadingHTTPServer):
         forged: names of files that are served with another content than the stated checksum's.
         stop_after: bytes after which a download stops without ending; None: never.
         requests: method, path and Range of each request.
+        repositories: visibility of those that exist; None: every one does, and is public.
+        uploaded: content of the files that were committed, by name.
     """
 
     daemon_threads = True
@@ -34,6 +40,8 @@ class FakeHub(ThreadingHTTPServer):
         self.forged: set[str] = set()
         self.stop_after: int | None = None
         self.requests: list[tuple[str, str, str]] = []
+        self.repositories: dict[str, str] | None = None
+        self.uploaded: dict[str, bytes] = {}
 
     @property
     def url(self) -> str:
@@ -63,10 +71,38 @@ class _Handler(BaseHTTPRequestHandler):
             if path.startswith(prefix):
                 return self._answer(status, b"{}", {"X-Error-Code": code})
         if path.startswith("/api/models/"):
-            return self._answer(200, json.dumps(self._model()).encode())
+            name = path.removeprefix("/api/models/").partition("/revision/")[0]
+            if self.server.repositories is not None and name not in self.server.repositories:
+                return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return self._answer(200, json.dumps(self._model(name)).encode())
         self._send_file(path.rpartition("/")[2])
 
-    def _model(self) -> dict[str, Any]:
+    def do_POST(self) -> None:
+        path = self.path.partition("?")[0]
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.command, path, ""))
+        for prefix, (status, code) in self.server.errors.items():
+            if path.startswith(prefix):
+                return self._answer(status, b"{}", {"X-Error-Code": code})
+        assert self.server.repositories is not None
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if name in self.server.repositories:
+                return self._answer(409, json.dumps({"url": f"{self.server.url}/{name}"}).encode())
+            self.server.repositories[name] = asked["visibility"]
+            return self._answer(200, json.dumps({"url": f"{self.server.url}/{name}"}).encode())
+        if "/preupload/" in path:
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], **mode} for file in json.loads(body)["files"]]
+            return self._answer(200, json.dumps({"files": files}).encode())
+        for line in map(json.loads, body.splitlines()):  # a commit
+            if line["key"] == "file":
+                self.server.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        url = f"{self.server.url}/{path.split('/models/')[1].partition('/commit')[0]}/commit/{COMMIT}"
+        self._answer(200, json.dumps({"commitUrl": url, "commitOid": COMMIT, "success": True}).encode())
+
+    def _model(self, name: str) -> dict[str, Any]:
         siblings = []
         for name, content in self.server.files.items():
             entry: dict[str, Any] = {"rfilename": name, "size": len(content)}
@@ -75,7 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
                 sha = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": sha, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
-        return {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+        private = (self.server.repositories or {}).get(name) == "private"
+        return {"id": name, "sha": COMMIT, "private": private, "siblings": siblings}
 
     def _send_file(self, name: str) -> None:
         content = self.server.files[name]
@@ -110,3 +147,18 @@ def serve(files: dict[str, bytes]) -> Iterator[FakeHub]:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         yield hub
         hub.shutdown()
+
+
+@contextmanager
+def only_hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, token_file: Path) -> Iterator[FakeHub]:
+    """Serve a hub that huggingface_hub in this process uses, without any token."""
+    from huggingface_hub import constants
+
+    with serve(files) as hub:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("{")[2]
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{{template}")
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(token_file))
+        for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTPS_PROXY", "HTTP_PROXY"):
+            monkeypatch.delenv(variable, raising=False)
+        yield hub

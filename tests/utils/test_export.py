@@ -22,8 +22,10 @@ from model.transformer import Transformer
 from model.weights import open_safetensors
 from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
 from tests.support.golden import instruct_tokenizer
+from tests.support.hub_server import FakeHub, only_hub
 from tests.support.other_engines import mistral_inference_logits, transformers_logits
 from tests.support.tiny_tekken import write_tiny_tekken
+from utils import export as export_command
 from utils.models.exports import export
 
 ROOT = Path(__file__).parents[2]
@@ -342,3 +344,78 @@ def test_command_line(tmp_path):
 def test_help_does_not_load_torch(command):
     program = f"import sys, utils.{command}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+# --- Uploads
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with only_hub({}, monkeypatch, tmp_path / "no_token") as server:
+        server.repositories = {}
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield server
+
+
+@pytest.fixture
+def pushed(tmp_path, run_command):
+    """A function that exports an adapter with these options; it returns the exit code, the output and the folder."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
+
+    def push(*options):
+        code, said = run_command(export_command, run, "--to", "peft", "--out", tmp_path / "peft", *options)
+        return code, said, tmp_path / "peft"
+
+    return push
+
+
+def test_an_export_is_uploaded_only_when_asked(hub: FakeHub, pushed):
+    code, _, folder = pushed()
+    assert code == 0 and hub.requests == []
+    shutil.rmtree(folder)
+    code, said, folder = pushed("--push", "chu/icd10")
+    assert code == 0, said
+    assert hub.repositories == {"chu/icd10": "private"}
+    assert hub.uploaded == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert f"Uploading to {hub.url}/chu/icd10 (private): adapter_config.json, adapter_model.safetensors, " in said
+    assert "These files leave this machine, nothing else does." in said and "hf_secret" not in said
+
+
+def test_a_public_repository_must_be_asked_for(hub: FakeHub, pushed):
+    hub.repositories = {"chu/icd10": "public"}
+    code, said, folder = pushed("--push", "chu/icd10")
+    assert code == 1 and "chu/icd10 exists and is public" in said
+    assert not folder.exists() and hub.uploaded == {}
+    assert pushed("--push", "chu/icd10", "--public")[0] == 0
+    assert set(hub.uploaded) == {"adapter_config.json", "adapter_model.safetensors"}
+    shutil.rmtree(folder)
+    assert pushed("--push", "chu/other", "--public")[0] == 0
+    assert hub.repositories["chu/other"] == "public"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--push", "icd10"], "'icd10' is not the name of a repository; expected owner/name"),
+        (["--public"], "--public is for --push"),
+    ],
+)
+def test_uploads_that_cannot_work_are_refused_first(options, sentence, hub: FakeHub, pushed):
+    code, said, folder = pushed(*options)
+    assert code != 0 and sentence in said
+    assert not folder.exists() and hub.requests == []
+
+
+def test_without_a_token_nothing_is_exported(hub: FakeHub, pushed, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    code, said, folder = pushed("--push", "chu/icd10")
+    assert code == 1 and "--push needs a token with write access: run `hf auth login`" in said
+    assert not folder.exists() and hub.requests == []
+
+
+def test_an_upload_that_fails_keeps_the_export(hub: FakeHub, pushed):
+    hub.errors["/api/repos/create"] = (403, "")
+    code, said, folder = pushed("--push", "chu/icd10")
+    assert code == 1 and "create one with more permissions" in said
+    assert f"The export in {folder} is complete. To upload it: hf upload chu/icd10 {folder} . --private" in said
+    assert (folder / "adapter_config.json").is_file()

@@ -12,7 +12,7 @@ import pytest
 
 from docs.generate_models import PAGE, models_page
 from model.errors import UserError
-from tests.support.hub_server import REPOSITORY, FakeHub, serve
+from tests.support.hub_server import REPOSITORY, FakeHub, only_hub
 from utils import fetch_model
 from utils.models.hub import RemoteFile, choose_files
 from utils.models.known_models import KNOWN_MODELS, RELEASES, known_shapes
@@ -29,15 +29,7 @@ def hub(monkeypatch, tmp_path):
     random_bytes = random.Random(0).randbytes
     files = {"params.json": b'{"dim": 8}\n', TOKENIZER: random_bytes(999), WEIGHTS: random_bytes(4321)}
     files |= {"config.json": b"{}", "model-00001-of-00001.safetensors": b"other", "README.md": b"# Mistral"}
-    with serve(files) as server:
-        from huggingface_hub import constants
-
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("{")
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{{template[2]}")
-        for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY"):
-            monkeypatch.delenv(variable, raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    with only_hub(files, monkeypatch, tmp_path / "no_token") as server:
         yield server
 
 

@@ -5,11 +5,12 @@ huggingface_hub reads HF_ENDPOINT (a mirror), HF_TOKEN or the token of `hf auth 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def list_files(release: Release) -> tuple[str, list[RemoteFile]]:
         UserError: the hub cannot be reached or refuses, or see `choose_files`.
     """
     hub = import_hub()
-    with explained_errors(release):
+    with _explained_errors(str(release.repository), functools.partial(manual_way, release)):
         info = hub.HfApi().model_info(release.repository, files_metadata=True, timeout=_TIMEOUT_S)
     files = [
         RemoteFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
@@ -124,7 +125,7 @@ def download(release: Release, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         if not (folder / file.name).exists():
-            with explained_errors(release):
+            with _explained_errors(str(release.repository), functools.partial(manual_way, release)):
                 _download_file(str(release.repository), commit, file, parts[file])
             os.replace(parts[file], folder / file.name)
     for leftover in set(folder.iterdir()) - {folder / file.name for file in files}:
@@ -186,11 +187,65 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+def check_push(repository: str, public: bool) -> None:
+    """Check that an export may be uploaded, before it is computed.
+
+    Raises:
+        UserError: the name is not owner/name, there is no token, the hub refuses, or the repository exists and is
+            public, but `public` is not set.
+    """
+    hub = import_hub()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--push: {repository!r} is not the name of a repository; expected owner/name.")
+    if hub.get_token() is None:
+        raise UserError("--push needs a token with write access: run `hf auth login`, or set HF_TOKEN.")
+    with _explained_errors(repository, _unreachable):
+        api = hub.HfApi()
+        is_public = api.repo_exists(repository) and not api.model_info(repository, timeout=_TIMEOUT_S).private
+    if is_public and not public:
+        raise UserError(
+            f"--push: {repository} exists and is public, so everybody could download the weights. Choose another name, "
+            "or give --public if that is intended."
+        )
+
+
+def push(folder: Path, repository: str, public: bool) -> None:
+    """Upload a folder to a repository, which is created if needed: private, unless `public` is set.
+
+    Raises:
+        UserError: see `check_push`; the folder stays.
+    """
+    files = sorted(folder.iterdir())
+    size = _gigabytes(sum(file.stat().st_size for file in files))
+    print(
+        f"Uploading to {_endpoint()}/{repository} ({'PUBLIC' if public else 'private'}): "
+        f"{', '.join(file.name for file in files)}, {size}. These files leave this machine, nothing else does. Weights "
+        "that were trained on notes can reproduce parts of them.",
+        flush=True,
+    )
+    try:
+        check_push(repository, public)  # again: writing a large export takes a while
+        with _explained_errors(repository, _unreachable):
+            api = import_hub().HfApi()
+            api.create_repo(repository, private=not public, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload an export")
+    except UserError as error:
+        private = "" if public else " --private"
+        raise UserError(
+            f"{error}\nThe export in {folder} is complete. To upload it: hf upload {repository} {folder} .{private}"
+        ) from error
+    print(f"Uploaded to {_endpoint()}/{repository}.")
+
+
 @contextlib.contextmanager
-def explained_errors(release: Release) -> Iterator[None]:
-    """Turn the errors of huggingface_hub and of its HTTP library into a UserError with the remedy."""
+def _explained_errors(repository: str, way_out: Callable[[str], str]) -> Iterator[None]:
+    """Turn the errors of huggingface_hub and of its HTTP library into a UserError with the remedy.
+
+    Args:
+        repository: that is read or written.
+        way_out: what to say if the hub cannot be reached, given the reason.
+    """
     errors = import_hub().errors
-    repository = release.repository
     try:
         yield
     except UserError:
@@ -210,13 +265,13 @@ def explained_errors(release: Release) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
             raise  # the disk's, not the network's
-        raise UserError(manual_way(release, first_line(error))) from error
+        raise UserError(way_out(first_line(error))) from error
     except ValueError as error:  # files that huggingface_hub does not download over plain HTTP
         raise UserError(f"{repository}: {first_line(error)}") from error
     except Exception as error:  # of the HTTP library: no route, no name, a proxy, a timeout
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        raise UserError(manual_way(release, first_line(error) or type(error).__name__)) from error
+        raise UserError(way_out(first_line(error))) from error
 
 
 _TOKEN_HINT = {
@@ -244,9 +299,13 @@ def _endpoint() -> str:
     return str(import_hub().constants.ENDPOINT)
 
 
+def _unreachable(reason: str) -> str:
+    return f"{_endpoint()} cannot be used: {reason.removesuffix('.')}."
+
+
 def manual_way(release: Release, reason: str) -> str:
     """Return what to say when the hub cannot be used: how to download on another computer, and how to check it."""
-    lines = [f"{_endpoint()} cannot be used: {reason.removesuffix('.')}."] if release.repository else [reason]
+    lines = [_unreachable(reason) if release.repository else reason]
     lines.append(
         "Run the command again to continue; behind a proxy, set HTTPS_PROXY. HF_ENDPOINT names a mirror. Without a "
         "connection, run this on a computer that has one, then copy the folder here:"
