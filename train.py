@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from finetune.args import TrainArgs, load_train_args
 from finetune.cli import run_cli
+from finetune.data.args import parse_sources
 from finetune.data.data_loader import Batch
 from finetune.data.packing import PackingCounts
 from finetune.distributed import World, full_tensor, init_world
@@ -24,8 +25,9 @@ from finetune.loss import batch_loss
 from finetune.mixed_precision import LossScaler
 from finetune.monitoring.metrics_logger import train_log_message, train_metrics
 from finetune.monitoring.plot import draw_loss_curve
-from finetune.monitoring.summary import next_commands, summary
+from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
+from finetune.next_commands import after_training
 from finetune.optim import Schedule, step_schedule
 from finetune.preemption import StopRequest, exit_interrupted, stop_requests
 from finetune.preflight import out_of_memory_advice
@@ -200,7 +202,8 @@ def log_summary(run: Run) -> None:
         facts = state.totals() | {"trained_tokens": trained_tokens, "packing": dataclasses.asdict(packing)}
         logger.info(summary(**facts, peak_bytes=memory_bytes(world.device)[0]))
         if state.checkpoint:
-            logger.info(next_commands(Path(run.args.run_dir)))
+            evaluated = parse_sources(run.args.data.eval_instruct_data)
+            logger.info(after_training(Path(run.args.run_dir), [source.path for source in evaluated]))
         draw_loss_curve(Path(run.args.run_dir))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from finetune.cli import run_cli
+from finetune.next_commands import next_commands
 from model.errors import UserError
 from utils.icd10.agreement import agreement
 from utils.icd10.answers import Diagnosis
@@ -357,6 +358,7 @@ def main() -> None:
         contents[args.csv] = _csv_text(note_rows(gold, predictions, table))
     save(contents)
     print(summarize(result))
+    print(next_commands({"compare": ("utils.compare_icd10", "other=OTHER.json", f"this={args.json}")}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from finetune.cli import add_step_option, run_cli
+from finetune.next_commands import next_commands
 from model.errors import UserError
 from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
@@ -57,6 +58,9 @@ def main() -> None:
         print(f"warning: {answered.warning}")
     elif answered.warning:
         raise UserError(answered.warning)
+    scores = ("--json", options.out.with_suffix(".scores.json"), "--html", options.out.with_suffix(".scores.html"))
+    evaluate = ("utils.evaluate_icd10", "--gold", "GOLD.jsonl", "--predictions", options.out, *scores)
+    print(next_commands({"evaluate": evaluate}))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.cli import run_cli
+from finetune.next_commands import next_commands
 from model.errors import UserError
 from utils.icd10.answers import build_answer, code_list, list_codes
 from utils.icd10.codes import Cim10Table, chapter
@@ -388,6 +389,13 @@ def _mapping(args: argparse.Namespace) -> TableMapping:
     return mapping
 
 
+def _next_steps(folder: Path, has_val: bool) -> str:
+    rows = {"instruct_data": "train_instruct.jsonl"} | ({"eval_instruct_data": "val_instruct.jsonl"} if has_val else {})
+    settings = " and ".join(f"`data.{key}: {folder / name}`" for key, name in rows.items())
+    commands = {"validate": ("utils.validate_data", "CONFIG.yaml"), "train": ("train", "CONFIG.yaml")}
+    return f"Set {settings} in a YAML such as example/instruct_icd_v1.yaml.\n{next_commands(commands)}"
+
+
 def main() -> None:
     args = _arguments()
     fractions = parse_fractions(args.ratios, "--ratios")
@@ -423,6 +431,7 @@ def main() -> None:
         {LEFT_OUT: [*source.left_out, *corpus.left_out], BROKEN_RULES: broken},
     )
     print(summarize(report))
+    print(_next_steps(args.out, has_val=1 in splits))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The summary printed at the end of a run, and the commands to run next."""
+"""The summary printed at the end of a run."""
 
 import math
-import shlex
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+
+from finetune.next_commands import aligned
 
 
 def summary(
@@ -49,24 +50,7 @@ def summary(
         "peak memory": f"{peak_bytes / 1024**3:.1f} GiB" if peak_bytes else "",
         "checkpoint": str(checkpoint) if checkpoint else "none saved",
     }
-    return "\n".join(["Training finished", *_aligned({name: fact for name, fact in facts.items() if fact})])
-
-
-def next_commands(run_dir: Path) -> str:
-    """Return the commands that use a finished run, one aligned line each; words in capitals are to be replaced."""
-    run = shlex.quote(str(run_dir))
-    commands = {
-        "predict": f"python -m utils.predict_icd10 --run {run} --notes NOTES.csv --out predictions.jsonl",
-        "evaluate": f"python -m utils.evaluate_icd10 --run {run} --gold TEST.jsonl --json scores.json",
-        "report": f"python -m utils.report {run} --out report.html",
-        "export": f"python -m utils.export {run} --to hf --merged --out MODEL_DIR",
-    }
-    return "\n".join(["Next commands", *_aligned(commands)])
-
-
-def _aligned(lines: Mapping[str, str]) -> list[str]:
-    width = max(map(len, lines))
-    return [f"  {name:<{width}}  {line}" for name, line in lines.items()]
+    return "\n".join(["Training finished", *aligned({name: fact for name, fact in facts.items() if fact})])
 
 
 def _packing(samples: int, shortened: int, dropped: int, removed_tokens: int, positions: int, filled: int) -> str:

@@ -10,7 +10,6 @@ import math
 import os
 import pty
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -40,7 +39,7 @@ from finetune.monitoring.metrics_logger import (
     train_metrics,
 )
 from finetune.monitoring.plot import draw_loss_curve, smoothed
-from finetune.monitoring.summary import next_commands, summary
+from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from model.errors import UserError
 from tests.support.patience import PATIENCE_S
@@ -908,12 +907,3 @@ def test_summary_of_non_finite_evaluations():
     }
     assert "eval loss   nan (best 2.000 at step 1)" in summary(**common, eval_losses={1: 2.0, 2: math.nan})
     assert "eval loss   nan\n" in summary(**common, eval_losses={1: math.nan})
-
-
-def test_next_commands_exist_with_their_options():
-    commands = [line.split(maxsplit=1)[1] for line in next_commands(Path("my runs/a")).splitlines()[1:]]
-    assert len(commands) == 4 and all("'my runs/a'" in command for command in commands)
-    for command in commands:
-        _, _, module, *arguments = shlex.split(command)
-        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        assert all(f'"{argument}"' in source for argument in arguments if argument.startswith("--"))
