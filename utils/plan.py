@@ -28,7 +28,7 @@ from finetune.speed_estimate import (
 )
 from model.args import BASE_DTYPES, BaseDtype, ModelArgs, load_model_args
 from model.errors import UserError
-from utils.models.known_models import KNOWN_MODELS, known_shapes
+from utils.models.known_models import KNOWN_MODELS, RELEASES, known_shapes
 
 if TYPE_CHECKING:
     from finetune.memory_estimate import MemoryConfig
@@ -77,7 +77,7 @@ def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
     key = "--model" if named else "`model_id_or_path`"
     raise UserError(
         f"{key}: the folder {wanted!r} does not exist. Give --model with a model's folder or one of "
-        f"{', '.join(KNOWN_MODELS)}."
+        f"{', '.join(KNOWN_MODELS)}, or a name of docs/models.md."
     )
 
 
@@ -195,6 +195,7 @@ def as_text(plan: dict[str, Any]) -> str:
     share = plan["trained"] / plan["parameters"]
     lines = [
         f"Model: {plan['model']}, {plan['parameters']:,} parameters, {plan['trained']:,} of them trained ({share:.2%})",
+        *_download_line(plan["model"]),
         f"GPUs: {plan['gpus']} x {plan['gpu']} with {plan['gpu_bytes'] / _GIB:.1f} GiB, "
         f"{plan['usable_bytes'] / _GIB:.1f} GiB of it usable",
         f"Settings: {plan['dtype']}, attention: {plan['attention']}, seq_len {plan['seq_len']:,}, "
@@ -214,6 +215,15 @@ def as_text(plan: dict[str, Any]) -> str:
         *_expected_lines(plan["expected"]),
     ]
     return "\n".join(lines)
+
+
+def _download_line(name: str) -> list[str]:
+    """Say how to get a published model that is planned by its name."""
+    if name not in RELEASES:
+        return []
+    release = RELEASES[name]
+    command = f"python -m utils.fetch_model {name} --out DIR"
+    return [f"Download: {release.gigabytes:.1f} GB, license {release.license}: {command}"]
 
 
 def _is_own(row: dict[str, Any], plan: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ class FakeHub(ThreadingHTTPServer):
         errors: HTTP status and the hub's error code by path of the request, such as "/api/models/owner/name".
         forged: names of files that are served with another content than the stated checksum's.
         stop_after: bytes after which a download stops without ending; None: never.
+        drop_after: bytes after which the connection is closed; None: never.
         requests: method, path and Range of each request.
         repositories: visibility of those that exist; None: every one does, and is public.
         uploaded: content of the files that were committed, by name.
@@ -39,6 +40,7 @@ class FakeHub(ThreadingHTTPServer):
         self.errors: dict[str, tuple[int, str]] = {}
         self.forged: set[str] = set()
         self.stop_after: int | None = None
+        self.drop_after: int | None = None
         self.requests: list[tuple[str, str, str]] = []
         self.repositories: dict[str, str] | None = None
         self.uploaded: dict[str, bytes] = {}
@@ -124,10 +126,11 @@ class _Handler(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        stop = self.server.stop_after if is_large(name) else None
-        self.wfile.write(content[start:stop])
+        stop, drop = (self.server.stop_after, self.server.drop_after) if is_large(name) else (None, None)
+        self.wfile.write(content[start : stop if drop is None else drop])
         if stop is not None and stop < len(content):
             time.sleep(600)  # the client is killed meanwhile
+        self.close_connection = drop is not None
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -144,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[FakeHub]:
     with FakeHub(files) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
         yield hub
         hub.shutdown()
 

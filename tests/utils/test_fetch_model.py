@@ -12,8 +12,8 @@ import pytest
 
 from docs.generate_models import PAGE, models_page
 from model.errors import UserError
-from tests.support.hub_server import REPOSITORY, FakeHub, only_hub
-from utils import fetch_model
+from tests.support.hub_server import COMMIT, REPOSITORY, FakeHub, only_hub
+from utils import fetch_model, plan
 from utils.models.hub import RemoteFile, choose_files
 from utils.models.known_models import KNOWN_MODELS, RELEASES, known_shapes
 
@@ -74,6 +74,8 @@ def test_a_killed_download_continues_where_it_was(hub: FakeHub, tmp_path, run_co
     time.sleep(0.5)
     process.kill()
     process.wait()
+    model, weights = f"/api/models/{REPOSITORY}", f"/{REPOSITORY}/resolve/{COMMIT}/"
+    assert {path for _, path, _ in hub.requests} == {model, *(weights + name for name in READ)}  # and nothing else
     assert not (tmp_path / "model").exists()
     [part] = folder.glob("*.part")
     kept = part.stat().st_size
@@ -86,6 +88,22 @@ def test_a_killed_download_continues_where_it_was(hub: FakeHub, tmp_path, run_co
     assert hub.downloaded() == [(WEIGHTS, f"bytes={kept}-")]
     assert (tmp_path / "model" / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
     assert "are here already" in said and not folder.exists()
+
+
+def test_a_lost_connection_keeps_what_was_downloaded(hub: FakeHub, run_command, tmp_path, monkeypatch):
+    import huggingface_hub.file_download
+
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)  # between its attempts
+    hub.files[WEIGHTS] = random.Random(1).randbytes(LARGE)
+    hub.drop_after = LARGE - 1000
+    code, said = run_command(fetch_model, NAME, "--out", tmp_path / "model")
+    assert code == 1 and f"{hub.url} cannot be used: " in said and "Run the command again to continue" in said
+    [part] = (tmp_path / "model.incomplete").glob(f"{WEIGHTS}.*.part")
+    kept = part.stat().st_size
+    hub.drop_after = None
+    hub.requests.clear()
+    assert run_command(fetch_model, NAME, "--out", tmp_path / "model")[0] == 0
+    assert hub.downloaded() == [(WEIGHTS, f"bytes={kept}-")]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "params.json"])
@@ -244,3 +262,10 @@ def test_the_table_of_models_is_current():
 @pytest.mark.parametrize("name", RELEASES)
 def test_every_model_of_the_table_can_be_planned(name):
     assert known_shapes(name) == KNOWN_MODELS[RELEASES[name].shapes]
+
+
+def test_a_plan_by_name_says_how_to_download(tmp_path, run_command):
+    (tmp_path / "config.yaml").write_text("{model_id_or_path: '', run_dir: x, data: {instruct_data: x}}")
+    code, said = run_command(plan, tmp_path / "config.yaml", "--model", "nemo-12b-instruct-2407")
+    assert code == 0, said
+    assert "Download: 24.5 GB, license Apache-2.0: python -m utils.fetch_model nemo-12b-instruct-2407 --out DIR" in said

@@ -50,6 +50,7 @@ class RemoteFile:
 
 def import_hub() -> Any:
     """Return the library huggingface_hub; raise UserError if it is not installed."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it reports versions and asks for a list of programs
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -151,6 +152,7 @@ def _download_file(repository: str, commit: str, file: RemoteFile, part: Path) -
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
+    print(f"Verifying {file.name}.", flush=True)
     if not file.is_intact(part):
         part.unlink()
         raise UserError(
@@ -168,7 +170,9 @@ def find_differences(release: Release, folder: Path) -> list[str]:
         path = folder / file.name
         if not path.is_file():
             lines.append(f"{file.name} is missing")
-        elif not file.is_intact(path):
+            continue
+        print(f"Verifying {file.name}.", flush=True)
+        if not file.is_intact(path):
             lines.append(f"{file.name} differs: {path.stat().st_size:,} bytes, the hub has {file.size:,}")
     return lines
 
