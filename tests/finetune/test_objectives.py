@@ -57,9 +57,10 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_tokens(moe, dense, tmp_path_factory) -> dict[int, Path]:
-    """Run folders by number of ranks; the two ranks train an adapter for selected layers."""
+    """Run folders by number of ranks; the two ranks adapt selected layers, and evaluate two batches at once."""
     folder = tmp_path_factory.mktemp("by_tokens")
-    two = small_config(folder, moe, "two", lora={"rank": 4, "targets": TARGETS}, **EVERY_TOKEN)
+    adapter = {"rank": 4, "targets": TARGETS}
+    two = small_config(folder, moe, "two", lora=adapter, eval_batch_size=2, **EVERY_TOKEN)
     return {1: run_here(small_config(folder, dense, "one", **EVERY_TOKEN)), 2: train_forked(two, 2)}
 
 

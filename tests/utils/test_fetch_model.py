@@ -97,7 +97,7 @@ def test_a_lost_connection_keeps_what_was_downloaded(hub: FakeHub, run_command, 
     hub.files[WEIGHTS] = random.Random(1).randbytes(LARGE)
     hub.drop_after = LARGE - 1000
     code, said = run_command(fetch_model, NAME, "--out", tmp_path / "model")
-    assert code == 1 and f"{hub.url} cannot be used: " in said and "Run the command again to continue" in said
+    assert code == 1 and f"{hub.url} cannot be reached: " in said and "Run the command again to continue" in said
     [part] = (tmp_path / "model.incomplete").glob(f"{WEIGHTS}.*.part")
     kept = part.stat().st_size
     hub.drop_after = None
@@ -159,7 +159,7 @@ def test_without_a_connection_the_manual_way_is_printed(hub: FakeHub, run_comman
     hub.server_close()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     code, said = run_command(fetch_model, NAME, "--out", tmp_path / "model")
-    assert code == 1 and said.startswith("error: http://127.0.0.1:9 cannot be used: ")
+    assert code == 1 and said.startswith("error: http://127.0.0.1:9 cannot be reached: ")
     assert_manual_way(said)
 
 

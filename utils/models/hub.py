@@ -304,7 +304,7 @@ def _endpoint() -> str:
 
 
 def _unreachable(reason: str) -> str:
-    return f"{_endpoint()} cannot be used: {reason.removesuffix('.')}."
+    return f"{_endpoint()} cannot be reached: {reason.removesuffix('.')}."
 
 
 def manual_way(release: Release, reason: str) -> str:
