@@ -28,11 +28,11 @@ from finetune.monitoring.plot import draw_loss_curve
 from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from finetune.next_commands import after_training
-from finetune.optim import Schedule, step_schedule
 from finetune.preemption import StopRequest, exit_interrupted, stop_requests
 from finetune.preflight import out_of_memory_advice
 from finetune.run import Run, resolve, set_up
 from finetune.run_lock import locked_run_dir
+from finetune.schedules import PlateauSchedule, Schedule, step_schedule
 from model.errors import UserError
 from model.transformer import Transformer
 from utils.icd10.metrics import answer_scores
@@ -118,6 +118,8 @@ def finish_step(run: Run, stop: StopRequest) -> None:
     metrics = run.evaluator.evaluate_if_due(run.model, state, stop)
     if metrics:
         run.eval_log.log(metrics, state.step)
+    if isinstance(run.schedule, PlateauSchedule) and "eval_loss" in metrics:
+        run.schedule.record_evaluation(metrics["eval_loss"])
     is_best = state.has_trained and run.early_stopping.update(metrics) and args.keep_best
 
     # Save at `ckpt_freq`, and whatever would be lost otherwise. A signal or a full disk on one rank stops all.

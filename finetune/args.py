@@ -9,9 +9,9 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from model.args import AttentionEngine, BaseDtype, LoraArgs, ParamDtype
 from model.errors import Problem, UserError, quoted
@@ -38,23 +38,116 @@ from .yaml_file import read_yaml
 _MOST_TOKENS = 1 << 20  # of a sequence
 _MOST_STEP_TOKENS = 1 << 27  # of a process: all batches of a step are in memory at once
 
+_FINAL_DIV_FACTOR = 1e4
+
 CheckpointMode = Bool | Literal["selective", "auto"]
+
+
+ShardedOptimizer = Literal["adamw", "sgd", "adagrad", "rmsprop"]
+UnshardedOptimizer = Literal[
+    "adafactor",
+    "lion",
+    "lion8bit",
+    "adamw8bit",
+    "paged_adamw",
+    "paged_adamw8bit",
+    "paged_lion",
+    "paged_lion8bit",
+]
+SHARDED_OPTIMIZERS: tuple[str, ...] = get_args(ShardedOptimizer)
+
+# Names that Hugging Face gives to the same optimizers and schedules.
+_SYNONYMS = {
+    "adamw_hf": "adamw",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_torch_xla": "adamw",
+    "adamw_apex_fused": "adamw",
+    "adamw_8bit": "adamw8bit",
+    "adamw_bnb_8bit": "adamw8bit",
+    "paged_adamw_32bit": "paged_adamw",
+    "paged_adamw_8bit": "paged_adamw8bit",
+    "lion_32bit": "lion",
+    "lion_8bit": "lion8bit",
+    "paged_lion_32bit": "paged_lion",
+    "paged_lion_8bit": "paged_lion8bit",
+    "constant_with_warmup": "constant",
+}
+_Synonym = BeforeValidator(lambda value: _SYNONYMS.get(value, value) if isinstance(value, str) else value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """A setting that one optimizer or one schedule reads."""
+
+    key: str  # name or schedule
+    reader: str  # the value of `key` that reads it
+    default: float
+
+
+_OPTIONS = {
+    "momentum": _Option("name", "sgd", 0.9),
+    "num_cycles": _Option("schedule", "cosine_with_restarts", 2),
+    "power": _Option("schedule", "polynomial", 1.0),
+    "factor": _Option("schedule", "reduce_lr_on_plateau", 0.1),
+    "patience": _Option("schedule", "reduce_lr_on_plateau", 10),
+}
 
 
 @dataclasses.dataclass
 class OptimArgs(Settings):
     """Optimizer and learning-rate schedule: lr / div_factor -> lr -> lr / div_factor / final_div_factor."""
 
-    # optimizer. `adamw8bit`: that of bitsandbytes, whose state needs 2 bytes per parameter instead of 8
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    # shape of the learning-rate curve. `onecycle`: PyTorch's OneCycleLR, which also varies beta1; `cosine`, `linear`,
-    # `constant`: that decay (or none) after a linear warm-up, with a beta1 of 0.9
-    schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
+    # optimizer. The first four can be sharded over several processes, the others run on one. Those from `lion` on are
+    # of bitsandbytes: `8bit` keeps their state in 8 bits, `paged` in pages that move to host memory when a GPU is full.
+    # Hugging Face's names for these, such as `paged_adamw_32bit`, are accepted
+    name: Annotated[ShardedOptimizer | UnshardedOptimizer, _Synonym] = "adamw"
+    # shape of the learning-rate curve. `onecycle`: PyTorch's OneCycleLR, which for AdamW also varies beta1; the others:
+    # that decay (or none) after a linear warm-up, with a beta1 of 0.9. `reduce_lr_on_plateau`: each time that the
+    # evaluation loss stops improving
+    schedule: Annotated[
+        Literal[
+            "onecycle",
+            "cosine",
+            "cosine_with_restarts",
+            "linear",
+            "polynomial",
+            "inverse_sqrt",
+            "constant",
+            "reduce_lr_on_plateau",
+        ],
+        _Synonym,
+    ] = "onecycle"
     lr: NonNegativeFloat = 1e-4  # highest learning rate. 1e-5 to 6e-5 suit 7B models, 1e-5 in fp16
-    weight_decay: NonNegativeFloat = 0.1  # decoupled weight decay of AdamW
+    # weight decay. Decoupled for AdamW, Lion and Adafactor; `sgd`, `adagrad` and `rmsprop` add it to the gradient
+    weight_decay: NonNegativeFloat = 0.1
     pct_start: Annotated[float, Field(ge=0, le=1), Number] = 0.05  # fraction of the steps spent warming up
     div_factor: PositiveFloat = 25.0  # the learning rate starts at `lr` / `div_factor`
-    final_div_factor: PositiveFloat = 1e4  # the learning rate ends at `lr` / `div_factor` / `final_div_factor`
+    # the learning rate ends at `lr` / `div_factor` / `final_div_factor`. `constant` and `inverse_sqrt` do not read it
+    final_div_factor: PositiveFloat = _FINAL_DIV_FACTOR
+    momentum: Annotated[float, Field(ge=0, lt=1), Number] | None = None  # momentum of `sgd`. null: 0.9
+    num_cycles: PositiveInt | None = None  # how often `cosine_with_restarts` decays. null: 2
+    power: PositiveFloat | None = None  # exponent of `polynomial`. null: 1, which is linear
+    # what `reduce_lr_on_plateau` multiplies the learning rate by. null: 0.1
+    factor: Annotated[float, Field(gt=0, lt=1), Number] | None = None
+    # evaluations without improvement that `reduce_lr_on_plateau` tolerates before that. null: 10
+    patience: NonNegativeInt | None = None
+
+    def option(self, name: str) -> float:
+        """Return the value of a setting that may be null, or the default that null stands for."""
+        value: float | None = getattr(self, name)
+        return _OPTIONS[name].default if value is None else value
+
+    def problems(self) -> list[Problem]:
+        return [
+            Problem(
+                f"optim.{name}",
+                f"`optim.{name}` has no effect: `optim.{option.key}` is {getattr(self, option.key)}, and only "
+                f"{option.reader} reads it. Remove it, or set `optim.{option.key}: {option.reader}`.",
+            )
+            for name, option in _OPTIONS.items()
+            if getattr(self, name) is not None and getattr(self, option.key) != option.reader
+        ]
 
 
 @dataclasses.dataclass
@@ -209,6 +302,8 @@ class TrainArgs(Settings):
             )
         if self.no_eval and self.eval_batch_size is not None:
             found.append("`eval_batch_size` is not used, because `no_eval` is true (the default).")
+        if self.optim.schedule in ("constant", "inverse_sqrt") and self.optim.final_div_factor != _FINAL_DIV_FACTOR:
+            found.append(f"`optim.final_div_factor` has no effect with `optim.schedule: {self.optim.schedule}`.")
         if None not in (self.world_size, world_size) and self.world_size != world_size:
             found.append(
                 f"`world_size: {self.world_size}` has no effect: this run has {world_size} processes. "
@@ -241,8 +336,11 @@ class TrainArgs(Settings):
         if self.tf32 and self.param_dtype in ("bf16", "fp16"):
             message = f"`tf32: true` is for fp32, but `param_dtype` is {self.param_dtype}, which multiplies in 16 bits."
             yield Problem("tf32", message)
-        if self.cpu_offload and self.optim.name == "adamw8bit":
-            message = "`cpu_offload: true` needs `optim.name: adamw`; adamw8bit keeps its state on the GPU."
+        if self.cpu_offload and self.optim.name not in SHARDED_OPTIMIZERS:
+            message = (
+                f"`cpu_offload: true` needs `optim.name: adamw`, or another of {', '.join(SHARDED_OPTIMIZERS)}; "
+                f"{self.optim.name} cannot update parameters in host memory."
+            )
             yield Problem("cpu_offload", message)
 
     def _size_problems(self) -> Iterator[Problem]:
@@ -278,6 +376,13 @@ class TrainArgs(Settings):
             if metric != "eval_loss" and not self.eval_generation.file:
                 message = f"`early_stopping.metric` is {metric} but `eval_generation.file` is empty."
                 yield Problem("early_stopping.metric", message)
+        if self.optim.schedule == "reduce_lr_on_plateau" and (self.no_eval or not self.eval_freq):
+            found = (
+                "`no_eval` is true" if self.no_eval else "`eval_freq` is 0, which evaluates after the last step only"
+            )
+            message = f"`optim.schedule: reduce_lr_on_plateau` needs the evaluation loss, but {found}. Set "
+            message += "`no_eval: false`, `eval_freq` and `data.eval_instruct_data`, or choose another schedule."
+            yield Problem("optim.schedule", message)
         if self.keep_best and self.no_ckpt:
             yield Problem("keep_best", "`keep_best` and `no_ckpt` are both true: there is no checkpoint to keep.")
 

@@ -20,13 +20,13 @@ from model.args import BaseDtype, LoraArgs, ModelArgs
 from model.lora import add_lora, quantize_linears
 from model.transformer import Transformer
 
-from .args import CheckpointMode, TrainArgs
+from .args import CheckpointMode, OptimArgs, TrainArgs
 from .loss import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_ON_CPU
+from .optim import optimizer_bytes
 
 CHECKPOINTS: tuple[CheckpointMode, ...] = (False, "selective", True)  # fastest first, least memory last
 RESERVE = 0.1  # fraction of the free memory left unused, for what the estimate misses and for fragmentation
 SAME: BaseDtype = "same"  # frozen weights have the computation dtype
-MOMENTS_BYTES = {"adamw": 2 * 4, "adamw8bit": 2}  # optimizer state per trained parameter
 _FP32 = 4
 _ROUTING = 40  # bytes per token and expert: sorted and unsorted indices, weight of the expert
 # With FSDP2, in the backward pass: the current block, and the next one whose parameters are being gathered.
@@ -70,7 +70,7 @@ class MemoryConfig:
     device: str = "cuda"  # or cpu
     attention: str = "varlen"
     base_dtype: BaseDtype = SAME  # format of the blocks' frozen linear layers
-    optimizer: str = "adamw"
+    optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     shards: int = 1  # processes that share one copy of the model
     cpu_offload: bool = False
     trained_share: float = 1.0  # N / T; the actual value is not known before the data is read
@@ -97,7 +97,7 @@ class MemoryConfig:
             device=device,
             attention=attention,
             base_dtype=args.base_dtype,
-            optimizer=args.optim.name,
+            optim=args.optim,
             shards=shards,
             cpu_offload=args.cpu_offload,
             trained_share=trained_share,
@@ -116,7 +116,9 @@ class MemoryConfig:
             sum(parameter.held(self.shards) for parameter in held if parameter.trains == trains)
             for trains in (True, False)
         )
-        gradients, moments = trained, trained / _FP32 * MOMENTS_BYTES[self.optimizer]
+        gradients, moments = trained, self.optimizer_bytes(self.shards)
+        if self.device != "cpu" and self.optim.name.startswith("paged_"):  # moves to the host as far as needed
+            moments = 0
         if self.cpu_offload and self.device != "cpu":  # a CPU's memory is the host's
             frozen = trained = gradients = moments = 0
         activations, loss, peak = self._passes()
@@ -154,6 +156,15 @@ class MemoryConfig:
         held = [*block * self.model.n_layers, *root]
         trained = sum(parameter.count for parameter in held if parameter.trains)
         return trained, sum(parameter.count for parameter in held) - trained
+
+    def optimizer_bytes(self, shards: int) -> float:
+        """Return the bytes of the optimizer's state on the process with the largest of `shards` shards."""
+        block, root = self._parameters
+        return sum(
+            optimizer_bytes(self.optim, parameter.sharded_rows(shards), parameter.columns)
+            for parameter in [*block * self.model.n_layers, *root]
+            if parameter.trains
+        )
 
     # --- Parameters
 
@@ -339,9 +350,18 @@ class _Parameter:
     trains: bool
     width: int  # bytes per element, as stored
 
+    @property
+    def columns(self) -> int:
+        """Elements per row."""
+        return self.count // self.rows
+
+    def sharded_rows(self, shards: int) -> int:
+        """Return the number of rows on the process with the largest shard."""
+        return -(-self.rows // shards)
+
     def held(self, shards: int) -> int:
         """Return the bytes on the process with the largest shard."""
-        return self.count // self.rows * -(-self.rows // shards) * self.width
+        return self.columns * self.sharded_rows(shards) * self.width
 
 
 def largest_seq_len(config: MemoryConfig, usable_bytes: float) -> int:

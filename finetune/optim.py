@@ -1,119 +1,161 @@
-"""AdamW in fp32 or 8 bits; learning rate schedules: OneCycleLR as in mistral-finetune, or warm-up and decay."""
+"""Optimizers of PyTorch and bitsandbytes: which there are, how they are built, and the memory of their state."""
 
-import math
+import dataclasses
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 
-from .args import OptimArgs
+from .args import SHARDED_OPTIMIZERS, OptimArgs
+from .schedules import Plan, Schedule, build_schedule
 
-# Share of the difference between peak and final learning rate that is left, given the share of the decay steps done.
-_DECAY: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "linear": lambda done: 1 - done,
-    "constant": lambda done: 1.0,
+logger = logging.getLogger("optim")
+
+_FP32 = 4  # bytes
+_EIGHT_BIT_SIZE = 4096  # elements from which bitsandbytes keeps a state in 8 bits
+_NOT_PAGED = "Paged optimizers are not supported on CPU"  # a warning of bitsandbytes
+
+Parameters = list[torch.nn.Parameter]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """One value of `optim.name`."""
+
+    build: Callable[[Parameters, OptimArgs], Optimizer]
+    state_bytes: float  # per trained parameter
+
+
+_ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def _bitsandbytes(kind: str, **options: Any) -> Callable[[Parameters, OptimArgs], Optimizer]:
+    """Return how to build an optimizer of bitsandbytes, with its whole state in separate tensors for checkpoints."""
+
+    def build(parameters: Parameters, args: OptimArgs) -> Optimizer:
+        settings = {"lr": args.lr, "weight_decay": args.weight_decay} | options
+        optimizer = getattr(_import_bitsandbytes(args.name).optim, kind)(parameters, **settings)
+        optimizer.non_castable_tensor_keys = set()  # so that state_dict() does not nest these tensors in another dict
+        optimizer.register_state_dict_post_hook(_without_maps)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _NOT_PAGED)  # check_optimizer has reported it
+            for group_index, group in enumerate(optimizer.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    optimizer.init_state(group, parameter, group_index, index)
+                    optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.int64)  # bitsandbytes sets an int
+        # Else its first step would move the step counts to the GPU, and every step would wait for them.
+        optimizer.initialized = True
+        return optimizer
+
+    return build
+
+
+def _adamw(parameters: Parameters, args: OptimArgs) -> Optimizer:
+    # Fused: on a CPU 3 to 6 times as fast as PyTorch's default, which updates one tensor at a time.
+    return AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True, **_ADAM)
+
+
+def _sgd(parameters: Parameters, args: OptimArgs) -> Optimizer:
+    return SGD(parameters, lr=args.lr, momentum=args.option("momentum"), weight_decay=args.weight_decay)
+
+
+_CHOICES = {
+    "adamw": _Choice(_adamw, 2 * _FP32),
+    "sgd": _Choice(_sgd, _FP32),
+    "adagrad": _Choice(lambda p, args: Adagrad(p, args.lr, weight_decay=args.weight_decay), _FP32),
+    "rmsprop": _Choice(lambda p, args: RMSprop(p, args.lr, weight_decay=args.weight_decay), _FP32),
+    "adafactor": _Choice(lambda p, args: Adafactor(p, args.lr, weight_decay=args.weight_decay), _FP32),
+    "adamw8bit": _Choice(_bitsandbytes("AdamW8bit", **_ADAM), 2),
+    "paged_adamw": _Choice(_bitsandbytes("PagedAdamW32bit", **_ADAM), 2 * _FP32),
+    "paged_adamw8bit": _Choice(_bitsandbytes("PagedAdamW8bit", **_ADAM), 2),
+    "lion": _Choice(_bitsandbytes("Lion32bit"), _FP32),
+    "lion8bit": _Choice(_bitsandbytes("Lion8bit"), 1),
+    "paged_lion": _Choice(_bitsandbytes("PagedLion32bit"), _FP32),
+    "paged_lion8bit": _Choice(_bitsandbytes("PagedLion8bit"), 1),
 }
 
 
-class WarmUpSchedule(LRScheduler):
-    """Linear warm-up from lr / div_factor to lr, then decay to OneCycleLR's final rate; same peak step as OneCycleLR.
-
-    Args:
-        optimizer: whose learning rate is set.
-        args: shape and rates.
-        total_steps: of the run.
-    """
-
-    def __init__(self, optimizer: Optimizer, args: OptimArgs, total_steps: int) -> None:
-        self._args = args
-        self.total_steps = total_steps
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | torch.Tensor]:
-        """Return the learning rate of each parameter group at step `last_epoch`, counted from 0."""
-        return [self._rate(self.last_epoch)] * len(self.optimizer.param_groups)
-
-    def _rate(self, step: int) -> float:
-        args, last = self._args, self.total_steps - 1
-        first_rate = args.lr / args.div_factor
-        peak = max(args.pct_start * self.total_steps - 1, 0.0)
-        if step < peak:
-            return first_rate + (args.lr - first_rate) * step / peak
-        last_rate = first_rate / args.final_div_factor
-        done = (step - peak) / (last - peak) if last > peak else 0.0
-        return last_rate + (args.lr - last_rate) * _DECAY[args.schedule](done)
-
-
-Schedule = OneCycleLR | WarmUpSchedule
-
-
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], args: OptimArgs, max_steps: int
+    parameters: Iterable[torch.nn.Parameter], args: OptimArgs, max_steps: int, plan: Plan | None = None
 ) -> tuple[Optimizer, Schedule]:
     """Build the optimizer and its schedule.
 
+    Args:
+        parameters: those to train.
+        args: which optimizer and schedule.
+        max_steps: length of the run.
+        plan: the steps that the schedule spans; None: all.
+
     Raises:
-        UserError: `adamw8bit` is set but bitsandbytes is not installed.
+        UserError: the optimizer is one of bitsandbytes, which is not installed.
     """
-    settings: dict[str, Any] = {"lr": args.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": args.weight_decay}
-    optimizer: Optimizer
-    if args.name == "adamw8bit":
-        optimizer = _adamw_8bit(parameters, **settings)
-    else:
-        # Fused: on a CPU 3 to 6 times as fast as PyTorch's default, which updates one tensor at a time.
-        optimizer = AdamW(parameters, **settings, fused=True)
-    if args.schedule == "onecycle":
-        return optimizer, _one_cycle(optimizer, args, max_steps)
-    return optimizer, WarmUpSchedule(optimizer, args, max_steps)
+    optimizer = _CHOICES[args.name].build(list(parameters), args)
+    return optimizer, build_schedule(optimizer, args, plan or Plan(0, max_steps), max_steps)
 
 
-def step_schedule(schedule: Schedule) -> None:
-    """Set the learning rate of the next step; after the last step this does nothing, since there is none."""
-    if schedule.last_epoch < schedule.total_steps - 1:
-        with warnings.catch_warnings():
-            # PyTorch warns if the optimizer has not taken a step yet, as when fp16 skips the first one.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            schedule.step()
+def optimizer_bytes(args: OptimArgs, rows: int, columns: int) -> float:
+    """Return the bytes of the optimizer's state for a trained matrix; a vector has one column."""
+    if args.name == "adafactor" and columns > 1:
+        return _FP32 * (rows + columns)
+    if args.name == "sgd" and args.option("momentum") == 0:
+        return 0
+    return _CHOICES[args.name].state_bytes * rows * columns
 
 
-def check_optimizer(args: OptimArgs, world_size: int) -> None:
+def initialize_state(optimizer: Optimizer) -> None:
+    """Give the optimizer's state to parameters that have none yet, because no step was taken or all were skipped.
+
+    Before the first step it is zero for every optimizer; its tensors are those of a step on a copy of the parameter.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state[parameter]:
+                continue
+            copy = torch.nn.Parameter(parameter.detach().clone())
+            copy.grad = torch.zeros_like(copy)
+            kind: Any = type(optimizer)
+            other = kind([group | {"params": [copy]}])
+            other.step()
+            optimizer.state[parameter] = {name: torch.zeros_like(value) for name, value in other.state[copy].items()}
+
+
+def check_optimizer(args: OptimArgs, world_size: int, device: torch.device) -> None:
     """Raise UserError if the chosen optimizer cannot run here."""
-    if args.name != "adamw8bit":
+    name = args.name
+    if name in SHARDED_OPTIMIZERS:
         return
     if world_size > 1:
         raise UserError(
-            f"`optim.name: adamw8bit` works on one process, and this run has {world_size}: bitsandbytes cannot update "
-            "parameters that are sharded. Use `optim.name: adamw`, whose state is sharded too, or one process."
+            f"`optim.name: {name}` works on one process, and this run has {world_size}: it cannot update parameters "
+            f"that are sharded. Use one of {', '.join(SHARDED_OPTIMIZERS)}, whose state is sharded too, or one process."
         )
-    _import_adamw_8bit()
-
-
-def _import_adamw_8bit() -> Any:
+    if name == "adafactor":
+        return
+    version = _import_bitsandbytes(name).__version__
     try:
-        from bitsandbytes.optim import AdamW8bit
+        parameter = torch.nn.Parameter(torch.zeros(_EIGHT_BIT_SIZE, device=device))
+        parameter.grad = torch.zeros_like(parameter)
+        _CHOICES[name].build([parameter], args).step()
+    except Exception as error:  # of any kind: a missing kernel, a library that does not load
+        raise UserError(
+            f"`optim.name: {name}`: bitsandbytes {version} cannot run it on this {device.type} "
+            f"({first_line(error)}). Use one of {', '.join(SHARDED_OPTIMIZERS)}."
+        ) from error
+    if name.startswith("paged_") and device.type == "cpu":
+        logger.warning("`optim.name: %s` is not paged on a CPU, where its state is in host memory anyway.", name)
+
+
+def _import_bitsandbytes(name: str) -> Any:
+    try:
+        import bitsandbytes.optim
     except ImportError as error:
-        raise UserError('`optim.name: adamw8bit` needs bitsandbytes: pip install -e ".[bitsandbytes]".') from error
-    return AdamW8bit
-
-
-def _adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> Optimizer:
-    """Build bitsandbytes' AdamW with its whole state in separate tensors, as checkpoints need it."""
-    optimizer = _import_adamw_8bit()(parameters, **settings)
-    optimizer.non_castable_tensor_keys = set()  # so that state_dict() does not nest these tensors in another dict
-    optimizer.register_state_dict_post_hook(_without_maps)
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, group_index, index)
-            optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.int64)  # bitsandbytes sets an int
-    # Else its first step would move the step counts to the GPU, and every step would wait for them.
-    optimizer.initialized = True
-    return optimizer
+        raise UserError(f'`optim.name: {name}` needs bitsandbytes: pip install -e ".[bitsandbytes]".') from error
+    return bitsandbytes
 
 
 def _without_maps(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -123,24 +165,3 @@ def _without_maps(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         for number, state in state_dict["state"].items()
     }
     return state_dict | {"state": states}
-
-
-def _one_cycle(optimizer: Optimizer, args: OptimArgs, max_steps: int) -> OneCycleLR:
-    """Build the original's schedule.
-
-    PyTorch's momentum cycling stays on, so beta1 runs 0.95 -> 0.85 -> 0.95 over the run and overrides the betas given
-    above. The original does so too, perhaps unintentionally.
-    """
-    pct_start = args.pct_start
-    if pct_start * max_steps == 1.0:
-        # The warm-up is the first step alone, and PyTorch would divide by its length of zero. The limit from above
-        # starts at lr / div_factor, as a longer warm-up does; a run of one step has none to warm up for.
-        pct_start = min(pct_start * (1 + 1e-9), 1 - 1e-9)
-    return OneCycleLR(
-        optimizer,
-        max_lr=args.lr,
-        total_steps=max_steps,
-        pct_start=pct_start,
-        div_factor=args.div_factor,
-        final_div_factor=args.final_div_factor,
-    )

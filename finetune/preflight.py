@@ -14,7 +14,7 @@ from model.errors import UserError, first_line, full_memory
 from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware, check_compile, free_bytes
-from .memory_estimate import CHECKPOINTS, MOMENTS_BYTES, RESERVE, MemoryConfig
+from .memory_estimate import CHECKPOINTS, RESERVE, MemoryConfig
 from .optim import check_optimizer
 from .run_dir import saved_checkpoints
 from .wrapped_model import BaseModel, shard_count
@@ -55,7 +55,7 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
         UserError: on every rank, if a check fails on any.
     """
     with world.synchronized_errors():
-        check_optimizer(args.optim, world.size)
+        check_optimizer(args.optim, world.size, hardware.device)
     world.sum(torch.ones((), device=world.device))  # fails if the ranks cannot communicate
     if args.compile:
         with world.synchronized_errors():
@@ -70,7 +70,7 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     config = _memory_config(base, args, hardware, world)
     trained, frozen = config.trained_and_frozen()
     exported = trained if args.save_adapters else trained + frozen
-    state_bytes = trained * (4 + MOMENTS_BYTES[args.optim.name])  # trained parameters are saved in fp32
+    state_bytes = trained * 4 + config.optimizer_bytes(shards=1)  # trained parameters are saved in fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
     memory = config.memory()
     held = memory.frozen + memory.trained + memory.gradients + memory.moments

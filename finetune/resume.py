@@ -29,22 +29,29 @@ from .eval import EarlyStopping
 from .fingerprints import Fingerprints, require_same_inputs
 from .manifest import find_corruption
 from .mixed_precision import LossScaler
-from .optim import Schedule
+from .optim import initialize_state
 from .run_dir import LOCK_NAME, TEMPORARY_ARGS_NAME, WEIGHTS_NAME, find_checkpoint, saved_checkpoints
+from .schedules import OPEN_ENDED, Plan, PlateauSchedule, Schedule, step_schedule
 from .state_files import RankRecord, RunRecord, read_state_file
 from .utils import TrainState
-from .wrapped_model import ADAPTER_NAME
 
 logger = logging.getLogger("resume")
 
 STATE_NAME = "state"
 RUN_NAME = "run.json"
 
-# Settings that may change when a run is resumed: they affect neither data nor model nor schedule.
+# Settings that may change when a run is resumed: they affect neither data nor model nor schedule. A run whose length
+# changes is planned again, and may change those of the schedule, too.
 _FREE = {
     *("run_dir", "resume", "world_size", "checkpoint", "compile", "attention", "sharding", "cpu_offload", "guards"),
     *("log_freq", "wandb", "mlflow", "ckpt_freq", "save_adapters", "no_ckpt", "num_ckpt_keep", "keep_best"),
     *("eval_freq", "no_eval", "eval_batch_size", "data.eval_instruct_data", "eval_generation", "early_stopping"),
+}
+_OF_EVALUATION = {"eval_freq", "no_eval", "data.eval_instruct_data"}  # on which `reduce_lr_on_plateau` depends
+_OF_LENGTH = {"epochs", "max_steps"}
+_OF_PLAN = {
+    *("max_norm", "optim.schedule", "optim.lr", "optim.weight_decay", "optim.pct_start", "optim.div_factor"),
+    *("optim.final_div_factor", "optim.momentum", "optim.num_cycles", "optim.power", "optim.factor", "optim.patience"),
 }
 
 
@@ -55,6 +62,7 @@ class RunState:
     model: Transformer
     optimizer: Optimizer
     schedule: Schedule
+    plan: Plan  # the steps that the schedule spans
     scaler: LossScaler
     state: TrainState
     early_stopping: EarlyStopping
@@ -66,7 +74,7 @@ class RunState:
         """Return the trained parameters and the optimizer's state, without copies; this rank's shards if sharded."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-        _initialize_state(self.optimizer)
+        initialize_state(self.optimizer)
         options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
         model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
         entries: dict[str, Any] = {f"model.{name}": value for name, value in model.items()}
@@ -85,7 +93,7 @@ class RunState:
             "best_so_far": self.early_stopping.state_dict(),
             "scaler": self.scaler.state_dict(),
             "guards": self.anomalies.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()},
+            "schedule": self._schedule_state(),
             "groups": [_settings(group) for group in self.optimizer.param_groups],
             "world_size": world.size,
             "args": args.to_dict(),
@@ -112,12 +120,31 @@ class RunState:
             self.state.trained_tokens = 0  # the saved number is the sum over ranks; rank 0 continues it
         if saved.evaluates_as(args, self.fingerprints):
             self.early_stopping.load_state_dict(run["best_so_far"])
+            if self.early_stopping.should_stop and self.state.step < args.max_steps and world.is_master:
+                logger.warning(
+                    "Early stopping has ended this run after step %d; raise `early_stopping.patience` to train on.",
+                    self.state.step,
+                )
         self.scaler.load_state_dict(run["scaler"])
         self.anomalies.load_state_dict(run["guards"])
+        if self.plan == saved.plan:  # otherwise the schedule begins here
+            self._restore_schedule(run)
+        if isinstance(self.schedule, PlateauSchedule) and saved.evaluates_same(args, self.fingerprints):
+            self.schedule.load_plateau_state(run["schedule"].get("plateau") or {"best": None, "worse_since": 0})
+
+    def _schedule_state(self) -> dict[str, Any]:
+        schedule = self.schedule
+        plateau = schedule.plateau_state() if isinstance(schedule, PlateauSchedule) else None
+        state = {"last_epoch": schedule.last_epoch, "last_lr": schedule.get_last_lr()}
+        return state | {"plan": dataclasses.asdict(self.plan), "plateau": plateau}
+
+    def _restore_schedule(self, run: dict[str, Any]) -> None:
         self.schedule.last_epoch = run["schedule"]["last_epoch"]
         self.schedule._last_lr = run["schedule"]["last_lr"]
         for group, settings in zip(self.optimizer.param_groups, run["groups"], strict=True):
             group.update({name: tuple(v) if isinstance(v, list) else v for name, v in _settings(settings).items()})
+        if self.schedule.last_epoch < self.state.step - self.plan.start:
+            step_schedule(self.schedule)  # the run was saved after what was its last step and is longer now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +162,60 @@ class SavedState:
     def max_steps(self) -> int:
         return self.run["args"]["max_steps"]
 
-    def evaluates_as(self, args: TrainArgs, now_read: Fingerprints) -> bool:
-        """Return whether `args` evaluate on the same data in the same run folder, so that the best so far is valid."""
+    @property
+    def plan(self) -> Plan:
+        """The steps that the schedule of the saved run spans."""
+        plan = self.run["schedule"].get("plan")
+        return Plan(**plan) if plan else Plan(0, self.max_steps)
+
+    def changes_length(self, args: TrainArgs) -> bool:
+        """Return whether `args`, in which `epochs` are not counted yet, set another length.
+
+        Only the key that is set now is compared: `max_steps` is also known of a run that was given its `epochs`.
+        """
+        key = "max_steps" if args.epochs is None else "epochs"
+        changed: bool = getattr(args, key) != self.run["args"][key]
+        return changed
+
+    def next_plan(self, args: TrainArgs) -> Plan:
+        """Return the steps that the schedule of a run with the complete settings `args` spans.
+
+        An unchanged run keeps its plan, and so does an open-ended schedule. Otherwise the remaining steps are planned
+        as a run of their own, whose first learning rate is the present one.
+
+        Raises:
+            UserError: the run has taken as many steps already.
+        """
+        same_settings = args.to_dict()["optim"] == self.run["args"]["optim"]
+        if same_settings and args.max_steps == self.max_steps:
+            return self.plan
+        if args.max_steps <= self.step:
+            raise UserError(
+                f"The run in {self.folder.parent} has taken {self.step} of {self.max_steps} steps already and "
+                f"would now end after {args.max_steps}: set `max_steps` or `epochs` higher."
+            )
+        is_open = same_settings and args.optim.schedule in OPEN_ENDED
+        plan = self.plan if is_open else Plan(self.step, args.max_steps, self.run["schedule"]["last_lr"][0])
+        logger.info(
+            "The run now ends after step %d instead of %d. Its learning rate %s.",
+            args.max_steps,
+            self.max_steps,
+            "continues: the schedule has no end" if is_open else f"is {plan.rate:g} now, and the rest is planned anew",
+        )
+        return plan
+
+    def evaluates_same(self, args: TrainArgs, now_read: Fingerprints) -> bool:
+        """Return whether `args` evaluate the loss on the same data."""
         before, now = self.run["args"], args.to_dict()
         recorded = self.run.get("fingerprints")
-        same_data = before["data"]["eval_instruct_data"] == now["data"]["eval_instruct_data"]
-        same_data = same_data and (not recorded or recorded["evaluation"] == now_read["evaluation"])
+        same_data: bool = before["data"]["eval_instruct_data"] == now["data"]["eval_instruct_data"]
+        return same_data and (not recorded or recorded["evaluation"] == now_read["evaluation"])
+
+    def evaluates_as(self, args: TrainArgs, now_read: Fingerprints) -> bool:
+        """Return whether `args` evaluate on the same data in the same run folder, so that the best so far is valid."""
+        same_answers = self.run["args"]["eval_generation"] == args.to_dict()["eval_generation"]
         same_folder = Path(args.run_dir).resolve() in self.folder.resolve().parents
-        return same_data and before["eval_generation"] == now["eval_generation"] and same_folder
+        return self.evaluates_same(args, now_read) and same_answers and same_folder
 
     def of_rank(self, world: World) -> dict[str, Any] | None:
         """Return this rank's own state; None if the run was saved by a different number of ranks.
@@ -254,55 +327,41 @@ def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
         key = ".".join(map(str, first["loc"]))
         invalid = f"{folder / RUN_NAME} has invalid settings (`args.{key}`)"
         raise UserError(f"{invalid}. Resume from another checkpoint.") from None
-    if max(run["progress"]["step"], run["schedule"]["last_epoch"]) > before["max_steps"]:
+    saved = SavedState(
+        folder, run | {"args": before}
+    )  # with defaults for settings that did not exist when it was saved
+    step, plan = saved.step, saved.plan
+    starts_and_ends = plan.start <= step and plan.start < plan.end <= saved.max_steps
+    if not starts_and_ends or max(step, run["schedule"]["last_epoch"]) > saved.max_steps:
         raise UserError(
             f"{folder / RUN_NAME} is corrupt: it has more steps than its run. Resume from another checkpoint."
         )
-    run["args"] = before  # with the defaults of settings that did not exist when the run was saved
-    # Epochs are not counted again, so only the key that is set now is compared: `epochs`, or an equivalent `max_steps`.
-    key = "epochs" if args.epochs is None else "max_steps"
-    now[key] = before[key]
-    if changes := _changes(before, now):
-        longer = any((now[key] or 0) > (before[key] or 0) for key in ("epochs", "max_steps"))
+    free = _FREE | _OF_LENGTH
+    if args.optim.schedule == "reduce_lr_on_plateau":
+        free -= _OF_EVALUATION
+    if saved.changes_length(args):
+        free |= _OF_PLAN | _OF_EVALUATION
+    if changes := _changes(before, now, free):
         raise UserError(
             f"The run in {checkpoint} cannot be resumed: settings that affect data, model or schedule have changed:\n"
             + "\n".join(f"  - {change}" for change in changes)
             + "\nRestore them, or start a new run with another `run_dir`."
-            + (f" To train for more steps, start one from these weights: {_start_from(checkpoint)}." if longer else "")
         )
-    return SavedState(folder, run)
+    return saved
 
 
-def _start_from(checkpoint: Path) -> str:
-    weights = checkpoint / WEIGHTS_NAME
-    key = "lora.from_adapter" if (weights / ADAPTER_NAME).is_file() else "model_id_or_path"
-    return f"`{key}: {weights}`"
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return one line per setting that must not differ but does."""
+def _changes(before: dict[str, Any], now: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
+    """Return one line per setting that differs but is not in `free`."""
     found = []
     for key in {**before, **now}:
         name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
-        if name in _FREE:
+        if name in free:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new, f"{name}.")
+            found += _changes(old, new, free, f"{name}.")
         elif old != new:
             found.append(f"`{name}` is {new!r}, it was {old!r}")
     return found
-
-
-def _initialize_state(optimizer: Optimizer) -> None:
-    """Give Adam its initial state where it has none yet, because no step was taken or all were skipped."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                # As in PyTorch's Adam: the step count is on the CPU unless the optimizer is fused.
-                state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def _load(tensors: dict[str, torch.Tensor], folder: Path, world: World) -> None:

@@ -26,6 +26,7 @@ from .preemption import clear_interrupted
 from .preflight import check_preflight, check_shared, resolve_checkpoint
 from .resume import RunState, SavedState, find_saved_state
 from .run_dir import create_run_dir
+from .schedules import Plan
 from .speed_estimate import expected_time
 from .utils import TrainState, set_seed
 from .wrapped_model import BaseModel, build_model, open_base_model, trainable_parameters
@@ -47,6 +48,7 @@ class Inputs:
     data_loader: TrainLoader
     evaluator: Evaluator
     saved: SavedState | None  # to resume from
+    plan: Plan  # the steps that the schedule spans
     fingerprints: Fingerprints
 
 
@@ -96,16 +98,17 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         if saved and world.is_master:
             saved.require_same_inputs(inputs, base.folder)
     inputs = world.gather(inputs)[0]
-    with world.synchronized_errors():
-        if saved and (own := saved.of_rank(world)):
-            data_loader.load_state_dict(own["data"])
     if args.epochs is not None:
-        max_steps = saved.max_steps if saved else count_steps(args, data_loader, world)
+        known = saved is not None and not saved.changes_length(args)
+        max_steps = saved.max_steps if saved and known else count_steps(args, data_loader, world)
         args = dataclasses.replace(args, max_steps=max_steps)
     with world.synchronized_errors():
+        plan = saved.next_plan(args) if saved else Plan(0, args.max_steps)
+        if saved and (own := saved.of_rank(world)):
+            data_loader.load_state_dict(own["data"])
         data_loader.wait_for_first()
     evaluator = Evaluator(args, tokenizer, score, world)
-    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, inputs)
+    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, plan, inputs)
 
 
 @contextlib.contextmanager
@@ -126,7 +129,7 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
             steps = args.max_steps - (saved.step if saved else 0)
             logger.info(expected_time(args, inputs.base.args, gpu, world.size, steps))
 
-    optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
+    optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps, inputs.plan)
     with contextlib.ExitStack() as stack:
         stack.callback(inputs.data_loader.close)
         trackers = (args.wandb, args.mlflow, args.to_dict(), world.is_master)
@@ -135,6 +138,7 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
             model=model,
             optimizer=optimizer,
             schedule=schedule,
+            plan=inputs.plan,
             scaler=LossScaler(hardware.dtype),
             state=TrainState(args.max_steps),
             early_stopping=EarlyStopping(args.early_stopping),

@@ -47,20 +47,33 @@ class _Guards(_Strict):
     losses: list[Finite]
 
 
+class _Plan(_Strict):
+    start: Count
+    end: Count
+    rate: NonNegative | None
+
+
+class _Plateau(_Strict):
+    best: Finite | None
+    worse_since: Count
+
+
 class _Schedule(_Strict):
     last_epoch: Count
     last_lr: Annotated[list[NonNegative], Field(min_length=1)]
+    plan: _Plan | None = None  # earlier versions had no other than all steps of the run
+    plateau: _Plateau | None = None  # of `reduce_lr_on_plateau` only
 
 
 class _Group(_Strict):
     """Settings of one group of the optimizer; PyTorch's versions differ in the others."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, bool | int | Finite | list[Finite] | str | None]
+    __pydantic_extra__: dict[str, bool | int | Finite | list[Finite | None] | str | None]
 
     lr: NonNegative
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-    eps: NonNegative
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    eps: NonNegative | list[NonNegative | None] = 0.0  # two numbers of Adafactor
     weight_decay: NonNegative
     initial_lr: NonNegative = 0.0
     max_lr: NonNegative = 0.0

@@ -92,8 +92,8 @@ def test_several_processes_are_refused_before_anything_is_written(tmp_path):
 def test_a_missing_bitsandbytes_is_reported_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[bitsandbytes\]"'):
-        check_optimizer(OptimArgs(name="adamw8bit"), 1)
-    check_optimizer(OptimArgs(), 2)
+        check_optimizer(OptimArgs(name="adamw8bit"), 1, torch.device("cpu"))
+    check_optimizer(OptimArgs(), 2, torch.device("cpu"))
 
 
 def test_adamw_is_fused():

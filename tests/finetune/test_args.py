@@ -65,7 +65,7 @@ def test_defaults_are_those_of_mistral_finetune():
         True,
         True,
     )
-    assert dataclasses.astuple(args.optim) == ("adamw", "onecycle", 1e-4, 0.1, 0.05, 25, 1e4)
+    assert dataclasses.astuple(args.optim)[:7] == ("adamw", "onecycle", 1e-4, 0.1, 0.05, 25, 1e4)
     assert (args.seed, args.num_microbatches, args.seq_len, args.batch_size) == (0, 1, 2048, 1)
     assert (args.max_norm, args.max_steps, args.log_freq, args.checkpoint) == (1.0, 100, 1, True)
     assert (args.ckpt_freq, args.save_adapters, args.no_ckpt, args.num_ckpt_keep) == (0, True, False, 3)
@@ -327,6 +327,8 @@ HUGE = {
     "epochs": 1e300,
     "lora.rank": 2**40,
     "early_stopping.patience": 10**18,
+    "optim.patience": 10**18,
+    "optim.num_cycles": 2**64,
     "guards.max_skipped_steps": 10**18,
     "guards.spike_window": 10**18,
     "eval_generation.n_samples": 10**18,
@@ -464,7 +466,10 @@ INVALID = [
         {"lora": {"targets": ["wq", "q_proj"]}},
         "`lora.targets` contains 'q_proj'; expected a list of wq, wk, wv, wo, w1, w2, w3, gate or output (",
     ),
-    ({"optim": {"name": "adam"}}, "`optim.name` is 'adam'; expected adamw or adamw8bit (optimizer)."),
+    (
+        {"optim": {"name": "adam"}},
+        "`optim.name` is 'adam'; expected adamw, sgd, adagrad, rmsprop, adafactor, lion, lion8bit, adamw8bit, ",
+    ),
     ({"checkpoint": "sometimes"}, "`checkpoint` is 'sometimes'; expected true, false, selective or auto ("),
     ({"sharding": 2}, "`sharding` is 2; expected full or hybrid ("),
     ({"base_dtype": "int4"}, "`base_dtype` is 'int4'; expected same, nf4, nf4-dq or fp8 ("),
@@ -481,7 +486,10 @@ INVALID = [
     ({"guards": {"spike_factor": 1}}, "`guards.spike_factor` is 1.0; expected more than 1, or 0 for no check."),
     ({"guards": {"spike_factor": -1}}, "`guards.spike_factor` is -1; expected a number of at least 0 ("),
     ({"guards": {"spike_window": 9}}, "`guards.spike_window` is 9; expected a whole number of at least 10 ("),
-    ({"optim": {"schedule": "cosin"}}, "`optim.schedule` is 'cosin'; expected onecycle, cosine, linear or constant ("),
+    (
+        {"optim": {"schedule": "cosin"}},
+        "`optim.schedule` is 'cosin'; expected onecycle, cosine, cosine_with_restarts, linear, ",
+    ),
     ({"loss_normalization": "token"}, "`loss_normalization` is 'token'; expected microbatch or tokens ("),
     (
         {"lora": {"enable": False, "from_adapter": "x"}, "save_adapters": False},

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -118,8 +117,12 @@ def test_epochs_train_like_that_many_steps_and_resume(tmp_path, tokenizer):
     assert ForkedRun(by_steps, 1).wait() == [0] and curve(by_steps.with_suffix("")) == rest
 
     more = without_max_steps(kill_test_config(tmp_path, "more", resume=checkpoint, **by_epochs | {"epochs": 0.9}))
-    run = ForkedRun(more, 1)
-    assert run.wait() == [1] and re.findall(r"^  - (.*)", run.log, re.MULTILINE) == ["`epochs` is 0.9, it was 0.6"]
+    run, longer = ForkedRun(more, 1), math.ceil(0.9 * one)
+    assert run.wait() == [0] and curve(more.with_suffix(""))["train"][-1][0] == longer > steps, run.log
+    assert f"The run now ends after step {longer} instead of {steps}" in run.log
+    less = without_max_steps(kill_test_config(tmp_path, "less", resume=checkpoint, **by_epochs | {"epochs": 0.05}))
+    run = ForkedRun(less, 1)
+    assert run.wait() == [1] and f"has taken 4 of {steps} steps already and would now end after" in run.log, run.log
 
 
 def without_max_steps(config: Path) -> Path:
