@@ -84,9 +84,15 @@ def _count_parameters(model: ModelArgs) -> int:
 
 
 RELEASES = {
-    "mistral-7b-v0.1": Release("mistral-7b-v0.1", APACHE, "mistralai/Mistral-7B-v0.1", _HUGGING_FACE),
+    "mistral-7b-v0.1": Release(
+        *("mistral-7b-v0.1", APACHE, "mistralai/Mistral-7B-v0.1", _HUGGING_FACE),
+        Archive(f"{_CDN}/mistral-7b-v0-1/mistral-7B-v0.1.tar", "37dab53973db2d56b2da0a033a15307f"),
+    ),
     "mistral-7b-instruct-v0.1": Release("mistral-7b-v0.1", APACHE, "mistralai/Mistral-7B-Instruct-v0.1", _HUGGING_FACE),
-    "mistral-7b-instruct-v0.2": Release("mistral-7b-v0.2", APACHE, "mistralai/Mistral-7B-Instruct-v0.2", _HUGGING_FACE),
+    "mistral-7b-instruct-v0.2": Release(
+        *("mistral-7b-v0.2", APACHE, "mistralai/Mistral-7B-Instruct-v0.2", _HUGGING_FACE),
+        Archive(f"{_CDN}/mistral-7b-v0-2/Mistral-7B-v0.2-Instruct.tar", "fbae55bc038f12f010b4251326e73d39"),
+    ),
     "mistral-7b-v0.3": Release(
         *("mistral-7b", APACHE, "mistralai/Mistral-7B-v0.3", _MISTRAL_V3),
         Archive(f"{_CDN}/mistral-7b-v0-3/mistral-7B-v0.3.tar", "0663b293810d7571dad25dae2f2a5806"),
@@ -95,7 +101,10 @@ RELEASES = {
         *("mistral-7b", APACHE, "mistralai/Mistral-7B-Instruct-v0.3", _MISTRAL_V3),
         Archive(f"{_CDN}/mistral-7b-v0-3/mistral-7B-Instruct-v0.3.tar", "80b71fcb6416085bcb4efad86dfb4d52"),
     ),
-    "mathstral-7b-v0.1": Release("mistral-7b", APACHE, "mistralai/Mathstral-7B-v0.1"),
+    "mathstral-7b-v0.1": Release(
+        *("mistral-7b", APACHE, "mistralai/mathstral-7B-v0.1", _MISTRAL_V3),
+        Archive(f"{_CDN}/mathstral-7b-v0-1/mathstral-7B-v0.1.tar", "5f05443e94489c261462794b1016f10b"),
+    ),
     "ministral-8b-instruct-2410": Release(
         "ministral-8b", RESEARCH, "mistralai/Ministral-8B-Instruct-2410", _MISTRAL_TEKKEN
     ),
@@ -108,7 +117,10 @@ RELEASES = {
         Archive(f"{_CDN}/mistral-nemo-2407/mistral-nemo-instruct-2407.tar", "296fbdf911cb88e6f0be74cd04827fe7"),
     ),
     "small-22b-instruct-2409": Release("small-22b", RESEARCH, "mistralai/Mistral-Small-Instruct-2409"),
-    "codestral-22b-v0.1": Release("codestral-22b", NON_PRODUCTION, "mistralai/Codestral-22B-v0.1"),
+    "codestral-22b-v0.1": Release(
+        *("codestral-22b", NON_PRODUCTION, "mistralai/Codestral-22B-v0.1", _MISTRAL_V3),
+        Archive(f"{_CDN}/codestral-22b-v0-1/codestral-22B-v0.1.tar", "1ea95d474a1d374b1d1b20a8e0159de3"),
+    ),
     "small-24b-base-2501": Release("small-24b", APACHE, "mistralai/Mistral-Small-24B-Base-2501", _MISTRAL_TEKKEN),
     "small-24b-instruct-2501": Release(
         "small-24b", APACHE, "mistralai/Mistral-Small-24B-Instruct-2501", _MISTRAL_TEKKEN
@@ -116,6 +128,7 @@ RELEASES = {
     "large-123b-instruct-2407": Release(
         *("large-123b", RESEARCH, "mistralai/Mistral-Large-Instruct-2407"),
         "params.json consolidated-*.safetensors tokenizer.model.v3",
+        Archive(f"{_CDN}/mistral-large-2407/mistral-large-instruct-2407.tar", "fc602155f9e39151fba81fcaab2fa7c4"),
     ),
     "mixtral-8x7b-v0.1": Release("mixtral-8x7b", APACHE, "mistralai/Mixtral-8x7B-v0.1", _HUGGING_FACE),
     "mixtral-8x7b-instruct-v0.1": Release(
