@@ -23,7 +23,7 @@ _ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalL
 _DEFAULT_THETAS = {"mistral": 1e4, "mixtral": 1e6}
 # params.json rarely states a maximum sequence length. Our rotary embeddings need none, but inference engines do.
 _DEFAULT_MAX_POSITIONS = 32768
-_BOS, _EOS = 1, 2  # in all of Mistral's tokenizers
+_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # in all of Mistral's tokenizers
 
 
 def key_in(file: Path, name: str) -> str:
@@ -112,7 +112,7 @@ def config_from_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "sliding_window": params.get("sliding_window"),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        **generation_config(),
+        **_TOKEN_IDS,
     }
     if kind == "mixtral":
         config |= {theirs: params["moe"][ours] for ours, theirs in _MOE.items()}
@@ -120,5 +120,5 @@ def config_from_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def generation_config() -> dict[str, Any]:
-    """Return the generation_config.json, which tells inference engines where an answer ends."""
-    return {"bos_token_id": _BOS, "eos_token_id": _EOS}
+    """Return the generation_config.json, which tells inference engines where an answer ends, and to answer greedily."""
+    return {**_TOKEN_IDS, "do_sample": False}

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model: W + scaling * B A, on the CPU, in the adapter's dtype (PEFT's: the base's).
+"""Merge a LoRA adapter into its base model: W + scaling * B A, computed in fp32 on the CPU, in the base's dtype.
 
 python -m utils.merge_lora --initial_model_ckpt BASE --lora_ckpt ADAPTER --dump_ckpt OUT [--scaling 2.0]
 """
@@ -22,11 +22,14 @@ def main() -> None:
     )
     add("--dump_ckpt", type=Path, required=True, metavar="OUT", help=".safetensors file or model folder to create")
     add("--scaling", type=float, help="factor of B A (default: as the adapter records)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype to write (default: the base's)")
     args = parser.parse_args()
 
-    from utils.models.merging import merge_lora  # loads torch, which --help does not need
+    from finetune.mixed_precision import DTYPES  # loads torch, which --help does not need
+    from utils.models.merging import merge_lora
 
-    merge_lora(args.initial_model_ckpt, args.lora_ckpt, args.dump_ckpt, args.scaling)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    merge_lora(args.initial_model_ckpt, args.lora_ckpt, args.dump_ckpt, args.scaling, dtype)
     print(f"Saved the merged model to {args.dump_ckpt}.")
 
 

@@ -44,23 +44,24 @@ def drop(file: Path, *names: str) -> None:
     save_file({name: tensor for name, tensor in load_file(file).items() if name not in names}, file)
 
 
-def assert_merged(base: Path, adapter: Path, merged: Path, scaling: float) -> None:
+def assert_merged(base: Path, adapter: Path, merged: Path, scaling: float, dtype: torch.dtype | None = None) -> None:
     """Compare with W + scaling B A in float64, rounded once; other tensors must be equal up to the cast."""
     lora, result = load_file(adapter), load_file(merged)
-    dtype = next(iter(lora.values())).dtype
     weights = load_file(base / "consolidated.safetensors")
     assert result.keys() == weights.keys()
     for name, weight in weights.items():
-        assert result[name].dtype == dtype
+        expected = dtype or weight.dtype
+        assert result[name].dtype == expected
         stem = name.removesuffix("weight")
         if f"{stem}lora_A.weight" not in lora:
-            assert result[name].equal(weight.to(dtype)), name
+            assert result[name].equal(weight.to(expected)), name
             continue
         delta = lora[f"{stem}lora_B.weight"].double() @ lora[f"{stem}lora_A.weight"].double() * scaling
         assert delta.abs().max() > 0.01
-        # Products, sum and cast round separately in the target dtype, as in the original.
-        tolerance = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(result[name].double(), weight.double() + delta, rtol=tolerance, atol=tolerance)
+        exact = weight.double() + delta
+        # Half a unit in the last place: one rounding. The sum in fp32 adds less than a thousandth of that in 16 bits.
+        rounding = 0.5 * torch.finfo(expected).eps + 8 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(result[name].double(), exact, rtol=rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -71,6 +72,27 @@ def test_merge_equals_the_formula_in_every_dtype(tmp_path, moe, base_dtype, dtyp
     adapter = make_tiny_adapter(base, tmp_path / "lora.safetensors", dtype=dtype)
     merge_lora(base, adapter, tmp_path / "out" / "merged.safetensors", scaling=0.5)
     assert_merged(base, adapter, tmp_path / "out" / "merged.safetensors", 0.5)
+
+
+def test_a_bf16_base_trained_in_fp32_merges_to_bf16_rounded_once(tmp_path, base, capsys):
+    adapter = make_tiny_adapter(base, tmp_path / "lora.safetensors", dtype=torch.float32)
+    merge_lora(base, adapter, tmp_path / "merged.safetensors", 0.5)
+    size = sum(tensor.nbytes for tensor in load_file(base / "consolidated.safetensors").values())
+    assert f"Writing 21 tensors (bfloat16), {size / 1e6:.1f} MB, to" in capsys.readouterr().out
+    for dtype in (torch.float32, torch.float16):
+        merge_lora(base, adapter, tmp_path / f"{dtype}.safetensors", 0.5, dtype)
+        assert_merged(base, adapter, tmp_path / f"{dtype}.safetensors", 0.5, dtype)
+    exact = load_file(tmp_path / "torch.float32.safetensors")
+    for name, tensor in load_file(tmp_path / "merged.safetensors").items():
+        assert tensor.equal(exact[name].bfloat16()), name
+
+
+def test_values_that_fp16_cannot_hold_are_refused(tmp_path, base, adapter):
+    file = base / "consolidated.safetensors"
+    save_file(load_file(file) | {"norm.weight": torch.full((32,), 1e5).bfloat16()}, file)
+    with pytest.raises(UserError, match=r"`norm.weight` has a value of more than 65,504"):
+        merge_lora(base, adapter, tmp_path / "merged.safetensors", 0.5, torch.float16)
+    assert not (tmp_path / "merged.safetensors").exists()
 
 
 def test_files_and_folders_give_the_same(tmp_path, base, adapter):
@@ -235,13 +257,13 @@ def test_command_line(tmp_path, base, adapter):
     assert_merged(base, adapter, tmp_path / "merged.safetensors", 0.5)
 
 
-def test_command_uses_the_recorded_scaling(tmp_path, base, adapter, monkeypatch):
+def test_command_uses_the_recorded_scaling_and_the_given_dtype(tmp_path, base, adapter, monkeypatch):
     write_lora_params(adapter, {"scaling": 0.75})
     merged = tmp_path / "merged.safetensors"
     paths = [f"--initial_model_ckpt={base}", f"--lora_ckpt={adapter}", f"--dump_ckpt={merged}"]
-    monkeypatch.setattr(sys, "argv", ["merge_lora", *paths])
+    monkeypatch.setattr(sys, "argv", ["merge_lora", *paths, "--dtype=fp32"])
     run_cli(main)
-    assert_merged(base, adapter, merged, 0.75)
+    assert_merged(base, adapter, merged, 0.75, torch.float32)
 
 
 # mistral-finetune's files
@@ -252,10 +274,13 @@ def test_merged_weights_equal_mistral_finetunes(tmp_path, model, dtype, scaling)
     base = make_tiny_checkpoint(tmp_path / "base", moe=model == "moe")
     lora = f"{model}_lora_{dtype}_mb1_w1_checkpoint_000020_lora.safetensors"
     expected = f"merge_lora_tiny_{model}_{dtype}_scaling{scaling}_without_embeddings.safetensors"
-    merge_lora(base, GOLDEN / "train" / "tensors" / lora, tmp_path / "m.safetensors", scaling)
+    # Theirs has the adapter's dtype.
+    merge_lora(
+        base, GOLDEN / "train" / "tensors" / lora, tmp_path / "m.safetensors", scaling, getattr(torch, dtype)
+    )
     merged = load_file(tmp_path / "m.safetensors")
     for name, tensor in load_file(GOLDEN / "forward" / expected).items():
-        # Equal to the last bit where this was written; other processors may sum a product in another order.
+        # Theirs rounds products, sum and result one after the other, ours the result only.
         tolerance = torch.finfo(tensor.dtype).eps
         torch.testing.assert_close(merged.pop(name), tensor, rtol=tolerance, atol=tolerance / 8)
     weights = load_file(base / "consolidated.safetensors")

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model: W + scaling * B A, one tensor at a time, on the CPU."""
+"""Merge a LoRA adapter into its base model: W + scaling * B A in fp32, rounded once; one tensor at a time, on the CPU."""
 
 import math
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from model.lora import merged_weight
 from model.peft_format import ADAPTER_CONFIG_NAME, PeftAdapter
 from model.weights import WeightsReader
 from utils.models.model_folder import announce, write_model_folder, write_weights
+from utils.models.rounding import rounded
 
 _MERGEABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_NAMED_PROBLEMS = 20
@@ -27,45 +28,54 @@ class MergedWeights:
         base: weights without the adapter.
         adapter: A and B of each adapted linear layer.
         shapes: shape of each tensor.
-        dtypes: dtype of each tensor: the adapter's, which is the run's; the base's for PEFT's adapters, often in fp32.
+        dtypes: dtype of each tensor: the base's, unless another was chosen.
     """
 
-    def __init__(self, base: WeightsReader, adapter: WeightsReader, scaling: float | Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        base: WeightsReader,
+        adapter: WeightsReader,
+        scaling: float | Mapping[str, float],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.base, self.adapter = base, adapter
         self._adapted = _adapted_tensors(base, adapter)
         self._scaling = scaling
         self.shapes = base.shapes
-        dtype = next(iter(adapter.dtypes.values()))
-        self._keeps_dtype = isinstance(adapter, PeftAdapter)
-        self.dtypes = dict(base.dtypes) if self._keeps_dtype else dict.fromkeys(base.shapes, dtype)
+        self.dtypes = dict.fromkeys(base.shapes, dtype) if dtype else dict(base.dtypes)
         print(f"Merging the adapter into {len(self._adapted)} of {len(self.shapes)} tensors.")
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor of `shapes`."""
-        tensor = self.base.read_finite(name).to(self.dtypes[name])
-        if name not in self._adapted:
-            return tensor
-        layer = name.removesuffix(".weight")
-        lora_a, lora_b = (self.adapter.read_finite(f"{layer}.{part}.weight") for part in ("lora_A", "lora_B"))
-        scaling = self._scaling[layer] if isinstance(self._scaling, Mapping) else self._scaling
-        if self._keeps_dtype:  # factors of higher precision than the base are not rounded to it first
-            return merged_weight(tensor.float(), lora_a, lora_b, scaling).to(tensor.dtype)
-        return merged_weight(tensor, lora_a, lora_b, scaling)
+        tensor = self.base.read_finite(name)
+        if name in self._adapted:
+            layer = name.removesuffix(".weight")
+            lora_a, lora_b = (self.adapter.read_finite(f"{layer}.{part}.weight") for part in ("lora_A", "lora_B"))
+            scaling = self._scaling[layer] if isinstance(self._scaling, Mapping) else self._scaling
+            tensor = merged_weight(tensor.float(), lora_a, lora_b, scaling)
+        return rounded(tensor, self.dtypes[name], name)
 
 
-def merge_lora(base_path: Path, adapter_path: Path, destination: Path, scaling: float | None = None) -> None:
-    """Write base + adapter in the dtype of `MergedWeights`.
+def merge_lora(
+    base_path: Path,
+    adapter_path: Path,
+    destination: Path,
+    scaling: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write base + adapter.
 
     Args:
         base_path: model folder or its weights file.
         adapter_path: lora.safetensors, its folder, a checkpoint, a run (its latest checkpoint), or a PEFT adapter.
         destination: .safetensors file or model folder to create.
         scaling: factor of B A; None: the value in the adapter's params.json, or those of PEFT's adapter_config.json.
+        dtype: of the result; None: the base's.
 
     Raises:
         UserError: a file is missing or corrupt, the adapter does not fit, or the destination exists.
     """
-    merged = open_merged(base_path, adapter_path, scaling)
+    merged = open_merged(base_path, adapter_path, scaling, dtype)
     if destination.suffix == ".safetensors" and not destination.is_dir():
         if destination.exists():
             raise UserError(f"{destination} already exists: remove it or choose another name.")
@@ -79,7 +89,9 @@ def merge_lora(base_path: Path, adapter_path: Path, destination: Path, scaling: 
         write_model_folder(destination, merged, read_params(base_folder), [base_folder, merged.adapter.source.parent])
 
 
-def open_merged(base_path: Path, adapter_path: Path, scaling: float | None = None) -> MergedWeights:
+def open_merged(
+    base_path: Path, adapter_path: Path, scaling: float | None = None, dtype: torch.dtype | None = None
+) -> MergedWeights:
     """Open base and adapter and check that they fit; arguments and errors as `merge_lora`."""
     base = open_model_weights(base_path)
     adapter = open_adapter(adapter_path, base, _folder_of(base_path))
@@ -88,12 +100,12 @@ def open_merged(base_path: Path, adapter_path: Path, scaling: float | None = Non
     if scaling is None and isinstance(adapter, PeftAdapter):
         shown = ", ".join(f"{value:g}" for value in sorted(set(adapter.scalings.values())))
         print(f"Scaling {shown}, as recorded in {adapter.source.parent / ADAPTER_CONFIG_NAME}.")
-        return MergedWeights(base, adapter, adapter.scalings)
+        return MergedWeights(base, adapter, adapter.scalings, dtype)
     if scaling is None:
         scaling = recorded_scaling(adapter.source.parent)
     if not (scaling > 0 and math.isfinite(scaling)):
         raise UserError(f"The scaling is {scaling}; it must be a positive number (2.0 is usual).")
-    return MergedWeights(base, adapter, scaling)
+    return MergedWeights(base, adapter, scaling, dtype)
 
 
 def _folder_of(model: Path) -> Path:
