@@ -7,8 +7,8 @@ python -m utils.export RUN --to mistral --merged --out DIR         model for mis
 --push OWNER/NAME uploads the new folder to the Hugging Face Hub, to a private repository, and needs the extra `hub`.
 Without it, no connection is opened.
 
-RUN is a run (its latest checkpoint), a checkpoint, a PEFT adapter or a model folder. The new folder has the dtype of
-the checkpoint, or of a PEFT adapter's base.
+RUN is a run (its latest checkpoint), a checkpoint, a PEFT adapter or a model folder. A merged model has the dtype of
+its base, unless --dtype says otherwise.
 """
 
 import argparse
@@ -17,6 +17,10 @@ from pathlib import Path
 from finetune.cli import add_step_option, run_cli
 from utils.models.hub import check_push, push
 
+_BASE = (
+    "base model (default: as the checkpoint records); for --to peft in Hugging Face's layout, or its name on the hub"
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +28,8 @@ def main() -> None:
     parser.add_argument("--to", choices=("peft", "hf", "mistral"), required=True, help="format to write")
     parser.add_argument("--merged", action="store_true", help="merge the adapter into its base model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--base", type=Path, metavar="MODEL", help="base model (default: as the checkpoint records)")
+    parser.add_argument("--base", type=Path, metavar="MODEL", help=_BASE)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype to write (default: the base's)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository of the hub")
     parser.add_argument("--public", action="store_true", help="with --push: let everybody download it")
     add_step_option(parser)
@@ -32,11 +37,12 @@ def main() -> None:
     if args.public and not args.push:
         parser.error("--public is for --push OWNER/NAME")
 
-    from utils.models.exports import export  # loads torch, which --help does not need
+    from finetune.mixed_precision import DTYPES  # loads torch, which --help does not need
+    from utils.models.exports import export
 
     if args.push:
         check_push(args.push, args.public)
-    export(args.source, args.to, args.out, args.merged, args.base, args.step)
+    export(args.source, args.to, args.out, args.merged, args.base, args.step, DTYPES.get(args.dtype))
     if args.push:
         push(args.out, args.push, args.public)
 

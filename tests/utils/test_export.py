@@ -99,7 +99,6 @@ def test_peft_computes_our_logits(trained, tmp_path):
     assert_same(transformers_logits(tmp_path / "base", TOKENS, tmp_path / "adapter"), logits)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (RANK, RANK * SCALING)
-    assert config["base_model_name_or_path"] == str(base)
 
 
 def test_transformers_computes_our_logits(trained, tmp_path):
@@ -221,21 +220,62 @@ def test_an_adapter_of_few_layers(tmp_path):
 def test_transformers_reads_prompts_as_training_did(tmp_path, name):
     import transformers
 
-    base = make_base(tmp_path / "base")
+    vocabulary = 400 if name == "tekken.json" else 32768
+    base = make_tiny_checkpoint(tmp_path / "base", dtype=torch.float32, **SMALL | {"vocab_size": vocabulary})
     if name == "tekken.json":
         write_tiny_tekken(base / name, "v7")
     else:
         shutil.copyfile(instruct_tokenizer("v3").tokenizer.file_path, base / name)
     export(base, "hf", tmp_path / "hf")
-    ours = SampleEncoder(load_instruct_tokenizer(tmp_path / "hf", 40_000))
+    ours = SampleEncoder(load_instruct_tokenizer(tmp_path / "hf", vocabulary))
     turns = [{"role": "system", "content": "Tu codes."}, {"role": "user", "content": "Fièvre à 39 °C,  dyspnée"}]
     prompt = ours.encode_prompt(parse_conversation({"messages": turns}).messages)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert theirs.apply_chat_template(turns)["input_ids"] == prompt
-    assert theirs.eos_token_id == 2
-    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text(encoding="utf-8"))
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2}
+    for reader in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        theirs = reader.from_pretrained(tmp_path / "hf")
+        assert theirs.apply_chat_template(turns)["input_ids"] == prompt
+        assert theirs.eos_token_id == 2
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.do_sample) == (1, 2, False)
     assert (tmp_path / "hf" / "tokenizer.model").exists() == (name != "tekken.json")
+
+
+def test_merged_models_keep_the_dtype_of_their_base(tmp_path, capsys):
+    base = make_tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16, **SMALL)
+    run = make_run(tmp_path / "run", base)  # an adapter in fp32
+    export(run, "mistral", tmp_path / "exact", merged=True, dtype=torch.float32)
+    exact = load_file(tmp_path / "exact" / "consolidated.safetensors")
+    export(run, "hf", tmp_path / "hf", merged=True)
+    assert "Writing 21 tensors (bfloat16)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
+    merged = open_model_weights(tmp_path / "hf")
+    assert {exact[name].dtype for name in exact} == {torch.float32}
+    assert all(merged.read(name).equal(exact[name].bfloat16()) for name in exact)
+
+
+def test_a_checkpoint_of_all_weights_in_another_dtype(trained, tmp_path):
+    base, _, _ = trained
+    export(base, "hf", tmp_path / "half", dtype=torch.float16)
+    weights, expected = open_model_weights(tmp_path / "half"), open_model_weights(base)
+    assert json.loads((tmp_path / "half" / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "float16"
+    assert all(weights.read(name).equal(expected.read(name).half()) for name in expected.shapes)
+
+
+def test_peft_adapters_name_a_base_that_peft_can_load(trained, tmp_path, capsys):
+    base, run, _ = trained
+    export(base, "hf", tmp_path / "base")
+
+    def named(number: int, given: Path | None) -> str | None:
+        export(run, "peft", tmp_path / f"adapter_{number}", base=given)
+        config = json.loads((tmp_path / f"adapter_{number}" / "adapter_config.json").read_text(encoding="utf-8"))
+        return config["base_model_name_or_path"]
+
+    assert named(1, tmp_path / "base") == str(tmp_path / "base")
+    assert named(2, Path("mistralai/Mistral-7B-v0.3")) == "mistralai/Mistral-7B-v0.3"
+    assert "names no base model" not in capsys.readouterr().out
+    assert named(3, None) is None  # the run's own base is in Mistral's layout
+    assert f"names no base model: PEFT cannot load {base}. Convert it with" in capsys.readouterr().out
+    for given in (base, tmp_path / "none", Path("a/b/c")):
+        refused("is not a model in Hugging Face's layout, which PEFT needs", run, "peft", tmp_path / "out", base=given)
 
 
 # Refusals
@@ -266,6 +306,7 @@ def test_requests_that_do_not_fit_are_refused(tmp_path):
     run, out = make_run(tmp_path / "run", base), tmp_path / "out"
     refused("is a whole model, not an adapter .* --to hf", base, "peft", out)
     refused("--to peft writes only the adapter", run, "peft", out, merged=True)
+    refused("--to peft writes the adapter as it was trained: omit --dtype", run, "peft", out, dtype=torch.float16)
     refused("add --merged .* or use the adapter alone with --to peft", run, "hf", out)
     refused("add --merged .*lora.safetensors is in Mistral's layout", run, "mistral", out)
     (tmp_path / "there").mkdir()
@@ -335,7 +376,8 @@ def test_command_line(tmp_path):
         failed.stderr.startswith(f"error: {checkpoint_of(run)} is an adapter, and") and "Traceback" not in failed.stderr
     )
     options = ["hf", "--merged", "--step", "1", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "y")]
-    subprocess.run([*command, *options], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run([*command, *options, "--dtype", "fp16"], cwd=ROOT, capture_output=True, check=True)
+    assert set(open_model_weights(tmp_path / "y").dtypes.values()) == {torch.float16}
     assert {path.name for path in (tmp_path / "y").iterdir()} >= {"config.json", "model.safetensors"}
 
 

@@ -69,7 +69,22 @@ class Conversations:
     """Random conversations: accents, emoji, line ends, blanks at every place, markup, numbers, tools."""
 
     WORDS = (
-        *("Fièvre", "à", "39 °C", "œdème", "ÉCG", "L'", "d’aval", "s/p", "≥ 3,5", "I50.1", "(E11)", "[J18]", "un", "et"),
+        *(
+            "Fièvre",
+            "à",
+            "39 °C",
+            "œdème",
+            "ÉCG",
+            "L'",
+            "d’aval",
+            "s/p",
+            "≥ 3,5",
+            "I50.1",
+            "(E11)",
+            "[J18]",
+            "un",
+            "et",
+        ),
         *("🩺", "👩🏽‍⚕️", "中文", "‑", "\u00a0", "ﬁ", "<b>", "{x}", '"a"', "\\n", "&amp;", "%", "_", "0012", "\ufeff"),
     )
     GAPS = (" ", " ", " ", " ", "", "  ", "   ", "\n", "\n\n", " \n", "\r\n", "\t", ", ")
@@ -95,7 +110,9 @@ class Conversations:
     def tool(self) -> dict:
         schema = {"type": "object", "properties": {"code": {"type": "string", "description": self.text()}}}
         description, parameters = {"description": self.text()}, {"parameters": schema}
-        optional = (description if self.random.random() < 0.8 else {}) | (parameters if self.random.random() < 0.8 else {})
+        optional = (description if self.random.random() < 0.8 else {}) | (
+            parameters if self.random.random() < 0.8 else {}
+        )
         return {"type": "function", "function": {"name": "cherche_code", **optional}}
 
     def call(self) -> dict:
@@ -169,7 +186,9 @@ def test_unusual_tools(exported):
     assert_same(exported, messages, [{"type": "function", "function": {"name": "f", "description": None}}])
 
 
-@pytest.mark.parametrize("content", ['{"a":1}', "{x}", '"a" et "b"', "[J18]", "12", "012", "1e5", " 2.50", "nan", "true", ""])
+@pytest.mark.parametrize(
+    "content", ['{"a":1}', "{x}", '"a" et "b"', "[J18]", "12", "012", "1e5", " 2.50", "nan", "true", ""]
+)
 def test_results_of_tools_that_resemble_json(exported, content):
     """v3 writes a result as JSON, and not as a string if it is JSON: a template can only guess whether it is."""
     version = exported[0].instruct_tokenizer.tokenizer.version.version_num
@@ -221,7 +240,7 @@ def test_a_conversion_that_differs_is_refused(tmp_path, monkeypatch):
     tokenizer = v1_tokenizer(tmp_path)
     merges = hf_tokenizer._merges
     monkeypatch.setattr(hf_tokenizer, "_merges", lambda proto: sorted(merges(proto)))
-    with pytest.raises(UserError, match="incorrectly: .* has other tokens than in training"):
+    with pytest.raises(UserError, match=r"incorrectly: .* has other tokens than in training"):
         write_hf_tokenizer(tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model.v1"]
 
@@ -229,5 +248,7 @@ def test_a_conversion_that_differs_is_refused(tmp_path, monkeypatch):
 def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch):
     tokenizer = v1_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"transformers, which is not installed: pip install 'recode-mistral-finetune\[transformers\]'"):
+    with pytest.raises(
+        UserError, match=r"transformers, which is not installed: pip install 'recode-mistral-finetune\[transformers\]'"
+    ):
         write_hf_tokenizer(tokenizer, tmp_path)

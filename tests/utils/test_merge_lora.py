@@ -275,9 +275,7 @@ def test_merged_weights_equal_mistral_finetunes(tmp_path, model, dtype, scaling)
     lora = f"{model}_lora_{dtype}_mb1_w1_checkpoint_000020_lora.safetensors"
     expected = f"merge_lora_tiny_{model}_{dtype}_scaling{scaling}_without_embeddings.safetensors"
     # Theirs has the adapter's dtype.
-    merge_lora(
-        base, GOLDEN / "train" / "tensors" / lora, tmp_path / "m.safetensors", scaling, getattr(torch, dtype)
-    )
+    merge_lora(base, GOLDEN / "train" / "tensors" / lora, tmp_path / "m.safetensors", scaling, getattr(torch, dtype))
     merged = load_file(tmp_path / "m.safetensors")
     for name, tensor in load_file(GOLDEN / "forward" / expected).items():
         # Theirs rounds products, sum and result one after the other, ours the result only.

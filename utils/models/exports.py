@@ -1,10 +1,14 @@
 """Export checkpoints to the formats of other tools: PEFT adapters, and models in Hugging Face's or Mistral's layout."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.manifest import require_intact
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
@@ -12,29 +16,36 @@ from model.args import PARAMS_NAME, load_model_args, read_params
 from model.atomic import new_folder, require_new_folder
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME, config_from_params, generation_config
-from model.hf_format import hf_name, open_model_weights, to_hf, write_hf_weights
+from model.hf_format import HF_STEM, hf_name, open_model_weights, to_hf, write_hf_weights
 from model.peft_format import ADAPTER_CONFIG_NAME, PEFT_PREFIX, peft_folder, read_peft_config
 from model.weights import SafetensorsWriter, TensorSource, open_safetensors
+from utils.models.hf_tokenizer import write_hf_tokenizer
 from utils.models.merging import open_merged, recorded_scaling
 from utils.models.model_folder import announce, copy_tokenizer, write_model_folder
+from utils.models.rounding import RoundedWeights
 
-# transformers then tokenizes with mistral-common, as training did; its own reader of SentencePiece files (5.23) omits
-# the space before the first word.
-_TOKENIZER_CONFIG = {"tokenizer_class": "MistralCommonBackend", "bos_token": "<s>", "eos_token": "</s>"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def export(
-    source: Path, to: str, out: Path, merged: bool = False, base: Path | None = None, step: int | str | None = None
+    source: Path,
+    to: str,
+    out: Path,
+    merged: bool = False,
+    base: Path | None = None,
+    step: int | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the folder `out` atomically, in the checkpoint's dtype, or with a PEFT adapter in its base's.
+    """Write the folder `out` atomically.
 
     Args:
         source: folder of a run, a checkpoint, a PEFT adapter or a model.
         to: "peft", "hf" or "mistral".
         out: folder to create.
         merged: merge the adapter into its base; a checkpoint of all weights needs no merging.
-        base: folder of the base model; None: the one that the checkpoint records.
+        base: folder of the base model, or for "peft" its name on the hub; None: the one that the checkpoint records.
         step: which checkpoint of a run: its step or "best"; None: the latest.
+        dtype: of the new model; None: the base's, or that of a checkpoint of all weights.
 
     Raises:
         UserError: the checkpoint or the base does not exist, cannot be exported that way, or `out` exists.
@@ -45,25 +56,29 @@ def export(
     has_adapter = peft is not None or (checkpoint / ADAPTER_NAME).is_file()
     if peft and not (merged and to != "peft"):
         raise UserError(f"{peft} already is a PEFT adapter; to merge it into its base, use --to hf --merged.")
-    _check_request(checkpoint, has_adapter, to, merged)
+    _check_request(checkpoint, has_adapter, to, merged, dtype)
     if to == "peft":
         _write_peft(out, checkpoint, base)
-        print("PEFT applies it to the base in Hugging Face's layout: python -m utils.export MODEL --to hf --out BASE")
     else:
         if has_adapter:
             base = base or _recorded_base(checkpoint)
-            weights: TensorSource = open_merged(base, checkpoint)
-            params = read_params(base)
-        else:
-            require_intact(checkpoint)
-            weights, params = open_model_weights(checkpoint), read_params(checkpoint)
+        weights, params = _open(checkpoint, base if has_adapter else None, dtype)
         tokenizers = [checkpoint, *([base] if base else [])]
         write = _write_hf if to == "hf" else write_model_folder
         write(out, weights, params, tokenizers)
     print(f"Exported {checkpoint} to {out}.")
 
 
-def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool) -> None:
+def _open(checkpoint: Path, base: Path | None, dtype: torch.dtype | None) -> tuple[TensorSource, dict[str, Any]]:
+    """Return the weights and parameters of a whole model: a checkpoint's own, or those of a base with its adapter."""
+    if base:
+        return open_merged(base, checkpoint, dtype=dtype), read_params(base)
+    require_intact(checkpoint)
+    weights = open_model_weights(checkpoint)
+    return (RoundedWeights(weights, dtype) if dtype else weights), read_params(checkpoint)
+
+
+def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool, dtype: torch.dtype | None) -> None:
     if to == "peft" and not has_adapter:
         raise UserError(
             f"{checkpoint} is a whole model, not an adapter (it has no {ADAPTER_NAME}), so there is nothing for PEFT. "
@@ -71,6 +86,10 @@ def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool) -
         )
     if to == "peft" and merged:
         raise UserError("--to peft writes only the adapter: omit --merged, or export with --to hf.")
+    if to == "peft" and dtype:
+        raise UserError(
+            "--to peft writes the adapter as it was trained: omit --dtype, or export with --to hf --merged."
+        )
     if to != "peft" and has_adapter and not merged:
         alone = "with --to peft" if to == "hf" else f"as it is: {checkpoint / ADAPTER_NAME} is in Mistral's layout"
         raise UserError(
@@ -102,16 +121,18 @@ def _write_hf(destination: Path, weights: TensorSource, params: dict[str, Any], 
     with new_folder(destination) as folder:
         _write_json(folder / CONFIG_NAME, config)
         _write_json(folder / "generation_config.json", generation_config())
-        _write_hf_tokenizer(tokenizers, folder)
+        _write_tokenizer(tokenizers, folder, params["vocab_size"])
         write_hf_weights(folder, weights, params["head_dim"])
 
 
-def _write_hf_tokenizer(sources: list[Path], folder: Path) -> None:
+def _write_tokenizer(sources: list[Path], folder: Path, vocab_size: int) -> None:
+    """Write the tokenizer in Mistral's files, which mistral-common reads, and in Hugging Face's."""
     files = copy_tokenizer(sources, folder)
-    if files:
-        _write_json(folder / "tokenizer_config.json", _TOKENIZER_CONFIG)
-    unversioned = folder / "tokenizer.model"  # the name that llama.cpp expects
-    if files and files[0].name.startswith(unversioned.name) and not unversioned.exists():
+    if not files:
+        return
+    write_hf_tokenizer(load_instruct_tokenizer(folder, vocab_size), folder)
+    unversioned = folder / "tokenizer.model"  # the name that llama.cpp's own converter expects
+    if files[0].name.startswith(unversioned.name) and not unversioned.exists():
         shutil.copyfile(files[0], unversioned)
 
 
@@ -124,9 +145,8 @@ def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
     ranks = {shape[0] for name, shape in adapter.shapes.items() if name.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise UserError(f"{adapter.source} has adapters of ranks {sorted(ranks)}; PEFT expects a single rank.")
-    lora = read_params(checkpoint).get("lora") or {}
     config = _peft_config(list(adapter.shapes), ranks.pop(), recorded_scaling(checkpoint))
-    config["base_model_name_or_path"] = str(base or lora.get("base_model") or "")
+    config["base_model_name_or_path"] = _peft_base(checkpoint, base)
     names = {name: PEFT_PREFIX + hf_name(name) for name in adapter.shapes}
     layout = {names[name]: (shape, adapter.dtypes[name]) for name, shape in adapter.shapes.items()}
     announce(destination, adapter)
@@ -135,6 +155,27 @@ def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
         with SafetensorsWriter(folder / "adapter_model.safetensors", layout, {"format": "pt"}) as writer:
             for name in adapter.shapes:
                 writer.write(names[name], to_hf(name, adapter.read_finite(name), head_dim))
+
+
+def _peft_base(checkpoint: Path, given: Path | None) -> str | None:
+    """Return the base model that PEFT loads with the adapter, or None and print what to do if none is known.
+
+    Raises:
+        UserError: the given base is neither a name on the hub nor a folder in Hugging Face's layout.
+    """
+    base = given or (read_params(checkpoint).get("lora") or {}).get("base_model")
+    if base and (Path(base) / CONFIG_NAME).is_file() and any(Path(base).glob(f"{HF_STEM}*.safetensors")):
+        return str(base)
+    if given and not given.exists() and _HUB_NAME.fullmatch(given.as_posix()):
+        return given.as_posix()
+    remedy = (
+        "Convert it with python -m utils.export MODEL --to hf --out BASE, and give that folder, or the model's name on "
+        "the Hugging Face Hub, with --base."
+    )
+    if given:
+        raise UserError(f"{given} is not a model in Hugging Face's layout, which PEFT needs. {remedy}")
+    print(f"{ADAPTER_CONFIG_NAME} names no base model: PEFT cannot load {base or 'one that is not recorded'}. {remedy}")
+    return None
 
 
 def _check_experts(source: Path, names: list[str]) -> None:

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 _TEMPLATES = Path(__file__).parent / "templates"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of SentencePiece's pieces
 # What converters get wrong: blanks at the beginning and in a row, line ends, accents, characters without a piece.
-_SAMPLES = ("Fièvre à 39 °C", "  deux  blancs ", "\n\nligne\r\n\tsuite", "🩺 œdème ≥ 3 mg/l", "ﬁ½ \u00a0‑ \u4e2d", "1234,5")
+_SAMPLES = (
+    "Fièvre à 39 °C",
+    "  deux  blancs ",
+    "\n\nligne\r\n\tsuite",
+    "🩺 œdème ≥ 3 mg/l",
+    "ﬁ½ \u00a0‑ \u4e2d",
+    "1234,5",
+)
 
 
 def write_hf_tokenizer(tokenizer: InstructTokenizerBase, folder: Path) -> None:
@@ -81,7 +88,8 @@ def _converted(tokenizer: InstructTokenizerBase) -> "FastTokenizer":
         from tokenizers.processors import TemplateProcessing
     except ImportError as error:
         raise UserError(
-            "--to hf converts the tokenizer with transformers, which is not installed: pip install 'recode-mistral-finetune[transformers]'"
+            "--to hf converts the tokenizer with transformers, which is not installed: "
+            "pip install 'recode-mistral-finetune[transformers]'"
         ) from error
     inner = tokenizer.tokenizer
     fast = _from_tekken(inner) if isinstance(inner, Tekkenizer) else _from_sentencepiece(inner.file_path)
@@ -107,7 +115,8 @@ def _from_sentencepiece(file: Path) -> "FastTokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    model: Any = sentencepiece_model_pb2  # generated code, without types
+    proto = model.ModelProto.FromString(file.read_bytes())
     vocabulary = {piece.piece: token for token, piece in enumerate(proto.pieces)}
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     fast = Tokenizer(BPE(vocabulary, _merges(proto), unk_token=unknown, fuse_unk=True, byte_fallback=True))

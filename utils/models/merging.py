@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model: W + scaling * B A in fp32, rounded once; one tensor at a time, on the CPU."""
+"""Merge a LoRA adapter into its base model: W + scaling * B A in fp32, rounded once, one tensor at a time."""
 
 import math
 from collections.abc import Mapping
