@@ -14,6 +14,7 @@ import numpy as np
 
 from finetune.cli import run_cli
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.headline import HEADLINE, Comparison, Ratio, paired_comparison
 from utils.tables.jsonl import file_errors
 
@@ -60,7 +61,7 @@ def require_same_gold(evaluations: dict[str, Evaluation]) -> None:
     for other in others:
         if other.gold != baseline.gold:
             counts = " and ".join(
-                f"{each.path} is of {each.stays:,} stays ({int(codes.sum()):,} gold and predicted codes)"
+                f"{each.path} is of {counted(each.stays, 'stay')} ({int(codes.sum()):,} gold and predicted codes)"
                 for each in (baseline, other)
                 for codes in [each.ratios["micro_f1"].denominator]
             )
@@ -88,7 +89,7 @@ def difference_table(baseline: str, name: str, evaluations: dict[str, Evaluation
     for key, title in HEADLINE.items():
         found = paired_comparison(first.ratios[key], second.ratios[key], patient)
         rows.append((title, *(("-", "", "") if found is None else _cells(found))))
-    return f"{_aligned(rows)}\n{second.stays:,} stays, paired {unit}"
+    return f"{_aligned(rows)}\n{counted(second.stays, 'stay')}, paired {unit}"
 
 
 def _cells(found: Comparison) -> tuple[str, str, str]:

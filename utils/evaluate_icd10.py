@@ -29,6 +29,7 @@ import numpy as np
 from finetune.cli import run_cli
 from finetune.next_commands import next_commands
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.agreement import agreement
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
@@ -317,10 +318,12 @@ def require_same_ids(gold: Mapping[str, Any], predictions: Mapping[str, Any], pa
     missing = [stay for stay in gold if stay not in predictions]
     if unknown and missing:
         shown, others = (", ".join(map(repr, ids[:_EXAMPLES])) for ids in (unknown, missing))
+        given = counted(len(predictions), "prediction")
+        lacking = counted(len(missing), "gold stay has", "gold stays have")
         raise UserError(
-            f"{path}: {len(unknown):,} of {len(predictions):,} predictions have an id that gold does not have, such as "
-            f"{shown}, and {len(missing):,} gold stays have no prediction, such as {others}. Ids are compared as text: "
-            "give both files the same ones, or --ignore_extra if these predictions are of other stays."
+            f"{path}: {len(unknown):,} of {given} with an id that gold does not have, "
+            f"such as {shown}, and {lacking} no prediction, such as {others}. Ids are compared as text: give both "
+            "files the same ones, or --ignore_extra if these predictions are of other stays."
         )
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from finetune.cli import run_cli
 from finetune.next_commands import next_commands
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.answers import build_answer, code_list, list_codes
 from utils.icd10.codes import Cim10Table, chapter
 from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
@@ -106,9 +107,8 @@ def read_source(text: Path, codes: Path, mapping: TableMapping, encoding: str) -
     for stay, date in facts.discharges.items():
         notes.discharges.setdefault(stay, date)
     if undated := notes.count_undated():
-        warnings.append(
-            f"{undated:,} stays have documents without a date; these follow the dated ones in the file's order"
-        )
+        stays = counted(undated, "stay has", "stays have")
+        warnings.append(f"{stays} documents without a date; these follow the dated ones in the file's order")
     changes = [f"Documents converted from {form} to text: {count:,}." for form, count in notes.converted.items()]
     if renamed := {status: role for status, role in statuses.items() if status.upper() != role}:
         changes.append(f"Statuses: {', '.join(f'{status!r} is {role}' for status, role in renamed.items())}.")
@@ -136,7 +136,7 @@ def stays_of_two_patients(source: Source) -> dict[str, str]:
         examples = "; ".join(
             f"{stay}: {' and '.join(list(notes.get(stay, {}) | codes.get(stay, {}))[:3])}" for stay in found[:3]
         )
-        source.warnings.append(f"{len(found):,} stays have two patients and are left out ({examples})")
+        source.warnings.append(f"{counted(len(found), 'stay')} with two patients left out ({examples})")
     return dict.fromkeys(found, TWO_PATIENTS)
 
 
@@ -219,10 +219,10 @@ def summarize(report: dict[str, Any]) -> str:
     lines += report["changes"]
     lines += [*summarize_rules(report), *(f"warning: {warning}." for warning in report["warnings"])]
     for name, split in report["splits"].items():
-        patients = f" of {split['patients']:,} patients" if split["patients"] is not None else ""
+        patients = f" of {counted(split['patients'], 'patient')}" if split["patients"] is not None else ""
         roles = ", ".join(f"{role} {count:,}" for role, count in split["codes"].items())
         chapters = ", ".join(f"{found} {count:,}" for found, count in split["chapters_of_dp"].items())
-        lines.append(f"{name}: {split['stays']:,} stays{patients}; {roles}; chapters of the DP: {chapters}")
+        lines.append(f"{name}: {counted(split['stays'], 'stay')}{patients}; {roles}; chapters of the DP: {chapters}")
     if shared := duplicates["stays_with_the_text_of_another"]:
         lines.append(f"Stays with the same text as another stay (kept in the same split): {shared:,}.")
     if leaks := duplicates["near_identical_across_splits"]:
@@ -269,13 +269,14 @@ def leave_out_leaks(corpus: Corpus, source: Source, keep: bool) -> Corpus:
             labels.append(stay.id)
     if labels:
         source.warnings.append(
-            f"{len(labels):,} notes quote a long label of their own codes word for word (e.g. {labels[0]}): scores on "
-            "them are too good if the labels come from coding"
+            f"{counted(len(labels), 'note quotes', 'notes quote')} a long label of the stay's codes word for word "
+            f"(e.g. {labels[0]}): scores are too good there if labels come from coding"
         )
     if codes:
-        advice = "a model copies them, and its scores say nothing; --leaks drop leaves them out" if keep else "left out"
+        advice = "a model copies them, and its scores say nothing; --leaks drop leaves out such stays"
         examples = ", ".join(sorted(codes)[:3])
-        source.warnings.append(f"{len(codes):,} notes quote codes of their own stay ({examples}): {advice}")
+        notes = counted(len(codes), "note quotes", "notes quote")
+        source.warnings.append(f"{notes} codes of the stay ({examples}): {advice if keep else 'left out'}")
     if keep or not codes:
         return corpus
     left_out = list(corpus.left_out)

@@ -92,7 +92,7 @@ def test_headline_comes_first_and_says_over_what_it_is_resampled(jsonl, evaluate
     })  # fmt: skip
     assert result["exact"]["role_aware"]["micro"]["f1"] == pytest.approx(1 / 7)
     lines = output.splitlines()
-    assert lines[0] == "95 % intervals in brackets, bootstrap over the 2 patients of 3 stays"
+    assert lines[0] == "95 % intervals in brackets, bootstrap over 2 patients of 3 stays"
     for name, value in (("DP accuracy", "0.000"), ("role-aware micro F1", "0.143"), ("role-aware exact match", "0.000"),
                         ("DR micro F1", "0.000"), ("DAS micro F1", "0.333"), ("micro F1", "1.000")):  # fmt: skip
         assert any(line.startswith(f"{name} ") and f" {value} [" in line for line in lines), name
@@ -102,7 +102,7 @@ def test_headline_comes_first_and_says_over_what_it_is_resampled(jsonl, evaluate
     assert (float(first["dp_correct"]), float(first["role_exact_match"]), float(first["exact_match"])) == (0, 0, 1)
     assert float(first["role_f1"]) == pytest.approx(1 / 3, abs=1e-4) and first["dr_f1"] == ""
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "role-aware exact match" in page and "bootstrap over the 2 patients" in page and "DP accuracy" in page
+    assert "role-aware exact match" in page and "bootstrap over 2 patients" in page and "DP accuracy" in page
 
 
 def test_gold_without_roles_has_no_role_aware_scores(jsonl, evaluate):
@@ -227,7 +227,7 @@ def test_ids_are_compared_as_text(jsonl, evaluate):
     numbers = [{"id": stay, "codes": ["I10"]} for stay in (121, 122, 123)]
     code, message, _ = evaluate(gold, jsonl("p.jsonl", numbers))
     assert code == 1
-    assert "2 of 3 predictions have an id that gold does not have, such as '121', '122'" in message
+    assert "2 of 3 predictions with an id that gold does not have, such as '121', '122'" in message
     assert "no prediction, such as '000121', '000122'" in message and "--ignore_extra" in message
     assert evaluate(gold, jsonl("p.jsonl", numbers[2:]))[2]["counts"]["missing_predictions"] == 2
     more = [{"id": stay, "codes": ["I10"]} for stay in ("000121", "000122", "123", "124")]
@@ -314,7 +314,7 @@ def test_ids_are_only_counted_from_zero_if_gold_is_numbered(jsonl, evaluate):
     gold = jsonl("g.jsonl", [{"visit_occurence_id": stay, "codes": ["I10"]} for stay in ("1", "2", "5")])
     predictions = jsonl("p.jsonl", [{"id": stay, "codes": ["I10"]} for stay in ("0", "1", "2")])
     code, message, _ = evaluate(gold, predictions)
-    assert code == 1 and "such as '0', and 1 gold stays have no prediction, such as '5'" in message
+    assert code == 1 and "such as '0', and 1 gold stay has no prediction, such as '5'" in message
 
 
 def test_missing_and_unexpected_predictions_are_counted_and_listed(gold, jsonl, evaluate):

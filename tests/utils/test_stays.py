@@ -151,23 +151,22 @@ def test_stays_that_are_named_in_two_ways_are_refused(other, prepare):
     codes = [line.replace("a1,", f"{other},") for line in CODES]
     code, output, found = prepare(NOTES, codes)
     assert code == 1 and not found
-    assert f"1 stays of {'notes.csv'}" in output.replace(
-        str(Path(output.split(" stays of ")[1].split()[0]).parent) + "/", ""
-    )
+    assert re.search(r"error: 1 stay of \S*notes.csv and \S*codes.csv with two names", output)
     assert f"'a1' and '{other}'" in output
 
 
 def test_stays_that_differ_in_zeros_and_are_complete_stay_apart(prepare):
     code, output, found = prepare([*NOTES, "0a1,Autre note."], [*CODES, "0a1,DP,J189"])
     assert code == 0 and found["a1"] == "DP:I10" and found["0a1"] == "DP:J189", output
-    assert "1 identifiers differ only in zeros, case or separators and are kept apart: 'a1' and '0a1'" in output
+    assert (
+        "1 identifier has other spellings that differ only in zeros, case or separators; they are kept apart: "
+        in output
+    )
 
 
 def test_scientific_notation_is_refused_with_an_example(prepare, tmp_path):
     code, output, _ = prepare(["stay_id,text", "2.60001E+11,Note.", "a1,Note."], CODES)
-    assert (
-        code == 1 and "1 rows have an identifier in scientific notation, which has lost digits (e.g. line 2" in output
-    )
+    assert code == 1 and "1 row has an identifier in scientific notation, which has lost digits (e.g. line 2" in output
     book = openpyxl.Workbook()
     for row in (["stay_id", "role", "code"], [1234567890123456789, "DP", "I10"], ["a1", "DP", "I10"]):
         book.active.append(row)
@@ -247,7 +246,7 @@ def test_documents_are_in_the_order_of_their_dates_under_their_kinds(prepare, tm
     ]
     code, output, _ = prepare([*notes, "a1,Sortie.,12/01/2026,CRH"], CODES)
     assert code == 0 and notes_of(tmp_path / "out")["a1"] == "## OBS\n\nArrivée.\n\n## CRH\n\nSortie.\n\nSans date."
-    assert "1 stays have documents without a date" in output
+    assert "1 stay has documents without a date" in output
 
 
 @pytest.mark.parametrize("value", [None, "", "  \n", "NULL", "nan", float("nan"), "N/A", "\\N", "--- ...", "\ufeff"])
@@ -305,7 +304,7 @@ def test_notes_that_quote_their_codes_are_counted_and_dropped_by_choice(prepare)
     assert quoted_codes("DP i50.10, vitamine B12, Z51.1", {"I5010", "I10", "B12", "Z511X"}) == {"I5010", "B12"}
     notes = ["stay_id,text", "a1,HTA. Codage : I10", "b2,Note. J18.9", "c3,Vitamine B12, HTA."]
     code, output, found = prepare([*notes[:3], 'c3,"Vitamine B12, HTA."'], CODES)
-    assert code == 0 and len(found) == 3 and "warning: 2 notes quote codes of their own stay (a1, b2)" in output
+    assert code == 0 and len(found) == 3 and "warning: 2 notes quote codes of the stay (a1, b2)" in output
     code, output, found = prepare([*notes[:3], 'c3,"Vitamine B12, HTA."'], CODES, "--leaks", "drop")
     assert code == 0 and set(found) == {"c3"} and "whose note quotes its codes: 2" in output
 
@@ -364,7 +363,7 @@ def test_notes_that_quote_long_labels_are_counted(prepare, tmp_path):
         "c3,HTA.",
     ]
     code, output, found = prepare(notes, CODES, table=table)
-    assert code == 0 and len(found) == 3 and "warning: 1 notes quote a long label of their own codes" in output, output
+    assert code == 0 and len(found) == 3 and "warning: 1 note quotes a long label of the stay's codes" in output, output
 
 
 def test_rows_name_the_patient_the_year_and_the_number_of_documents(prepare, tmp_path):

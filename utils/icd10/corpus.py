@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import ROLES, Cim10Table, normalize_code
 from utils.icd10.roles import DOCUMENTARY, UNIT_DP
@@ -158,10 +159,11 @@ class _Builder:
         """Raise UserError if stays have several DP or DR and nothing says which one is the stay's."""
         if self._undecided:
             examples = "; ".join(f"{stay}: {', '.join(found)}" for stay, found in list(self._undecided.items())[:5])
+            stays = counted(len(self._undecided), "stay has", "stays have")
             raise UserError(
-                f"{len(self._undecided):,} stays have several DP or DR, as of several units (RUM): {examples}. Say "
-                "which is the stay's: --columns main=COLUMN (a column that marks the stay's DP or has its code), or "
-                "--several_dp first or last (unit). The others become DAS."
+                f"{stays} several DP or DR, as of several units (RUM): {examples}. Say which is the stay's: "
+                "--columns main=COLUMN (a column that marks the stay's DP or has its code), or --several_dp first or "
+                "last (unit). The others become DAS."
             )
 
     def _without_repetitions(self, stay: str, by_role: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -5,7 +5,6 @@ Similarity is the Jaccard index of the notes' 3-word shingles. Candidates come f
 notes of 300 words that differ in ten of them have an index of about 0.8.
 """
 
-import functools
 import hashlib
 import re
 import unicodedata
@@ -20,6 +19,7 @@ from tqdm import tqdm
 MIN_SIMILARITY = 0.8
 
 _SHINGLE = 3  # words
+_MAX_WORDS = 1 << 17
 _BANDS, _ROWS = 10, 4  # two notes share a band with probability 0.995 at similarity 0.8, and 0.08 at 0.3
 _WORD = re.compile(r"\w+")
 _MARKS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")  # combining
@@ -100,9 +100,17 @@ def _first_duplicate(index: int, candidates: Iterable[int], texts: Sequence[str]
     return None
 
 
-@functools.lru_cache(1 << 16)
-def _hash_word(word: str) -> int:
-    return zlib.crc32(word.encode())
+class _WordHashes(dict[str, int]):
+    """Hashes of words, computed when they are asked for; forgotten when there are many."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _MAX_WORDS:
+            self.clear()
+        self[word] = zlib.crc32(word.encode())
+        return self[word]
+
+
+_hash_of = _WordHashes().__getitem__
 
 
 def _shingles(text: str) -> np.ndarray:
@@ -112,7 +120,7 @@ def _shingles(text: str) -> np.ndarray:
 
 def _shingle_hashes(text: str) -> np.ndarray:
     """Return the hashes of the shingles, uint64; a shorter text is a single shingle."""
-    words = np.array([_hash_word(word) for word in text.split()] or [0], dtype=np.uint64)
+    words = np.array(list(map(_hash_of, text.split())) or [0], dtype=np.uint64)
     length = min(_SHINGLE, len(words))
     hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)
     for offset in range(length):

@@ -90,11 +90,11 @@ def note_text(value: object) -> tuple[str, str | None]:
     if text.startswith(_BINARY) or _BASE64.fullmatch(text):
         raise SkippedRowError("a file (PDF, image or base64) instead of text")
     converted = None
-    if _RTF.search(text):
+    if "\\rtf" in text and _RTF.search(text):
         text, converted = _from_rtf(text), "RTF"
-    if _ENTITY.search(text) and not _MARKUP.search(text):  # markup whose brackets are escaped, or entities alone
+    if "&" in text and _ENTITY.search(text) and not _MARKUP.search(text):  # escaped markup, or entities alone
         text, converted = html.unescape(text).replace("\xa0", " "), converted or "HTML"
-    if _MARKUP.search(text):
+    if "<" in text and _MARKUP.search(text):
         text, converted = _from_html(text), converted or "HTML"
     if converted and not any(map(str.isalnum, text)):
         raise SkippedRowError(f"{converted} without text")
@@ -147,6 +147,9 @@ class _HtmlText(html.parser.HTMLParser):
 
 def quoted_codes(note: str, codes: set[str]) -> set[str]:
     """Return those of a stay's codes that its note quotes, dotted or not, as notes written after coding do."""
+    lowered = note.casefold()
+    if not any(code[:3].casefold() in lowered for code in codes):  # most notes, without the slower search
+        return set()
     return codes & {normalize_code(found) for found in _CODE.findall(note)}
 
 

@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Mapping
 
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.codes import ROLES
 
 UNIT_DP = "DP of a unit"  # the main diagnosis of one of a stay's units, not yet of the stay
@@ -79,9 +80,9 @@ def read_statuses(counts: Mapping[str, int], given: Mapping[str, str], numbers_a
         shown = ", ".join(f"{status[:30] or '(blank)'!r} ({counts[status]:,})" for status in unknown[:10])
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         example = ",".join(f"{status[:30]}=ROLE" for status in unknown[:2])
+        codes = counted(sum(counts[status] for status in unknown), "code has", "codes have")
         raise UserError(
-            f"{sum(counts[status] for status in unknown):,} codes have a status whose role is not known: "
-            f"{shown}{more}. "
-            f"Give the role of each: --roles {example} with DP, DR, DAS, or ignore to leave its codes out."
+            f"{codes} a status whose role is not known: {shown}{more}. Give the role of each: --roles {example} with "
+            "DP, DR, DAS, or ignore to leave its codes out."
         )
     return {status: role for status, role in found.items() if role is not None}

@@ -7,7 +7,7 @@ us: those of `_TRAITS` are ours, a conservative subset of what the titles of the
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from utils.icd10.answers import Diagnosis
@@ -64,7 +64,7 @@ _SYMPTOMS = (  # of chapter XVIII, and diseases of which they are a part; ours
 # Years, wide enough for what a newborn keeps, early disease and every pregnancy; ours.
 _NEWBORN_BELOW, _ADULT_FROM, _PREGNANT = 18, 15, range(9, 66)
 
-Ranges = tuple[tuple[str, str], ...]
+Ranges = Sequence[tuple[str, str]]
 
 
 def _ranges(text: str) -> Ranges:
@@ -81,10 +81,14 @@ _CAUSES_OF = [(_ranges(symptom), _ranges(causes)) for symptom, causes in _SYMPTO
 
 
 @functools.lru_cache(1 << 16)
-def _traits(code: str) -> frozenset[str]:
+def _traits(code: str) -> tuple[str, ...]:
+    """Return the traits of a code, "symptom" and "exclusive" among them; a malformed one has none."""
     if not re.fullmatch(CODE_PATTERN, code):
-        return frozenset()
-    return frozenset(name for name, ranges in _TRAITS.items() if _is_in(code, ranges))
+        return ()
+    found = [name for name, ranges in _TRAITS.items() if _is_in(code, ranges)]
+    found += ["symptom"] if any(_is_in(code, symptom) for symptom, _ in _CAUSES_OF) else []
+    found += ["exclusive"] if any(pattern.match(code) for pair in _EXCLUDED for pattern in pair) else []
+    return tuple(found)
 
 
 @functools.lru_cache(1 << 16)
@@ -94,10 +98,11 @@ def may_have_dr(dp: str) -> bool:
 
 
 class Case(NamedTuple):
-    """A stay as the rules see it: its codes by role and all of them, the CIM-10 table, `sex` M or F, `age` in years."""
+    """A stay as the rules see it: its codes, by role and by trait, the CIM-10 table, `sex` M or F, `age` in years."""
 
-    of: Mapping[str, frozenset[str]]
     codes: frozenset[str]
+    of: Mapping[str, frozenset[str]]
+    with_trait: Mapping[str, Sequence[str]]
     table: Cim10Table
     sex: str | None
     age: int | None
@@ -107,11 +112,16 @@ class Case(NamedTuple):
         """Build the case of a coding and of `sex` and `age`, if facts has them."""
         of = {role: frozenset(item.code for item in coding if item.role == role) for role in ROLES}
         sex, age = (str((facts or {}).get(name, "")) for name in ("sex", "age"))
-        return cls(of, frozenset(item.code for item in coding), table, parse_sex(sex), parse_age(age))
+        codes = frozenset(item.code for item in coding)
+        with_trait: dict[str, list[str]] = {}
+        for code in sorted(codes):
+            for trait in _traits(code):
+                with_trait.setdefault(trait, []).append(code)
+        return cls(codes, of, with_trait, table, parse_sex(sex) if sex else None, parse_age(age) if age else None)
 
-    def having(self, trait: str) -> list[str]:
-        """Return the codes with a trait of `_TRAITS`."""
-        return sorted(code for code in self.codes if trait in _traits(code))
+    def having(self, trait: str) -> Sequence[str]:
+        """Return the sorted codes with a trait of `_traits`."""
+        return self.with_trait.get(trait, ())
 
 
 Check = Callable[[Case], Sequence[str] | None]  # the codes that break a rule; None where the rule does not apply
@@ -142,13 +152,12 @@ def _parent_and_child(case: Case) -> Sequence[str] | None:
 
 
 def _excluded_pair(case: Case) -> Sequence[str] | None:
-    if not case.codes:
-        return None
     found: set[str] = set()
-    for pair in _EXCLUDED:
-        matching = [{code for code in case.codes if pattern.match(code)} for pattern in pair]
+    codes = case.having("exclusive")
+    for pair in _EXCLUDED if len(codes) > 1 else ():
+        matching = [{code for code in codes if pattern.match(code)} for pattern in pair]
         found.update(*matching if all(matching) else ())
-    return sorted(found)
+    return sorted(found) if case.codes else None
 
 
 def _asterisk_without_dagger(case: Case) -> Sequence[str] | None:
@@ -164,7 +173,7 @@ def _dagger_test(asterisk: str, table: Cim10Table) -> Callable[[str], bool]:
         for group in re.findall(r"\([A-Z]\d\d[^)]*\)", table.label(asterisk) or "")
         for found in re.finditer(r"\b([A-Z]\d\d)(?:\.[\d-])?(?:\s*-\s*([A-Z]\d\d))?", group)
     ]
-    return lambda code: not named or _is_in(code, tuple(named))
+    return lambda code: not named or _is_in(code, named)
 
 
 def _wrong_sex(case: Case) -> Sequence[str] | None:
@@ -202,14 +211,13 @@ def _injury_without_cause(case: Case) -> Sequence[str] | None:
 
 
 def _symptom_with_cause(case: Case) -> Sequence[str] | None:
-    found: set[str] = set()
-    applies = False
-    for symptom, causes in _CAUSES_OF:
-        for code in case.codes:
-            if _is_in(code, symptom):
-                applies = True
-                found.update({code} if any(_is_in(other, causes) for other in case.codes) else ())
-    return sorted(found) if applies else None
+    symptoms = case.having("symptom")
+    return [code for code in symptoms if _has_cause(code, case.codes)] if symptoms else None
+
+
+def _has_cause(symptom: str, codes: Collection[str]) -> bool:
+    causes = [cause for ranges, causes in _CAUSES_OF if _is_in(symptom, ranges) for cause in causes]
+    return any(_is_in(code, causes) for code in codes)
 
 
 class Rule(NamedTuple):

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.cells import identifier, optional_text, sortable_date
 from utils.icd10.codes import split_codes
 from utils.icd10.mapping import WIDE, Columns, TableMapping, find_columns
@@ -121,6 +122,8 @@ def to_document(row: Row, columns: Columns, number: int | None = None) -> Docume
 
 def _person_of(row: Row, columns: Columns) -> dict[str, str]:
     """Return what a row says about the patient, by field."""
+    if columns.names.keys().isdisjoint(PERSON_FIELDS):
+        return {}
     cells = {field: optional_text(columns.get(row, field)) for field in PERSON_FIELDS if field in columns.names}
     return {field: text for field, text in cells.items() if text}
 
@@ -252,8 +255,9 @@ def require_identifiers(path: Path, left_out: Iterable[LeftOut]) -> None:
     """Raise UserError if identifiers of a table have lost digits: rows of several stays would be one."""
     lost = [found for found in left_out if "lost digits" in found.reason and found.where.startswith(f"{path},")]
     if lost:
+        first = lost[0].where.removeprefix(f"{path}, ")
         raise UserError(
-            f"{path}: {len(lost):,} rows have {lost[0].reason} (e.g. {lost[0].where.removeprefix(f'{path}, ')}). "
+            f"{path}: {counted(len(lost), 'row has', 'rows have')} {lost[0].reason} (e.g. {first}). "
             "Export the column of the stay as text; in Excel, format it as text before the data is pasted."
         )
 
@@ -366,11 +370,15 @@ def require_same_names(notes: StayNotes, codes: Mapping[str, Any], notes_path: P
     apart = [found for found in several if any(not (stay in notes and stay in codes) for stay in found)]
     if apart:
         examples = "; ".join(" and ".join(map(repr, found[:3])) for found in apart[:_EXAMPLES])
+        stays = counted(len(apart), "stay")
         raise UserError(
-            f"{len(apart):,} stays of {notes_path} and {codes_path} are named in two ways: {examples}. Identifiers are "
-            "compared as texts: write each stay alike in both files (exports lose leading zeros when read as numbers)."
+            f"{stays} of {notes_path} and {codes_path} with two names: {examples}. Identifiers are compared as texts: "
+            "write each stay alike in both files (exports lose leading zeros when read as numbers)."
         )
     if several:
         examples = "; ".join(" and ".join(map(repr, found[:3])) for found in several[:_EXAMPLES])
-        return [f"{len(several):,} identifiers differ only in zeros, case or separators and are kept apart: {examples}"]
+        stays = counted(len(several), "identifier has", "identifiers have")
+        return [
+            f"{stays} other spellings that differ only in zeros, case or separators; they are kept apart: {examples}"
+        ]
     return []

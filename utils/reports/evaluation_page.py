@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from model.wording import counted
 from utils.icd10.codes import CHAPTER_NAMES
 from utils.icd10.headline import HEADLINE
 from utils.icd10.metrics import FREQUENCY_BANDS, NO_CHAPTER
@@ -86,11 +87,11 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def uncertainty(result: Mapping[str, Any]) -> str:
     """Return what the intervals are of."""
     counts = result["counts"]
-    notes = f"{counts['notes']:,} stays"
+    notes = counted(counts["notes"], "stay")
     if counts["patients"] is None:
         return f"95 % intervals in brackets, bootstrap over {notes}: the patients are not known"
     unknown = f" (patient not known for {counts['notes_without_patient']:,})" if counts["notes_without_patient"] else ""
-    return f"95 % intervals in brackets, bootstrap over the {counts['patients']:,} patients of {notes}{unknown}"
+    return f"95 % intervals in brackets, bootstrap over {counted(counts['patients'], 'patient')} of {notes}{unknown}"
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
@@ -218,9 +219,8 @@ def optional_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         title = "Depth-aware scores (CoPHE): codes counted at each depth"
         tables.append({"title": title, "header": ("", *_MEASURES.values()), "rows": rows})
     if second := result.get("second_coder"):
-        title = (
-            f"Second coder of {second['notes']:,} stays: kappa, and scores with gold or the second coder as reference"
-        )
+        stays = counted(second["notes"], "stay")
+        title = f"Second coder of {stays}: kappa, and scores with gold or the second coder as reference"
         sides = [second["gold_as_reference"], second["second_as_reference"]]
         rows = [
             (
