@@ -340,4 +340,4 @@ def test_notes_that_cannot_be_used_do_not_stop_the_others(
     # A stay with one usable document is answered: nothing is missing.
     table.write_text("stay_id,text\ns6,Fièvre.\ns6,nan\n")
     code, output = run_command(predict_icd10, *arguments[:-3], tmp_path / "q.jsonl", "--max_tokens", 1)
-    assert code == 0 and "warning: 1 rows were not used (s6)" in output, output
+    assert code == 0 and "warning: 1 row was not used (s6)" in output, output

@@ -20,6 +20,7 @@ from finetune.run_dir import find_checkpoint, run_of
 from model.atomic import owner_only
 from model.errors import UserError
 from model.generate import generate
+from model.wording import counted
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
@@ -232,7 +233,7 @@ def predict_file(
         _save_left_out(left_out, answers.with_suffix(LEFT_OUT_SUFFIX))
     earlier = f" ({len(prompts) - len(to_do)} from an earlier call)" if len(to_do) < len(prompts) else ""
     answered = {prompt.id for prompt in prompts}
-    summary = f"{len(prompts)} answers{earlier}: {out}"
+    summary = f"{counted(len(prompts), 'answer')}{earlier}: {out}"
     return Answered(summary, _describe_left_out(left_out, answers), all(row.stay in answered for row in left_out))
 
 
@@ -253,7 +254,8 @@ def _describe_left_out(left_out: Sequence[LeftOut], answers: Path) -> str:
         return ""
     shown = ", ".join(found.stay or found.where for found in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
     listed = answers.with_suffix(LEFT_OUT_SUFFIX)
-    return f"{len(left_out)} rows were not used ({shown}): {_count_reasons(left_out)}. They are listed in {listed}."
+    unused = counted(len(left_out), "row was", "rows were")
+    return f"{unused} not used ({shown}): {_count_reasons(left_out)}. See {listed}."
 
 
 def _count_reasons(left_out: Sequence[LeftOut]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.monitoring.plot import BAD, EVAL, TRAIN, new_figure, tidy
+from model.wording import counted
 from utils.validation.data_report import PERCENTILES
 from utils.validation.data_statistics import DataStatistics
 
@@ -41,7 +42,7 @@ def plot_lengths(training: DataStatistics, evaluation: DataStatistics | None, se
 
 def _draw_rows(axes: "Axes", name: str, data: DataStatistics, bins: np.ndarray, **style: Any) -> None:
     percentiles = ", ".join(f"{label} {data.percentile(share):,}" for label, share in PERCENTILES.items())
-    label = f"{name}: {data.rows:,} rows, {percentiles}"
+    label = f"{name}: {counted(data.rows, 'row')}, {percentiles}"
     shares = [100 * rows / data.rows for rows in data.lengths.values()]
     axes.hist(list(data.lengths), bins=bins.tolist(), weights=shares, label=label, **style)
 
