@@ -36,7 +36,14 @@ from utils.icd10.codes import Cim10Table, category
 from utils.icd10.headline import headline, headline_ratios, labels, patient_index, resample
 from utils.icd10.mapping import read_mapping
 from utils.icd10.metrics import depth_aware, evaluate_codings, rule_rates
-from utils.icd10.predictions import Prediction, describe_origin, origin_path, read_gold, read_predictions
+from utils.icd10.predictions import (
+    Prediction,
+    describe_origin,
+    origin_path,
+    read_gold,
+    read_predictions,
+    require_columns,
+)
 from utils.icd10.roles import parse_roles
 from utils.icd10.rules import ADVICE
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, optional_tables, score_rows, uncertainty, warnings
@@ -346,6 +353,7 @@ def main() -> None:
     training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None
     mapping = read_mapping(args.columns)
     mapping.roles.update(parse_roles(args.roles))
+    require_columns(mapping, [path for path in (args.gold, args.predictions, args.second) if path], args.encoding)
     gold = read_gold(args.gold, args.encoding, mapping)
     predictions = match_ids(gold, read_predictions(args.predictions, args.encoding, mapping))
     second = match_ids(gold, read_predictions(args.second, args.encoding, mapping)) if args.second else None

@@ -198,6 +198,17 @@ def test_invalid_tables_are_reported(jsonl, evaluate, tmp_path, text, expected):
     assert code == 1 and expected in message, message
 
 
+def test_edited_codes_of_a_table_take_precedence_over_its_answers(jsonl, evaluate, tmp_path):
+    gold = jsonl("g.jsonl", [{"id": "a", "codes": [{"role": "DP", "code": "I10"}]}])
+    table = tmp_path / "p.csv"
+    table.write_text("ID,answer,role,code\na,DP : Pneumonie (J189),DP,I10\u200b\n", encoding="utf-8")
+    assert evaluate(gold, table)[2]["headline"]["dp_accuracy"]["score"] == 1
+    table.write_text("id,answer,codes\na,DP : Pneumonie (J189),I10\n", encoding="utf-8")
+    assert "columns `answer` and `codes`" in evaluate(gold, table)[1]
+    table.write_text("id,role,code\na,DP,I10\n", encoding="utf-8")
+    assert "no column 'NDA' for stay in" in evaluate(gold, table, "--columns", "stay=NDA")[1]
+
+
 def test_edited_codes_take_precedence_over_the_answer(jsonl, evaluate):
     gold = jsonl("g.jsonl", [{"id": stay, "codes": [{"role": "DP", "code": "I10"}]} for stay in "abc"])
     wrong = "diagnostic principal : Douleur (R074)"

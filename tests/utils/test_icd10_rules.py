@@ -156,11 +156,12 @@ def test_a_person_is_read_from_rows_that_agree():
     people.add("c", {"sex": "H", "age": "1"})
     people.add("c", {"sex": "F"})
     people.add("d", {"sex": "X"})
+    people.add("d", {"birth": "02/03/57"})
     assert people.facts("a", None) == {"sex": "M", "age": 44}
     assert people.facts("b", "2024-03-01") == {"age": 66} and people.facts("b", None) == {}
     assert people.facts("c", None) == people.facts("d", None) == people.facts("e", None) == {}
     assert people.warnings() == [
-        "1 value of sex, age or birth is not understood (sex 'X'): expected M or F, years, a date",
+        "2 values of sex, age or birth are not understood (sex 'X', birth '02/03/57'): expected M or F, years, a date",
         "1 stay has two sexes or dates of birth; none is used (e.g. c)",
     ]
 

@@ -413,3 +413,18 @@ def test_a_workbook_with_two_sheets_is_refused(prepare, tmp_path):
                 tmp_path / "notes.xlsx", "notes", prepare_icd10_data.read_mapping(None), "auto"
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("45292", "2024-01-01"), ("45292.5", "2024-01-01"), ("03/01/24", "2024-01-03"), ("31/02/24", ""), ("12345", "")],
+)
+def test_dates_of_spreadsheets_are_read(text, expected):
+    assert sortable_date(text) == expected
+
+
+def test_cells_that_say_there_is_no_code_are_blank(prepare):
+    codes = ["stay_id;DP;DR;DAS1", "a1;I10;-;néant", "b2;J189;NULL;aucun", "c3;J189;/;I10"]
+    code, output, found = prepare(NOTES, codes)
+    assert code == 0 and found == {"a1": "DP:I10", "b2": "DP:J189", "c3": "DP:J189 DAS:I10"}
+    assert "dropped" not in output and "kept as DAS" not in output

@@ -10,7 +10,8 @@ from utils.tables.jsonl import SkippedRowError
 
 _SCIENTIFIC = re.compile(r"\d(?:[.,]\d+)?[eE]\+\d+")
 _DATE = re.compile(r"(\d{4})[-/.]?(\d{2})[-/.]?(\d{2})(?:[ T]?(\d{2}):?(\d{2})(?::?(\d{2}))?)?.*")
-_FRENCH_DATE = re.compile(r"(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})(?:[ T]+(\d{1,2})[:hH](\d{2})(?::(\d{2}))?)?.*")
+_EXCEL_DATE = re.compile(r"[2-7]\d{4}(?:[.,]\d+)?")  # days since 1899-12-30, from 1954 on
+_FRENCH_DATE = re.compile(r"(\d{1,2})[-/.](\d{1,2})[-/.](\d{4}|\d{2})(?:[ T]+(\d{1,2})[:hH](\d{2})(?::(\d{2}))?)?.*")
 
 
 def identifier(value: Any) -> str:
@@ -45,7 +46,10 @@ def optional_text(value: Any) -> str:
 
 
 def sortable_date(value: Any) -> str:
-    """Return `2026-01-05` or `2026-01-05T08:30:00` for a date in ISO or French order, "" if it is none."""
+    """Return `2026-01-05` or `2026-01-05T08:30:00` for a date in ISO or French order, "" if it is none.
+
+    A year of two digits is after 2000. Excel's number of a date is one, too.
+    """
     if isinstance(value, datetime.datetime | datetime.date):
         return value.isoformat()[:19]
     text = optional_text(value)
@@ -53,6 +57,9 @@ def sortable_date(value: Any) -> str:
         year, month, day, *time = found.groups()
     elif found := _FRENCH_DATE.fullmatch(text):
         day, month, year, *time = found.groups()
+        year = year if len(year) == 4 else f"20{year}"
+    elif _EXCEL_DATE.fullmatch(text):
+        return (datetime.date(1899, 12, 30) + datetime.timedelta(days=int(text[:5]))).isoformat()
     else:
         return ""
     try:

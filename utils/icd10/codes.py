@@ -55,8 +55,10 @@ _TYPES = ("0", "1", "2", "3", "4")
 _COLUMNS = "code, type MCO/HAD, type SSR, type PSY, short label, long label"
 
 
-# Cyrillic and Greek letters that look like Latin ones.
-_LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABCEHIJKMOPSTXYABEZHIKMNOPTYX")
+# Cyrillic and Greek letters that look like Latin ones, and characters that nobody sees.
+_LOOKALIKES = str.maketrans(
+    "АВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABCEHIJKMOPSTXYABEZHIKMNOPTYX", "\u200b\u200c\u200d\u2060\ufeff\xad"
+)
 _PREFIX = re.compile(r"(?:CIM|ICD)\s*-?\s*10(?:\s*-?\s*FR)?\s*[:=|]\s*")
 _AROUND = " \t\r\n\"'`«»()[]{}<>,;:.|"
 _MARKS = "+*†‡"  # of the dagger and asterisk system

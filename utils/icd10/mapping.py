@@ -89,7 +89,7 @@ class Columns(NamedTuple):
 
     def has_given(self, field: str, pattern: str) -> bool:
         """Return whether the columns of a field are those that the user gave."""
-        return bool(_matching(pattern, self.names.get(field, [])))
+        return bool(matching_columns(pattern, self.names.get(field, [])))
 
     @property
     def is_wide(self) -> bool:
@@ -167,7 +167,7 @@ def find_columns(
     names: dict[str, list[str]] = {}
     for field, pattern in mapping.of(table).items():
         if field in allowed:
-            found = _matching(pattern, header)
+            found = matching_columns(pattern, header)
             if not found and field in getattr(mapping, table):
                 raise _missing(path, header, [field], pattern)
             names |= {field: found} if found else {}
@@ -178,8 +178,8 @@ def find_columns(
             names[field] = found
     if table == "codes":
         _settle_layout(names, mapping.of("codes"))
-    if rows_are_stays and "stay" not in names and "id" in header:
-        names["stay"] = ["id"]
+    if rows_are_stays and "stay" not in names:
+        names |= {"stay": found[:1]} if (found := [column for column in header if column.casefold() == "id"]) else {}
     needed = ["stay", "text"][rows_are_stays:] if table == "notes" else ["stay"]
     if table == "codes" and not any(field in names for field in WIDE):
         needed += ["code", "role"]
@@ -201,7 +201,7 @@ def _settle_layout(names: dict[str, list[str]], given: Mapping[str, str]) -> Non
         del names["main"]
 
 
-def _matching(pattern: str, header: Sequence[str]) -> list[str]:
+def matching_columns(pattern: str, header: Sequence[str]) -> list[str]:
     """Return the columns that `DAS1+DAS2` or `DAS*` names; case and accents count only where names differ in them."""
     found = []
     for part in pattern.split("+") if pattern not in header else [pattern]:

@@ -96,4 +96,9 @@ class People:
         return found
 
 
-_PARSERS: dict[str, Any] = {"sex": parse_sex, "age": parse_age, "birth": sortable_date}
+def _parse_birth(text: str) -> str:
+    """Return a date in the order of ISO; a year of two digits says nothing, since ages can be over 100."""
+    return "" if re.fullmatch(r"\d{1,2}\D\d{1,2}\D\d{2}", text) else sortable_date(text)
+
+
+_PARSERS: dict[str, Any] = {"sex": parse_sex, "age": parse_age, "birth": _parse_birth}

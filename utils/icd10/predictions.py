@@ -23,7 +23,7 @@ from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.cells import identifier
 from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code, split_codes
 from utils.icd10.headline import labels
-from utils.icd10.mapping import TableMapping, find_columns, read_mapping
+from utils.icd10.mapping import TableMapping, find_columns, matching_columns, read_mapping
 from utils.icd10.people import People
 from utils.icd10.roles import UNIT_DP, read_statuses
 from utils.icd10.stays import WITHOUT_CODE, LeftOut, read_codes, read_header
@@ -101,6 +101,15 @@ def read_predictions(path: Path, encoding: str = AUTO, mapping: TableMapping = N
         UserError: a row has neither `answer` nor `codes`, an id appears twice, or the file cannot be read.
     """
     return _read_table(path, encoding, mapping) if has_fixed_columns(path) else read_by_id(path, _prediction)
+
+
+def require_columns(mapping: TableMapping, paths: Sequence[Path], encoding: str) -> None:
+    """Raise UserError if no table has a column that the user gave."""
+    tables = {path: read_header(path, encoding) for path in paths if has_fixed_columns(path)}
+    for field, pattern in mapping.both.items():
+        if not any(matching_columns(pattern, header) for header in tables.values()):
+            where = " or ".join(map(str, tables)) or "a table: rows of jsonl have fixed keys"
+            raise UserError(f"--columns: no column {pattern!r} for {field} in {where}.")
 
 
 def origin_path(predictions: Path) -> Path:
@@ -199,7 +208,9 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
     header = read_header(path, encoding)
     if not header:
         raise UserError(f"{path} is empty.")
-    if "answer" in header:
+    if "answer" in header and "codes" in header:
+        raise UserError(f"{path} has columns `answer` and `codes`; remove one, or name the codes `role` and `code`.")
+    if "answer" in header and "code" not in header:
         return _read_answers(path, encoding)
     columns = find_columns(path, "codes", header, mapping, rows_are_stays=True)
     left_out: list[LeftOut] = []

@@ -30,6 +30,7 @@ from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 _IN_MEMORY = 64 << 20  # bytes of notes before they go to a temporary file
 _HEADER_ROWS = 200  # of a file whose rows may have different columns
 _EXAMPLES = 5
+_NO_CODE = ("", "-", "--", ".", "/", "aucun", "néant", "neant", "n/a")  # cells of codes
 
 
 WITHOUT_CODE = "without a code"
@@ -331,7 +332,8 @@ def _codes_of_row(row: Row, columns: Columns, line: int) -> Iterator[CodeRow]:
     else:
         cells = [(sys.intern(optional_text(columns.get(row, "role"))), column) for column in columns.names["code"]]
     for status, column in cells:
-        for code in split_codes(optional_text(row.get(column))):
+        cell = optional_text(row.get(column))
+        for code in split_codes(cell) if cell.casefold() not in _NO_CODE else ():
             yield CodeRow(status, sys.intern(code), unit, main, line)
 
 
