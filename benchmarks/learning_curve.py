@@ -1,8 +1,8 @@
-"""How many notes are needed: the demo's training on 100, 300, 1,000 and 3,000 fictional notes, scored on 150 others.
+"""How many notes are needed: the demo's training on 100, 300, 1,000 and 3,000 fictional notes, scored on others.
 
-`python -m benchmarks.learning_curve [--notes 100 300 1000 3000] [--steps 300] [--seeds 1]` trains and appends to
-results/learning_curve.jsonl; `--show` prints the last table. Every run takes the same number of steps, so that fewer
-notes are seen more often. The first use pretrains the demo's base model, which takes minutes.
+`python -m benchmarks.learning_curve [--notes 100 300 1000 3000] [--steps 300] [--batch_size 3] [--answered 150]` trains
+and appends to results/learning_curve.jsonl; `--show` prints the table again. Every run takes the same number of steps:
+fewer notes are seen more often. The first use pretrains the demo's base model, which takes minutes.
 """
 
 from pathlib import Path
@@ -22,8 +22,7 @@ from benchmarks.small_runs import (
 from finetune.cli import run_cli
 from finetune.monitoring.metrics_logger import read_metrics
 
-EVALUATIONS = 6  # per run
-ANSWERED = 150
+EVALUATIONS = 3  # per run
 COLUMNS = {
     "notes": lambda result: f"{result['notes']:,}",
     "each seen": lambda result: f"{spread(result['epochs'], 1.0, 1)} times",
@@ -39,15 +38,16 @@ COLUMNS = {
 def learn(case: Case, folder: Path) -> dict[str, float]:
     """Train on the first `notes` notes; return losses and scores after the last step, and the lowest loss."""
     freq = max(1, case["steps"] // EVALUATIONS)
-    answered = notes_file(ANSWERED, seed=2)
+    answered = notes_file(case["answered"], seed=2)
     run_dir = train_demo(
         folder,
         data=data_settings(case["notes"]),
         model_id_or_path=str(base_model()),
         max_steps=case["steps"],
+        batch_size=case["batch_size"],
         seed=case["seed"],
         eval_freq=freq,
-        eval_generation={"file": str(answered), "n_samples": ANSWERED, "batch_size": 75, "max_tokens": 200},
+        eval_generation={"file": str(answered), "n_samples": case["answered"], "batch_size": 75, "max_tokens": 200},
     )
     losses = eval_losses(run_dir)
     best = min(losses, key=losses.__getitem__)
@@ -69,8 +69,11 @@ def main() -> None:
     parser = experiment_parser(__doc__)
     parser.add_argument("--notes", type=int, nargs="+", default=[100, 300, 1000, 3000], help="numbers of notes")
     parser.add_argument("--steps", type=int, default=300, help="of each run (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=3, help="sequences of 1,024 tokens (default: %(default)s)")
+    parser.add_argument("--answered", type=int, default=150, help="notes answered (default: %(default)s)")
     options = parser.parse_args()
-    cases = [{"notes": notes, "steps": options.steps} for notes in options.notes]
+    size = {"steps": options.steps, "batch_size": options.batch_size, "answered": options.answered}
+    cases = [{"notes": notes} | size for notes in options.notes]
     run_experiment("learning_curve", options, cases, learn, COLUMNS)
 
 

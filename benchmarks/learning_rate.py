@@ -1,7 +1,7 @@
 """Which learning rate suits which batch size: the demo's training with both varied, on the same number of tokens.
 
 `python -m benchmarks.learning_rate [--tokens 250000] [--seeds 1]` trains and appends to results/learning_rate.jsonl;
-`--show` prints the last table. A batch of 1 takes four times the steps of a batch of 4. The first use pretrains the
+`--show` prints the table again. A batch of 1 takes four times the steps of a batch of 4. The first use pretrains the
 demo's base model, which takes minutes.
 """
 

@@ -1,5 +1,6 @@
 """Shared by the benchmarks: fresh processes, machine information, result files and tables."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -48,6 +49,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure each case once per round, so that other load affects all cases equally, and append the record to a file.
 
+    After Ctrl-C the record has the cases measured until then.
+
     Args:
         name: of the benchmark; its results are in results/NAME.jsonl.
         cases: settings of each case.
@@ -60,7 +63,7 @@ def measure(
     """
     load = [os.getloadavg()[0]]
     measured: list[list[dict[str, Any]]] = [[] for _ in cases]
-    with tqdm(total=rounds * len(cases), desc=name, disable=None) as bar:
+    with tqdm(total=rounds * len(cases), desc=name, disable=None) as bar, contextlib.suppress(KeyboardInterrupt):
         for _ in range(rounds):
             for case, runs in zip(cases, measured, strict=True):
                 runs.append(run(case))
@@ -78,7 +81,7 @@ def measure(
         },
         "versions": {"python": platform.python_version()} | _versions(),
         "rounds": rounds,
-        "results": [case | _spreads(runs) for case, runs in zip(cases, measured, strict=True)],
+        "results": [case | _spreads(runs) for case, runs in zip(cases, measured, strict=True) if runs],
     }
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:

@@ -1,8 +1,8 @@
 """Whether mixtures of experts vary more between seeds than dense models: the demo's training of both, over seeds.
 
 `python -m benchmarks.moe_seeds [--seeds 5] [--steps 100] [--base_steps 500]` trains and appends to
-results/moe_seeds.jsonl; `--show` prints the last table. The dense model and the mixture (8 experts of half the width, 2
-per token) have the same number of active parameters, are pretrained on the same notes, and are fine-tuned on the same
+results/moe_seeds.jsonl; `--show` prints the table again. The dense model and the mixture (8 experts of half the width,
+2 per token) have the same number of active parameters, are pretrained on the same notes, and are fine-tuned on the same
 300. A seed determines the adapter and the order of the notes. The first use pretrains both models.
 """
 
@@ -36,6 +36,7 @@ def learn(case: Case, folder: Path) -> dict[str, float]:
         data=data_settings(NOTES),
         model_id_or_path=str(base_model(case["base_steps"], case["experts"])),
         max_steps=steps,
+        batch_size=1,
         eval_freq=steps,
         seed=case["seed"],
     )

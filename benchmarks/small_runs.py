@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from benchmarks.data import WORK_DIR
-from benchmarks.measure import ROOT, last_record, measure, print_table, run_json
+from benchmarks.measure import RESULTS, ROOT, last_record, measure, print_table, run_json
 from finetune.monitoring.metrics_logger import read_metrics
 from model.args import MoeArgs
 from model.atomic import new_file
@@ -101,11 +101,24 @@ def epochs_seen(run_dir: Path) -> float:
     return args.max_steps * args.num_microbatches * args.batch_size * args.seq_len / epoch
 
 
+def latest_results(name: str) -> dict[str, Any]:
+    """Return the last record of an experiment, with the latest result of each case, also of earlier records."""
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    record = last_record(name)
+    # What is not a setting of a case was measured: a list [lowest, median, highest], or a string.
+    found = {_settings(result): result for line in lines for result in json.loads(line)["results"]}
+    return record | {"results": [found[settings] for settings in sorted(found)]}
+
+
+def _settings(result: Case) -> tuple[tuple[str, float], ...]:
+    return tuple(item for item in result.items() if isinstance(item[1], int | float))
+
+
 def experiment_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that all experiments have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each case (default: %(default)s)")
-    parser.add_argument("--show", action="store_true", help="print the table of the last results")
+    parser.add_argument("--show", action="store_true", help="print the latest result of each case")
     parser.add_argument("--alone", type=json.loads, metavar="CASE", help="run one case in this process")
     return parser
 
@@ -136,5 +149,5 @@ def run_experiment(
         return run_json(sys.executable, "-m", f"benchmarks.{name}", "--alone", json.dumps(case | {"seed": seed}))
 
     seeds = {json.dumps(case): iter(range(options.seeds)) for case in cases}
-    record = last_record(name) if options.show else measure(name, cases, options.seeds, in_fresh_process)
+    record = latest_results(name) if options.show else measure(name, cases, options.seeds, in_fresh_process)
     print_table(record, columns)
