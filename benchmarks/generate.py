@@ -18,7 +18,8 @@ from benchmarks.measure import measure, print_table, spread
 from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
-from model.generate import Sampling, generate
+from model.generate import generate
+from model.sampling import Sampling
 from model.transformer import Transformer
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes

@@ -85,7 +85,7 @@ def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def add_step_option(parser: argparse.ArgumentParser) -> None:
+def add_step_option(parser: argparse._ActionsContainer) -> None:
     """Add `--step`, which selects a checkpoint of a run: an int, "best", or None."""
     parser.add_argument("--step", type=_parse_step, help="checkpoint of a run: step number or best (default: latest)")
 

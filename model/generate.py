@@ -6,16 +6,16 @@ C candidate tokens.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .attention import Engine, PackedDocuments, expand_heads
+from .sampling import GREEDY, Sampling
 from .transformer import Transformer
 
 
@@ -29,24 +29,11 @@ class Constraint(Protocol):
         """Advance past the chosen token."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. Filters apply in this order, as in transformers; the default is greedy decoding.
+class Step(NamedTuple):
+    """A chosen token, and the logarithm of its probability among those that its constraint allows, before sampling."""
 
-    Attributes:
-        temperature: divides the logits; 0 selects the most likely token.
-        top_k: number of most likely tokens to choose from; 0 for all of them.
-        top_p: choose from the fewest most likely tokens whose probabilities reach this sum (Holtzman et al., 2020).
-        seed: of the random numbers of a sequence; a sequence that is one of several can have a seed of its own.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-GREEDY = Sampling()
+    token: int
+    log_probability: float
 
 
 class _Cache:
@@ -174,9 +161,9 @@ def generate(
         The new tokens of each prompt, including `eos_id` if it was generated.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, max_tokens, eos_id, sampling, seeds, constraints, any_active, device):
-        for index, token in step.items():
-            outputs[index].append(token)
+    for chosen in stream(model, prompts, max_tokens, eos_id, sampling, seeds, constraints, any_active, device):
+        for index, step in chosen.items():
+            outputs[index].append(step.token)
     return outputs
 
 
@@ -191,7 +178,7 @@ def stream(
     constraints: Sequence[Constraint] | None = None,
     any_active: Callable[[bool], bool] = bool,
     device: torch.device | None = None,
-) -> Generator[dict[int, int], None, None]:
+) -> Generator[dict[int, Step], None, None]:
     """Continue every prompt until `eos_id` or `max_tokens` tokens, and yield the tokens as they are chosen.
 
     Args:
@@ -212,23 +199,24 @@ def stream(
     seeds = seeds or [sampling.seed] * len(prompts)
     generators = [torch.Generator(cache.device).manual_seed(seed) for seed in seeds]
 
-    def choose(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def choose(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         candidates = [constraints[index].allowed() for index in active] if constraints else None
         last = hidden[documents.cu_seqlens[1:].long() - 1]
         return _choose(last, weight, candidates, sampling, [generators[index] for index in active])
 
     with _generating(model, cache):
         tokens, documents = _compute_prefix(model, cache, prompts, any_active)
-        for step in range(max_tokens):
-            tokens = model(tokens, documents, head=choose)
-            chosen = {index: token for index, token in zip(active, tokens.tolist()) if index not in ended}
+        for count in range(1, max_tokens + 1):
+            tokens, log_probabilities = model(tokens, documents, head=choose)
+            steps = zip(active, map(Step, tokens.tolist(), log_probabilities.tolist()))
+            chosen = {index: step for index, step in steps if index not in ended}
             if constraints:
-                for index, token in chosen.items():
-                    constraints[index].take(token)
-            ended.update(index for index, token in chosen.items() if token == eos_id)
+                for index, step in chosen.items():
+                    constraints[index].take(step.token)
+            ended.update(index for index, step in chosen.items() if step.token == eos_id)
             yield chosen
             running = [row for row, index in enumerate(active) if index not in ended]
-            if step + 1 == max_tokens or not any_active(bool(running)):
+            if count == max_tokens or not any_active(bool(running)):
                 break
             if running and len(running) <= len(active) // 2:
                 active = [active[row] for row in running]
@@ -258,8 +246,12 @@ def _choose(
     allowed: Sequence[Sequence[int] | np.ndarray | torch.Tensor] | None,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
-) -> torch.Tensor:
-    """Choose the next token of each sequence: final hidden states [B, D], output weight [V, D] -> [B]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the next token of each sequence: final hidden states [B, D], output weight [V, D] -> [B], [B].
+
+    Returns:
+        The tokens, and the logarithms of their probabilities before sampling.
+    """
     if allowed is None:
         return _pick(_logits(hidden, weight), sampling, generators)
     ids = [torch.as_tensor(each, device=hidden.device) for each in allowed]
@@ -268,21 +260,31 @@ def _choose(
     forbidden = torch.ones(len(ids), len(candidates), dtype=torch.bool, device=hidden.device)
     forbidden[rows, columns] = False
     logits = _logits(hidden, weight[candidates]).masked_fill(forbidden, -torch.inf)
-    return candidates[_pick(logits, sampling, generators)]
+    picked, log_probabilities = _pick(logits, sampling, generators)
+    return candidates[picked], log_probabilities
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight.to(hidden.dtype)).float()
 
 
-def _pick(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Choose a column of each row: logits [B, C] -> [B]."""
+def _pick(
+    logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a column of each row: logits [B, C] -> [B], and the logarithms of their probabilities [B]."""
     if sampling.temperature == 0 and logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))  # torch's argmax takes ten times as long
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = filtered_probabilities(logits, sampling).double().cumsum(dim=-1)
-    uniform = [torch.rand(1, generator=own, device=logits.device, dtype=torch.float64) for own in generators]  # [0, 1)
+        picked = torch.from_numpy(logits.numpy().argmax(axis=-1))  # torch's argmax takes ten times as long
+    elif sampling.temperature == 0:
+        picked = logits.argmax(dim=-1)
+    else:
+        picked = _sample(filtered_probabilities(logits, sampling), generators)
+    return picked, logits.gather(1, picked[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+
+
+def _sample(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw a column of each row [B, C] -> [B] with the row's own generator."""
+    cumulative = probabilities.double().cumsum(dim=-1)
+    uniform = [torch.rand(1, generator=own, device=cumulative.device, dtype=torch.float64) for own in generators]
     return torch.searchsorted(cumulative, torch.stack(uniform) * cumulative[:, -1:], right=True).squeeze(1)
 
 

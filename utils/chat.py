@@ -3,6 +3,7 @@
 python -m utils.chat RUN                                a conversation; /new starts another, Ctrl-D leaves
 python -m utils.chat RUN --prompt "..." --compare       one question, also to the model before fine-tuning
 python -m utils.chat RUN --prompt - --icd10 < note.txt  codes of a note
+python -m utils.chat RUN --batch Q.jsonl --out A.jsonl  answers to all rows of a file
 
 RUN is a run (its latest checkpoint), a checkpoint, or a model folder. Prompts are encoded as in training. Answers are
 greedy unless --temperature is given, and appear as they are written; Ctrl-C ends one.
@@ -14,58 +15,57 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli import add_step_option, run_cli
+from finetune.cli import run_cli
 from model.errors import UserError
+from utils.engines.choice import add_engine_options, parse_engine, parse_generation
+from utils.engines.engine import Generation
 from utils.icd10.prompts import prompt_messages
 
 if TYPE_CHECKING:
-    from model.generate import Sampling
-    from utils.models.chat_model import Answer, ChatModel
+    from utils.engines.chat_model import Answer, ChatModel
 
 Messages = list[dict[str, Any]]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or a model")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a run, a checkpoint or a model")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; - reads it from the standard input")
     parser.add_argument("--icd10", action="store_true", help="prompts are notes: ask for their codes as in training")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--compare", action="store_true", help="also answer with the model before fine-tuning")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely tokens (default)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from tokens with this total probability")
-    parser.add_argument("--top_k", type=int, default=0, help="sample from this many tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    parser.add_argument("--max_tokens", type=int, default=512, help="maximum answer length (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON")
-    add_step_option(parser)
+    parser.add_argument("--batch", type=Path, metavar="FILE", help="answer these rows (jsonl) instead, with any engine")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="answers of --batch (jsonl); resumes if interrupted")
+    add_engine_options(parser)
     options = parser.parse_args()
     if options.icd10 and options.system:
         parser.error("--icd10 has a system prompt of its own; leave out --system")
+    if (options.batch is None) != (options.out is None):
+        parser.error("--batch and --out belong together")
+    if options.batch and (options.prompt or options.system or options.compare or options.icd10 or options.json):
+        parser.error("--batch takes its prompts from the file; leave out the options of a conversation")
+    if options.engine != "local" and options.batch is None:
+        parser.error(f"--engine {options.engine} is for --batch")
+    if options.run is None and options.engine != "server":
+        parser.error("RUN is missing: the folder of a run, a checkpoint or a model")
     return options
-
-
-def _sampling(options: argparse.Namespace) -> "Sampling":
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 1:
-        raise UserError(
-            "--temperature and --top_k must be at least 0, --top_p above 0 and at most 1, --max_tokens at least 1."
-        )
-    if options.temperature == 0 and (options.top_p < 1 or options.top_k > 0 or options.seed):
-        raise UserError("--top_p, --top_k and --seed have no effect on the most likely tokens; give --temperature.")
-    from model.generate import Sampling
-
-    return Sampling(options.temperature, options.top_k, options.top_p, options.seed)
 
 
 def main() -> None:
     options = _arguments()
-    sampling = _sampling(options)
+    if options.batch:
+        from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
+
+        answered = answer_file(parse_engine(options, options.run), options.batch, options.out, with_codes=False)
+        return report_answered(answered)
+    generation = parse_generation(options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if prompt is not None and not prompt.strip():
         raise UserError("The prompt is empty.")
-    from utils.models.chat_model import ChatModel  # imports torch
+    from utils.engines.chat_model import ChatModel  # imports torch
 
-    chat = _Chat(ChatModel(options.run, options.step, options.compare), sampling, options)
+    chat = _Chat(ChatModel(options.run, options.step, options.compare), generation, options)
     if prompt is None:
         chat.converse()
     else:
@@ -75,9 +75,9 @@ def main() -> None:
 class _Chat:
     """A conversation with each of the models."""
 
-    def __init__(self, model: "ChatModel", sampling: "Sampling", options: argparse.Namespace) -> None:
+    def __init__(self, model: "ChatModel", generation: Generation, options: argparse.Namespace) -> None:
         self._model = model
-        self._sampling = sampling
+        self._generation = generation
         self._options = options
         self._start()
 
@@ -107,7 +107,7 @@ class _Chat:
         answers = {}
         for name, messages in self._conversations.items():
             messages += prompt_messages(prompt) if self._options.icd10 else [{"role": "user", "content": prompt}]
-            answers[name] = self._model.answer(name, messages, self._sampling, self._options.max_tokens)
+            answers[name] = self._model.answer(name, messages, self._generation)
             if len(self._conversations) > 1 and not self._options.json:
                 print(f"--- {name}")
             self._write(answers[name])

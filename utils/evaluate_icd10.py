@@ -345,7 +345,7 @@ def main() -> None:
     outputs = (args.json, args.html, args.csv)
     require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train, args.second))
     if args.run:
-        from utils.models.predictor import predict_in_run_dir  # imports torch
+        from utils.engines.answer_file import predict_in_run_dir
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
     require_own_names(outputs, (args.predictions, origin_path(args.predictions)))

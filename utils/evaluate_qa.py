@@ -145,7 +145,7 @@ def main() -> None:
     require_own_names([args.json], [args.gold, args.predictions])
     references = read_references(args.gold)
     if args.run:
-        from utils.models.predictor import predict_in_run_dir  # imports torch
+        from utils.engines.answer_file import predict_in_run_dir
 
         args.predictions = predict_in_run_dir(args.run, args.gold)
         require_own_names([args.json], [args.predictions])

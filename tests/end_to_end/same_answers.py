@@ -16,8 +16,8 @@ from finetune.inference import load_trained
 from model.errors import UserError
 from model.generate import generate
 from tests.support.other_engines import transformers_answers
+from utils.engines.prompts import read_prompts
 from utils.models.exports import export
-from utils.models.predictor import read_prompts
 
 _MAX_TOKENS = 200
 

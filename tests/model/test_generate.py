@@ -11,7 +11,8 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from model.args import ModelArgs, MoeArgs
-from model.generate import Sampling, filtered_probabilities, generate, stream
+from model.generate import filtered_probabilities, generate, stream
+from model.sampling import Sampling
 from model.transformer import Transformer
 from tests.support.golden import GOLDEN
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
@@ -139,7 +140,8 @@ def test_tokens_are_yielded_as_they_are_chosen() -> None:
     model, prompts = tiny_model(), prompts_of([4, 6])
     whole = generate(model, prompts, 10, EOS)
     steps = stream(model, prompts, 10, EOS)
-    assert [next(steps), next(steps)] == [dict(enumerate(column)) for column in list(zip(*whole))[:2]]
+    begun = [{index: step.token for index, step in next(steps).items()} for _ in range(2)]
+    assert begun == [dict(enumerate(column)) for column in list(zip(*whole))[:2]]
     steps.close()
     assert generate(model, prompts, 10, EOS) == whole  # the model is as before
 
@@ -227,3 +229,14 @@ def test_random_answers_over_the_complete_cim10() -> None:
     grammar, rng = AnswerGrammar(table, prefix=" "), random.Random(0)
     for _ in range(200):
         assert_allowed(random_answer(grammar, vocabulary, rng, limit=120), table)
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    model, (prompt,) = tiny_model(), prompts_of([6])
+    for sampling in (Sampling(), Sampling(temperature=2.0, top_k=9)):
+        steps = [chosen[0] for chosen in stream(model, [prompt], 8, -1, sampling)]
+        tokens = [*prompt, *(step.token for step in steps)]
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens[:-1]), [len(tokens) - 1]).log_softmax(-1)[len(prompt) - 1 :]
+        expected = [float(row[step.token]) for row, step in zip(logits, steps)]
+        assert [step.log_probability for step in steps] == pytest.approx(expected, abs=1e-4)

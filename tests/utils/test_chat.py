@@ -13,13 +13,15 @@ import train
 from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
 from finetune.distributed import World
+from finetune.run_dir import find_checkpoint
 from model.args import LoraArgs
-from model.generate import Sampling
 from tests.support.checkpoints import make_tiny_checkpoint
 from utils import chat
+from utils.engines.chat_model import BASE, TUNED, Answer, ChatModel
+from utils.engines.engine import Generation
+from utils.engines.local import LocalEngine
+from utils.engines.prompts import Prompt
 from utils.icd10.prompts import prompt_messages
-from utils.models.chat_model import BASE, TUNED, Answer, ChatModel
-from utils.models.predictor import Predictor, Prompt
 
 pytestmark = pytest.mark.slow
 QUESTION = "Quel est le code du diabète ?"
@@ -54,7 +56,8 @@ def answers(output: str) -> dict[str, str]:
 
 
 def predicted(folder: Path, messages: list[dict[str, str]]) -> str:
-    return Predictor(folder).answers([Prompt("1", {"messages": messages})], 20)[0]
+    ((_, reply),) = LocalEngine(find_checkpoint(folder), Generation(20)).answers([Prompt("1", {"messages": messages})])
+    return reply.text
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
@@ -69,7 +72,7 @@ def test_both_models_answer_as_they_do_in_predictions(kind: str, tmp_path: Path,
 
 
 def test_answer_is_printed_as_it_is_written(run_dir: Path) -> None:
-    answer = ChatModel(run_dir).answer(TUNED, [{"role": "user", "content": QUESTION}], Sampling(), 20)
+    answer = ChatModel(run_dir).answer(TUNED, [{"role": "user", "content": QUESTION}], Generation(20))
     pieces = list(answer)
     assert len(pieces) > 1 and "".join(pieces) == answer.text == "E119"
     assert answer.is_complete and answer.tokens == len(pieces) + 1

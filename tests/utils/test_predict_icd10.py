@@ -15,11 +15,18 @@ import train
 from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
 from finetune.distributed import World
-from finetune.run_dir import saved_checkpoints
+from finetune.inference import load_trained
+from finetune.run_dir import find_checkpoint, saved_checkpoints
 from model.args import LoraArgs
 from model.errors import UserError
 from tests.support.checkpoints import make_tiny_checkpoint
 from utils import evaluate_icd10, predict_icd10
+from utils.engines.answer_file import Answered, answer_file
+from utils.engines.choice import EngineChoice
+from utils.engines.engine import Generation
+from utils.engines.local import LocalEngine
+from utils.engines.prompts import read_prompts
+from utils.engines.token_codec import TokenCodec
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.icd10.answers import build_answer, parse_answer
@@ -27,7 +34,6 @@ from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import describe_origin
 from utils.icd10.prompts import instruct_row
-from utils.models.predictor import Predictor, predict_file, read_prompts
 from utils.tables.read_table import read_table
 
 pytestmark = pytest.mark.slow
@@ -56,6 +62,24 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     train.run_training(args, World(0, 1, torch.device("cpu")))
     return folder / "run"
+
+
+def predict_file(
+    folder: Path,
+    rows: Path,
+    out: Path,
+    table: Cim10Table | None = None,
+    step: int | str | None = None,
+    batch_size: int = 16,
+    max_tokens: int = 512,
+) -> Answered:
+    choice = EngineChoice("local", folder, step, None, table, Generation(max_tokens), batch_size)
+    return answer_file(choice, rows, out)
+
+
+def answers(folder: Path, rows: Path, table: Cim10Table | None = None, max_tokens: int = 1) -> list[str]:
+    engine = LocalEngine(find_checkpoint(folder), Generation(max_tokens), table)
+    return [reply.text for _, reply in engine.answers(read_prompts(rows)[0])]
 
 
 def read(path: Path) -> list[dict]:
@@ -117,9 +141,9 @@ def test_other_files_are_not_overwritten(run_dir: Path, notes: Path, tmp_path: P
         ("p.txt", r"in \.jsonl or \.csv"),
     ],
 )
-def test_output_must_be_another_jsonl_or_csv_file(out: str, sentence: str, notes: Path, tmp_path: Path) -> None:
+def test_output_must_be_another_jsonl_or_csv_file(out: str, sentence: str, notes: Path, run_dir: Path) -> None:
     with pytest.raises(UserError, match=sentence):
-        predict_file(tmp_path, notes, notes.parent / out.format(folder=notes.parent.name))
+        predict_file(run_dir, notes, notes.parent / out.format(folder=notes.parent.name))
 
 
 def test_links_and_files_of_others_are_not_overwritten(run_dir: Path, notes: Path, tmp_path: Path) -> None:
@@ -197,7 +221,7 @@ def load_table(folder: Path) -> Cim10Table:
 
 def test_constrained_answers_contain_only_codes_of_the_table(run_dir: Path, notes: Path, tmp_path: Path) -> None:
     codes = load_table(tmp_path)
-    for answer in Predictor(run_dir, codes).answers(read_prompts(notes)[0], max_tokens=120):
+    for answer in answers(run_dir, notes, codes, max_tokens=120):
         found = parse_answer(answer)
         assert found
         assert all(codes.allows(item.role, item.code) for item in found)
@@ -216,7 +240,7 @@ def test_evaluating_a_run_predicts_once(
     (answers,) = (run_dir / "predictions").glob("*[0-9].jsonl")
     assert answers.name == "notes.checkpoint_000001.jsonl"
     assert len(read(answers)) == 5
-    monkeypatch.setattr("utils.models.predictor.Predictor", None)  # nothing is left to answer
+    monkeypatch.setattr("utils.engines.local.LocalEngine", None)  # nothing is left to answer
     evaluate_icd10.main()
     assert json.loads(scores.read_text(encoding="utf-8")) == first
 
@@ -240,9 +264,7 @@ def test_invalid_notes_are_reported(content: str, sentence: str, tmp_path: Path)
         read_prompts(path)
 
 
-def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(run_dir: Path, tmp_path: Path) -> None:
     question, answer = {"role": "user", "content": "Fièvre"}, {"role": "assistant", "content": "R50"}
     tools = {"tools": [{"type": "function", "function": {"name": "coder"}}]}
     rows = [
@@ -253,9 +275,8 @@ def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    encoded: list[list[int]] = []
-    monkeypatch.setattr("utils.models.predictor.generate", lambda _, prompts, *__, **___: encoded.extend(prompts) or [])
-    Predictor(run_dir).answers(read_prompts(path)[0], max_tokens=1)
+    codec = TokenCodec(load_trained(run_dir)[1], None)
+    encoded = [codec.encode(prompt) for prompt in read_prompts(path)[0]]
     assert encoded[0] == encoded[1] == encoded[2]
     assert len(encoded[0]) > len(encoded[3]) + 20
 
@@ -285,9 +306,9 @@ def test_adapter_without_its_run_is_rejected(run_dir: Path, notes: Path, tmp_pat
     weights = shutil.copytree(run_dir / "checkpoints" / "checkpoint_000001" / "consolidated", tmp_path / "moved")
     if (weights / "lora.safetensors").is_file():
         with pytest.raises(UserError, match="is not in a run folder; merge it first"):
-            Predictor(weights)
+            LocalEngine(weights)
     else:
-        assert Predictor(weights).answers(read_prompts(notes)[0][:1], max_tokens=1)
+        assert answers(weights, notes)
 
 
 def test_command_logs_its_progress_without_a_terminal(

@@ -10,9 +10,10 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import load_base_of, load_trained
-from model.generate import Sampling, stream
+from model.generate import stream
 from model.lora import adapters_disabled, lora_layers
 from model.transformer import Transformer
+from utils.engines.engine import Generation
 
 BASE, TUNED = "base model", "fine-tuned"
 
@@ -71,7 +72,7 @@ class ChatModel:
             self._base, _ = load_base_of(folder, step)
         self.names = (BASE, TUNED) if compare else (TUNED,)
 
-    def answer(self, name: str, messages: Sequence[dict[str, Any]], sampling: Sampling, max_tokens: int) -> Answer:
+    def answer(self, name: str, messages: Sequence[dict[str, Any]], generation: Generation) -> Answer:
         """Answer a conversation with one of `names`.
 
         Raises:
@@ -79,13 +80,14 @@ class ChatModel:
         """
         parsed = parse_conversation({"messages": list(messages)}).messages
         prompt = self._encoder.encode_prompt(parsed)
-        return Answer(self._tokenizer, self._stream(name, prompt, sampling, max_tokens))
+        return Answer(self._tokenizer, self._stream(name, prompt, generation))
 
-    def _stream(self, name: str, prompt: list[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
+    def _stream(self, name: str, prompt: list[int], generation: Generation) -> Iterator[int]:
+        max_tokens, sampling = generation
         untuned = name == BASE
         model = self._base if untuned and self._base is not None else self._model
         mode = adapters_disabled(model) if untuned else contextlib.nullcontext()
         eos_id = self._tokenizer.tokenizer.eos_id
         with mode, contextlib.closing(stream(model, [prompt], max_tokens, eos_id, sampling)) as steps:
             for step in steps:
-                yield step[0]
+                yield step[0].token

@@ -1,0 +1,163 @@
+"""Predictions by a server with OpenAI's API. Real engines: end_to_end/test_serving.py."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.chat_server import Request, chat_server
+from utils import chat, predict_icd10
+from utils.icd10.prompts import prompt_messages
+
+ANSWER = "diagnostic principal : Asthme (J459), diagnistic relié : aucun, diagnostic associé : aucun"
+RunCommand = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(f'{{"id": "s{n}", "text": "Séjour secret {n}."}}\n' for n in range(6)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+
+
+def note_of(request: Request) -> int:
+    """Return the number of the note that a request is about."""
+    return int(request["messages"][-1]["content"].rstrip(".")[-1])
+
+
+def predict(run_command: RunCommand, notes: Path, url: str, *options: object) -> tuple[int, str, list[dict]]:
+    out = notes.parent / "p.jsonl"
+    code, output = run_command(
+        predict_icd10, "--engine", "server", "--server", url, "--notes", notes, "--out", out, *options
+    )
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    return code, output, rows
+
+
+def test_the_prompt_of_training_is_sent_and_the_codes_are_read(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: ANSWER) as server:
+        code, _, rows = predict(run_command, notes, server.url)
+    assert code == 0
+    assert sorted(row["id"] for row in rows) == [f"s{n}" for n in range(6)]
+    assert all([item["code"] for item in row["codes"]] == ["J459"] for row in rows)
+    asked = {note_of(request): request for request in server.requests}
+    assert not any("logprobs" in request for request in server.requests)
+    assert asked[3]["messages"] == prompt_messages("Séjour secret 3.")
+    assert all(
+        (request["model"], request["temperature"], request["max_tokens"]) == ("demo", 0, 512)
+        for request in asked.values()
+    )
+
+
+def test_failures_that_pass_are_tried_again(notes: Path, run_command: RunCommand) -> None:
+    tries: Counter[int] = Counter()
+
+    def overloaded_at_first(request: Request) -> str | int:
+        tries[note_of(request)] += 1
+        return (503, 429, ANSWER)[min(tries[note_of(request)], 3) - 1]
+
+    with chat_server(overloaded_at_first) as server:
+        code, _, rows = predict(run_command, notes, server.url)
+    assert code == 0 and len(rows) == 6
+    assert set(tries.values()) == {3}
+
+
+def test_a_prompt_that_the_server_refuses_does_not_stop_the_others(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda request: 400 if note_of(request) == 4 else ANSWER) as server:
+        code, output, rows = predict(run_command, notes, server.url, "--concurrency", 1)
+    assert code == 1 and "not used (s4): the server refused it (HTTP 400, context_length)" in output
+    assert sorted(row["id"] for row in rows) == ["s0", "s1", "s2", "s3", "s5"]
+    assert "secret" not in output
+    assert "s4,the server refused it" in (notes.parent / "p.left_out.csv").read_text(encoding="utf-8")
+
+
+def test_a_server_that_refuses_the_first_prompt_is_not_asked_again(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: 400) as server:
+        code, output, rows = predict(run_command, notes, server.url, "--concurrency", 2)
+    assert code == 1 and not rows and len(server.requests) <= 3
+    assert "refused it (HTTP 400, context_length)" in output and "secret" not in output and "Traceback" not in output
+
+
+def test_after_a_lost_server_the_same_command_answers_the_rest_once(notes: Path, run_command: RunCommand) -> None:
+    asked: list[int] = []
+
+    def dies(request: Request) -> str | int:
+        asked.append(note_of(request))
+        return ANSWER if len(asked) <= 3 else 500
+
+    with chat_server(dies) as server:
+        url = server.url
+        code, output, rows = predict(run_command, notes, url, "--concurrency", 1)
+    assert code == 1 and "answered with HTTP 500" in output and len(rows) == 3
+    code, output, rows = predict(run_command, notes, url)
+    assert code == 1 and output.count(f"The server {url} cannot be reached. Start it, or correct --server") == 1
+    asked.clear()
+    with chat_server(lambda request: asked.append(note_of(request)) or ANSWER, server.server_address[1]):
+        code, output, rows = predict(run_command, notes, url)
+    assert code == 0 and "6 answers (3 from an earlier call)" in output
+    assert sorted(row["id"] for row in rows) == [f"s{n}" for n in range(6)] and len(asked) == 3
+
+
+@pytest.mark.parametrize("url", ["http://192.0.2.1:8000/v1", "http://hospital.example/v1", "http://127.0.0.1.example/"])
+def test_notes_leave_the_machine_only_if_allowed(url: str, notes: Path, run_command: RunCommand) -> None:
+    code, output, rows = predict(run_command, notes, url)
+    assert code == 1 and not rows
+    assert "is another machine, and notes would be sent there. Give --allow_remote" in output
+
+
+def test_redirects_and_proxies_are_not_used(notes: Path, run_command: RunCommand, monkeypatch) -> None:
+    with chat_server(lambda _: ANSWER) as other, chat_server(lambda _: ANSWER) as server:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, other.url)
+        assert predict(run_command, notes, server.url)[0] == 0
+        server.location = other.url
+        (notes.parent / "p.jsonl").unlink()
+        code, output, rows = predict(run_command, notes, server.url, "--model", "demo")
+        assert code == 1 and not rows and "HTTP 307" in output
+        assert not other.requests
+
+
+def test_a_server_with_several_models_needs_a_name(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: ANSWER) as server:
+        server.models = ["a", "b"]
+        code, output, _ = predict(run_command, notes, server.url)
+        assert code == 1 and "lists 2 models (a, b); name one with --model" in output
+        assert predict(run_command, notes, server.url, "--model", "b")[0] == 0
+    assert server.requests[0]["model"] == "b"
+
+
+def test_log_probabilities_are_asked_for_if_wanted(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: ANSWER) as server:
+        _, _, rows = predict(run_command, notes, server.url, "--log_probabilities")
+    assert all(row["log_probability"] == -0.5 for row in rows)
+
+
+def test_questions_are_answered_without_codes(tmp_path: Path, run_command: RunCommand) -> None:
+    tools = [{"type": "function", "function": {"name": "dose", "description": "", "parameters": {}}}]
+    rows = [
+        {"id": "a", "messages": [{"role": "user", "content": "Dose ?"}], "tools": tools},
+        {"id": "b", "messages": [{"role": "user", "content": "Capitale ?"}, {"role": "assistant", "content": "Paris"}]},
+    ]
+    batch, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    batch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--engine", "server", "--temperature", 0.5, "--top_p", 0.9, "--seed", 3]
+    with chat_server(lambda _: "Réponse") as server:
+        code, _ = run_command(chat, "--batch", batch, "--out", out, "--server", server.url, *options)
+    answered = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and sorted(answered, key=lambda row: row["id"]) == [
+        {"id": "a", "answer": "Réponse"},
+        {"id": "b", "answer": "Réponse"},
+    ]
+    by_question = {request["messages"][0]["content"]: request for request in server.requests}
+    assert by_question["Dose ?"]["tools"][0]["function"]["name"] == "dose"
+    assert by_question["Capitale ?"]["messages"] == [{"role": "user", "content": "Capitale ?"}]
+    assert by_question["Dose ?"]["seed"] != by_question["Capitale ?"]["seed"]
+    assert by_question["Dose ?"]["top_p"] == 0.9

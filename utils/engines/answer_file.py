@@ -1,0 +1,199 @@
+"""Answer the rows of a file with an engine; an interrupted call continues where it stopped."""
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from finetune.run_dir import find_checkpoint, run_of
+from model.atomic import owner_only
+from model.errors import UserError
+from model.wording import counted
+from utils.engines.choice import EngineChoice, sha256
+from utils.engines.engine import Engine, Reply
+from utils.engines.prompts import Prompt, count_reasons, read_prompts
+from utils.icd10.answers import parse_answer
+from utils.icd10.mapping import TableMapping
+from utils.icd10.predictions import origin_path, read_origin
+from utils.icd10.stays import LeftOut
+from utils.tables.csv_cells import CsvWriter
+from utils.tables.encodings import AUTO
+from utils.tables.jsonl import SkippedRowError, file_errors, read_journal, read_lines, require_own_names, save
+
+CSV_COLUMNS = ("id", "role", "code", "label")
+LEFT_OUT_SUFFIX = ".left_out.csv"
+
+
+class Answered(NamedTuple):
+    """What a call did.
+
+    Attributes:
+        summary: a line on the answers.
+        warning: a sentence on the rows that were not used, "" if there are none.
+        complete: whether every stay has an answer.
+    """
+
+    summary: str
+    warning: str
+    complete: bool
+
+
+def answer_file(
+    choice: EngineChoice,
+    rows: Path,
+    out: Path,
+    encoding: str = AUTO,
+    mapping: TableMapping | None = None,
+    with_codes: bool = True,
+) -> Answered:
+    """Answer the rows of a file that are not yet in `out`; rows without a prompt or an answer are listed.
+
+    Args:
+        choice: the engine and its settings.
+        rows: file of notes or conversations.
+        out: .jsonl file of the answers, or a .csv file of their codes, written in addition to the .jsonl file.
+        encoding: encoding of `rows`, for text formats.
+        mapping: columns of `rows`.
+        with_codes: whether answers name ICD-10 codes, to be written beside them.
+
+    Raises:
+        UserError: the rows, the engine or the output cannot be used.
+    """
+    if out.suffix not in ((".jsonl", ".csv") if with_codes else (".jsonl",)):
+        raise UserError(f"{out}: expected a name that ends in .jsonl{' or .csv' if with_codes else ''}.")
+    prompts, left_out = read_prompts(rows, encoding, mapping)
+    answers = out.with_suffix(".jsonl")
+    require_own_names({out, answers, origin_path(answers), answers.with_suffix(LEFT_OUT_SUFFIX)}, [rows])
+    _require_own_csv(out)
+    identity = choice.identity() | {"notes": sha256(rows.read_bytes())}
+    with file_errors():
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        if done := read_journal(answers):
+            _require_same_origin(answers, identity)
+        to_do = [prompt for prompt in prompts if prompt.id not in done]
+        if to_do:
+            engine = choice.open()
+            save({origin_path(answers): json.dumps(identity | choice.origin(), ensure_ascii=False, indent=1)})
+            print(f"Answering {len(to_do)} of {len(prompts)} rows with {choice.model} ...", file=sys.stderr, flush=True)
+            left_out += _write_answers(engine, to_do, answers, with_codes)
+        if out.suffix == ".csv":
+            _save_csv(answers, out)
+        _save_left_out(left_out, answers.with_suffix(LEFT_OUT_SUFFIX))
+    earlier = f" ({len(prompts) - len(to_do)} from an earlier call)" if len(to_do) < len(prompts) else ""
+    answered = read_journal(answers).keys() & {prompt.id for prompt in prompts}
+    summary = f"{counted(len(answered), 'answer')}{earlier}: {out}"
+    return Answered(summary, _describe_left_out(left_out, answers), all(row.stay in answered for row in left_out))
+
+
+def report_answered(answered: Answered) -> None:
+    """Print what `answer_file` did.
+
+    Raises:
+        UserError: a row has no answer.
+    """
+    print(answered.summary)
+    if answered.warning and answered.complete:
+        print(f"warning: {answered.warning}")
+    elif answered.warning:
+        raise UserError(answered.warning)
+
+
+def _write_answers(engine: Engine, prompts: Sequence[Prompt], path: Path, with_codes: bool) -> list[LeftOut]:
+    """Append the answers to a journal as they arrive; return the prompts that got none."""
+    left_out = []
+    with (
+        open(path, "a", encoding="utf-8", opener=owner_only) as file,
+        tqdm(total=len(prompts), unit="row", disable=None) as bar,
+    ):
+        for prompt, reply in engine.answers(prompts):
+            if isinstance(reply, SkippedRowError):
+                left_out.append(LeftOut("row", reply.reason, prompt.id))
+            else:
+                file.write(json.dumps(_row(prompt, reply, with_codes), ensure_ascii=False) + "\n")
+                file.flush()
+            bar.update()
+    return left_out
+
+
+def _row(prompt: Prompt, reply: Reply, with_codes: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": prompt.id, "answer": reply.text}
+    if with_codes:
+        row["codes"] = [item._asdict() for item in parse_answer(reply.text)]
+    if reply.log_probabilities:
+        row["log_probability"] = round(sum(reply.log_probabilities), 4)
+    return row
+
+
+def _save_left_out(left_out: Sequence[LeftOut], path: Path) -> None:
+    """Write the rows without answer, or remove the file of an earlier call if there are none."""
+    if not left_out:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    writer = CsvWriter(text, LeftOut._fields)
+    for found in left_out:
+        writer.write(*found)
+    save({path: text.getvalue()})
+
+
+def _describe_left_out(left_out: Sequence[LeftOut], answers: Path) -> str:
+    if not left_out:
+        return ""
+    shown = ", ".join(found.stay or found.where for found in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+    listed = answers.with_suffix(LEFT_OUT_SUFFIX)
+    unused = counted(len(left_out), "row was", "rows were")
+    return f"{unused} not used ({shown}): {count_reasons(left_out)}. See {listed}."
+
+
+def _save_csv(answers: Path, path: Path) -> None:
+    """Write one line per code; a missing value is empty."""
+    buffer = io.StringIO()
+    writer = CsvWriter(buffer, CSV_COLUMNS)
+    for _, line in read_lines(answers):
+        row = json.loads(line)
+        for code in row["codes"]:
+            writer.write(row["id"], *(code.get(column) for column in CSV_COLUMNS[1:]))
+    save({path: buffer.getvalue()})
+
+
+def _require_own_csv(path: Path) -> None:
+    """Raise UserError if a csv file exists and does not begin like one of this command."""
+    if path.suffix == ".csv" and path.exists():
+        with file_errors(), path.open("rb") as file:
+            header = file.readline().decode("utf-8", "replace").strip()
+            if header not in ("", ",".join(CSV_COLUMNS)):
+                raise UserError(f"{path} exists and is not an output of this command; choose another file.")
+
+
+def _require_same_origin(answers: Path, identity: dict[str, Any]) -> None:
+    """Raise UserError unless the answers in the file have this origin: answers of different origins are not mixed."""
+    before = read_origin(answers)
+    if different := [key for key in identity if before.get(key) != identity[key]]:
+        raise UserError(
+            f"{answers} was written with a different {', '.join(different)}; delete it or choose another --out."
+        )
+
+
+def predict_in_run_dir(folder: Path, rows: Path) -> Path:
+    """Answer the rows of a file with a run's latest checkpoint, or with the given checkpoint, unless done before.
+
+    Returns:
+        The file of the answers, in the `predictions` folder of the run.
+
+    Raises:
+        UserError: the folder is not in a run, or the rows cannot be answered.
+    """
+    checkpoint = find_checkpoint(folder)
+    run_dir = run_of(checkpoint)
+    if run_dir is None:
+        raise UserError(f"{folder} is neither a run folder (no args.yaml) nor a checkpoint in one.")
+    answers = run_dir / "predictions" / f"{rows.stem}.{checkpoint.resolve().name}.jsonl"
+    answered = answer_file(EngineChoice(folder=checkpoint), rows, answers)
+    print(answered.summary, file=sys.stderr)
+    if answered.warning:
+        print(f"warning: {answered.warning}", file=sys.stderr)
+    return answers

@@ -1,0 +1,187 @@
+"""The choice of an engine and its model, and the command-line options for it. Imports nothing heavy."""
+
+import argparse
+import dataclasses
+import hashlib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from finetune.cli import add_step_option
+from finetune.run_dir import find_checkpoint, run_of
+from model.errors import UserError
+from model.sampling import Sampling
+from utils.engines.engine import DEFAULT_GENERATION, Engine, Generation
+from utils.engines.server_address import ServerAddress
+from utils.icd10.codes import Cim10Table
+
+ENGINES = ("local", "transformers", "vllm", "server")
+_UNCONSTRAINED = ("vllm", "server")
+
+
+@dataclasses.dataclass
+class EngineChoice:
+    """An engine that is not open yet.
+
+    Attributes:
+        name: one of ENGINES.
+        folder: a run, a checkpoint or a model; for a server None.
+        step: checkpoint of a run: a step number or "best"; None for the latest.
+        server: where the model is, for the engine `server`.
+        table: codes that answers may contain; None for unconstrained answers.
+        generation: length and sampling of the answers.
+        batch_size: prompts per batch, for engines that do not form their own.
+
+    Raises:
+        UserError: the settings do not fit together, or there is no such folder.
+    """
+
+    name: str = "local"
+    folder: Path | None = None
+    step: int | str | None = None
+    server: ServerAddress | None = None
+    table: Cim10Table | None = None
+    generation: Generation = DEFAULT_GENERATION
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.name == "server":
+            if self.server is None or self.folder is not None:
+                raise UserError("--engine server needs --server URL, and takes --model NAME instead of a folder.")
+            self.server.require_allowed()
+        elif self.server is not None:
+            raise UserError("--server is for --engine server.")
+        elif self.folder is None:
+            raise UserError(f"--engine {self.name} needs the folder of a model.")
+        else:
+            self.folder = find_checkpoint(self.folder, self.step)
+        if self.table is not None and self.name in _UNCONSTRAINED:
+            raise UserError(
+                f"--cim10 constrains the engines local and transformers, not {self.name}; without it, the evaluation "
+                "counts codes that are not in the table."
+            )
+
+    @property
+    def model(self) -> str:
+        """The model, for people; a link such as `best` is replaced by the name of its checkpoint."""
+        if self.folder is None:
+            assert self.server is not None, "checked above"
+            return f"{self.server.model or 'the model'} of {self.server.url}"
+        in_run = run_of(self.folder) is not None
+        return str(self.folder.with_name(self.folder.resolve().name) if in_run else self.folder)
+
+    def origin(self) -> dict[str, Any]:
+        """Return what an evaluation shows about the answers."""
+        run_dir = run_of(self.folder) if self.folder else None
+        answered = f"{datetime.now():%Y-%m-%d %H:%M}"
+        return {"run_name": run_dir and run_dir.name, "checkpoint": self.model, "answered": answered}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what answers depend on besides the prompts; None where it is as it was before there were choices."""
+        sampling = self.generation.sampling
+        return {
+            "run": fingerprint(self.folder) if self.folder else None,
+            "max_tokens": self.generation.max_tokens,
+            "cim10": None if self.table is None else sha256(repr(list(self.table)).encode()),
+            "engine": None if self.name == "local" else self.name,
+            "model": self.server.model if self.server else None,
+            "sampling": dataclasses.asdict(sampling) if sampling.temperature else None,
+        }
+
+    def open(self) -> Engine:
+        """Load the model, or connect to the server.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        if self.server is not None:
+            from utils.engines.server import ServerEngine
+
+            return ServerEngine(self.server, self.generation)
+        assert self.folder is not None, "checked above"
+        if self.name == "vllm":
+            from utils.engines.vllm_engine import VllmEngine
+
+            return VllmEngine(self.folder, self.generation)
+        if self.name == "transformers":
+            from utils.engines.transformers_engine import TransformersEngine
+
+            return TransformersEngine(self.folder, self.generation, self.table, self.batch_size)
+        from utils.engines.local import LocalEngine
+
+        return LocalEngine(self.folder, self.generation, self.table, self.batch_size)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options from which `parse_engine` makes an EngineChoice, except the folder of the model."""
+    group = parser.add_argument_group("model and engine")
+    group.add_argument("--engine", choices=ENGINES, default="local", help="what runs the model (default: %(default)s)")
+    group.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
+    group.add_argument("--model", metavar="NAME", help="model of the server (default: the only one that it lists)")
+    group.add_argument("--concurrency", type=int, default=8, help="prompts sent at once (default: %(default)s)")
+    group.add_argument("--allow_remote", action="store_true", help="the server may be another machine")
+    group.add_argument("--log_probabilities", action="store_true", help="ask the server for them, if it supports that")
+    group.add_argument("--batch_size", type=int, default=16, help="rows per batch (default: %(default)s)")
+    add_step_option(group)
+    add_sampling_options(group)
+
+
+def add_sampling_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options from which `parse_generation` makes a Generation."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely tokens (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from tokens with this total probability")
+    parser.add_argument("--top_k", type=int, default=0, help="sample from this many tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        default=DEFAULT_GENERATION.max_tokens,
+        help="maximum answer length (default: %(default)s)",
+    )
+
+
+def parse_generation(options: argparse.Namespace) -> Generation:
+    """Return the settings of `add_sampling_options`.
+
+    Raises:
+        UserError: a value is out of range, or has no effect.
+    """
+    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 1:
+        raise UserError(
+            "--temperature and --top_k must be at least 0, --top_p above 0 and at most 1, --max_tokens at least 1."
+        )
+    if options.temperature == 0 and (options.top_p < 1 or options.top_k > 0 or options.seed):
+        raise UserError("--top_p, --top_k and --seed have no effect on the most likely tokens; give --temperature.")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    return Generation(options.max_tokens, sampling)
+
+
+def parse_engine(options: argparse.Namespace, folder: Path | None, table: Cim10Table | None = None) -> EngineChoice:
+    """Return the choice of `add_engine_options`.
+
+    Raises:
+        UserError: as for `EngineChoice`.
+    """
+    if options.batch_size < 1 or options.concurrency < 1:
+        raise UserError("--batch_size and --concurrency must be at least 1.")
+    if options.engine != "server" and (options.model or options.allow_remote or options.log_probabilities):
+        raise UserError("--model, --allow_remote and --log_probabilities are for --engine server.")
+    server = None
+    if options.server:
+        server = ServerAddress(
+            options.server, options.model, options.concurrency, options.allow_remote, options.log_probabilities
+        )
+    generation = parse_generation(options)
+    return EngineChoice(options.engine, folder, options.step, server, table, generation, options.batch_size)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash that identifies a checkpoint or model folder, without reading its weights."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return sha256(repr((str(folder.resolve()), facts)).encode())
+
+
+def sha256(content: bytes) -> str:
+    """Return the hash as hexadecimal text."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,65 @@
+"""What engines share that take token ids: encoding as in training, constraints, decoding."""
+
+from collections.abc import Sequence
+
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+
+from finetune.data.conversation import parse_conversation
+from finetune.data.tokenize import SampleEncoder
+from finetune.inference import token_bytes
+from utils.engines.engine import Reply
+from utils.engines.prompts import Prompt
+from utils.icd10.codes import Cim10Table
+from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+
+
+class TokenCodec:
+    """Prompts to token ids, and the tokens of answers to text.
+
+    Args:
+        tokenizer: of the model.
+        table: codes that answers may contain; None for unconstrained answers.
+
+    Attributes:
+        eos_id: id of the token that ends an answer.
+    """
+
+    def __init__(self, tokenizer: InstructTokenizerBase, table: Cim10Table | None) -> None:
+        self._encoder = SampleEncoder(tokenizer)
+        self._tokenizer = tokenizer.tokenizer
+        self.eos_id = self._tokenizer.eos_id
+        self._grammar = None
+        if table is not None:
+            pieces = token_bytes(tokenizer)
+            self._vocabulary = Vocabulary(pieces, self.eos_id)
+            # SentencePiece starts a string with a space, which decoding removes.
+            space = " " if self._tokenizer.encode("a", bos=False, eos=False) != [pieces.index(b"a")] else ""
+            self._grammar = AnswerGrammar(table, prefix=space)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return exactly the tokens that precede the answer in training."""
+        conversation = parse_conversation(prompt.row)
+        return self._encoder.encode_prompt(conversation.messages, conversation.tools)
+
+    def constraints(self, count: int) -> list[AnswerConstraint] | None:
+        """Return constraints for that many new answers, or None if answers are free."""
+        if self._grammar is None:
+            return None
+        return [AnswerConstraint(self._grammar, self._vocabulary) for _ in range(count)]
+
+    def replies(
+        self,
+        answers: Sequence[Sequence[int]],
+        log_probabilities: Sequence[Sequence[float]],
+        constraints: Sequence[AnswerConstraint] | None,
+    ) -> list[Reply]:
+        """Return the answers that tokens form, each with its end token if it has one.
+
+        `constraints` have taken all tokens; their texts leave out an incomplete last code.
+        """
+        if constraints is not None:
+            texts = [constraint.text for constraint in constraints]
+        else:
+            texts = [self._tokenizer.decode(list(tokens)).strip() for tokens in answers]
+        ended = [tokens[-1] == self.eos_id for tokens in answers]
+        return list(map(Reply, texts, map(tuple, log_probabilities), ended))

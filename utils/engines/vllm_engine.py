@@ -1,0 +1,69 @@
+"""vLLM without a server, on an exported model."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from finetune.data.tokenizer_files import load_instruct_tokenizer
+from model.errors import UserError
+from model.hf_config import CONFIG_NAME
+from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, by_length, seed_of
+from utils.engines.prompts import Prompt
+from utils.engines.token_codec import TokenCodec
+
+_CHUNK = 512  # prompts between two writes of answers; vLLM forms its own batches
+
+
+class VllmEngine:
+    """An exported model that vLLM runs; prompts are encoded as in training.
+
+    Args:
+        folder: what `utils.export --to hf --merged` wrote.
+        generation: length and sampling of the answers.
+
+    Raises:
+        UserError: vLLM is not installed, or the folder has another format.
+    """
+
+    def __init__(self, folder: Path, generation: Generation = DEFAULT_GENERATION) -> None:
+        if not (folder / CONFIG_NAME).is_file():
+            raise UserError(
+                f"{folder} has no {CONFIG_NAME}; --engine vllm needs a model in Hugging Face's format: "
+                "python -m utils.export RUN --to hf --merged --out DIR."
+            )
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise UserError(
+                "--engine vllm needs vLLM in this environment; it pins its own version of torch, so a server in "
+                "another environment (--engine server) may be easier."
+            ) from error
+        self._llm = LLM(model=str(folder), skip_tokenizer_init=True)
+        self._new_params = SamplingParams
+        self._codec = TokenCodec(load_instruct_tokenizer(folder, self._llm.model_config.get_vocab_size()), None)
+        self._generation = generation
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply]]:
+        """Answer prompts in large chunks; see `Engine`."""
+        for chunk in by_length(prompts, _CHUNK):
+            encoded = [{"prompt_token_ids": self._codec.encode(prompt)} for prompt in chunk]
+            outputs = self._llm.generate(encoded, [self._params(prompt) for prompt in chunk], use_tqdm=False)
+            answers = [output.outputs[0] for output in outputs]
+            tokens = [answer.token_ids for answer in answers]
+            chances = [
+                [of_step[token].logprob for token, of_step in zip(answer.token_ids, answer.logprobs)]
+                for answer in answers
+            ]
+            yield from zip(chunk, self._codec.replies(tokens, chances, None))
+
+    def _params(self, prompt: Prompt):  # noqa: ANN202 - vllm.SamplingParams, which is not installed everywhere
+        max_tokens, sampling = self._generation
+        return self._new_params(
+            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            seed=seed_of(prompt, sampling),
+            stop_token_ids=[self._codec.eos_id],
+            logprobs=0,
+            detokenize=False,
+        )
