@@ -73,7 +73,7 @@ def test_failures_that_pass_are_tried_again(notes: Path, run_command: RunCommand
 def test_a_prompt_that_the_server_refuses_does_not_stop_the_others(notes: Path, run_command: RunCommand) -> None:
     with chat_server(lambda request: 400 if note_of(request) == 4 else ANSWER) as server:
         code, output, rows = predict(run_command, notes, server.url, "--concurrency", 1)
-    assert code == 1 and "not used (s4): the server refused it (HTTP 400, context_length)" in output
+    assert code == 1 and "1 row was not used (s4): the server refused it (HTTP 400, context_length): 1." in output
     assert sorted(row["id"] for row in rows) == ["s0", "s1", "s2", "s3", "s5"]
     assert "secret" not in output
     assert "s4,the server refused it" in (notes.parent / "p.left_out.csv").read_text(encoding="utf-8")
