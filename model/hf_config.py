@@ -22,7 +22,7 @@ _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
 _DEFAULT_THETAS = {"mistral": 1e4, "mixtral": 1e6}
 # params.json rarely states a maximum sequence length. Our rotary embeddings need none, but inference engines do.
-_DEFAULT_MAX_POSITIONS = 32768
+DEFAULT_MAX_POSITIONS = 32768
 _TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # in all of Mistral's tokenizers
 
 
@@ -108,7 +108,7 @@ def config_from_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "head_dim": params["head_dim"],
         "hidden_act": "silu",
         "rope_theta": params.get("rope_theta", _DEFAULT_THETAS["mistral"]),
-        "max_position_embeddings": params.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
+        "max_position_embeddings": params.get("max_position_embeddings", DEFAULT_MAX_POSITIONS),
         "sliding_window": params.get("sliding_window"),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,

@@ -242,7 +242,7 @@ def test_transformers_reads_prompts_as_training_did(tmp_path, name):
 def test_merged_models_keep_the_dtype_of_their_base(tmp_path, capsys):
     base = make_tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16, **SMALL)
     run = make_run(tmp_path / "run", base)  # an adapter in fp32
-    export(run, "mistral", tmp_path / "exact", merged=True, dtype=torch.float32)
+    export(run, "mistral", tmp_path / "exact", merged=True, dtype="fp32")
     exact = load_file(tmp_path / "exact" / "consolidated.safetensors")
     export(run, "hf", tmp_path / "hf", merged=True)
     assert "Writing 21 tensors (bfloat16)" in capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_merged_models_keep_the_dtype_of_their_base(tmp_path, capsys):
 
 def test_a_checkpoint_of_all_weights_in_another_dtype(trained, tmp_path):
     base, _, _ = trained
-    export(base, "hf", tmp_path / "half", dtype=torch.float16)
+    export(base, "hf", tmp_path / "half", dtype="fp16")
     weights, expected = open_model_weights(tmp_path / "half"), open_model_weights(base)
     assert json.loads((tmp_path / "half" / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "float16"
     assert all(weights.read(name).equal(expected.read(name).half()) for name in expected.shapes)
@@ -306,7 +306,8 @@ def test_requests_that_do_not_fit_are_refused(tmp_path):
     run, out = make_run(tmp_path / "run", base), tmp_path / "out"
     refused("is a whole model, not an adapter .* --to hf", base, "peft", out)
     refused("--to peft writes only the adapter", run, "peft", out, merged=True)
-    refused("--to peft writes the adapter as it was trained: omit --dtype", run, "peft", out, dtype=torch.float16)
+    refused("--to peft writes the adapter as it was trained: omit --dtype", run, "peft", out, dtype="fp16")
+    refused("q8_0 is a format of GGUF files", run, "hf", out, merged=True, dtype="q8_0")
     refused("add --merged .* or use the adapter alone with --to peft", run, "hf", out)
     refused("add --merged .*lora.safetensors is in Mistral's layout", run, "mistral", out)
     (tmp_path / "there").mkdir()

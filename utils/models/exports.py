@@ -10,6 +10,7 @@ import torch
 
 from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.manifest import require_intact
+from finetune.mixed_precision import DTYPES
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import PARAMS_NAME, load_model_args, read_params
@@ -19,9 +20,10 @@ from model.hf_config import CONFIG_NAME, config_from_params, generation_config
 from model.hf_format import HF_STEM, hf_name, open_model_weights, to_hf, write_hf_weights
 from model.peft_format import ADAPTER_CONFIG_NAME, PEFT_PREFIX, peft_folder, read_peft_config
 from model.weights import SafetensorsWriter, TensorSource, open_safetensors
+from utils.models.gguf_format import GGUF_TYPES, GgufLayout, write_gguf
 from utils.models.hf_tokenizer import write_hf_tokenizer
 from utils.models.merging import open_merged, recorded_scaling
-from utils.models.model_folder import announce, copy_tokenizer, write_model_folder
+from utils.models.model_folder import announce, announce_size, copy_tokenizer, find_tokenizer, write_model_folder
 from utils.models.rounding import RoundedWeights
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -34,18 +36,19 @@ def export(
     merged: bool = False,
     base: Path | None = None,
     step: int | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Write the folder `out` atomically.
 
     Args:
         source: folder of a run, a checkpoint, a PEFT adapter or a model.
-        to: "peft", "hf" or "mistral".
+        to: "peft", "hf", "mistral" or "gguf".
         out: folder to create.
         merged: merge the adapter into its base; a checkpoint of all weights needs no merging.
         base: folder of the base model, or for "peft" its name on the hub; None: the one that the checkpoint records.
         step: which checkpoint of a run: its step or "best"; None: the latest.
-        dtype: of the new model; None: the base's, or that of a checkpoint of all weights.
+        dtype: "bf16", "fp16", "fp32", or "q8_0" of GGUF; None: the base's, or that of a checkpoint of all weights, and
+            fp16 for GGUF.
 
     Raises:
         UserError: the checkpoint or the base does not exist, cannot be exported that way, or `out` exists.
@@ -62,10 +65,16 @@ def export(
     else:
         if has_adapter:
             base = base or _recorded_base(checkpoint)
-        weights, params = _open(checkpoint, base if has_adapter else None, dtype)
+        # A GGUF file is rounded from fp32 tensor by tensor.
+        weights, params = _open(
+            checkpoint, base if has_adapter else None, DTYPES["fp32"] if to == "gguf" else DTYPES.get(dtype or "")
+        )
         tokenizers = [checkpoint, *([base] if base else [])]
-        write = _write_hf if to == "hf" else write_model_folder
-        write(out, weights, params, tokenizers)
+        if to == "gguf":
+            _write_gguf(out, weights, params, tokenizers, dtype or "fp16")
+        else:
+            write = _write_hf if to == "hf" else write_model_folder
+            write(out, weights, params, tokenizers)
     print(f"Exported {checkpoint} to {out}.")
 
 
@@ -78,7 +87,7 @@ def _open(checkpoint: Path, base: Path | None, dtype: torch.dtype | None) -> tup
     return (RoundedWeights(weights, dtype) if dtype else weights), read_params(checkpoint)
 
 
-def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool, dtype: torch.dtype | None) -> None:
+def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool, dtype: str | None) -> None:
     if to == "peft" and not has_adapter:
         raise UserError(
             f"{checkpoint} is a whole model, not an adapter (it has no {ADAPTER_NAME}), so there is nothing for PEFT. "
@@ -90,6 +99,8 @@ def _check_request(checkpoint: Path, has_adapter: bool, to: str, merged: bool, d
         raise UserError(
             "--to peft writes the adapter as it was trained: omit --dtype, or export with --to hf --merged."
         )
+    if to != "gguf" and dtype == "q8_0":
+        raise UserError("q8_0 is a format of GGUF files: use --to gguf, or one of bf16, fp16 and fp32.")
     if to != "peft" and has_adapter and not merged:
         alone = "with --to peft" if to == "hf" else f"as it is: {checkpoint / ADAPTER_NAME} is in Mistral's layout"
         raise UserError(
@@ -134,6 +145,26 @@ def _write_tokenizer(sources: list[Path], folder: Path, vocab_size: int) -> None
     unversioned = folder / "tokenizer.model"  # the name that llama.cpp's own converter expects
     if files[0].name.startswith(unversioned.name) and not unversioned.exists():
         shutil.copyfile(files[0], unversioned)
+
+
+def _write_gguf(
+    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path], dtype: str
+) -> None:
+    """Write a folder with one GGUF file; arguments and errors as `write_model_folder`."""
+    layout = GgufLayout(weights, params["n_layers"], dtype)
+    files = find_tokenizer(tokenizers)
+    if not files:
+        raise UserError(
+            f"{tokenizers[-1]} has no tokenizer in Mistral's files, and a GGUF file contains one: put the model's "
+            "tokenizer.model.v3 or tekken.json into its folder."
+        )
+    tokenizer = load_instruct_tokenizer(files[0].parent, params["vocab_size"])
+    kind = GGUF_TYPES[dtype]
+    announce_size(destination, len(layout.sizes), kind, sum(layout.sizes.values()))
+    if window := params.get("sliding_window"):
+        print(f"llama.cpp ignores the model's attention window of {window:,} tokens: keep prompts below that.")
+    with new_folder(destination) as folder:
+        write_gguf(folder / f"model-{kind}.gguf", layout, params, tokenizer)
 
 
 def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:

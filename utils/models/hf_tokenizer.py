@@ -37,7 +37,7 @@ def write_hf_tokenizer(tokenizer: InstructTokenizerBase, folder: Path) -> None:
     Raises:
         UserError: transformers is not installed, or converts the tokenizer incorrectly.
     """
-    fast = _converted(tokenizer)
+    fast = converted(tokenizer)
     fast.save(str(folder / "tokenizer.json"))
     inner = tokenizer.tokenizer
     names = {"bos_token": inner.bos_id, "eos_token": inner.eos_id, "unk_token": inner.unk_id}
@@ -81,14 +81,14 @@ def _model_settings(tokenizer: InstructTokenizerBase) -> str:
     return inner.decode(prompt[1:end], special_token_policy=SpecialTokenPolicy.KEEP)
 
 
-def _converted(tokenizer: InstructTokenizerBase) -> "FastTokenizer":
+def converted(tokenizer: InstructTokenizerBase) -> "FastTokenizer":
     """Return the tokenizer in the form of tokenizer.json, compared with mistral-common's on some texts."""
     try:
         import transformers
         from tokenizers.processors import TemplateProcessing
     except ImportError as error:
         raise UserError(
-            "--to hf converts the tokenizer with transformers, which is not installed: "
+            "The export converts the tokenizer with transformers, which is not installed: "
             "pip install 'recode-mistral-finetune[transformers]'"
         ) from error
     inner = tokenizer.tokenizer
@@ -111,12 +111,10 @@ def _from_tekken(tokenizer: Tekkenizer) -> "FastTokenizer":
 
 
 def _from_sentencepiece(file: Path) -> "FastTokenizer":
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    model: Any = sentencepiece_model_pb2  # generated code, without types
-    proto = model.ModelProto.FromString(file.read_bytes())
+    proto = sentencepiece_model(file)
     vocabulary = {piece.piece: token for token, piece in enumerate(proto.pieces)}
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     fast = Tokenizer(BPE(vocabulary, _merges(proto), unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -124,9 +122,17 @@ def _from_sentencepiece(file: Path) -> "FastTokenizer":
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     blanks = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     fast.decoder = decoders.Sequence(blanks)
-    control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]
-    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+    kept = [piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]  # whole, wherever they occur
+    fast.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL) for piece in kept])
     return fast
+
+
+def sentencepiece_model(file: Path) -> Any:
+    """Return the content of a SentencePiece file; mistral-common does not show the types of its pieces."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2  # generated code, without type information
+    return model.ModelProto.FromString(file.read_bytes())
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:

@@ -20,8 +20,13 @@ def announce(destination: Path, weights: TensorSource) -> None:
     """Print what will be written where, and its size."""
     size = sum(math.prod(shape) * weights.dtypes[name].itemsize for name, shape in weights.shapes.items())
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values()}))
+    announce_size(destination, len(weights.shapes), dtypes, size)
+
+
+def announce_size(destination: Path, tensors: int, dtypes: str, size: int) -> None:
+    """Print what will be written where, and its size in bytes."""
     amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-    print(f"Writing {len(weights.shapes)} tensors ({dtypes}), {amount}, to {destination}.", flush=True)
+    print(f"Writing {tensors} tensors ({dtypes}), {amount}, to {destination}.", flush=True)
 
 
 def write_model_folder(
@@ -56,15 +61,22 @@ def write_weights(weights: TensorSource, path: Path) -> None:
             writer.write(name, weights.read(name))
 
 
+def find_tokenizer(sources: list[Path]) -> list[Path]:
+    """Return the tokenizer of the first folder that has one in Mistral's files; an empty list if none has."""
+    for source in sources:
+        if files := [file for pattern in _TOKENIZER_PATTERNS for file in sorted(source.glob(pattern))]:
+            return files
+    return []
+
+
 def copy_tokenizer(sources: list[Path], folder: Path) -> list[Path]:
     """Copy the tokenizer of the first folder that has one and return the new files.
 
     If no folder has one in Mistral's files, copy Hugging Face's, and return none: without them, the new folder would
     seem to have mistral-common's default tokenizer.
     """
-    for source in sources:
-        if files := [file for pattern in _TOKENIZER_PATTERNS for file in sorted(source.glob(pattern))]:
-            return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+    if files := find_tokenizer(sources):
+        return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
     for source in sources:
         if names := [name for name in UNREAD_NAMES if (source / name).is_file()]:
             for name in names:
