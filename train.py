@@ -1,21 +1,27 @@
 """Fine-tune a Mistral model: `torchrun --nproc-per-node N -m train CONFIG.yaml`, or `python -m train CONFIG.yaml`.
 
-All settings are in the YAML file: docs/configuration.md describes them, example/ has files to start from.
+All settings are in the YAML file: docs/configuration.md describes them, example/ has files to start from. Arguments
+replace single ones: `python -m train CONFIG.yaml run_dir=runs/b optim.lr=1e-4`.
 """
 
 import dataclasses
 import itertools
 import logging
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import fire
+from finetune.cli import parse_train_args, run_cli
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    run_cli(lambda: parse_train_args(__doc__))  # before the imports below, which take seconds
+
 import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from finetune.args import TrainArgs, load_train_args
-from finetune.cli import run_cli
 from finetune.data.args import parse_sources
 from finetune.data.data_loader import Batch
 from finetune.data.packing import PackingCounts
@@ -40,12 +46,14 @@ from utils.icd10.metrics import answer_scores
 logger = logging.getLogger("train")
 
 
-def train(config: str) -> None:
-    """Train as configured in the YAML file `config`."""
+def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Train as configured in the YAML file `config`, whose settings the `KEY=VALUE` strings in `overrides` replace."""
     with init_world() as world:
         set_up_logging(world.rank)
         with world.synchronized_errors():
-            args = load_train_args(Path(config))
+            args = load_train_args(Path(config), overrides)
+        # A time in its name may differ between processes.
+        args = dataclasses.replace(args, run_dir=world.gather(args.run_dir)[0])
         run_training(args, world)
 
 
@@ -91,7 +99,7 @@ def training_loop(run: Run) -> None:
 
             # Anomalies: stop before a checkpoint of a run gone wrong replaces a good one. Averaging the loss makes the
             # ranks wait for each other, so it is done only for steps whose loss is logged.
-            log_due = state.step % args.log_freq == 0
+            log_due = state.reaches(args.log_freq)
             failure = run.anomalies.check_step(state, batches, result.skipped)
             if log_due or run.evaluator.loss_due(state):
                 loss = world.mean(result.loss).item()
@@ -209,18 +217,10 @@ def log_summary(run: Run) -> None:
         draw_loss_curve(Path(run.args.run_dir))
 
 
-def command(config: str = "", *more: str, **flags: str) -> None:
-    """Train as configured in the YAML file CONFIG."""
-    if flags.keys() & {"help", "h"}:
-        print(__doc__.strip())
-        return
-    if more or flags:  # otherwise fire would report them only after training
-        given = " ".join([*map(str, more), *(f"--{name}" for name in flags)])
-        raise UserError(f"Unexpected argument `{given}`: all settings belong in the YAML file, the only argument.")
-    if not config:
-        raise UserError("Name a YAML file: python -m train CONFIG.yaml. The folder example/ has some.")
-    train(str(config))
+def main() -> None:
+    options = parse_train_args(__doc__)
+    train(options.config, options.overrides)
 
 
 if __name__ == "__main__":
-    run_cli(lambda: fire.Fire(command))
+    run_cli(main)

@@ -1,13 +1,16 @@
-"""Write docs/configuration.md, the reference of the training YAML, from its dataclasses: `make docs`."""
+"""Write docs/configuration.md from the dataclasses, and other tools' settings into docs/migration.md: `make docs`."""
 
-import dataclasses
+import re
 from pathlib import Path
-from typing import Any
 
 from finetune.args import known_settings
+from finetune.settings_help import default_as_yaml
+from finetune.translations import TRANSLATIONS, Translation
 from model.settings import Setting
 
 PAGE = Path(__file__).with_name("configuration.md")
+MIGRATION_PAGE = Path(__file__).with_name("migration.md")
+_SETTINGS = re.compile(r"(?<=by `make docs` -->\n).*(?=<!-- end of settings -->)", re.DOTALL)  # of other tools
 _INTRODUCTION = """\
 # Configuration
 
@@ -33,7 +36,18 @@ optim.lr: 6e-5 # the same as `lr: 6e-5` inside `optim:`
 - A block or key that is left out has its default. `null` is accepted only where it is listed.
 - Numbers are decimal: `010`, `1:30` and `0b101`, which have several meanings in YAML, are refused. Counts are at most
   1,000,000,000, fewer where memory would not suffice; the message about a larger one states the limit.
-- Paths are relative to the folder in which training is started.
+- Arguments replace settings of the file, with the same checks: `python -m train CONFIG.yaml run_dir=b optim.lr=1e-4
+  'lora.targets=[wq, wv]'`. `args.yaml` records them. `utils.validate_data` and `utils.plan` accept them, too.
+- `python -m train --help` prints this page.
+- Keys of Hugging Face's TrainingArguments, PEFT, TRL, axolotl, LLaMA-Factory and unsloth are refused with the lines to
+  write instead, which [migration.md](migration.md#settings) lists.
+- Paths are relative to the folder in which training is started. `~` and environment variables, `$NAME` or `${NAME}`,
+  are expanded in each of them; a path that exists as it is written stays as it is.
+- `run_dir` may contain `{date}`, `{time}`, `{name}` (`wandb.run_name`, or else the file name of the YAML without
+  `.yaml`) and `{seed}`: `runs/{date}_{name}`. All processes use the folder that the first one names. `resume: auto`,
+  which must find the folder again, is refused with `{date}` and `{time}`.
+- `log_freq`, `ckpt_freq`, `eval_freq` and `eval_generation.freq` are a number of steps, a share of the run between 0
+  and 1 (`0.1` is ten times), or `epoch`: at the end of each. `epochs` may be 0.5 or 2.5.
 - The `args.yaml` of a run is a configuration, too: it records every setting with the values that were used.
 
 """
@@ -68,7 +82,7 @@ def _section(title: str, rows: list[str]) -> str:
 
 
 def _row(key: str, setting: Setting) -> str:
-    default = _as_yaml(setting.default)
+    default = _quoted(default_as_yaml(setting.default))
     if setting.is_block:
         link = f"[`{key}`](#{key.replace('.', '')})"
         return f"| {link} | {setting.expected} | {default} | {setting.description.splitlines()[0]} |"
@@ -76,20 +90,27 @@ def _row(key: str, setting: Setting) -> str:
     return f"| `{key}` | {setting.expected} | {default} | {meaning}. |"
 
 
-def _as_yaml(value: Any) -> str:
-    """Format a default as it would be written in a YAML file."""
-    if value is dataclasses.MISSING:
-        return "required"
-    if callable(value):  # of a block
-        return ""
-    if value is None:
-        return "`null`"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, list):
-        return f"`[{', '.join(value)}]`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else '`""`'
+def _quoted(default: str) -> str:
+    return f"`{default}`" if default not in ("", "required") else default
+
+
+def migration_page() -> str:
+    """Return the migration guide with a current table of other tools' settings."""
+    lines = ["| elsewhere | here |", "| --- | --- |"]
+    for title, entries in TRANSLATIONS.items():
+        rows = [_translation_row(entry) for entry in entries if not known_settings().keys() >= set(entry.names)]
+        lines += [f"| **{title}** | |", *rows]
+    table = "\n".join(lines) + "\n"
+    return _SETTINGS.sub(lambda match: table, MIGRATION_PAGE.read_text(encoding="utf-8"))
+
+
+def _translation_row(entry: Translation) -> str:
+    others = [name for name in entry.names if name not in known_settings()]  # the rest are our keys with other values
+    names, ours = (", ".join(f"`{key}`" for key in keys) for keys in (others, entry.ours))
+    here = f"{ours} ({entry.remark})" if ours and entry.remark else ours or f"leave out: {entry.remark}"
+    return f"| {names} | {here} |"
 
 
 if __name__ == "__main__":
+    MIGRATION_PAGE.write_text(migration_page(), encoding="utf-8")
     PAGE.write_text(configuration_page(), encoding="utf-8")

@@ -4,28 +4,32 @@ docs/configuration.md is generated from these classes.
 """
 
 import dataclasses
-import difflib
 import functools
 import os
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from model.args import AttentionEngine, BaseDtype, LoraArgs, ParamDtype
 from model.errors import Problem, UserError, quoted
 from model.settings import (
     Bool,
+    Frequency,
     Int,
     NonNegativeFloat,
     NonNegativeInt,
     Number,
+    PathStr,
     PositiveFloat,
+    PositiveFrequency,
     PositiveInt,
     Setting,
     Settings,
-    Str,
     at_most,
     list_settings,
 )
@@ -33,7 +37,8 @@ from model.settings import (
 from .data.args import DataArgs
 from .monitoring.args import MLFlowArgs, WandbArgs
 from .redaction import redacted, without_user_info
-from .yaml_file import read_yaml
+from .unknown_keys import MAY_HOLD_SECRETS, Leaf, replace_unknown
+from .yaml_file import parse_value, read_yaml
 
 _MOST_TOKENS = 1 << 20  # of a sequence
 _MOST_STEP_TOKENS = 1 << 27  # of a process: all batches of a step are in memory at once
@@ -154,12 +159,14 @@ class OptimArgs(Settings):
 class GenerationArgs(Settings):
     """Answers generated greedily during training to a fixed sample of questions, and scored as ICD-10 coding."""
 
-    file: Str = ""  # instruct jsonl file with the questions; empty: no generation
+    file: PathStr = ""  # instruct jsonl file with the questions; empty: no generation
     n_samples: PositiveInt = 32  # number of rows to answer, from the start of the file
     max_tokens: Annotated[int, Field(ge=1), Number, at_most(_MOST_TOKENS)] = 256  # longest answer, in tokens
     # number of answers that each process generates at a time
     batch_size: Annotated[int, Field(ge=1), Number, at_most(65_536)] = 16
-    freq: NonNegativeInt = 0  # steps between generations; 0: only before the first step and after the last
+    # steps between generations, a share of the run such as 0.1, or `epoch`; 0: only before the first step and after the
+    # last
+    freq: Frequency = 0
     keep_answers: Bool = True  # write the answers to `run_dir`/answers; they may quote notes
 
     def problems(self) -> list[Problem]:
@@ -212,13 +219,13 @@ class TrainArgs(Settings):
     """The training YAML."""
 
     data: DataArgs
-    model_id_or_path: Str  # folder with params.json and consolidated.safetensors, or a Hugging Face model's folder
-    run_dir: Str  # folder to create for checkpoints, metrics and logs
+    model_id_or_path: PathStr  # folder with params.json and consolidated.safetensors, or a Hugging Face model's folder
+    run_dir: PathStr  # folder to create for checkpoints, metrics and logs
 
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     # what to resume. `never`: nothing; `auto`: the run in `run_dir` if there is one; a folder: this checkpoint
-    resume: Str = "never"
+    resume: PathStr = "never"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1), Number] = 0  # random seed of adapter weights, data order, dropout
     # number of batches whose gradients are averaged for a step
     num_microbatches: Annotated[int, Field(ge=1), Number, at_most(1_000_000)] = 1
@@ -228,18 +235,23 @@ class TrainArgs(Settings):
     seq_len: Annotated[int, Field(ge=1), Number, at_most(_MOST_TOKENS)] = 2048  # tokens per packed sequence
     batch_size: Annotated[int, Field(ge=1), Number, at_most(65_536)] = 1  # sequences per process and micro-batch
     max_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
-    # length of the run in epochs, instead of `max_steps`. An epoch is as many sequences as packing all rows once yields
+    # length of the run in epochs, such as 3 or 0.5, instead of `max_steps`. An epoch is as many sequences as packing
+    # all rows once yields
     epochs: Annotated[PositiveFloat, at_most(1_000_000)] | None = None
     # length of the run in steps. A step sees `num_microbatches` * `batch_size` * `seq_len` tokens per process
     max_steps: PositiveInt = 100
-    log_freq: PositiveInt = 1  # steps between log lines
+    log_freq: PositiveFrequency = 1  # steps between log lines, a share of the run such as 0.01, or `epoch`
 
-    ckpt_freq: NonNegativeInt = 0  # steps between checkpoints; 0: only after the last step
+    # steps between checkpoints, a share of the run such as 0.1, or `epoch`: at the end of each; 0: only after the last
+    # step
+    ckpt_freq: Frequency = 0
     save_adapters: Bool = True  # save the adapter alone; false: the full model, with the adapter merged
     no_ckpt: Bool = False  # save nothing
     num_ckpt_keep: PositiveInt | None = 3  # number of latest checkpoints to keep; null: all
 
-    eval_freq: NonNegativeInt = 0  # steps between evaluations; 0: only after the last step
+    # steps between evaluations, a share of the run such as 0.1, or `epoch`: at the end of each; 0: only after the last
+    # step
+    eval_freq: Frequency = 0
     no_eval: Bool = True  # do not evaluate on `data.eval_instruct_data`
     # sequences per process that an evaluation computes at once, a multiple of `batch_size`; null: `batch_size`. It
     # changes speed and memory, not the loss
@@ -287,6 +299,11 @@ class TrainArgs(Settings):
             if isinstance(block := getattr(self, field.name), Settings):
                 found += block.problems()
         return found
+
+    @property
+    def acts_each_epoch(self) -> bool:
+        """Whether something is done at the end of each epoch, so that its steps must be counted."""
+        return "epoch" in (self.log_freq, self.ckpt_freq, self.eval_freq, self.eval_generation.freq)
 
     def warnings(self, world_size: int | None = None) -> list[str]:
         """Return a sentence for each setting that has no effect.
@@ -389,37 +406,49 @@ class TrainArgs(Settings):
 
 # ---- Reading
 
-_MAX_KEY_LENGTH = 100  # characters of an unknown key that a message quotes
 _PLAIN_NUMBER = "Write a plain decimal number, such as 10 or 0.5"  # not `010`, `0b101`, `1:30` or `0,5`
 _MAX_LISTED = 50  # problems in one message
-_MAY_HOLD_SECRETS = ("wandb", "wandb.key")  # an API key may be here, where it belongs or by mistake: never quoted
+_PLACEHOLDER = re.compile(r"\{(\w*)\}")  # in `run_dir`
+_OTHER_LENGTH = {"epochs": "max_steps", "max_steps": "epochs"}  # only one of the two may be set
 
 
-def load_train_args(path: Path) -> TrainArgs:
+def load_train_args(path: Path, overrides: Sequence[str] = ()) -> TrainArgs:
     """Read a training YAML and check that it can be trained on here.
+
+    Args:
+        path: the file.
+        overrides: `KEY=VALUE` strings that replace settings of the file.
 
     Raises:
         UserError: the file cannot be read, or the settings have problems; all of them are in one message.
     """
-    return read_train_args(path, TrainArgs.problems)
+    return read_train_args(path, TrainArgs.problems, overrides)
 
 
-def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[Problem]] = lambda args: []) -> TrainArgs:
+def read_train_args(
+    path: Path, find_problems: Callable[[TrainArgs], list[Problem]] = lambda args: [], overrides: Sequence[str] = ()
+) -> TrainArgs:
     """Read a training YAML.
 
     Args:
         path: the file.
         find_problems: returns what is wrong with settings that are valid one by one.
+        overrides: `KEY=VALUE` strings that replace settings of the file.
 
     Raises:
         UserError: the file cannot be read, or the settings have problems; all of them are in one message.
     """
     problems: list[Problem] = []
-    raw = _nested(read_yaml(path), problems)
+    leaves, known_keys = replace_unknown(_overridden(read_yaml(path), overrides), known_settings(), problems)
+    raw = _nested(leaves, problems)
     if raw.get("epochs") is not None and "max_steps" in raw:
         message = "`epochs` and `max_steps` both set the length of the run; give one of them."
         problems.append(Problem("epochs", message))
     args = _convert(raw, problems)
+    try:
+        args.run_dir = _name_run_dir(args, path)
+    except UserError as error:
+        problems.append(Problem("run_dir", str(error)))
     # A missing or invalid key has been reported; what _convert put in its place may be a problem, too.
     reported = {problem.key for problem in problems}
     problems += [problem for problem in find_problems(args) if not problem.is_about(*reported)]
@@ -427,7 +456,7 @@ def read_train_args(path: Path, find_problems: Callable[[TrainArgs], list[Proble
         lines = [problem.message for problem in problems[:_MAX_LISTED]]
         if len(problems) > _MAX_LISTED:
             lines.append(f"... and {len(problems) - _MAX_LISTED:,} more")
-        raise UserError(f"{path} cannot be used:\n" + "\n".join(f"  - {line}" for line in lines))
+        raise UserError("\n".join([f"{path} cannot be used:", *(f"  - {line}" for line in lines), *known_keys]))
     return args
 
 
@@ -437,10 +466,30 @@ def known_settings() -> dict[str, Setting]:
     return list_settings(TrainArgs)
 
 
-def _nested(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+def _overridden(raw: dict[str, Any], overrides: Iterable[str]) -> list[Leaf]:
+    """Return the keys and values of a file, replaced by those of `KEY=VALUE` strings.
+
+    Raises:
+        UserError: an override is not `KEY=VALUE`.
+    """
+    new: list[Leaf] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"`{override}` is not a setting; expected KEY=VALUE, such as optim.lr=1e-4.")
+        try:
+            new += _leaves({key: parse_value(text)})
+        except UserError as error:
+            raise UserError(f"`{key}=...` cannot be used: {error}.") from None
+    replaced = [path for path, _ in new]
+    replaced += [(_OTHER_LENGTH[path[0]],) for path in replaced if path[0] in _OTHER_LENGTH]
+    return [leaf for leaf in _leaves(raw) if not any(leaf[0][: len(path)] == path for path in replaced)] + new
+
+
+def _nested(leaves: Iterable[Leaf], problems: list[Problem]) -> dict[str, Any]:
     """Turn dotted keys into blocks: `wandb.project: x` is `project: x` inside `wandb:`, at any depth."""
     nested: dict[str, Any] = {}
-    for path, value in _leaves(raw):
+    for path, value in leaves:
         *blocks, name = path
         block = nested
         for key in blocks:
@@ -454,13 +503,40 @@ def _nested(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     return nested
 
 
-def _leaves(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     for key, value in raw.items():
         inner = (*path, *key.split("."))
         if isinstance(value, dict) and value:
             yield from _leaves(value, inner)
         else:
             yield inner, value
+
+
+def _name_run_dir(args: TrainArgs, config: Path) -> str:
+    """Return `run_dir` with its placeholders replaced, unless it exists as it is written.
+
+    `{date}` and `{time}` are those of now, as 2026-01-31 and 23-59-59; `{name}` is `wandb.run_name` or else the file
+    name of the configuration without its ending; `{seed}` is `seed`.
+
+    Raises:
+        UserError: there is no such placeholder, or `resume: auto` could not find the folder again.
+    """
+    pattern = args.run_dir
+    if os.path.lexists(pattern):
+        return pattern
+    values = {"date": time.strftime("%Y-%m-%d"), "time": time.strftime("%H-%M-%S")}
+    values |= {"name": args.wandb.run_name or config.stem, "seed": str(args.seed)}
+    used = _PLACEHOLDER.findall(pattern)
+    if unknown := [name for name in used if name not in values]:
+        raise UserError(
+            f"`run_dir` contains {{{unknown[0]}}}; expected one of {', '.join(f'{{{name}}}' for name in values)}."
+        )
+    if args.resume == "auto" and (changing := [name for name in used if name in ("date", "time")]):
+        raise UserError(
+            f"`run_dir` contains {{{changing[0]}}}, so that `resume: auto` would start another run instead of resuming "
+            "this one; leave it out, or set `resume` to the folder of the run to resume."
+        )
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], pattern)
 
 
 def _convert(raw: dict[str, Any], problems: list[Problem]) -> TrainArgs:
@@ -487,51 +563,53 @@ def _remove(raw: Any, path: list[str]) -> None:
 
 
 def _describe(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
-    found: dict[Problem, None] = {}  # without duplicates: pydantic reports an invalid `bool | Literal` twice
-    blocks_listed: set[str] = set()
-    for detail in error.errors(include_url=False, include_input=False):
-        if detail["type"] == "unexpected_keyword_argument":
-            found[_unknown([str(part) for part in detail["loc"]], blocks_listed)] = None
+    found: dict[Problem, None] = {}  # without duplicates: pydantic reports each alternative of a union
+    details = error.errors(include_url=False, include_input=False)
+    # An alternative that gives a reason of its own hides the others.
+    specific = {_key(detail["loc"]) for detail in details if _reason(detail)}
+    for detail in details:
+        key, reason = _key(detail["loc"]), _reason(detail)
+        if key in specific and not reason:
             continue
-        key, verb = "", "is"
         value: Any = raw
-        for part in detail["loc"]:
-            if isinstance(part, int):
-                value, verb = value[part], "contains"
-            elif (longer := f"{key}.{part}".lstrip(".")) in known_settings():
-                key, value = longer, value.get(part)
+        for name in key.split("."):
+            value = value.get(name)
+        indices = [part for part in detail["loc"] if isinstance(part, int)]
+        for index in indices:
+            value = value[index]
         setting = known_settings()[key]
+        expected = reason or f"expected {setting.expected}"
         about = "" if setting.is_block else f" ({setting.description.partition('. ')[0]})"
-        expected = setting.expected
-        if detail["type"] == "less_than_equal" and "between" not in expected:  # beyond model.settings.at_most
-            expected = f"at most {detail['ctx']['le']:,}"
-        elif isinstance(value, str) and value.lstrip("+-")[:1].isdecimal() and "number" in expected:
-            about += f". {_PLAIN_NUMBER}"
-        message = f"`{key}` {verb} {_shown(key, value)}; expected {expected}{about}."
         if detail["type"] == "missing":
             message = f"`{key}` is missing; it must be given{about}."
+        else:
+            if isinstance(value, str) and value.lstrip("+-")[:1].isdecimal() and "number" in setting.expected:
+                about += "" if reason else f". {_PLAIN_NUMBER}"
+            message = f"`{key}` {'contains' if indices else 'is'} {_shown(key, value)}; {expected}{about}."
         found[Problem(key, message)] = None
     return list(found)
 
 
-def _unknown(path: list[str], blocks_listed: set[str]) -> Problem:
-    """Describe an unknown key; each block's keys are listed once in a message, with the first that needs them."""
-    *blocks, name = path
-    key, block = ".".join(path), ".".join(blocks)
-    prefix = f"{block}." if block else ""
-    siblings = [other.removeprefix(prefix) for other in known_settings() if other.rpartition(".")[0] == block]
-    elsewhere = [other for other in known_settings() if other.rpartition(".")[2] == name]
-    similar = [prefix + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
-    if suggestions := elsewhere or similar:
-        return Problem(key, f"`{key}` is not a known setting; did you mean `{'` or `'.join(suggestions)}`?")
-    # `key:0123`, without a space after the colon, is a key, too.
-    what = f"A key of `{block}`" if block in _MAY_HOLD_SECRETS else f"`{prefix}{name[:_MAX_KEY_LENGTH]}`"
-    expected = "" if block in blocks_listed else f"; expected one of {', '.join(sorted(siblings))}"
-    blocks_listed.add(block)
-    return Problem(key, f"{what} is not a known setting{expected}.")
+def _key(location: Iterable[str | int]) -> str:
+    """Return the setting at a location of pydantic's, which continues with indices and alternatives of a union."""
+    key = ""
+    for part in location:
+        if (longer := f"{key}.{part}".lstrip(".")) in known_settings():
+            key = longer
+    return key
+
+
+def _reason(detail: ErrorDetails) -> str | None:
+    """Return what is expected if it is more than the setting's description says."""
+    if detail["type"] == "undefined_variable":
+        return f"expected a path, but {detail['msg']}"
+    key = _key(detail["loc"])
+    if detail["type"] == "less_than_equal" and "between" not in known_settings()[key].expected:
+        return f"expected at most {detail['ctx']['le']:,}"  # of model.settings.at_most
+    return None
 
 
 def _shown(key: str, value: Any) -> str:
     nested = key.startswith("wandb.") and isinstance(value, dict | list)  # `key` with the wrong indentation
-    is_hidden = nested or (key in _MAY_HOLD_SECRETS and value is not None)
+    is_hidden = nested or (key in MAY_HOLD_SECRETS and value is not None)
     return f"{type(value).__name__} (not shown)" if is_hidden else quoted(redacted(value))

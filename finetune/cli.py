@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -75,14 +76,49 @@ def _no_space(error: BaseException) -> str | None:
 
 
 def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse a command line with one training YAML, by position or as `--train_yaml`, which becomes `config`."""
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="the training YAML")
-    parser.add_argument("--train_yaml", type=Path, metavar="CONFIG.yaml", help="the same, by name")
-    options = parser.parse_args()
+    """Parse a command line with one training YAML, by position or as `--train_yaml`, and settings that replace its own.
+
+    Returns:
+        The options; `config` is the YAML, `overrides` the list of `KEY=VALUE` arguments.
+    """
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="the training YAML")
+    overrides_help = "settings that replace those of the YAML, such as run_dir=runs/b optim.lr=1e-4"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    parser.add_argument("--train_yaml", metavar="CONFIG.yaml", help="the training YAML, by name")
+    options, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        parser.error(f"unexpected argument {unknown[0]}{_instead(unknown[0])}")
+    if options.config and options.train_yaml and "=" in options.config:
+        options.overrides.insert(0, options.config)
+        options.config = None
     if (options.config is None) == (options.train_yaml is None):
         parser.error("give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml")
-    options.config = options.config or options.train_yaml
+    if extra := [argument for argument in options.overrides if "=" not in argument]:
+        parser.error(f"unexpected argument {extra[0]}; settings are written as KEY=VALUE, such as optim.lr=1e-4")
+    options.config = Path(options.config or options.train_yaml)
     return options
+
+
+def parse_train_args(description: str | None) -> argparse.Namespace:
+    """Parse the command line of training, whose help describes every setting."""
+    from .settings_help import settings_help  # imports pydantic, which most commands do not need
+
+    epilog = settings_help(shutil.get_terminal_size().columns - 2)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return parse_config_args(
+        argparse.ArgumentParser("train", description=description, epilog=epilog, formatter_class=formatter)
+    )
+
+
+def _instead(flag: str) -> str:
+    """Return how to write a setting that was given as a flag."""
+    from .args import known_settings  # imports pydantic, which most commands do not need
+    from .translations import find_translation
+
+    name = flag.lstrip("-").partition("=")[0]
+    translation = find_translation(name.split("."), exact=False)
+    keys = [name] if name in known_settings() else translation.ours[:1] if translation else []
+    return f"; write {keys[0]}=VALUE" if keys else ""
 
 
 def add_step_option(parser: argparse._ActionsContainer) -> None:

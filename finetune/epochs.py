@@ -10,8 +10,8 @@ from .distributed import World
 logger = logging.getLogger("train")
 
 
-def count_steps(args: TrainArgs, data_loader: TrainLoader, world: World) -> int:
-    """Return the number of steps of `args.epochs`, the same on every rank. Reads every row once.
+def count_epoch_steps(args: TrainArgs, data_loader: TrainLoader, world: World) -> float:
+    """Return the number of steps of an epoch, the same on every rank. Reads every row once.
 
     An epoch is the number of positions needed to pack each row of all ranks and sources once. A source whose weight
     exceeds its share of the rows is repeated more often within an epoch, and the others less.
@@ -19,11 +19,14 @@ def count_steps(args: TrainArgs, data_loader: TrainLoader, world: World) -> int:
     Raises:
         UserError, SystemExit: on every rank, if any rank has a row that cannot be trained on.
     """
-    assert args.epochs is not None, "`epochs` is not set"
     with world.synchronized_errors():
         positions = data_loader.count_epoch(show_progress=world.is_master)
     step_positions = args.batch_size * args.num_microbatches * args.seq_len * world.size
-    epoch_steps = sum(world.gather(positions)) / step_positions
-    steps = max(1, math.ceil(args.epochs * epoch_steps))
-    logger.info("Epochs: %g, which is max_steps: %d (an epoch takes %.1f steps)", args.epochs, steps, epoch_steps)
+    return sum(world.gather(positions)) / step_positions
+
+
+def count_steps(epochs: float, epoch_steps: float) -> int:
+    """Return the number of steps of `epochs`."""
+    steps = max(1, math.ceil(epochs * epoch_steps))
+    logger.info("Epochs: %g, which is max_steps: %d (an epoch takes %.1f steps)", epochs, steps, epoch_steps)
     return steps

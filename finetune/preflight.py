@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 import socket
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from model.errors import UserError, first_line, full_memory
+from model.settings import Frequency
 
 from .args import TrainArgs
 from .distributed import World
@@ -90,11 +92,19 @@ def _planned(args: TrainArgs, run_dir: Path) -> int:
     """Return how many more checkpoints there will be at once: those kept, and the one being written."""
     if args.epochs is not None:
         return 1  # at least: the steps are not known yet
-    saved = -(-args.max_steps // args.ckpt_freq) if args.ckpt_freq else 1
+    saved = _times(args.ckpt_freq, args.max_steps)
     if args.keep_best:
-        saved += -(-args.max_steps // args.eval_freq) if args.eval_freq else 1
+        saved += _times(args.eval_freq, args.max_steps)
     most = saved if args.num_ckpt_keep is None else min(saved, args.num_ckpt_keep + 1 + args.keep_best)
     return max(1, most - len(saved_checkpoints(run_dir / "checkpoints")))
+
+
+def _times(freq: Frequency, max_steps: int) -> int:
+    """Return how often a frequency occurs in a run; 1 for `epoch`, whose steps are not known yet."""
+    if isinstance(freq, str) or freq == 0:
+        return 1
+    period = freq * max_steps if isinstance(freq, float) else freq
+    return math.ceil(max_steps / period)
 
 
 def uneven_machines(local_sizes: Sequence[int]) -> str | None:

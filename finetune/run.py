@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .anomalies import AnomalyDetector
 from .args import TrainArgs
@@ -15,7 +15,7 @@ from .checkpointing import Checkpointer
 from .data.data_loader import TrainLoader, build_data_loader
 from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
 from .distributed import World
-from .epochs import count_steps
+from .epochs import count_epoch_steps, count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
 from .fingerprints import Fingerprints, fingerprints
 from .hardware import Hardware, choose_hardware, enable_tf32
@@ -50,6 +50,7 @@ class Inputs:
     saved: SavedState | None  # to resume from
     plan: Plan  # the steps that the schedule spans
     fingerprints: Fingerprints
+    epoch_steps: float | None  # if they had to be counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,11 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         if saved and world.is_master:
             saved.require_same_inputs(inputs, base.folder)
     inputs = world.gather(inputs)[0]
+    # The number of steps of a resumed run is in its checkpoint, unless its length has changed.
+    counted = args.epochs is not None and (saved is None or saved.changes_length(args))
+    epoch_steps = count_epoch_steps(args, data_loader, world) if counted or args.acts_each_epoch else None
     if args.epochs is not None:
-        known = saved is not None and not saved.changes_length(args)
-        max_steps = saved.max_steps if saved and known else count_steps(args, data_loader, world)
+        max_steps = count_steps(args.epochs, cast(float, epoch_steps)) if counted else cast(SavedState, saved).max_steps
         args = dataclasses.replace(args, max_steps=max_steps)
     with world.synchronized_errors():
         plan = saved.next_plan(args) if saved else Plan(0, args.max_steps)
@@ -108,7 +111,7 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
             data_loader.load_state_dict(own["data"])
         data_loader.wait_for_first()
     evaluator = Evaluator(args, tokenizer, score, world)
-    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, plan, inputs)
+    return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, plan, inputs, epoch_steps)
 
 
 @contextlib.contextmanager
@@ -140,7 +143,7 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
             schedule=schedule,
             plan=inputs.plan,
             scaler=LossScaler(hardware.dtype),
-            state=TrainState(args.max_steps),
+            state=TrainState(args.max_steps, inputs.epoch_steps),
             early_stopping=EarlyStopping(args.early_stopping),
             anomalies=AnomalyDetector(args.guards, run_dir / "anomalies", world.rank),
             data_loader=inputs.data_loader,

@@ -1,6 +1,7 @@
 """Seeds and training progress."""
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from model.settings import Frequency
 
 from .data.data_loader import Batch
 
@@ -29,6 +32,7 @@ class TrainState:
     """Progress, speed and losses of a run."""
 
     max_steps: int
+    epoch_steps: float | None = None  # of an epoch; needed if a frequency is `epoch`
     started: float = dataclasses.field(default_factory=time.perf_counter)
     step: int = 0
     tokens: int = 0  # of all ranks
@@ -82,9 +86,19 @@ class TrainState:
         self.eval_losses = dict(state["eval_losses"])
         self.evaluation_pending = state.get("evaluation_pending", False)  # missing if an earlier version saved it
 
-    def due(self, freq: int) -> bool:
-        """Return whether an action is due: every `freq` steps and after the last one; with 0 only after the last."""
-        return self.step == self.max_steps or (freq > 0 and self.step % freq == 0)
+    def due(self, freq: Frequency) -> bool:
+        """Return whether an action is due: as often as `freq` says and after the last step; with 0 only after that."""
+        return self.step == self.max_steps or self.reaches(freq)
+
+    def reaches(self, freq: Frequency) -> bool:
+        """Return whether this step completes another period: `freq` steps, share of the run, or epoch."""
+        if isinstance(freq, int):
+            return freq > 0 and self.step % freq == 0
+        period = freq * self.max_steps if isinstance(freq, float) else self.epoch_steps
+        assert period, "a frequency is `epoch`, but the length of an epoch is not known"
+        # A period of 2.5 steps is complete after 3, 5, 8, ... steps. 0.1 * 30 is slightly more than 3.
+        completed = [math.floor(step / period + 1e-9) for step in (self.step - 1, self.step)]
+        return completed[1] > completed[0]
 
     def progress(self) -> dict[str, Any]:
         """Return the arguments of `train_metrics` that depend on progress."""

@@ -4,7 +4,9 @@ Messages give the line of a mistake and never quote it, because it may contain a
 """
 
 import datetime
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,43 @@ _MAX_BYTES = 1 << 18
 _MAX_VALUES = 10_000  # values and blocks, those of an alias (`*name`) counted at each use
 _MAX_DEPTH = 50
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"  # merge: `<<: *name`
+
+
+_PLAIN = re.compile(r"[\w./~$@+-]([\w ./~$@+,:{}-]*[\w./~$@+,{}-])?")
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value as it is written in a YAML file, on one line."""
+    if isinstance(value, str):
+        is_plain = _PLAIN.fullmatch(value) and ": " not in value
+        read = yaml.safe_load(value) if is_plain else None
+        # A number such as 2.0e-4 stays as it is spelled, see `_is_respelled`.
+        return value if read == value or isinstance(read, float) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_in_brackets(key)}: {_in_brackets(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_in_brackets, value)) + "]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _in_brackets(value: Any) -> str:
+    """Return a value as it is written inside of brackets, where a comma or brace would end a string without quotes."""
+    quote = isinstance(value, str) and set(value) & set(",{}")
+    return json.dumps(value, ensure_ascii=False) if quote else as_yaml(value)
+
+
+def parse_value(text: str) -> Any:
+    """Return the value that `key: TEXT` has in a YAML file.
+
+    Raises:
+        UserError: it is not valid YAML.
+    """
+    try:
+        return _parse(text)
+    except (yaml.YAMLError, RecursionError):
+        raise UserError("it is not valid YAML") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from simple_parsing.helpers import Serializable
 
 from .errors import Problem, UserError, quoted
 from .hf_config import CONFIG_NAME, key_in, params_from_config
-from .settings import Bool, Number, PositiveFloat, Settings, Str, at_most
+from .settings import Bool, Number, PathStr, PositiveFloat, Settings, at_most
 
 PARAMS_NAME = "params.json"
 OPTIONAL = ("moe", "sliding_window")
@@ -31,6 +31,12 @@ BASE_DTYPES: tuple[BaseDtype, ...] = get_args(BaseDtype)
 BlockLinear = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 LoraTarget = Literal[BlockLinear, "gate", "output"]
 BLOCK_LINEARS: tuple[BlockLinear, ...] = get_args(BlockLinear)
+# The names of the same layers in Hugging Face's models.
+HF_LINEARS: dict[str, LoraTarget] = {
+    **{"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"},
+    **{"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "lm_head": "output"},
+}
+ALL_LINEARS = "all-linear"  # PEFT's name for every linear layer except the head
 
 DEFAULT_SCALING = 2.0  # of B A, as in mistral-finetune
 
@@ -60,6 +66,15 @@ class MoeArgs(Serializable):
     num_experts_per_tok: int = 2
 
 
+def _own_names(targets: object) -> object:
+    """Replace Hugging Face's names of layers by ours; leave the rest for the check that follows."""
+    if targets in (ALL_LINEARS, [ALL_LINEARS]):
+        return list(BLOCK_LINEARS)
+    if not isinstance(targets, list):
+        return targets
+    return [HF_LINEARS.get(name, name) if isinstance(name, str) else name for name in targets]
+
+
 @dataclasses.dataclass
 class LoraArgs(Settings):
     """Low-rank adapters (Hu et al., 2021): y = W x + scaling * B(A(dropout(x)))."""
@@ -72,10 +87,13 @@ class LoraArgs(Settings):
     scaling: PositiveFloat | None = None
     alpha: PositiveFloat | None = None  # PEFT's way to set `scaling`, which is what args.yaml and checkpoints record
     # layers with an adapter. `gate` is the router of a mixture of experts. mistral-inference ignores an adapter on
-    # `output`, the head: export such a model merged
-    targets: list[LoraTarget] = dataclasses.field(default_factory=lambda: list(BLOCK_LINEARS))
+    # `output`, the head: export such a model merged. Hugging Face's names (`q_proj`, ..., `lm_head`, or `all-linear`
+    # for the default) are accepted, and recorded as these
+    targets: Annotated[list[LoraTarget], BeforeValidator(_own_names)] = dataclasses.field(
+        default_factory=lambda: list(BLOCK_LINEARS)
+    )
     # path of an adapter to start from, this project's or PEFT's; null: a new adapter, whose B is zero
-    from_adapter: Str | None = None
+    from_adapter: PathStr | None = None
 
     def __post_init__(self) -> None:
         if self.scaling is not None:

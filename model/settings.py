@@ -6,6 +6,8 @@ description, in error messages and in docs/configuration.md.
 
 import dataclasses
 import inspect
+import os
+import re
 import sys
 import types
 import typing
@@ -14,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticKnownError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 from simple_parsing.docstring import get_attribute_docstring
 from simple_parsing.helpers import Serializable
 
@@ -77,6 +79,29 @@ def _string(value: object) -> str:
     return text
 
 
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+
+
+def expand_path(path: str) -> str:
+    """Replace `~` at the start of a path, and `$NAME` and `${NAME}`, unless the path exists as it is written.
+
+    Raises:
+        pydantic_core.PydanticCustomError: an environment variable is not defined.
+    """
+    if os.path.lexists(path):
+        return path
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise PydanticCustomError(
+                "undefined_variable", "the environment variable {name} is not defined", {"name": name}
+            )
+        return os.environ[name]
+
+    return _string(os.path.expanduser(_VARIABLE.sub(value_of, path)))
+
+
 Number = BeforeValidator(_number)
 _COUNT = at_most(1_000_000_000)
 Int = Annotated[int, Number, _COUNT]
@@ -86,6 +111,11 @@ PositiveFloat = Annotated[float, Field(gt=0), Number]
 NonNegativeFloat = Annotated[float, Field(ge=0), Number]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
 Str = Annotated[str, BeforeValidator(_string)]
+PathStr = Annotated[Str, AfterValidator(expand_path)]
+# How often: a number of steps, a share of the run, or once in each epoch.
+Share = Annotated[float, Field(gt=0, lt=1), Number]
+Frequency = NonNegativeInt | Share | Literal["epoch"]
+PositiveFrequency = PositiveInt | Share | Literal["epoch"]
 
 
 class Settings(Serializable):

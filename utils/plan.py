@@ -1,6 +1,6 @@
 """Estimate what a training run needs, before anything is loaded or downloaded: memory per GPU and hours.
 
-`python -m utils.plan CONFIG.yaml [--model FOLDER_OR_NAME] [--gpu h100 | --gpu_gb 80] [--gpus 8] [--json]`
+`python -m utils.plan CONFIG.yaml [KEY=VALUE ...] [--model NAME] [--gpu h100 | --gpu_gb 80] [--gpus 8] [--json]`
 
 Lists which settings of `base_dtype` and `checkpoint` fit, the longest `seq_len` that does, and the duration.
 Memory is computed from shapes and settings (finetune/memory_estimate.py), speed from operations per token and the share
@@ -10,6 +10,7 @@ of a GPU's peak rate that is assumed to be reached (finetune/speed_estimate.py).
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +51,15 @@ _PLANNED_KEYS = (
 )
 
 
-def load_args(path: Path) -> TrainArgs:
+def load_args(path: Path, overrides: Sequence[str] = ()) -> TrainArgs:
     """Read a training YAML whose data and folders need not exist yet.
 
     Raises:
         UserError: the file cannot be read, or settings that a plan depends on are invalid.
     """
-    return read_train_args(path, lambda args: [found for found in args.problems() if found.is_about(*_PLANNED_KEYS)])
+    return read_train_args(
+        path, lambda args: [found for found in args.problems() if found.is_about(*_PLANNED_KEYS)], overrides
+    )
 
 
 def find_model(args: TrainArgs, named: str | None) -> tuple[str, ModelArgs]:
@@ -317,7 +320,7 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
-    plan = make_plan(load_args(options.config), options)
+    plan = make_plan(load_args(options.config, options.overrides), options)
     print(json.dumps(plan, indent=2) if options.json else as_text(plan))
 
 

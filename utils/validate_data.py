@@ -1,6 +1,6 @@
 """Validate the data that a training YAML names, describe it, and estimate how long the run will take.
 
-`python -m utils.validate_data CONFIG.yaml [--create_corrected] [--save_reports] [--num_gpus N] [--plot F.png]`
+`python -m utils.validate_data CONFIG.yaml [KEY=VALUE ...] [--create_corrected] [--save_reports] [--num_gpus N]`
 
 Rows are read, tokenized and packed as in training. Every invalid row of every file is reported, and the exit code is
 then 1. Rows that can be trained on, but are probably mistakes, are listed as warnings.

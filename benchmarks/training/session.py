@@ -79,11 +79,10 @@ def train_args(preset: Preset, case: dict[str, Any]) -> TrainArgs:
         "param_dtype": case["dtype"],
         "attention": case["attention"],
     }
-    settings |= dict(item.split("=", 1) for item in case["set"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.yaml"
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return read_train_args(path)
+        return read_train_args(path, overrides=case["set"])
 
 
 def packed_batches(args: TrainArgs) -> TrainLoader:

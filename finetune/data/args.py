@@ -4,12 +4,29 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from model.errors import Problem, UserError
-from model.settings import Bool, Settings, Str
+from model.settings import Bool, Settings, Str, expand_path
 
 _LARGEST_WEIGHT = 1e9  # so that the sum of the weights stays finite
+
+
+def _expand_sources(text: str) -> str:
+    return ",".join(_expand_source(entry) for entry in text.split(","))
+
+
+def _expand_source(entry: str) -> str:
+    try:
+        path, _ = _split_weight(entry.strip())
+    except UserError:  # reported by DataArgs.problems
+        return entry
+    return entry.replace(path, expand_path(path), 1)
+
+
+Sources = Annotated[Str, AfterValidator(_expand_sources)]
 
 
 @dataclasses.dataclass
@@ -28,10 +45,10 @@ class DataArgs(Settings):
     Sources are written `path[:weight],path[:weight],...`; a path is a jsonl file or a folder that is searched for them.
     """
 
-    data: Str = ""  # pretraining sources: every token is trained
+    data: Sources = ""  # pretraining sources: every token is trained
     shuffle: Bool = False  # shuffle the pretraining data in each epoch
-    instruct_data: Str = ""  # conversations: the assistant's messages are trained
-    eval_instruct_data: Str = ""  # conversations to evaluate on
+    instruct_data: Sources = ""  # conversations: the assistant's messages are trained
+    eval_instruct_data: Sources = ""  # conversations to evaluate on
     instruct: InstructArgs = dataclasses.field(default_factory=InstructArgs)
     # how samples fill sequences. `concat`: one after the other, split at sequence boundaries, as in mistral-finetune;
     # `best_fit`: whole samples, with some padding

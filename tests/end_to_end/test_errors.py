@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import train
+from finetune.args import known_settings
 from model.errors import UserError
 from tests.support.checkpoints import SMALL, make_tiny_adapter, make_tiny_checkpoint
 from tests.support.golden import GOLDEN
@@ -463,13 +464,55 @@ def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoi
     assert Path("run/checkpoints/checkpoint_000002/consolidated/lora.safetensors").is_file()
 
 
-def test_command_line_takes_one_yaml_and_explains_itself(capsys):
-    train.command(help=True)
-    assert "python -m train CONFIG.yaml" in capsys.readouterr().out
-    for arguments, flags, message in (
-        ([], {}, "Name a YAML file: python -m train CONFIG.yaml"),
-        ([], {"train_yaml": "a.yaml"}, "Unexpected argument `--train_yaml`"),
-        (["a.yaml", "b.yaml"], {}, "Unexpected argument `b.yaml`"),
-    ):
-        with pytest.raises(UserError, match=message):
-            train.command(*arguments, **flags)
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml"),
+        (("a.yaml", "--train_yaml", "a.yaml"), 2, "give one training YAML"),
+        (("a.yaml", "b.yaml"), 2, "unexpected argument b.yaml; settings are written as KEY=VALUE"),
+        (("a.yaml", "--max_steps", "3"), 2, "unexpected argument --max_steps; write max_steps=VALUE"),
+        (("a.yaml", "--learning-rate=1e-4"), 2, "unexpected argument --learning-rate=1e-4; write optim.lr=VALUE"),
+        (("--train_yaml", "a.yaml", "seq_len=8"), 1, "The configuration a.yaml does not exist"),
+        (("config.yaml", "=3"), 1, "`=3` is not a setting; expected KEY=VALUE"),
+        (("config.yaml", "lora.targets=[wq"), 1, "`lora.targets=...` cannot be used: it is not valid YAML."),
+        (("config.yaml", "learning_rate=1e-4"), 1, "write `optim.lr: 1e-4`"),
+        (("config.yaml", "optim.lr=fast"), 1, "`optim.lr` is 'fast'; expected a number of at least 0"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(settings, run_command, arguments, code, message):
+    write_config(settings)
+    returned, output = run_command(train, *arguments)
+    assert returned == code and message in output
+    assert not Path("run").exists()
+
+
+def test_arguments_replace_settings_and_are_recorded(settings, run_command):
+    write_config(settings)
+    arguments = (
+        "run_dir=other",
+        "optim.lr=2e-3",
+        "lora.targets=[q_proj, lm_head]",
+        "epochs=0.5",
+        "data={shuffle: true}",
+    )
+    code, output = run_command(train, "config.yaml", *arguments)
+    assert code == 0, output
+    recorded = yaml.safe_load(Path("other/args.yaml").read_text())
+    assert recorded["optim"]["lr"] == 2e-3 and recorded["optim"]["pct_start"] == settings["optim"]["pct_start"]
+    assert recorded["lora"] | {"targets": ["wq", "output"], "rank": settings["lora"]["rank"]} == recorded["lora"]
+    assert recorded["data"]["shuffle"] and recorded["data"]["instruct_data"] == "train.jsonl"
+    assert not Path("run").exists()
+
+
+def test_help_lists_every_setting_without_loading_torch():
+    code = (
+        "import runpy, sys; sys.argv = ['train', '--help']\n"
+        "try:\n    runpy.run_module('train', run_name='__main__')\n"
+        "except SystemExit as stop:\n    sys.exit(stop.code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[CONFIG.yaml] [KEY=VALUE ...]" in done.stdout
+    for key, setting in known_settings().items():
+        assert f"\n{'' if setting.is_block else '  '}{key}: " in done.stdout
+    assert "  optim.lr: 0.0001\n      highest learning rate" in done.stdout

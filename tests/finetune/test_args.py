@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from finetune.args import OptimArgs, TrainArgs, known_settings, load_train_args
 from finetune.data.args import Source, parse_sources
 from finetune.monitoring.args import WandbArgs
 from finetune.run_dir import create_run_dir
+from model import hf_format
+from model.args import BLOCK_LINEARS, HF_LINEARS
 from model.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +52,8 @@ def problems(**keys: Any) -> list[str]:
     except UserError as error:
         first, *lines = str(error).splitlines()
         assert first == "config.yaml cannot be used:"
+        while lines[-1].startswith("Known keys"):
+            lines.pop()
         assert all(line.startswith("  - ") for line in lines)
         return [line.removeprefix("  - ") for line in lines]
     return []
@@ -225,9 +230,7 @@ def test_reading_settings_imports_neither_torch_nor_a_tokenizer():
 def test_unknown_key_with_suggestion():
     assert problems(seq_length=3) == ["`seq_length` is not a known setting; did you mean `seq_len`?"]
     assert problems(lora={"rnak": 3}) == ["`lora.rnak` is not a known setting; did you mean `lora.rank`?"]
-    assert problems(**{"optim.learning": 3})[0].startswith(
-        "`optim.learning` is not a known setting; expected one of div_factor,"
-    )
+    assert problems(**{"optim.learning": 3}) == ["`optim.learning` is not a known setting."]
     [problem] = problems(**{"data.instruct.shufle": True})
     assert problem == "`data.instruct.shufle` is not a known setting; did you mean `data.instruct.shuffle`?"
     assert problems(**{"wandb.project.name": "x"})[0].startswith(
@@ -244,14 +247,18 @@ def test_key_of_another_block_is_suggested():
     assert problem.endswith("did you mean `data.shuffle` or `data.instruct.shuffle`?")
 
 
-def test_known_keys_are_listed_once_per_block():
-    found = problems(**{f"unknown_{i}_": i for i in range(60)}, wandb={"123": 1, "456": 2, "789": 3})
-    assert len(found) == 51 and found[-1] == "... and 13 more"
-    assert sum("expected one of" in problem for problem in found) == 2
-    assert found[:3] == [
-        "A key of `wandb` is not a known setting; expected one of key, offline, project, run_name, timeout.",
-        *["A key of `wandb` is not a known setting."] * 2,
-    ]
+def test_known_keys_are_listed_once_at_the_end_if_a_key_has_no_suggestion():
+    with pytest.raises(UserError) as error:
+        load(BASE | {f"unknown_{i}_": i for i in range(60)} | {"wandb": {"123": 1, "456": 2, "789": 3}})
+    lines = str(error.value).splitlines()
+    assert len(lines) == 54 and lines[51] == "  - ... and 13 more"
+    assert lines[1] == "  - `unknown_0_` is not a known setting."
+    assert lines[-2].startswith("Known keys: attention, base_dtype, batch_size, ") and "world_size" in lines[-2]
+    assert lines[-1] == "Known keys of `wandb`: key, offline, project, run_name, timeout."
+    assert problems(wandb={"123": 1}) == ["A key of `wandb` is not a known setting."]
+    with pytest.raises(UserError) as error:
+        load(BASE | {"seq_length": 1, "learning_rate": 1e-4})
+    assert "Known keys" not in str(error.value)
 
 
 def test_keys_that_yaml_does_not_read_as_strings():
@@ -301,7 +308,8 @@ WRONG_TYPES = [
     ({"run_dir": ["x"]}, "`run_dir` is ['x']; expected a string"),
     ({"run_dir": None}, "`run_dir` is None; expected a string"),
     ({"wandb": {"project": True}}, "`wandb.project` is True; expected a string"),
-    ({"data": "train.jsonl"}, "`data` is 'train.jsonl'; expected a block of keys."),
+    ({"data": 3}, "`data` is 3; expected a block of keys."),
+    ({"data": "train.csv"}, "`data` is 'train.csv'; expected a block of keys."),
     ({"data": BASE["data"] | {"instruct": [1]}}, "`data.instruct` is [1]; expected a block of keys."),
     ({"data": BASE["data"] | {"keep_sections": "x"}}, "`data.keep_sections` is 'x'; expected a list of strings"),
 ]
@@ -415,14 +423,23 @@ def of_data(**keys: Any) -> dict[str, Any]:
     return {"data": BASE["data"] | keys}
 
 
+SHARE = "greater than 0 and less than 1"
+
 INVALID = [
     *[
         ({key: value}, f"`{key}` is {value}; expected a whole number of at least 1 (")
-        for key in ("seq_len", "batch_size", "num_microbatches", "max_steps", "log_freq")
-        for value in (0, -1)
+        for key in ("seq_len", "batch_size", "num_microbatches", "max_steps")
+        for value in (0, -2)
     ],
-    ({"ckpt_freq": -1}, "`ckpt_freq` is -1; expected a whole number of at least 0 (steps between"),
-    ({"eval_freq": -1}, "`eval_freq` is -1; expected a whole number of at least 0 (steps between"),
+    *[
+        (
+            {key: value},
+            f"`{key}` is {value!r}; expected a whole number of at least {least}, a number {SHARE} or epoch (steps",
+        )
+        for key, least in {"log_freq": 1, "ckpt_freq": 0, "eval_freq": 0}.items()
+        for value in (-1, 2.5, "10%", "epochs", True)
+    ],
+    ({"log_freq": 0}, "`log_freq` is 0; expected a whole number of at least 1, a number"),
     (
         {"num_ckpt_keep": 0},
         "`num_ckpt_keep` is 0; expected a whole number of at least 1 or null (number of latest checkpoints",
@@ -430,8 +447,8 @@ INVALID = [
     ({"max_norm": 0}, "`max_norm` is 0; expected a number greater than 0 ("),
     ({"seed": -1}, "`seed` is -1; expected a whole number between 0 and 4294967295 ("),
     ({"seed": 2**32}, "`seed` is 4294967296; expected a whole number between 0 and 4294967295 ("),
-    ({"param_dtype": "float16"}, "`param_dtype` is 'float16'; expected auto, bf16, fp16 or fp32 ("),
-    ({"attention": "flash"}, "`attention` is 'flash'; expected auto, xformers, varlen or sdpa ("),
+    ({"param_dtype": "float8"}, "`param_dtype` is 'float8'; expected auto, bf16, fp16 or fp32 ("),
+    ({"attention": "flush"}, "`attention` is 'flush'; expected auto, xformers, varlen or sdpa ("),
     ({"model_id_or_path": ""}, "`model_id_or_path` is empty; name the folder of a model."),
     ({"model_id_or_path": "nope"}, "`model_id_or_path`: the folder nope does not exist."),
     ({"model_id_or_path": "train.jsonl"}, "`model_id_or_path`: the folder train.jsonl does not exist."),
@@ -463,8 +480,8 @@ INVALID = [
     ),
     ({"lora": {"targets": []}}, "`lora.targets` is empty; name a layer (or set `lora.enable: false`)."),
     (
-        {"lora": {"targets": ["wq", "q_proj"]}},
-        "`lora.targets` contains 'q_proj'; expected a list of wq, wk, wv, wo, w1, w2, w3, gate or output (",
+        {"lora": {"targets": ["wq", "q_proj", "p_proj"]}},
+        "`lora.targets` contains 'p_proj'; expected a list of wq, wk, wv, wo, w1, w2, w3, gate or output (",
     ),
     (
         {"optim": {"name": "adam"}},
@@ -661,3 +678,96 @@ def test_sources_are_paths_with_weights(text: str, expected: list[tuple[str, flo
 def test_malformed_source_is_quoted(text: str, reason: str):
     with pytest.raises(UserError, match=re.escape(reason)):
         parse_sources(text)
+
+
+# ---- Paths, names of layers, frequencies, the name of the run folder
+
+
+def test_home_and_variables_are_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    home, there = Path("home").resolve(), Path("there").resolve()
+    for folder in (home / "model", there):
+        folder.mkdir(parents=True)
+    for path in (home / "a.jsonl", there / "b.jsonl", there / "eval.jsonl"):
+        path.write_text("{}\n", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("THERE", str(there))
+    args = load(
+        {
+            "model_id_or_path": "~/model",
+            "run_dir": "${THERE}/run",
+            "resume": "$THERE",
+            "data": {
+                "data": "$THERE/b.jsonl",
+                "instruct_data": "~/a.jsonl:2, ${THERE}/eval.jsonl",
+                "eval_instruct_data": "$THERE/eval.jsonl:0.5",
+            },
+            "lora": {"from_adapter": "$THERE/adapter"},
+            "eval_generation": {"file": "~/a.jsonl"},
+        }
+    )
+    assert (args.model_id_or_path, args.run_dir, args.resume) == (f"{home}/model", f"{there}/run", str(there))
+    assert args.data.instruct_data == f"{home}/a.jsonl:2, {there}/eval.jsonl"
+    assert (args.data.data, args.data.eval_instruct_data) == (f"{there}/b.jsonl", f"{there}/eval.jsonl:0.5")
+    assert (args.lora.from_adapter, args.eval_generation.file) == (f"{there}/adapter", f"{home}/a.jsonl")
+    assert TrainArgs.from_dict(args.to_dict()) == args
+
+
+def test_an_undefined_variable_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    found = problems(run_dir="$NO_SUCH/a", data={"instruct_data": "train.jsonl,${NO_SUCH}/b.jsonl"}, resume="$1x")
+    expected = "the environment variable {} is not defined"
+    for problem, key, name in zip(found, ("data.instruct_data", "run_dir", "resume"), ("NO_SUCH",) * 2 + ("1x",)):
+        assert problem.startswith(f"`{key}` is '") and f"; expected a path, but {expected.format(name)} (" in problem
+    assert len(found) == 3
+
+
+def test_a_path_that_exists_is_taken_as_it_is_written():
+    for name in ("$NO_SUCH", "~", "{date}"):
+        Path(name).mkdir()
+    args = load(BASE | {"model_id_or_path": "$NO_SUCH", "resume": "~", "run_dir": "{date}"})
+    assert (args.model_id_or_path, args.resume, args.run_dir) == ("$NO_SUCH", "~", "{date}")
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        (["q_proj", "v_proj", "lm_head"], ["wq", "wv", "output"]),
+        (["o_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "gate"], ["wo", "wk", "w1", "w3", "w2", "gate"]),
+        ("all-linear", list(BLOCK_LINEARS)),
+        (["all-linear"], list(BLOCK_LINEARS)),
+        (["w1", "q_proj"], ["w1", "wq"]),
+    ],
+)
+def test_layers_may_have_the_names_of_hugging_face(given: Any, recorded: list[str]):
+    args = load(BASE | {"lora": {"targets": given}})
+    assert args.lora.targets == recorded == args.to_dict()["lora"]["targets"]
+
+
+def test_the_names_of_hugging_face_are_those_of_the_conversion():
+    inside = {ours.rpartition(".")[2]: theirs.rpartition(".")[2] for ours, theirs in hf_format._IN_LAYER.items()}
+    assert {HF_LINEARS[name]: name for name in HF_LINEARS} == {
+        **{ours: inside[ours] for ours in BLOCK_LINEARS},
+        "output": hf_format._OUTSIDE["output"],
+    }
+
+
+@pytest.mark.parametrize("key", ["log_freq", "ckpt_freq", "eval_freq", "eval_generation.freq"])
+@pytest.mark.parametrize(("given", "kept"), [(0.1, 0.1), ("1e-2", 0.01), ("epoch", "epoch"), ("20", 20), (5.0, 5)])
+def test_a_frequency_is_a_number_of_steps_a_share_or_epoch(key: str, given: Any, kept: Any):
+    load(BASE | {key: given})
+    value = load(BASE | {key: given}).to_dict()
+    for part in key.split("."):
+        value = value[part]
+    assert value == kept and type(value) is type(kept)
+
+
+def test_the_run_folder_can_be_named_by_placeholders(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(time, "strftime", lambda pattern: pattern)
+    args = load(BASE | {"run_dir": "runs/{date}_{time}_{name}_{seed}", "seed": 7})
+    assert args.run_dir == "runs/%Y-%m-%d_%H-%M-%S_config_7"
+    named = load(BASE | {"run_dir": "runs/{name}", "resume": "auto", "wandb.run_name": "first"})
+    assert named.run_dir == "runs/first"
+    [problem] = problems(run_dir="runs/{model}")
+    assert problem == "`run_dir` contains {model}; expected one of {date}, {time}, {name}, {seed}."
+    [problem] = problems(run_dir="runs/{date}", resume="auto")
+    assert problem.startswith("`run_dir` contains {date}, so that `resume: auto` would start another run instead of")

@@ -13,8 +13,10 @@ from finetune.data.args import DataArgs
 from finetune.data.data_loader import TrainLoader, build_data_loader
 from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.monitoring.metrics_logger import read_metrics
+from finetune.run_dir import checkpoint_name, saved_checkpoints, step_of
+from finetune.utils import TrainState
 from model.errors import UserError
-from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config
+from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, train_forked
 from tests.support.run_trajectories import INPUTS, write_config
 from utils import validate_data
 
@@ -178,3 +180,52 @@ def test_validate_data_estimates_the_steps_of_the_epochs(packing, tmp_path, toke
     expected = math.ceil(4 * steps_of(config, tokenizer, ranks=1))
     assert abs(json.loads(stats.read_text())["expected"]["max_steps"] - expected) <= (packing == "best_fit")
     assert "`epochs`: training counts its steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("freq", "max_steps", "expected"),
+    [
+        (0, 7, []),
+        (3, 7, [3, 6]),
+        (0.1, 30, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),  # 0.1 * 30 is 3.0000000000000004
+        (0.1, 25, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]),
+        (0.3, 10, [3, 6, 9]),
+        (0.01, 5, [1, 2, 3, 4, 5]),
+        ("epoch", 8, [3, 5, 8]),
+        (0.999999, 5, [5]),
+    ],
+)
+def test_frequencies_are_reached_at_the_end_of_each_period(freq, max_steps, expected):
+    state = TrainState(max_steps, epoch_steps=2.5)
+    reached, due = [], []
+    for state.step in range(1, max_steps + 1):
+        reached += [state.step] * state.reaches(freq)
+        due += [state.step] * state.due(freq)
+    assert reached == expected and due == sorted({*expected, max_steps})
+
+
+def test_an_epoch_saves_and_a_share_of_the_run_evaluates(tmp_path, tokenizer):
+    settings = {"epochs": 1.7, "ckpt_freq": "epoch", "eval_freq": 0.25, "log_freq": 0.5, "num_ckpt_keep": None}
+    few, one = tmp_path / "few.jsonl", tmp_path / "one.jsonl"
+    rows = ICD.read_text(encoding="utf-8").splitlines(keepends=True)
+    few.write_text("".join(rows[:12]), encoding="utf-8")
+    one.write_text(rows[12], encoding="utf-8")
+    settings["data"] = {"instruct_data": str(few), "eval_instruct_data": str(one)}
+    config = without_max_steps(kill_test_config(tmp_path, "epochs", **settings))
+    run_dir = train_forked(config, 1)
+    epoch = steps_of(config, tokenizer, ranks=1)
+    steps = math.ceil(1.7 * epoch)
+    assert 4 < math.ceil(epoch) < steps < 20
+    saved = [step_of(path) for path in saved_checkpoints(run_dir / "checkpoints")]
+    assert saved == [math.ceil(epoch), steps]
+    assert [row["step"] for row in read_metrics(run_dir, "eval")] == [math.ceil(k * steps / 4) for k in (1, 2, 3, 4)]
+    assert [row["step"] for row in read_metrics(run_dir, "train")] == [math.ceil(steps / 2), steps]
+    recorded = yaml.safe_load((run_dir / "args.yaml").read_text())
+    assert [recorded[key] for key in ("ckpt_freq", "eval_freq", "log_freq")] == ["epoch", 0.25, 0.5]
+
+    checkpoint = run_dir / "checkpoints" / checkpoint_name(saved[0])
+    resumed = kill_test_config(tmp_path, "resumed", resume=str(checkpoint), **settings)
+    resumed_dir = train_forked(without_max_steps(resumed), 1)
+    expected = curve(run_dir)
+    assert curve(resumed_dir) == {tag: [row for row in expected[tag] if row[0] > saved[0]] for tag in expected}
+    assert [step_of(path) for path in saved_checkpoints(resumed_dir / "checkpoints")] == [steps]

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
@@ -27,7 +27,7 @@ from utils.validation.word_cache import cache_words
 _COPIED_AT_ONCE = 1 << 24  # bytes
 
 
-def load_args(path: Path) -> TrainArgs:
+def load_args(path: Path, overrides: Sequence[str] = ()) -> TrainArgs:
     """Load a YAML like `finetune.args.load_train_args`, but allow the model's folder to be missing.
 
     Raises:
@@ -38,7 +38,7 @@ def load_args(path: Path) -> TrainArgs:
         may_be_missing = {"model_id_or_path"} if args.model_id_or_path.strip() else set()
         return [problem for problem in args.problems() if problem.key not in may_be_missing]
 
-    return read_train_args(path, find_problems)
+    return read_train_args(path, find_problems, overrides)
 
 
 def load_tokenizer(args: TrainArgs) -> tuple[InstructTokenizerBase, ModelArgs | None]:
@@ -165,7 +165,7 @@ def report_statistics(
 
 def validate(options: argparse.Namespace) -> bool:
     """Run the command; return whether the data has no errors."""
-    args = load_args(options.config)
+    args = load_args(options.config, options.overrides)
     _require_own_names(args, options)
     tokenizer, model = load_tokenizer(args)
     is_good = validate_rows(args, options, tokenizer, model)
