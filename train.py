@@ -4,12 +4,13 @@ All settings are in the YAML file: docs/configuration.md describes them, example
 replace single ones: `python -m train CONFIG.yaml run_dir=runs/b optim.lr=1e-4`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.cli import parse_train_args, run_cli
@@ -59,11 +60,17 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
 
 def run_training(args: TrainArgs, world: World) -> None:
     """Train as configured in `args`, on every rank."""
+    with locked_run_dir(Path(args.run_dir), world), advice_on_memory(args, world):
+        with set_up(resolve(args, world, answer_scores), world) as run, advice_on_memory(args, world):
+            training_loop(run)
+        log_summary(run)
+
+
+@contextlib.contextmanager
+def advice_on_memory(args: TrainArgs, world: World) -> Iterator[None]:
+    """Turn an error of exhausted memory into a UserError that names the settings to change."""
     try:
-        with locked_run_dir(Path(args.run_dir), world):
-            with set_up(resolve(args, world, answer_scores), world) as run:
-                training_loop(run)
-            log_summary(run)
+        yield
     except Exception as error:
         if advice := out_of_memory_advice(error, args, world.rank):
             raise UserError(advice) from error
@@ -80,7 +87,7 @@ def training_loop(run: Run) -> None:
     args, world, state = run.args, run.world, run.state
     step_tokens = args.num_microbatches * args.batch_size * args.seq_len * world.size
     bar = tqdm(total=args.max_steps, initial=state.step, unit="step", disable=None if world.is_master else True)
-    with bar, stop_requests() as stop:
+    with bar, stop_requests(run.world.size > 1) as stop:
         if state.evaluation_pending:  # before the first step, or because a signal interrupted it before this resume
             finish_step(run, stop)
 
@@ -137,7 +144,7 @@ def finish_step(run: Run, stop: StopRequest) -> None:
         state.checkpoint = run.checkpointer.save(state.step, run, best=is_best)
     if stopping and (state.step < args.max_steps or state.evaluation_pending):
         run.checkpointer.finish()
-        exit_interrupted(args, state, stop)
+        exit_interrupted(args, state, stop, run.world)
 
 
 @dataclasses.dataclass(frozen=True)

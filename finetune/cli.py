@@ -1,6 +1,7 @@
 """What all commands share: output streams, error handling, the --step option. Imports nothing heavy."""
 
 import argparse
+import dataclasses
 import errno
 import io
 import json
@@ -28,11 +29,6 @@ def run_cli(main: Callable[[], object]) -> None:
     code = 0
     try:
         main()
-    except UserError as error:
-        message = redacted(str(error))
-        print(f"error: {message}", file=sys.stderr)
-        report_to_torchrun(message)
-        code = 1
     except SystemExit as exit:
         if not one_of_several:
             raise
@@ -41,9 +37,9 @@ def run_cli(main: Callable[[], object]) -> None:
         print("Interrupted.", file=sys.stderr)
         code = 130
     except BaseException as error:  # also what is not an Exception, such as a panic of a Rust library
-        report = redacted(_no_space(error) or traceback.format_exc())
-        print(report, end="", file=sys.stderr)
-        report_to_torchrun(report.splitlines()[-1])
+        report = failure_report(error)
+        print(report.text, end="", file=sys.stderr)
+        report_to_torchrun(report.summary)
         code = 1
     if one_of_several:
         _exit_immediately(code)
@@ -64,14 +60,31 @@ def _escape_what_cannot_be_printed() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@dataclasses.dataclass(frozen=True)
+class FailureReport:
+    """Why a command fails."""
+
+    text: str  # for stderr: one line, or a traceback
+    summary: str  # without the traceback
+
+
+def failure_report(error: BaseException, where: str = "") -> FailureReport:
+    """Return what to print about an error, which `where`, such as "[rank 1] ", starts. Secrets are redacted."""
+    if message := str(error) if isinstance(error, UserError) else _no_space(error):
+        message = where + redacted(message)
+        return FailureReport(f"error: {message}\n", message)
+    text = redacted("".join(traceback.format_exception(error)))
+    return FailureReport(where + text, where + text.splitlines()[-1])
+
+
 def _no_space(error: BaseException) -> str | None:
     """Return what to say about a full disk or memory, which is not a defect; None for other errors."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         file = error.filename or "A file"
-        return f"error: {file} cannot be written: {error.strerror}. Free some space and try again.\n"
+        return f"{file} cannot be written: {error.strerror}. Free some space and try again."
     if full := full_memory(error):
         memory = "GPU memory" if full == "gpu" else "memory"
-        return f"error: Out of {memory}: {first_line(error).removesuffix('.')}. Use a smaller batch or model.\n"
+        return f"Out of {memory}: {first_line(error).removesuffix('.')}. Use a smaller batch or model."
     return None
 
 

@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from model.errors import UserError
 
+from .cli import FailureReport, failure_report
+from .ending import ignore_sigterm, is_store_here, machine, torchrun_hosts_store, wait_to_leave
 from .failure_watch import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, WATCH_S, FailureWatch
 from .hardware import choose_device
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-_GLOO_TIMEOUT = "Timed out waiting"  # in the message of an exception without a type of its own
+_GLOO, _GLOO_TIMEOUT = "gloo", "Timed out waiting"  # in messages of exceptions without a type of their own
 _POLL_S = 0.05  # between two reads of the store during the rendezvous
 
 
@@ -109,31 +111,69 @@ class World:
         """End every rank if any of them passes an error message.
 
         Raises:
-            UserError: on rank 0, with the message of the lowest failing rank, so that it is printed once.
-            SystemExit: on the others.
+            UserError: on rank 0, with the message of the lowest failing rank, which it names unless that is rank 0.
+            SystemExit: on the others, which wait at the end of the run until rank 0 has printed it.
         """
+        if message and not self.is_master:
+            message = self._name() + message
         if first := next(filter(None, self.gather(message)), None):
-            raise UserError(first) if self.is_master else SystemExit(1)
+            raise _SharedError(first) if self.is_master else _EndedByRankZero(first)
+
+    def _name(self) -> str:
+        return f"[rank {self.rank} on {machine()}] "
 
     def report_failure(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        """Report to the other ranks that this one is failing, before it closes files and trackers.
+        """Print why this rank is failing, or let another one do it, before files and trackers are closed.
 
         An exit callback for contextlib.ExitStack.
         """
-        if self.failures and error is not None and not isinstance(error, _DELIBERATE):
-            self.failures.report(error)
+        if not self.failures or error is None or isinstance(error, KeyboardInterrupt):
+            return
+        ignore_sigterm()
+        if isinstance(error, _EndedByRankZero):
+            self.failures.ending.wait(FailureReport(f"error: {error.reason}\n", error.reason))
+        elif not isinstance(error, SystemExit):
+            self.failures.ending.fail(self._reason(error, self.failures))
+        elif self.is_master:
+            self.failures.ending.tell()
+        else:  # after a signal; rank 0 says so
+            self.failures.ending.wait(None)
 
-    def show_progress(self, progress: Callable[[], str]) -> None:
-        """Name what this rank is doing, for the message that other ranks print if it stops responding."""
+    def _reason(self, error: BaseException, failures: FailureWatch) -> FailureReport:
+        if isinstance(error, _SharedError):
+            return failure_report(error)
+        if isinstance(error, dist.DistError) or (_GLOO in str(error) and not isinstance(error, UserError)):
+            if lost := failures.find_lost():
+                return failure_report(UserError(lost))
+            if _GLOO_TIMEOUT in str(error):
+                waited = (
+                    f"Waited in vain for the other processes, {failures.progress()}: one of them is stopped or stuck, "
+                    f"or its machine cannot be reached. If it only needs more time, set the environment variable "
+                    f"{TIMEOUT_VARIABLE} to more seconds."
+                )
+                return failure_report(UserError(waited), self._name())
+        return failure_report(error, self._name())
+
+    def show_progress(self, progress: Callable[[], str], advice: Callable[[], str]) -> None:
+        """Name what this rank is doing and how to continue, for messages about ranks that stop responding."""
         if self.failures:
-            self.failures.progress = progress
+            self.failures.progress, self.failures.advice = progress, advice
 
     def _count_collective(self) -> None:
         if self.failures:
             self.failures.collectives += 1
 
 
-_DELIBERATE = (SystemExit, KeyboardInterrupt)  # what ends a process and is not a failure
+class _SharedError(UserError):
+    """An error that every rank knows; rank 0 prints it."""
+
+
+class _EndedByRankZero(SystemExit):
+    """Ends another rank for a reason that rank 0 prints."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(1)
+        self.reason = reason
 
 
 @contextmanager
@@ -145,43 +185,59 @@ def init_world() -> Iterator[World]:
             each other than TIMEOUT_VARIABLE allows.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if size == 1:
-        try:
-            yield World(rank, size, device)
-        finally:
-            if dist.is_initialized():  # see World.mesh
-                dist.destroy_process_group()
+    if size > 1:
+        with _several_processes(rank, size) as world:
+            yield world
         return
+    try:
+        yield World(rank, size, _own_device())
+    finally:
+        if dist.is_initialized():  # see World.mesh
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _several_processes(rank: int, size: int) -> Iterator[World]:
     seconds = _timeout()
     timeout = timedelta(seconds=seconds + 10 * WATCH_S)  # the failure watch comes first: its message is better
     store = _store(size, may_host=rank == 0)
     attempt = _rendezvous(store, rank, size)
-    prefixed = dist.PrefixStore(attempt, store)
-    dist.init_process_group(_backend(device), store=prefixed, rank=rank, world_size=size, timeout=timeout)
     failures = FailureWatch(dist.PrefixStore(attempt, _store(size)), rank, size, seconds)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    world = World(rank, size, torch.device("cpu"), local_size, failures=failures)
     try:
-        yield World(rank, size, device, local_size, dist.new_group(backend="gloo", timeout=timeout), failures)
-    except _DELIBERATE:
+        device = _own_device()
+        dist.init_process_group(
+            _backend(device), store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
+        )
+        background = dist.new_group(backend="gloo", timeout=timeout)
+        yield dataclasses.replace(world, device=device, background_group=background)
+    except BaseException as error:  # the process group is not destroyed: that would wait for ranks that may be gone
+        world.report_failure(type(error), error, None)
         failures.leave()
-        raise
-    except BaseException as error:
-        is_first = failures.report(error)
-        if is_first and _GLOO_TIMEOUT in str(error):
-            waited = f"Rank {rank} has waited {timeout.total_seconds():.0f} s for the other processes"
-            raise UserError(
-                f"{waited}, {failures.progress()}: one of them is stopped or stuck, or its machine cannot be reached. "
-                f"If it only needs more time, set the environment variable {TIMEOUT_VARIABLE} to more seconds."
-            ) from error
-        if is_first or isinstance(error, UserError):
-            raise
-        # Another rank failed first and has printed why; the error in this one's collective is only a consequence.
-        raise SystemExit(1) from None
+        _leave_in_order(rank, size, local_size, failures)
+        raise error if isinstance(error, (SystemExit, KeyboardInterrupt)) else SystemExit(1) from None
     failures.leave()
-    dist.destroy_process_group()  # not after an exception: it would wait for ranks that may be gone
+    dist.destroy_process_group()
+    _leave_in_order(rank, size, local_size, failures)
+
+
+def _leave_in_order(rank: int, size: int, local_size: int, failures: FailureWatch) -> None:
+    if torchrun_hosts_store():
+        first = rank - int(os.environ.get("LOCAL_RANK", rank))
+        others = {*range(size)} - {*range(first, first + local_size)}
+        is_host = bool(others) and is_store_here()
+    else:
+        others, is_host = {*range(1, size)}, rank == 0
+    if is_host:
+        wait_to_leave(lambda: failures.have_left(others))
+
+
+def _own_device() -> torch.device:
+    device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _timeout() -> float:
@@ -201,7 +257,7 @@ def _backend(device: torch.device) -> str:
 
 def _store(size: int, may_host: bool = False) -> dist.Store:
     """Connect to the key-value store used for rendezvous: torchrun's, or else one that rank 0 hosts."""
-    hosts = may_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = may_host and not torchrun_hosts_store()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, size, is_master=hosts, wait_for_workers=False, multi_tenant=True)
 

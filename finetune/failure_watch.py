@@ -3,34 +3,21 @@
 import contextlib
 import json
 import os
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from .cli import report_to_torchrun
+from .cli import FailureReport
+from .ending import STORE_S, Ending, Store, machine, within
 
 TIMEOUT_VARIABLE = "DISTRIBUTED_TIMEOUT_S"  # environment variable: longest time that ranks wait for one another
 DEFAULT_TIMEOUT_S = 1800.0  # rank 0 may be writing a large merged model
 WATCH_S = 1.0  # between two looks at the store
-_REPORT_S = 10.0  # longest time to report a failure: calls to the store of a stopped process never return
 _SILENCE_S = 300.0  # at most this for a process that does not run at all: no work keeps it from reporting that it does
-_FAILED = "failed"  # store key under which the first rank that fails reports it
+_LOST_S = 8.0  # silence of a rank after which a broken connection to it means that it is gone
+_STORE_GONE_S = 30.0  # in which this rank must end, too, once the store is gone
 _RUNNING = "running"  # start of the store key under which each rank reports that it is running
-
-
-class Store(Protocol):
-    """torch.distributed's key-value store. Its methods raise RuntimeError if the process that hosts it is gone."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-
-    def get(self, key: str, /) -> bytes: ...
-
-    def check(self, keys: list[str], /) -> bool: ...
-
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
 class FailureWatch:
@@ -48,39 +35,66 @@ class FailureWatch:
     Attributes:
         collectives: how many collectives this rank has entered; all ranks enter the same ones.
         progress: returns what this rank is doing, for messages of other ranks.
+        advice: returns how to continue after a failure of a machine, a sentence.
+        ending: prints why the run ends.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.collectives = 0
         self.progress: Callable[[], str] = lambda: "before the first step"
+        self.advice: Callable[[], str] = lambda: "Start the run again."
+        self.ending = Ending(store, rank)
         self._store = store
         self._rank = rank
+        self._size = size
         self._beats = 0
         self._has_left = False
         self._neighbor = _Neighbor((rank + 1) % size, timeout)
         threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
 
-    def report(self, error: BaseException) -> bool:
-        """Report that this rank is failing. Return whether it is the first."""
-        return self._report_failure(f"rank {self._rank}: {type(error).__name__}")
-
     def leave(self) -> None:
         """Report that this rank has nothing more to do with the others."""
         self._has_left = True
-        with contextlib.suppress(RuntimeError):
-            self._report_running()
+        within(STORE_S, self._report_running, None)
 
-    def _report_failure(self, report: str) -> bool:
-        first = [report]  # stays so if the process that hosts the store is gone, or does not answer
+    def have_left(self, ranks: Iterable[int]) -> bool:
+        """Return whether these ranks have left, or are gone."""
+        reports = (_read_report(self._store, rank) for rank in ranks)
+        return all(report.get("has_left") or _is_killed(report) for report in reports)
 
-        def write() -> None:
-            with contextlib.suppress(RuntimeError):
-                first.append(self._store.compare_set(_FAILED, "", report).decode())
+    def find_lost(self) -> str | None:
+        """Return a message about the ranks that are gone, after a connection broke; None if all are still there."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
 
-        writer = threading.Thread(target=write, name="failure report", daemon=True)
-        writer.start()
-        writer.join(_REPORT_S)
-        return first[-1].startswith(f"rank {self._rank}:")
+        def read() -> dict[int, dict[str, Any]] | None:
+            return {rank: _read_report(self._store, rank) for rank in others}
+
+        before, end = within(STORE_S, read, None), time.monotonic() + _LOST_S
+        while before and (now := within(STORE_S, read, None)):
+            if within(STORE_S, self.ending.failure, None):
+                return None  # which is why that rank closed its connections
+            is_over = time.monotonic() > end
+            present = {rank: report for rank, report in now.items() if not report.get("has_left")}
+            lost = {
+                rank: report
+                for rank, report in present.items()
+                if _is_killed(report) or (is_over and report == before[rank])
+            }
+            if lost:
+                when = next(iter(lost.values())).get("progress", "before the first step")
+                reason = f"{_names(lost)} lost {when}: killed, perhaps for lack of memory, or its machine failed."
+                return f"{reason} {self.advice()}"
+            if is_over:
+                return None
+            time.sleep(WATCH_S / 10)
+        return self._store_is_lost()
+
+    def _store_is_lost(self) -> str:
+        host = os.environ.get("MASTER_ADDR")
+        return (
+            f"The machine {host}, which hosts torchrun's store, was lost or cannot be reached, {self.progress()}. "
+            f"{self.advice()}"
+        )
 
     def _report_running(self) -> None:
         self._beats += 1
@@ -88,28 +102,58 @@ class FailureWatch:
             "beats": self._beats,
             "collectives": self.collectives,
             "progress": self.progress(),
-            "process": f"process {os.getpid()} on {socket.gethostname()}",
+            "process": f"process {os.getpid()} on {machine()}",
+            "pid": os.getpid(),
+            "machine": machine(),
             "has_left": self._has_left,
         }
         self._store.set(f"{_RUNNING}_{self._rank}", json.dumps(report))
 
     def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):
-            while not self._store.check([_FAILED]):
+            while not (failure := self.ending.failure()):
                 self._report_running()
                 self._neighbor.look(self._store)
                 if problem := self._neighbor.problem(self.collectives):
-                    self._end_all(problem)
+                    self._exit(f"{problem} {self.advice()}")
                 time.sleep(WATCH_S)
-            time.sleep(WATCH_S)  # a rank that fails at the same time may still be printing why
-            print(f"[rank {self._rank}] exiting: another rank failed ({self._store.get(_FAILED).decode()})", flush=True)
+            self.ending.wait(failure)
+            self.leave()
             os._exit(1)
+        if not self._has_left:
+            time.sleep(_STORE_GONE_S)
+            self._exit(self._store_is_lost())
 
-    def _end_all(self, problem: str) -> None:
-        if self._report_failure(f"rank {self._rank}: {self._neighbor.name} does not respond"):
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-            report_to_torchrun(problem)
-            os._exit(1)
+    def _exit(self, problem: str) -> None:
+        self.ending.fail(FailureReport(f"error: {problem}\n", problem))
+        os._exit(1)
+
+
+def _read_report(store: Store, rank: int) -> dict[str, Any]:
+    """Return a rank's latest report; {} if it has not started."""
+    key = f"{_RUNNING}_{rank}"
+    return json.loads(store.get(key)) if store.check([key]) else {}
+
+
+def _is_killed(report: dict[str, Any]) -> bool:
+    """Return whether a process of this machine is gone."""
+    if report.get("machine") == machine():
+        try:
+            os.kill(report["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    return False
+
+
+def _names(reports: dict[int, dict[str, Any]]) -> str:
+    """Return "Rank 2 on n2 was", or "Ranks 2, 3 on n2 and 4 on n3 were"."""
+    machines: dict[str, list[str]] = {}
+    for rank, report in reports.items():
+        machines.setdefault(report.get("machine", "a machine that did not start"), []).append(str(rank))
+    names = " and ".join(f"{', '.join(ranks)} on {name}" for name, ranks in machines.items())
+    return f"Rank {names} was" if len(reports) == 1 else f"Ranks {names} were"
 
 
 class _Neighbor:
@@ -120,7 +164,7 @@ class _Neighbor:
 
     def __init__(self, rank: int, timeout: float) -> None:
         self.name = f"rank {rank}"
-        self._key = f"{_RUNNING}_{rank}"
+        self._rank = rank
         self._timeout = timeout
         self._report: dict[str, Any] = {}
         self._changed_at = time.localtime()  # when its report last changed
@@ -130,7 +174,7 @@ class _Neighbor:
 
     def look(self, store: Store) -> None:
         """Read the latest report."""
-        report = json.loads(store.get(self._key)) if store.check([self._key]) else {}
+        report = _read_report(store, self._rank)
         self._silent_looks += 1
         self._still_looks += 1
         if report != self._report:

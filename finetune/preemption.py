@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from .args import TrainArgs
+    from .distributed import World
     from .utils import TrainState
+
+from .cli import report_to_torchrun
 
 logger = logging.getLogger("train")
 
@@ -31,7 +34,7 @@ class StopRequest:
         return self.signal is not None
 
     def __str__(self) -> str:
-        return self.signal.name if self.signal else "a signal to another process"
+        return self.signal.name if self.signal else "no signal"
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal. A second Ctrl-C does not wait for the step and the checkpoint."""
@@ -41,19 +44,27 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Record signals instead of being terminated by them while the block runs; in the main thread only."""
+def stop_requests(several_processes: bool = False) -> Iterator[StopRequest]:
+    """Record signals instead of being terminated by them while the block runs; in the main thread only.
+
+    If one of several processes fails, it continues to ignore SIGTERM, with which torchrun ends it while it, or another
+    one, still prints why.
+    """
     request = StopRequest()
     previous = {number: signal.signal(number, request.handle) for number in _SIGNALS}
     try:
         yield request
+    except (Exception, SystemExit):
+        if several_processes:
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def exit_interrupted(args: TrainArgs, state: TrainState, stop: StopRequest) -> NoReturn:
-    """End a run that a signal interrupted, after its last checkpoint is complete.
+def exit_interrupted(args: TrainArgs, state: TrainState, stop: StopRequest, world: World) -> NoReturn:
+    """End a run that a signal interrupted, after its last checkpoint is complete, on every rank; rank 0 says so.
 
     Creates `run_dir/interrupted`, by which a job script recognizes that the run can be requeued: torchrun does not
     pass on exit codes. Every rank creates it, so that no node has to wait for a shared file system to show it. A run
@@ -62,7 +73,14 @@ def exit_interrupted(args: TrainArgs, state: TrainState, stop: StopRequest) -> N
     Raises:
         SystemExit: always, with EXIT_INTERRUPTED.
     """
-    logger.warning("Stopped by %s after step %d. %s", stop, state.step, _what_remains(args, state))
+    stops = world.gather(str(stop) if stop else None)
+    first = next(filter(None, stops), "a signal")
+    message = f"Stopped by {first} after step {state.step}. {_what_remains(args, state)}"
+    report_to_torchrun(message)
+    if world.is_master:
+        logger.warning(message)
+        if world.size > 1:
+            logger.info("torchrun reports this below as failures with exit code %d.", EXIT_INTERRUPTED)
     if not args.no_ckpt:
         marker = Path(args.run_dir) / MARKER_NAME
         try:

@@ -25,7 +25,7 @@ from .optim import build_optimizer
 from .preemption import clear_interrupted
 from .preflight import check_preflight, check_shared, resolve_checkpoint
 from .resume import RunState, SavedState, find_saved_state
-from .run_dir import create_run_dir
+from .run_dir import create_run_dir, how_to_continue
 from .schedules import Plan
 from .speed_estimate import expected_time
 from .utils import TrainState, set_seed
@@ -155,7 +155,7 @@ def set_up(inputs: Inputs, world: World) -> Iterator[Run]:
             train_log=stack.enter_context(MetricsLogger(run_dir, "train", *trackers, purge_step=purge_step)),
             eval_log=stack.enter_context(MetricsLogger(run_dir, "eval", *trackers)),
         )
-        world.show_progress(lambda: f"after step {run.state.step}")
+        world.show_progress(lambda: f"after step {run.state.step}", lambda: how_to_continue(run_dir))
         stack.push(world.report_failure)  # called first on exit: closing the trackers may take long
         if saved:
             run.restore(saved, args, world)

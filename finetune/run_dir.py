@@ -29,6 +29,13 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def how_to_continue(run_dir: Path) -> str:
+    """Return from what a run that was lost is resumed, a sentence."""
+    if checkpoints := saved_checkpoints(run_dir / "checkpoints"):
+        return f"The latest checkpoint is {checkpoints[-1]}. Rerun the same command with `resume: auto` to continue."
+    return "There is no checkpoint. Rerun the same command with `resume: auto` to start from the beginning."
+
+
 def checkpoint_name(step: int) -> str:
     """Return the folder name of the checkpoint saved after `step`."""
     return f"checkpoint_{step:06d}"

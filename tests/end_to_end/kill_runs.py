@@ -79,6 +79,7 @@ class ForkedRun:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            self._prepare(rank)
             torch.set_num_threads(1)
             run_cli(lambda: train.train(str(config)))
             code = 0
@@ -90,6 +91,9 @@ class ForkedRun:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+    def _prepare(self, rank: int) -> None:
+        """Change a process before it trains."""
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to all processes."""

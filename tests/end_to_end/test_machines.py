@@ -200,38 +200,70 @@ STUBS = {
             shift
         done
         "$@" > "$log" 2>&1 && "$@" >> "$log" 2>&1""",
-    # Ignores Slurm's signal, as torchrun does; its workers may be interrupted.
-    "torchrun": 'echo "$@" >> torchrun.txt; kill -USR1 $$; [ -z "$MARKER" ] || touch "$MARKER"; exit "$CODE"',
+    # Ignores Slurm's signal, as torchrun does; its workers may be interrupted, or save a checkpoint and fail.
+    "torchrun": """
+        echo "$@" >> torchrun.txt; kill -USR1 $$
+        [ -z "$MARKER" ] || touch "$MARKER"
+        [ -z "$SAVED" ] || mkdir -p "the run/checkpoints/$SAVED"
+        exit "$CODE\"""",
 }
 
 
-@pytest.mark.parametrize(
-    "code, interrupted, requeued",
-    [(0, "never", False), (1, "now", True), (1, "never", False), (1, "before", False), (1, "unreadable", False)],
-)
-def test_the_slurm_script_starts_every_node_and_requeues_an_interrupted_run(code, interrupted, requeued, tmp_path):
-    """A run that was interrupted in an earlier job and fails now is not requeued."""
+@pytest.fixture
+def start_job(tmp_path):
+    """Return a function that runs the Slurm script once, as the first or a later attempt of a job."""
     for name, script in STUBS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"JOB_ID": "40123", "JOB_NODELIST": "node[7-8]", "NNODES": "2", "CPUS_PER_TASK": "32", "GPUS_ON_NODE": "8"}
-    environment = {f"SLURM_{key}": value for key, value in slurm.items()} | {"CODE": str(code)}
-    environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     (tmp_path / "the run").mkdir()
-    marker = Path("the run") / MARKER_NAME
-    environment["MARKER"] = str(marker) if interrupted == "now" else ""
-    if interrupted == "before":
-        (tmp_path / marker).touch()
-    settings = "{broken" if interrupted == "unreadable" else "max_steps: 7\nrun_dir: 'the run' # quoted\n"
-    (tmp_path / "my run.yaml").write_text(settings)
-    script = [str(ROOT / "example" / "slurm.sbatch"), "my run.yaml"]
-    done = subprocess.run(["bash", *script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, "")
-    started = (tmp_path / "torchrun.txt").read_text().splitlines()
-    assert started == [
+    (tmp_path / "my run.yaml").write_text("max_steps: 7\nrun_dir: 'the run' # quoted\n")
+
+    def start(code: int = 1, interrupted: bool = False, saved: str = "") -> tuple[str, bool]:
+        """Return what the script prints, and whether it requeues the job."""
+        slurm = {"JOB_ID": "40123", "JOB_NODELIST": "node[7-8]", "NNODES": "2"}
+        slurm |= {"CPUS_PER_TASK": "32", "GPUS_ON_NODE": "8"}
+        environment = {f"SLURM_{key}": value for key, value in slurm.items()} | {"CODE": str(code), "SAVED": saved}
+        environment["MARKER"] = f"the run/{MARKER_NAME}" if interrupted else ""
+        environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        script = [str(ROOT / "example" / "slurm.sbatch"), "my run.yaml"]
+        done = subprocess.run(["bash", *script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, "")
+        requests = tmp_path / "scontrol.txt"
+        requeued = requests.exists()
+        assert not requeued or requests.read_text() == "requeue 40123\n"
+        requests.unlink(missing_ok=True)
+        return done.stdout, requeued
+
+    return start
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_slurm_script_starts_every_node(code, start_job, tmp_path):
+    assert start_job(code)[1] is False
+    assert (tmp_path / "torchrun.txt").read_text().splitlines() == [
         "--nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-id 40123 "
         "--rdzv-endpoint node7:10123 -m train my run.yaml"
     ] * (1 if code else 2)
-    assert (tmp_path / "scontrol.txt").exists() == requeued
-    if requeued:
-        assert (tmp_path / "scontrol.txt").read_text() == "requeue 40123\n"
+
+
+def test_the_slurm_script_requeues_an_interrupted_run(start_job, tmp_path):
+    printed, requeued = start_job(interrupted=True)
+    assert requeued and "Interrupted; the job is requeued and continues from the beginning." in printed
+    printed, requeued = start_job()  # the file of the earlier attempt does not count
+    assert not requeued and "Failed without a new checkpoint (latest: none)" in printed
+    assert not (tmp_path / "the run" / MARKER_NAME).exists()
+
+
+def test_the_slurm_script_requeues_a_failure_that_followed_progress_until_there_is_none(start_job):
+    for checkpoint in ("checkpoint_999998", "checkpoint_1000000"):
+        printed, requeued = start_job(saved=checkpoint)
+        assert requeued and f"Failed after it saved {checkpoint}; the job is requeued" in printed
+    printed, requeued = start_job()
+    assert not requeued and "Failed without a new checkpoint (latest: checkpoint_1000000)" in printed
+
+
+@pytest.mark.parametrize("text", ["{broken", "max_steps: 7\n", "run_dir: 7\n"])
+def test_the_slurm_script_never_retries_a_mistake_in_the_yaml(text, start_job, tmp_path):
+    (tmp_path / "my run.yaml").write_text(text)
+    printed, requeued = start_job()
+    assert not requeued and "the job is not requeued. Log: slurm-40123-0.log" in printed

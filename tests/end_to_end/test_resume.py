@@ -352,7 +352,8 @@ def test_an_exception_on_one_rank_ends_all_within_seconds(folder):
     run = ForkedRun(config, 2)
     assert run.wait() == [1, 1]
     assert "step: 000001" in run.log and "step: 001000" not in run.log
-    assert run.log.count("error: The data in line 42") == 1, run.log
+    assert re.search(r"^error: \[rank 1 on \S+\] The data in line 42", run.log, re.MULTILINE), run.log
+    assert run.log.count("error: ") == 1 and "Traceback" not in run.log, run.log
 
 
 # --- Anomalies
