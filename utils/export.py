@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "q8_0"), help=_DTYPE)
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository of the hub")
     parser.add_argument("--public", action="store_true", help="with --push: let everybody download it")
+    parser.add_argument(
+        "--scores", type=Path, metavar="JSON", help="evaluation (--json of evaluate_icd10), for README.md"
+    )
     add_step_option(parser)
     args = parser.parse_args()
     if args.public and not args.push:
@@ -44,7 +47,7 @@ def main() -> None:
 
     if args.push:
         check_push(args.push, args.public)
-    export(args.source, args.to, args.out, args.merged, args.base, args.step, args.dtype)
+    export(args.source, args.to, args.out, args.merged, args.base, args.step, args.dtype, args.scores)
     if args.push:
         push(args.out, args.push, args.public)
 

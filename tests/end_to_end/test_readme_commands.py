@@ -54,6 +54,7 @@ STORY: list[tuple[str, dict[str, str]]] = [
     ("python -m utils.export RUN --to peft", {"DIR": "peft"}),
     ("python -m utils.export RUN --to hf", {"DIR": "hf"}),
     ("python -m utils.export RUN --to mistral", {"DIR": "mistral"}),
+    ("python -m utils.export RUN --to gguf", {"DIR": "gguf"}),
     ("python -m utils.export MODEL", {"BASE": "base"}),
     ("python -m utils.extend_model_vocab", {"OLD": "old", "NEW": "new"}),
     ("python -m utils.report", {}),
@@ -95,7 +96,6 @@ ELSEWHERE = {
     "source .venv/bin/activate": "a shell builtin",
     "pip install": "installs packages",
     "vllm": "another project's command",
-    "python convert_hf_to_gguf.py": "another project's command",
     "ollama": "another project's command",
 }
 

@@ -23,7 +23,15 @@ from model.weights import SafetensorsWriter, TensorSource, open_safetensors
 from utils.models.gguf_format import GGUF_TYPES, GgufLayout, write_gguf
 from utils.models.hf_tokenizer import write_hf_tokenizer
 from utils.models.merging import open_merged, recorded_scaling
-from utils.models.model_folder import announce, announce_size, copy_tokenizer, find_tokenizer, write_model_folder
+from utils.models.model_card import model_card
+from utils.models.model_folder import (
+    README_NAME,
+    announce,
+    announce_size,
+    copy_tokenizer,
+    find_tokenizer,
+    write_model_folder,
+)
 from utils.models.rounding import RoundedWeights
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -37,6 +45,7 @@ def export(
     base: Path | None = None,
     step: int | str | None = None,
     dtype: str | None = None,
+    scores: Path | None = None,
 ) -> None:
     """Write the folder `out` atomically.
 
@@ -49,6 +58,7 @@ def export(
         step: which checkpoint of a run: its step or "best"; None: the latest.
         dtype: "bf16", "fp16", "fp32", or "q8_0" of GGUF; None: the base's, or that of a checkpoint of all weights, and
             fp16 for GGUF.
+        scores: an evaluation's JSON, for the model card; None: none.
 
     Raises:
         UserError: the checkpoint or the base does not exist, cannot be exported that way, or `out` exists.
@@ -60,8 +70,9 @@ def export(
     if peft and not (merged and to != "peft"):
         raise UserError(f"{peft} already is a PEFT adapter; to merge it into its base, use --to hf --merged.")
     _check_request(checkpoint, has_adapter, to, merged, dtype)
+    card = model_card(out.resolve().name, to, checkpoint, base, scores)
     if to == "peft":
-        _write_peft(out, checkpoint, base)
+        _write_peft(out, checkpoint, base, card)
     else:
         if has_adapter:
             base = base or _recorded_base(checkpoint)
@@ -71,10 +82,10 @@ def export(
         )
         tokenizers = [checkpoint, *([base] if base else [])]
         if to == "gguf":
-            _write_gguf(out, weights, params, tokenizers, dtype or "fp16")
+            _write_gguf(out, weights, params, tokenizers, card, dtype or "fp16")
         else:
             write = _write_hf if to == "hf" else write_model_folder
-            write(out, weights, params, tokenizers)
+            write(out, weights, params, tokenizers, card)
     print(f"Exported {checkpoint} to {out}.")
 
 
@@ -124,12 +135,15 @@ def _recorded_base(checkpoint: Path) -> Path:
     return Path(name)
 
 
-def _write_hf(destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path]) -> None:
+def _write_hf(
+    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path], card: str
+) -> None:
     """Write a folder that transformers loads; arguments and errors as `write_model_folder`."""
     dtype = next(iter(weights.dtypes.values()))
     config = config_from_params(params, str(dtype).removeprefix("torch."))
     announce(destination, weights)
     with new_folder(destination) as folder:
+        (folder / README_NAME).write_text(card, encoding="utf-8")
         _write_json(folder / CONFIG_NAME, config)
         _write_json(folder / "generation_config.json", generation_config())
         _write_tokenizer(tokenizers, folder, params["vocab_size"])
@@ -148,7 +162,7 @@ def _write_tokenizer(sources: list[Path], folder: Path, vocab_size: int) -> None
 
 
 def _write_gguf(
-    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path], dtype: str
+    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path], card: str, dtype: str
 ) -> None:
     """Write a folder with one GGUF file; arguments and errors as `write_model_folder`."""
     layout = GgufLayout(weights, params["n_layers"], dtype)
@@ -164,10 +178,11 @@ def _write_gguf(
     if window := params.get("sliding_window"):
         print(f"llama.cpp ignores the model's attention window of {window:,} tokens: keep prompts below that.")
     with new_folder(destination) as folder:
+        (folder / README_NAME).write_text(card, encoding="utf-8")
         write_gguf(folder / f"model-{kind}.gguf", layout, params, tokenizer)
 
 
-def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
+def _write_peft(destination: Path, checkpoint: Path, base: Path | None, card: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the base model is not read."""
     require_intact(checkpoint)
     head_dim = load_model_args(checkpoint).head_dim
@@ -182,6 +197,7 @@ def _write_peft(destination: Path, checkpoint: Path, base: Path | None) -> None:
     layout = {names[name]: (shape, adapter.dtypes[name]) for name, shape in adapter.shapes.items()}
     announce(destination, adapter)
     with new_folder(destination) as folder:
+        (folder / README_NAME).write_text(card, encoding="utf-8")
         _write_json(folder / ADAPTER_CONFIG_NAME, config)
         with SafetensorsWriter(folder / "adapter_model.safetensors", layout, {"format": "pt"}) as writer:
             for name in adapter.shapes:

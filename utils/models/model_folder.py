@@ -13,6 +13,7 @@ from model.args import ModelArgs
 from model.atomic import new_folder
 from model.weights import SAFETENSORS_NAME, SafetensorsWriter, TensorSource
 
+README_NAME = "README.md"
 _TOKENIZER_PATTERNS = ("tokenizer.model*", "tekken*.json")
 
 
@@ -30,7 +31,7 @@ def announce_size(destination: Path, tensors: int, dtypes: str, size: int) -> No
 
 
 def write_model_folder(
-    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path]
+    destination: Path, weights: TensorSource, params: dict[str, Any], tokenizers: list[Path], readme: str = ""
 ) -> None:
     """Write a model folder atomically.
 
@@ -39,6 +40,7 @@ def write_model_folder(
         weights: all tensors of the model.
         params: the model's parameters, as `model.args.read_params` returns them.
         tokenizers: folders; the tokenizer of the first that has one is copied.
+        readme: content of a README.md; empty: none is written.
 
     Raises:
         UserError: the destination exists, or the disk is full.
@@ -49,6 +51,8 @@ def write_model_folder(
     announce(destination, weights)
     with new_folder(destination) as folder:
         (folder / "params.json").write_text(json.dumps(params, indent=4), encoding="utf-8")
+        if readme:
+            (folder / README_NAME).write_text(readme, encoding="utf-8")
         copy_tokenizer(tokenizers, folder)
         write_weights(weights, folder / SAFETENSORS_NAME)
 
