@@ -13,11 +13,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.cli import parse_train_args, run_cli
+from finetune.cli import config_and_overrides, run_cli
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-    run_cli(lambda: parse_train_args(__doc__))  # before the imports below, which take seconds
+    from finetune.settings_help import train_help
 
+    sys.exit(print(train_help(__doc__)))  # before the imports below, which take seconds
+
+import fire
 import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -224,9 +227,14 @@ def log_summary(run: Run) -> None:
         draw_loss_curve(Path(run.args.run_dir))
 
 
+def command(*arguments: str, config: str = "", train_yaml: str = "", **flags: str) -> None:
+    """Train as the command line says: CONFIG.yaml, by position or by name, and KEY=VALUE settings."""
+    unknown = [f"--{name}" for name in flags]  # fire would report them only after training
+    train(*config_and_overrides([str(each) for each in arguments], str(train_yaml or config), unknown))
+
+
 def main() -> None:
-    options = parse_train_args(__doc__)
-    train(options.config, options.overrides)
+    fire.Fire(command)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import errno
 import io
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from model.errors import UserError, first_line, full_memory
@@ -99,28 +98,36 @@ def parse_config_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
     parser.add_argument("--train_yaml", metavar="CONFIG.yaml", help="the training YAML, by name")
     options, unknown = parser.parse_known_intermixed_args()
-    if unknown:
-        parser.error(f"unexpected argument {unknown[0]}{_instead(unknown[0])}")
-    if options.config and options.train_yaml and "=" in options.config:
-        options.overrides.insert(0, options.config)
-        options.config = None
-    if (options.config is None) == (options.train_yaml is None):
-        parser.error("give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml")
-    if extra := [argument for argument in options.overrides if "=" not in argument]:
-        parser.error(f"unexpected argument {extra[0]}; settings are written as KEY=VALUE, such as optim.lr=1e-4")
-    options.config = Path(options.config or options.train_yaml)
+    positional = [options.config, *options.overrides] if options.config else options.overrides
+    try:
+        options.config, options.overrides = config_and_overrides(positional, options.train_yaml, unknown)
+    except UserError as error:
+        parser.error(str(error))
     return options
 
 
-def parse_train_args(description: str | None) -> argparse.Namespace:
-    """Parse the command line of training, whose help describes every setting."""
-    from .settings_help import settings_help  # imports pydantic, which most commands do not need
+def config_and_overrides(
+    positional: Sequence[str], by_name: str | None, flags: Sequence[str]
+) -> tuple[Path, list[str]]:
+    """Return the training YAML and the `KEY=VALUE` arguments of a command line.
 
-    epilog = settings_help(shutil.get_terminal_size().columns - 2)
-    formatter = argparse.RawDescriptionHelpFormatter
-    return parse_config_args(
-        argparse.ArgumentParser("train", description=description, epilog=epilog, formatter_class=formatter)
-    )
+    Args:
+        positional: arguments that are not flags.
+        by_name: the YAML, if it was given by a flag.
+        flags: those that are not known.
+
+    Raises:
+        UserError: a flag is not known, an argument is not `KEY=VALUE`, or there is no YAML or several.
+    """
+    if flags:
+        raise UserError(f"unexpected argument {flags[0]}{_instead(flags[0])}")
+    files = [by_name] if by_name else list(positional[:1])
+    overrides = list(positional if by_name else positional[1:])
+    if not files or (by_name and overrides and "=" not in overrides[0]):
+        raise UserError("give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml")
+    if extra := [argument for argument in overrides if "=" not in argument]:
+        raise UserError(f"unexpected argument {extra[0]}; settings are written as KEY=VALUE, such as optim.lr=1e-4")
+    return Path(files[0]), overrides
 
 
 def _instead(flag: str) -> str:

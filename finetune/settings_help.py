@@ -1,11 +1,18 @@
 """Every setting of the training YAML, for `python -m train --help`."""
 
 import dataclasses
+import shutil
 import textwrap
 from typing import Any
 
 from .args import known_settings
 from .yaml_file import as_yaml
+
+
+def train_help(description: str) -> str:
+    """Return what `python -m train --help` prints."""
+    usage = "usage: python -m train [CONFIG.yaml] [KEY=VALUE ...] [--train_yaml CONFIG.yaml]"
+    return f"{usage}\n\n{description}\n{settings_help(shutil.get_terminal_size().columns - 2)}"
 
 
 def settings_help(width: int) -> str:

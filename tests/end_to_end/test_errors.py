@@ -467,11 +467,12 @@ def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoi
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml"),
-        (("a.yaml", "--train_yaml", "a.yaml"), 2, "give one training YAML"),
-        (("a.yaml", "b.yaml"), 2, "unexpected argument b.yaml; settings are written as KEY=VALUE"),
-        (("a.yaml", "--max_steps", "3"), 2, "unexpected argument --max_steps; write max_steps=VALUE"),
-        (("a.yaml", "--learning-rate=1e-4"), 2, "unexpected argument --learning-rate=1e-4; write optim.lr=VALUE"),
+        ((), 1, "give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml"),
+        (("a.yaml", "--train_yaml", "a.yaml"), 1, "give one training YAML"),
+        (("a.yaml", "b.yaml"), 1, "unexpected argument b.yaml; settings are written as KEY=VALUE"),
+        (("a.yaml", "--max_steps", "3"), 1, "unexpected argument --max_steps; write max_steps=VALUE"),
+        (("a.yaml", "--learning-rate=1e-4"), 1, "unexpected argument --learning_rate; write optim.lr=VALUE"),
+        (("--config", "a.yaml", "seq_len=8"), 1, "The configuration a.yaml does not exist"),
         (("--train_yaml", "a.yaml", "seq_len=8"), 1, "The configuration a.yaml does not exist"),
         (("config.yaml", "=3"), 1, "`=3` is not a setting; expected KEY=VALUE"),
         (("config.yaml", "lora.targets=[wq"), 1, "`lora.targets=...` cannot be used: it is not valid YAML."),
