@@ -11,6 +11,8 @@ from docs.draw_images import FORMATS, learning_rates
 from finetune.args import OptimArgs
 from utils.models.demo_model import demo_model_args, make_demo_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +64,7 @@ def test_the_latest_result_of_each_case_is_shown(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def untrained(tmp_path, monkeypatch, one_thread):
+def untrained(tmp_path, monkeypatch):
     """Experiments in a folder of their own, with random weights for the base model."""
     monkeypatch.setattr(small_runs, "WORK_DIR", tmp_path)
     model = tmp_path / "model"
