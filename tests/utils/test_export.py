@@ -420,7 +420,10 @@ def test_an_export_is_uploaded_only_when_asked(hub: FakeHub, pushed):
     assert code == 0, said
     assert hub.repositories == {"chu/icd10": "private"}
     assert hub.uploaded == {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert f"Uploading to {hub.url}/chu/icd10 (private): adapter_config.json, adapter_model.safetensors, " in said
+    assert (
+        f"Uploading to {hub.url}/chu/icd10 (private): README.md, adapter_config.json, adapter_model.safetensors, "
+        in said
+    )
     assert "These files leave this machine, nothing else does." in said and "hf_secret" not in said
 
 
@@ -430,7 +433,7 @@ def test_a_public_repository_must_be_asked_for(hub: FakeHub, pushed):
     assert code == 1 and "chu/icd10 exists and is public" in said
     assert not folder.exists() and hub.uploaded == {}
     assert pushed("--push", "chu/icd10", "--public")[0] == 0
-    assert set(hub.uploaded) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(hub.uploaded) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     shutil.rmtree(folder)
     assert pushed("--push", "chu/other", "--public")[0] == 0
     assert hub.repositories["chu/other"] == "public"
