@@ -14,7 +14,7 @@ from model.hf_format import open_model_weights
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.golden import instruct_tokenizer
 from tests.support.tiny_tekken import write_tiny_tekken
-from tests.utils.test_export import make_run
+from tests.utils.test_export import TOKENS, make_run, our_logits
 from utils.models.exports import export
 from utils.models.hf_tokenizer import chat_template
 
@@ -92,6 +92,19 @@ def test_tensors_are_those_of_the_merged_model(tmp_path, moe, dtype, capsys):
         else:
             exact = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[kind.name]
             assert values.equal(tensor.to(exact).float()), key
+
+
+def test_transformers_computes_our_logits_from_the_file(tmp_path):
+    """An independent reader of names, shapes and of the order of channels within a head; it reads dense models only."""
+    import transformers
+
+    base = make_base(tmp_path / "base", tekken=True, dtype=torch.float32)
+    export(base, "gguf", tmp_path / "gguf", dtype="fp32")
+    options = {"gguf_file": "model-F32.gguf", "dtype": torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", **options)
+    with torch.no_grad():
+        logits = theirs(torch.tensor([TOKENS])).logits[0]
+    torch.testing.assert_close(logits, our_logits(base), rtol=0, atol=1e-4)
 
 
 def fields(folder: Path) -> dict:
