@@ -230,6 +230,8 @@ def log_summary(run: Run) -> None:
 def command(*arguments: str, config: str = "", train_yaml: str = "", **flags: str) -> None:
     """Train as the command line says: CONFIG.yaml, by position or by name, and KEY=VALUE settings."""
     unknown = [f"--{name}" for name in flags]  # fire would report them only after training
+    if config and train_yaml:
+        raise UserError("--config and --train_yaml both name the training YAML; give one of them.")
     train(*config_and_overrides([str(each) for each in arguments], str(train_yaml or config), unknown))
 
 

@@ -477,12 +477,14 @@ def _overridden(raw: dict[str, Any], overrides: Iterable[str]) -> list[Leaf]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"`{override}` is not a setting; expected KEY=VALUE, such as optim.lr=1e-4.")
+        # `{name}` is a placeholder here; only blocks have keys in braces.
+        is_text = text.lstrip().startswith("{") and key in known_settings() and not known_settings()[key].is_block
         try:
-            new += _leaves({key: parse_value(text)})
+            new += _leaves({key: text if is_text else parse_value(text)})
         except UserError as error:
             raise UserError(f"`{key}=...` cannot be used: {error}.") from None
     replaced = [path for path, _ in new]
-    replaced += [(_OTHER_LENGTH[path[0]],) for path in replaced if path[0] in _OTHER_LENGTH]
+    replaced += [(_OTHER_LENGTH[path[0]],) for path, value in new if path[0] in _OTHER_LENGTH and value is not None]
     return [leaf for leaf in _leaves(raw) if not any(leaf[0][: len(path)] == path for path in replaced)] + new
 
 
@@ -492,10 +494,14 @@ def _nested(leaves: Iterable[Leaf], problems: list[Problem]) -> dict[str, Any]:
     for path, value in leaves:
         *blocks, name = path
         block = nested
-        for key in blocks:
-            inner = block.setdefault(key, {})
-            block = inner if isinstance(inner, dict) else {}  # anything but a block is reported by _convert
         key = ".".join(path)
+        for index, outer in enumerate(blocks, 1):
+            inner = block.setdefault(outer, {})
+            setting = known_settings().get(".".join(blocks[:index]))
+            if not isinstance(inner, dict) and setting and not setting.is_block:
+                message = f"`{key}` is given, and `{'.'.join(blocks[:index])}` as a value; give one of them."
+                problems.append(Problem(key, message))
+            block = inner if isinstance(inner, dict) else {}  # a value in place of a block is reported by _convert
         if name in block:
             problems.append(Problem(key, f"`{key}` is given twice; give it once."))
         is_empty_block = value is None and key in known_settings() and known_settings()[key].is_block

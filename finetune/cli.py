@@ -120,7 +120,8 @@ def config_and_overrides(
         UserError: a flag is not known, an argument is not `KEY=VALUE`, or there is no YAML or several.
     """
     if flags:
-        raise UserError(f"unexpected argument {flags[0]}{_instead(flags[0])}")
+        flag = flags[0].partition("=")[0]  # its value may be an API key
+        raise UserError(f"unexpected argument {flag}{_instead(flag)}")
     files = [by_name] if by_name else list(positional[:1])
     overrides = list(positional if by_name else positional[1:])
     if not files or (by_name and overrides and "=" not in overrides[0]):
@@ -135,7 +136,7 @@ def _instead(flag: str) -> str:
     from .args import known_settings  # imports pydantic, which most commands do not need
     from .translations import find_translation
 
-    name = flag.lstrip("-").partition("=")[0]
+    name = flag.lstrip("-")
     translation = find_translation(name.split("."), exact=False)
     keys = [name] if name in known_settings() else translation.ours[:1] if translation else []
     return f"; write {keys[0]}=VALUE" if keys else ""

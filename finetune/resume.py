@@ -8,6 +8,7 @@ position, RNG state). A different number of ranks can load the tensors, too.
 import base64
 import dataclasses
 import logging
+import math
 import os
 import random
 from pathlib import Path
@@ -331,7 +332,9 @@ def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
         folder, run | {"args": before}
     )  # with defaults for settings that did not exist when it was saved
     step, plan = saved.step, saved.plan
-    starts_and_ends = plan.start <= step and plan.start < plan.end <= saved.max_steps
+    # A run that was shortened keeps an open-ended schedule, whose plan has the earlier length.
+    longest_end = math.inf if before["optim"]["schedule"] in OPEN_ENDED else saved.max_steps
+    starts_and_ends = plan.start <= step and plan.start < plan.end <= longest_end
     if not starts_and_ends or max(step, run["schedule"]["last_epoch"]) > saved.max_steps:
         raise UserError(
             f"{folder / RUN_NAME} is corrupt: it has more steps than its run. Resume from another checkpoint."

@@ -79,7 +79,7 @@ def _string(value: object) -> str:
     return text
 
 
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})", re.ASCII)
 
 
 def expand_path(path: str) -> str:
@@ -92,7 +92,7 @@ def expand_path(path: str) -> str:
         return path
 
     def value_of(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
+        name = match[1] or match[2]  # of `${NAME:-default}` all, which is not defined
         if name not in os.environ:
             raise PydanticCustomError(
                 "undefined_variable", "the environment variable {name} is not defined", {"name": name}

@@ -39,10 +39,10 @@ BASE: dict[str, Any] = {
 }
 
 
-def load(content: str | dict[str, Any]) -> TrainArgs:
+def load(content: str | dict[str, Any], *overrides: str) -> TrainArgs:
     text = content if isinstance(content, str) else yaml.safe_dump(content)
     Path("config.yaml").write_text(text, encoding="utf-8")
-    return load_train_args(Path("config.yaml"))
+    return load_train_args(Path("config.yaml"), overrides)
 
 
 def problems(**keys: Any) -> list[str]:
@@ -715,10 +715,11 @@ def test_home_and_variables_are_expanded_in_every_path(monkeypatch: pytest.Monke
 def test_an_undefined_variable_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NO_SUCH", raising=False)
     found = problems(run_dir="$NO_SUCH/a", data={"instruct_data": "train.jsonl,${NO_SUCH}/b.jsonl"}, resume="$1x")
+    found += problems(run_dir="${HOME:-x}/a")
     expected = "the environment variable {} is not defined"
-    for problem, key, name in zip(found, ("data.instruct_data", "run_dir", "resume"), ("NO_SUCH",) * 2 + ("1x",)):
+    keys, names = ("data.instruct_data", "run_dir", "resume", "run_dir"), ("NO_SUCH", "NO_SUCH", "1x", "HOME:-x")
+    for problem, key, name in zip(found, keys, names, strict=True):
         assert problem.startswith(f"`{key}` is '") and f"; expected a path, but {expected.format(name)} (" in problem
-    assert len(found) == 3
 
 
 def test_a_path_that_exists_is_taken_as_it_is_written():
@@ -771,3 +772,34 @@ def test_the_run_folder_can_be_named_by_placeholders(monkeypatch: pytest.MonkeyP
     assert problem == "`run_dir` contains {model}; expected one of {date}, {time}, {name}, {seed}."
     [problem] = problems(run_dir="runs/{date}", resume="auto")
     assert problem.startswith("`run_dir` contains {date}, so that `resume: auto` would start another run instead of")
+
+
+# ---- Settings on the command line
+
+
+def test_a_setting_on_the_command_line_replaces_that_of_the_file():
+    file = BASE | {"optim": {"lr": 1e-3, "name": "sgd"}, "lora": {"rank": 4}}
+    args = load(file, "optim.lr=1e-4", "lora={rank: 8}", "lora.targets=[q_proj]", "run_dir=a=b")
+    assert (args.optim.lr, args.optim.name, args.run_dir) == (1e-4, "sgd", "a=b")
+    assert (args.lora.rank, args.lora.targets) == (8, ["wq"])
+
+
+def test_a_length_on_the_command_line_replaces_the_other_kind_unless_it_is_null():
+    steps, epochs = BASE | {"max_steps": 500}, BASE | {"epochs": 3}
+    assert (load(steps, "epochs=2").epochs, load(steps, "epochs=2").max_steps) == (2, 100)
+    assert (load(epochs, "max_steps=7").epochs, load(epochs, "max_steps=7").max_steps) == (None, 7)
+    assert load(steps, "epochs=null").max_steps == 500
+
+
+def test_placeholders_may_begin_a_value_on_the_command_line():
+    assert load(BASE, "run_dir={name}").run_dir == "config"
+    assert load(BASE, "run_dir={name}_{seed}").run_dir == "config_0"
+
+
+@pytest.mark.parametrize("key", ["run_dir.name", "optim.lr.x"])
+def test_a_key_inside_of_a_value_is_not_ignored(key: str):
+    outer = key.rpartition(".")[0]
+    file = BASE | {"optim": {"lr": 1e-3}}
+    for given in (lambda: load(file | {key: 1}), lambda: load(file, f"{key}=1")):
+        with pytest.raises(UserError, match=re.escape(f"`{key}` is given, and `{outer}` as a value; give one of them")):
+            given()

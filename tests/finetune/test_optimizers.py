@@ -443,6 +443,21 @@ def test_a_run_cannot_end_before_its_present_step(tmp_path):
             resumed(tmp_path, saved, OptimArgs(lr=0.01), max_steps)
 
 
+@pytest.mark.parametrize("name", OPEN_ENDED)
+def test_a_shorter_run_resumes_and_may_be_longer_again(name, tmp_path):
+    optim = OptimArgs(schedule=name, lr=0.01, pct_start=0.3, **SCHEDULES[name])
+    first = TinyRun(tmp_path, optim, 8)
+    first.train(2)
+    shorter = resumed(tmp_path, first.save(tmp_path / "first" / "state"), optim, 4)
+    rates = shorter.train(1)
+    saved = shorter.save(tmp_path / "shorter" / "state")
+    assert open_saved(tmp_path / "shorter", shorter.args).plan == Plan(0, 8)
+    again = resumed(tmp_path, saved, optim, 7)
+    rates += again.train(3)
+    assert rates == first.train(4)
+    assert_equal(again, first)
+
+
 @pytest.mark.parametrize("plan", [{"start": 5, "end": 8}, {"start": 2, "end": 2}, {"start": 0, "end": 9}])
 def test_a_plan_that_no_run_has_is_refused(plan, tmp_path):
     run = TinyRun(tmp_path, OptimArgs(lr=0.01), 8)
