@@ -25,7 +25,7 @@ SENTENCEPIECE = {
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
 NAMES = [*SENTENCEPIECE, *(f"tekken {version}" for version in ("v3", "v7", "v11", "v13", "v15"))]
-CONVERSATIONS = int(os.environ.get("CONVERSATIONS", "100"))  # 1000 takes a minute
+CONVERSATIONS = int(os.environ.get("CONVERSATIONS", "60"))  # 1000 takes a minute
 
 
 def write_small_tekken(path: Path, version: str) -> None:
