@@ -16,6 +16,7 @@ splits are stratified by the chapter of the main diagnosis.
 """
 
 import argparse
+import contextlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from utils.icd10.answers import build_answer, code_list, list_codes
 from utils.icd10.codes import Cim10Table, chapter
 from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
 from utils.icd10.mapping import TableMapping, read_mapping
-from utils.icd10.near_duplicates import Survey, find_near_duplicates, normalize_text, survey
+from utils.icd10.near_duplicates import Survey, find_near_duplicates, survey
 from utils.icd10.note_text import quoted_codes, quotes_label
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.roles import parse_roles
@@ -239,8 +240,8 @@ def _line(what: str, reason: str, found: dict[str, Any]) -> str:
     return f"  {what}{reason}: {found['count']:,} (e.g. {found['examples'][0]})"
 
 
-class NormalizedNotes(Sequence[str]):
-    """The normalized note of each stay, made when it is asked for: a large corpus does not fit in memory twice."""
+class NoteSequence(Sequence[str]):
+    """The note of each stay, read when it is asked for: a large corpus may not fit in memory."""
 
     def __init__(self, notes: StayNotes, stays: Sequence[CodedStay]) -> None:
         self._notes, self._stays = notes, stays
@@ -249,7 +250,7 @@ class NormalizedNotes(Sequence[str]):
         return len(self._stays)
 
     def __getitem__(self, index: Any) -> Any:
-        return normalize_text(self._notes[self._stays[index].id])
+        return self._notes[self._stays[index].id]
 
 
 def leave_out_leaks(corpus: Corpus, source: Source, keep: bool) -> Corpus:
@@ -332,12 +333,14 @@ def save(
     """
     used = _FILES[: len(_LINES) * (max(splits) + 1)]
     with new_outputs(outputs.folder, [*used, REPORT, *_LISTS], _FILES[len(used) :], outputs.overwrite) as temporaries:
-        for number, split in enumerate(SPLITS[: max(splits) + 1]):
-            for kind, line_of in _LINES.items():
-                with temporaries[f"{split}_{kind}.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
-                    file.writelines(
-                        line_of(stay, source, outputs.format) for stay, found in zip(stays, splits) if found == number
-                    )
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: stack.enter_context(temporaries[name].open("w", encoding="utf-8", newline="\n")) for name in used
+            }
+            for stay, split in zip(stays, splits):
+                note = source.notes[stay.id]
+                for kind, line_of in _LINES.items():
+                    files[f"{SPLITS[split]}_{kind}.jsonl"].write(line_of(stay, note, source, outputs.format))
         temporaries[REPORT].write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         for name, columns in _LISTS.items():
             with temporaries[name].open("w", encoding="utf-8", newline="") as file:
@@ -346,14 +349,14 @@ def save(
                     writer.write(*found)
 
 
-def _instruct_line(stay: CodedStay, source: Source, form: str) -> str:
+def _instruct_line(stay: CodedStay, note: str, source: Source, form: str) -> str:
     answer = code_list(stay.diagnoses) if form == LIST else build_answer(stay.diagnoses)
-    row = instruct_row(source.notes[stay.id], answer, stay.id)
+    row = instruct_row(note, answer, stay.id)
     return dump_row(row | source.known_facts(stay.id)) + "\n"
 
 
-def _text_line(stay: CodedStay, source: Source, form: str) -> str:
-    return dump_row(pretrain_row(source.notes[stay.id], list_codes(stay.diagnoses))) + "\n"
+def _text_line(stay: CodedStay, note: str, source: Source, form: str) -> str:
+    return dump_row(pretrain_row(note, list_codes(stay.diagnoses))) + "\n"
 
 
 _LINES = {"instruct": _instruct_line, "text": _text_line}
@@ -418,10 +421,10 @@ def main() -> None:
         raise UserError(f"No stay of {args.text} and {args.codes} is usable with {' '.join(args.cim10)} ({reasons}).")
     rules, broken = check_rules(corpus.stays, tables, source)
     known = {stay.id: patient for stay in corpus.stays if (patient := source.patient(stay.id))}
-    normalized = NormalizedNotes(source.notes, corpus.stays)
-    surveyed = survey(normalized)
+    texts = NoteSequence(source.notes, corpus.stays)
+    surveyed = survey(texts)
     splits = split_stays(corpus.stays, known, surveyed.digests, fractions, args.seed)
-    report = describe(corpus, source, known, normalized, surveyed, splits, rules)
+    report = describe(corpus, source, known, texts, surveyed, splits, rules)
     outputs = Outputs(args.out, args.format, args.overwrite)
     save(
         corpus.stays,

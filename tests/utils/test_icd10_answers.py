@@ -1,5 +1,7 @@
 """Answers: the documented sentence, its parser, and the layouts that models write instead."""
 
+import csv
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.icd10 import prompts
 from utils.icd10.answers import Diagnosis, build_answer, code_list, list_codes, parse_answer
-from utils.icd10.codes import ROLES, Cim10Table
+from utils.icd10.codes import ROLES, Cim10Table, split_codes
+from utils.icd10.predictions import read_predictions
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
 COMMON = load_catalogue().common
@@ -225,6 +228,99 @@ def test_bare_lists_are_read(text, expected):
 @given(stays())
 def test_bare_list_is_read_back(stay):
     assert parse_answer(code_list(stay)) == [Diagnosis(None, item.code) for item in stay]
+
+
+# --- One parser for answers and tables --------------------------------------------------------------------------------
+
+NBSP, SOFT_HYPHEN, ZERO_WIDTH = "\N{NO-BREAK SPACE}", "\N{SOFT HYPHEN}", "\N{ZERO WIDTH SPACE}"
+CYRILLIC = str.maketrans("CEI", "СЕІ")
+FULL_WIDTH = {ordinal: ordinal + 0xFEE0 for ordinal in range(0x21, 0x7F)}
+
+
+def dotted(code: str) -> str:
+    return f"{code[:3]}.{code[3:]}" if len(code) > 3 else code
+
+
+SPELLINGS: list[Callable[[str], str]] = [
+    str,
+    dotted,
+    lambda code: dotted(code).lower(),
+    lambda code: f" {code}{NBSP}",
+    lambda code: f"'{code}'",
+    lambda code: f'"{dotted(code)}"',
+    lambda code: f"«{NBSP}{code}{NBSP}»",
+    lambda code: f"CIM10:{dotted(code)}",
+    lambda code: f"CIM-10 FR : {code}",
+    lambda code: f"ICD-10 : {code}",
+    lambda code: f"code {code}",
+    lambda code: f"{dotted(code)}*",
+    lambda code: f"{dotted(code)}†",
+    lambda code: f"{code} †",
+    lambda code: f"{code}+" if "+" not in code else code,
+    lambda code: f"{code[0]} {code[1:]}",
+    lambda code: f"{dotted(code)[:5]} {code[4:]}" if code[4:].isdecimal() else code,
+    lambda code: dotted(code).replace("+", " + "),
+    lambda code: code.translate(FULL_WIDTH),
+    lambda code: dotted(code).translate(FULL_WIDTH),
+    lambda code: code.translate(CYRILLIC),
+    lambda code: f"{code[:3]}{SOFT_HYPHEN}{code[3:]}{ZERO_WIDTH}",
+    lambda code: f"({code})",
+    lambda code: f"[{dotted(code)}]",
+    lambda code: f"{code},",
+]  # fmt: skip
+LABELED = [
+    "{} Hypertension",
+    "{} - Hypertension",
+    "{} : Hypertension, sans précision",
+    "{}-Hypertension",
+    "{}=Hypertension",
+    "Hypertension ({})",
+    "Hypertension artérielle {}",
+]
+LAYOUTS = {  # of an answer: where the spelling is, next to another code
+    "sentence": "diagnostic principal : Une maladie ({}), diagnistic relié : aucun, diagnostic associé : BPCO (J449)",
+    "brackets": "DP : Une maladie [{}]\nDAS : BPCO [J449]",
+    "lines": "DP : {}\nDAS : J449",
+    "without roles": "{}, J449",
+    "items": "- {}\n- J449",
+    "list": "[{}, J449]",
+}
+SPELLED_CODES = sorted({"I10", "I5010", "C509", "E1198", "C189+0", "F03+00", "B24+0", *list(COMMON)[::30]} - {"J449"})
+MALFORMED_ENDS = ["X", ".X", "9999", "-I15", ".-", "O1", "+123"]
+
+
+def misread(spelled: str, code: str, layouts: Collection[str] = LAYOUTS) -> dict[str, list[str]]:
+    """Return what each route reads, where it is not the code."""
+    found = {name: [item.code for item in parse_answer(LAYOUTS[name].format(spelled))] for name in layouts}
+    found |= {"cell": [*split_codes(spelled), "J449"]}
+    return {f"{spelled!r} in {name}": codes for name, codes in found.items() if codes != [code, "J449"]}
+
+
+@pytest.mark.parametrize("code", SPELLED_CODES)
+def test_spellings_are_the_same_code_in_answers_and_cells(code):
+    wrong: dict[str, list[str]] = {}
+    for spelling in SPELLINGS:
+        wrong |= misread(spelling(code), code)
+    for labeled in LABELED:
+        wrong |= misread(labeled.format(dotted(code)), code, ("lines", "items"))
+    assert not wrong
+
+
+@pytest.mark.parametrize("code", [code for code in SPELLED_CODES if "+" not in code])
+def test_malformed_codes_are_the_same_in_answers_and_cells(code):
+    wrong: dict[str, list[str]] = {}
+    for end in MALFORMED_ENDS:
+        malformed = f"{code}{end}".replace(".", "")
+        wrong |= misread(f"{code}{end}", malformed) | misread(f"{dotted(code)}{end}".lower(), malformed)
+    assert not wrong
+
+
+def test_spellings_are_the_same_code_in_a_table_of_predictions(tmp_path):
+    spelled = [spelling("C189+0") for spelling in SPELLINGS] + [label.format("C18.9+0") for label in LABELED]
+    with (tmp_path / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("id", "role", "code"), *((f"s{n}", "DP", text) for n, text in enumerate(spelled))])
+    found = read_predictions(tmp_path / "predictions.csv")
+    assert [[item.code for item in found[f"s{n}"].diagnoses] for n in range(len(spelled))] == [["C189+0"]] * len(found)
 
 
 @pytest.mark.parametrize(("text", "expected"), IRREGULAR)

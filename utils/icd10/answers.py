@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code
+from utils.icd10.codes import CODE_PATTERN, CODE_PREFIX, MARKS, ROLES, normalize_code, respell, split_codes
 from utils.icd10.prompts import ANSWER, CODE_ITEM, ITEM_SEPARATOR, NOTHING
 
 
@@ -30,22 +30,24 @@ _ROLE = re.compile(
 _ROLE_OF_STEM = {"princip": "DP", "reli": "DR", "associ": "DAS", "dp": "DP", "dr": "DR", "das": "DAS"}
 
 # Not a code: the start of a longer word, number or range (C00-D48), a code of the asterisk system (G01*).
-_END = r"(?![\w*†+]|\.?-\S|\.-|[.,/]\d)"
-_PREFIX = r"(?:(?:code|cim(?:[ -]?10)?)\b(?:\s*:)?\s*)?"
-_IN_PARENTHESES = rf"[(\[]\s*{_PREFIX}(?P<inner>{CODE_PATTERN}){_END}\s*(?:[)\]]|$)"
+_END = rf"(?![\w{MARKS}]|\.?-\S|\.-|(?<=\.)-|[.,/]\d|\.\+|\.[^\W_]\b)"
+_PREFIX = rf"(?:{CODE_PREFIX})?"
+_CLOSED = r"(?:\s*[,;.|])?\s*[)\]]"
+_IN_PARENTHESES = rf"[(\[]\s*{_PREFIX}(?P<inner>{CODE_PATTERN}){_END}(?:{_CLOSED}|\s*$)"
 # A code without parentheses starts an item ("- I10 : HTA", "code I10") or ends it ("HTA I10,"). "vitamine B12" and
 # "sorti à J10" are not codes.
 _OPENING = rf"(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-]|\b(?:et|code|est)\b)[^\S\n]*(?P<opening>{CODE_PATTERN}){_END}"
 _CLOSING = rf"(?<!vitamine\s)(?<!\sà\s)\b(?P<closing>{CODE_PATTERN}){_END}(?=\s*(?:[.;,|\n]|\bet\b|$))"
 # Malformed codes count as predicted: a word with a digit, or capitals, in the parentheses that end an item, and without
 # parentheses a letter and a digit where a code is expected.
-_MALFORMED = r"(?=[\w.+-]*\d)\w[\w.+*†-]{1,14}(?:,\d+)?|[^\W\d_](?:[ .]?\d){2,6}[ .]?[A-Z]?"
+_MALFORMED = rf"(?=[\w.+-]*\d)\w[\w.{MARKS}-]{{1,14}}(?: [{MARKS}]+)?(?:,\d+)?|[^\W\d_](?:[ .]?\d){{2,6}}[ .]?[A-Z]?"
 _MALFORMED_ITEM = (
-    rf"(?:[(\[]\s*{_PREFIX}(?P<malformed>{_MALFORMED})\s*(?:[)\]]|\Z)|\((?P<capitals>(?-i:[A-Z]{{2,5}}))\))"
+    rf"(?:[(\[]\s*{_PREFIX}(?P<malformed>{_MALFORMED})(?:{_CLOSED}|\s*\Z)|\((?P<capitals>(?-i:[A-Z]{{2,5}}))\))"
     r"(?=\s*(?:[;.,\n]|$|\bet\b))"
 )
 _MALFORMED_BARE = (
-    r"(?:(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-])[^\S\n]*(?P<bare>(?:(?-i:[A-Z]\d)|[a-z]\d{2})[\w.+*†-]{0,13}(?:,\d+)?)"
+    r"(?:(?:^|[:;,=•*|]|\d[.)]|(?:^|\s)[–—-])[^\S\n]*"
+    rf"(?P<bare>(?:(?-i:[A-Z]\d)|[a-z]\d{{2}})[\w.{MARKS}-]{{0,13}}(?:,\d+)?)"
     r"(?=\s*[;,|\n:=]|\.?\s|\.?$)"
     r"|(?<!vitamine)(?<!\sà)\s(?P<last>(?-i:[A-Z]\d{2})[\w.]{1,12})(?=\s*(?:[;,|\n]|$)))"
 )
@@ -57,7 +59,8 @@ _VALID_CODES = rf"{_IN_PARENTHESES}|{_OPENING}|{_CLOSING}"
 _CODES = re.compile(rf"{_VALID_CODES}|{_MALFORMED_ITEM}", _FLAGS)
 _BARE_CODES = re.compile(rf"{_VALID_CODES}|{_MALFORMED_BARE}", _FLAGS)
 _MALFORMED_GROUP = re.compile(_MALFORMED_ITEM, _FLAGS)
-_LIST = re.compile(r"(?:[^\[\](]*[:=])?\s*\[(?P<items>[^\[\](){}]*)\]?[\s.,;]*")
+_LIST = re.compile(r"(?:[^\[\](]*[:=])?\s*\[(?P<items>[^\[\]{}]*)\]?[\s.,;]*")
+_LABEL_FIRST = re.compile(rf"(?:^|[,;|])(?!\s*{_PREFIX}{CODE_PATTERN}\b)[^,;|]*\w\s+\w", re.IGNORECASE)
 _GROUP = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _MAX_NESTING = 20  # of parentheses
 _AROUND_LABEL = " \t\r\n:,;=•*–—-"
@@ -90,12 +93,12 @@ def code_list(diagnoses: Iterable[Diagnosis]) -> str:
 def parse_answer(text: str) -> list[Diagnosis]:
     """Return the diagnoses of an answer in order of appearance; a repeated code is kept once, with its highest role.
 
-    Codes are normalized but not checked against a table: invented and malformed codes (`E11X`) are returned as they
-    are, so that evaluation counts them. Labels are exact in the layout of `build_answer`; in other layouts they are
-    approximate or empty.
+    Codes are read as in the cells of tables (`codes.respell`, `codes.normalize_code`) but not checked against a table:
+    invented and malformed codes (`E11X`) are returned as they are, so that evaluation counts them. Labels are exact in
+    the layout of `build_answer`; in other layouts they are approximate or empty.
     """
     kept: dict[str, Diagnosis] = {}
-    for role, section in _sections(text):
+    for role, section in _sections(respell(text)):
         for code, label in _codes(section, has_role=role is not None):
             if code not in kept or _rank(role) < _rank(kept[code].role):
                 kept[code] = Diagnosis(role, code, label)
@@ -119,9 +122,11 @@ def _sections(text: str) -> list[tuple[str | None, str]]:
 
 def _codes(section: str, has_role: bool) -> list[tuple[str, str]]:
     """Return (code, label) of each item of a section; a code inside a label is not an item."""
-    if (listed := _LIST.fullmatch(section)) and not re.search(r"\w\s+\w", listed["items"]):
-        items = (normalize_code(item.strip(" \t\r\n'\"«»")) for item in re.split(r"[,;|]", listed["items"]))
-        return [(code, "") for code in items if code and code.lower() != NOTHING]
+    if listed := _LIST.fullmatch(section):
+        section = listed["items"]
+        if not _LABEL_FIRST.search(section):
+            items = [code for item in re.split(r"[;|]|,(?!\d)", section) for code in split_codes(item)]
+            return [(code, "") for code in items if code.lower() != NOTHING]
     blanked = _blank_remarks(section)
     pattern = _CODES if re.search(r"[(\[]", blanked) else _BARE_CODES
     matches = [match for match in pattern.finditer(blanked) if _is_code(match, has_role)]
@@ -141,8 +146,10 @@ def _is_code(match: re.Match[str], has_role: bool) -> bool:
     groups = match.groupdict()
     if groups.get("capitals"):
         return has_role and not re.match(r",\s*[a-zà-ÿ]", match.string[match.end() :])
-    bare = groups.get("bare")
-    return has_role or not (groups.get("last") or (bare and not bare[1:3].isdigit()))
+    if has_role:
+        return True
+    bare, last = groups.get("bare") or "C00", groups.get("last") or "C00"
+    return bare[1:3].isdigit() and re.fullmatch(CODE_PATTERN, last, re.IGNORECASE) is not None
 
 
 def _same_item(match: re.Match[str], following: re.Match[str], section: str) -> bool:

@@ -20,7 +20,7 @@ def identifier(value: Any) -> str:
     Raises:
         SkippedRowError: there is none, or digits of it are lost.
     """
-    if isinstance(value, float | Decimal):
+    if not isinstance(value, str) and isinstance(value, float | Decimal):
         if not math.isfinite(value):
             value = None
         elif value == int(value):
@@ -52,7 +52,8 @@ def sortable_date(value: Any) -> str:
     """
     if isinstance(value, datetime.datetime | datetime.date):
         return value.isoformat()[:19]
-    text = optional_text(value)
+    if not (text := optional_text(value)):
+        return ""
     if found := _DATE.fullmatch(text):
         year, month, day, *time = found.groups()
     elif found := _FRENCH_DATE.fullmatch(text):

@@ -55,20 +55,49 @@ _TYPES = ("0", "1", "2", "3", "4")
 _COLUMNS = "code, type MCO/HAD, type SSR, type PSY, short label, long label"
 
 
-# Cyrillic and Greek letters that look like Latin ones, and characters that nobody sees.
-_LOOKALIKES = str.maketrans(
-    "АВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABCEHIJKMOPSTXYABEZHIKMNOPTYX", "\u200b\u200c\u200d\u2060\ufeff\xad"
-)
-_PREFIX = re.compile(r"(?:CIM|ICD)\s*-?\s*10(?:\s*-?\s*FR)?\s*[:=|]\s*")
+# Full-width characters, spaces that do not break a line, and characters that nobody sees.
+_CHARACTERS: dict[int, int | None] = {0xFF01 + offset: 0x21 + offset for offset in range(94)}
+_CHARACTERS |= dict.fromkeys(map(ord, "\xa0\u2007\u2009\u202f"), ord(" "))
+_CHARACTERS |= dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\xad"))
+# Cyrillic and Greek letters that look like Latin ones.
+_LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABCEHIJKMOPSTXYABEZHIKMNOPTYX")
+_LOOKALIKE = re.compile(r"[Α-ΡΤ-ΧА-ХЅІЈ](?=[ .]?\d)")
+CODE_PREFIX = r"\b(?:(?:code\s{1,3})?(?:cim|icd)[\s-]{0,3}(?:10)?(?:[\s-]{0,3}fr)?|code)\b(?:\s*[:=|])?\s*"
+MARKS = "+*†‡"  # of the dagger and asterisk system
 _AROUND = " \t\r\n\"'`«»()[]{}<>,;:.|"
-_MARKS = "+*†‡"  # of the dagger and asterisk system
+# What is written inside or around a code: spaces, `.+`, quotes, two pairs of brackets, a label glued on with a dash.
+_ITEM_BEGINS = r"(?:^|(?<=[(\[:;,|=\n])|(?<=[(\[:;,|=\n-] ))"
+_ITEM_ENDS = rf"(?=[ {MARKS}]*(?:[)\]\}};,|\n\"'»]|\.?\s*\Z|\.\s))"
+_RESPELLED = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (rf"{_ITEM_BEGINS}([A-Z]) (\d\d\.?\d{{0,3}}(?:\+\d{{1,2}})?){_ITEM_ENDS}", r"\1\2"),  # I 10
+        (rf"\b([A-Z]\d\d(?:\.?\d{{0,2}})?) (\d{{1,2}}){_ITEM_ENDS}", r"\1\2"),  # I50.1 0
+        (rf"\b([A-Z]\d\d(?:\.?\d{{1,3}})?)(?: ?\.)? ?\+ ?(\d{{1,2}}){_ITEM_ENDS}", r"\1+\2"),  # C189 + 0
+        (rf"[\"'`«]\s*([A-Z]\d[\w.+-]{{1,12}}[{MARKS}]*)\s*[\"'`»]", r"\1"),
+        (rf"[(\[]\s*([(\[][A-Z]\d[\w.+-]{{1,12}}[{MARKS}]*[)\]])\s*[)\]]", r"\1"),
+        (r"(?<![\w.])([A-Z]\d\d\.?\d{0,3}(?:\+\d{1,2})?)[-_=:](?=[^\W\d_]{2})", r"\1 : "),
+    )
+)
 # ATIH's list of codes with dashes writes the 5th character before the 4th, or the 6th before the 5th.
 _DASH_NOTATIONS = (
     (re.compile(r"([A-Z]\d{2})\.?-(\d)\.(\d)"), r"\1\3\2"),  # O04.-0.9 is O0490
     (re.compile(r"([A-Z]\d{2}\.?\d)-(\d)(\d)"), r"\1\3\2"),  # M62.8-01 is M62810
 )
 _COMPACT = re.compile(r"[A-Z]\d{2,5}(?:\+\d{1,2})?")
-_CODE_LIKE = re.compile(rf"[A-Z]\d[A-Z\d.+-]*[{_MARKS}]*")
+_CODE_LIKE = re.compile(rf"[A-Z]\d[A-Z\d.+-]*[{MARKS}]*")
+_PREFIX = re.compile(CODE_PREFIX, re.IGNORECASE)
+
+
+def respell(text: str) -> str:
+    """Return a text of codes with each written without spaces, quotes and letters of other alphabets; labels stay.
+
+    Cells and answers are read after this, so that each spelling is known in one place.
+    """
+    text = _LOOKALIKE.sub(lambda letter: letter[0].translate(_LOOKALIKES), text.translate(_CHARACTERS))
+    for pattern, replacement in _RESPELLED:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 @functools.lru_cache(1 << 16)
@@ -79,11 +108,11 @@ def normalize_code(text: str) -> str:
     """
     if _COMPACT.fullmatch(text):
         return text
-    code = _PREFIX.sub("", _upper(text)).strip(_AROUND)
+    code = _PREFIX.sub("", respell(text).upper()).strip(_AROUND)
     for pattern, replacement in _DASH_NOTATIONS:
         if pattern.fullmatch(code):
             code = pattern.sub(replacement, code)
-    return re.sub(r"[\s.]", "", code).rstrip(_MARKS)
+    return re.sub(r"[\s.]", "", code).rstrip(MARKS)
 
 
 def split_codes(text: str) -> list[str]:
@@ -93,14 +122,10 @@ def split_codes(text: str) -> list[str]:
     """
     if _COMPACT.fullmatch(text):
         return [text]
-    cell = _PREFIX.sub("", _upper(text))
+    cell = _PREFIX.sub("", respell(text).upper())
     found = [code for part in re.split(r"[;|\n\t]", cell) for code in _codes_of_part(part)]
     malformed = normalize_code(text)
     return found or ([malformed] if malformed else [])
-
-
-def _upper(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).upper().translate(_LOOKALIKES)
 
 
 def _codes_of_part(part: str) -> list[str]:
@@ -109,13 +134,13 @@ def _codes_of_part(part: str) -> list[str]:
     found = list(itertools.takewhile(_CODE_LIKE.fullmatch, words))
     labels = words[len(found) :]
     if not found:  # the label comes first; a reference inside it is not at its end
-        found = re.findall(rf"[(\[]\s*({CODE_PATTERN}[{_MARKS}]*)\s*[)\]]\s*(?:$|,)", part)
+        found = re.findall(rf"[(\[]\s*({CODE_PATTERN}[{MARKS}]*)\s*[)\]]\s*(?:$|,)", part)
         found = found or [word for word in words[-1:] if re.fullmatch(CODE_PATTERN, word)]
     elif labels and re.fullmatch(r"[A-Z]|\d+", labels[0]):  # "I50.1 0": a code with a space in it
         found = [part]
     elif labels:  # "I489 Fibrillation, I10 HTA"
         items = (item.split()[0].strip(_AROUND) for item in part.split(",")[1:] if item.strip())
-        found += [word for word in items if re.fullmatch(rf"{CODE_PATTERN}[{_MARKS}]*", word) and word not in found]
+        found += [word for word in items if re.fullmatch(rf"{CODE_PATTERN}[{MARKS}]*", word) and word not in found]
     return [normalize_code(word) for word in found]
 
 
@@ -150,9 +175,10 @@ class Cim10Table:
 
     def __init__(self, entries: Iterable[Cim10Entry]) -> None:
         self._entries = {entry.code: entry for entry in entries}
+        self._parents = {code: self._longest_prefix(code) for code in self._entries}
         self._children: dict[str, list[str]] = {}
-        for code in self._entries:
-            if parent := self.parent(code):
+        for code, parent in self._parents.items():
+            if parent:
                 self._children.setdefault(parent, []).append(code)
 
     @classmethod
@@ -206,6 +232,9 @@ class Cim10Table:
     def parent(self, code: str) -> str | None:
         """Return the longest code of the table that is a prefix of this one: `C189+0` -> `C189` -> `C18` -> None."""
         code = normalize_code(code)
+        return self._parents[code] if code in self._parents else self._longest_prefix(code)
+
+    def _longest_prefix(self, code: str) -> str | None:
         prefixes = (code[:length] for length in range(len(code) - 1, 2, -1))
         return next((prefix for prefix in prefixes if prefix in self._entries), None)
 
@@ -286,7 +315,7 @@ def _split_line(line: str) -> list[str]:
 
 def _header_places(columns: Sequence[str]) -> _Places | None:
     """Return the places that a header names, None if the line is not a header."""
-    names = [re.sub(r"[\W_]", "", _upper(column)).casefold() for column in columns]
+    names = [re.sub(r"[\W_]", "", column).casefold() for column in columns]
     names = ["".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)) for name in names]
     found = [next((names.index(name) for name in known.split() if name in names), -1) for known in _HEADERS]
     code, kind, short, label = found

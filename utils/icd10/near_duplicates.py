@@ -1,14 +1,13 @@
 """Find near-duplicate notes: a test note that is almost identical to a training note measures memorization.
 
-Similarity is the Jaccard index of the notes' 3-word shingles. Candidates come from banded MinHash signatures (Broder
-1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3), which avoids comparing all pairs. Two
-notes of 300 words that differ in ten of them have an index of about 0.8.
+Similarity is the Jaccard index of the notes' 3-word shingles, without case, accents and punctuation. Candidates come
+from banded MinHash signatures (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3),
+which avoids comparing all pairs. Two notes of 300 words that differ in ten of them have an index of about 0.8.
 """
 
 import hashlib
 import re
 import unicodedata
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from tqdm import tqdm
 MIN_SIMILARITY = 0.8
 
 _SHINGLE = 3  # words
-_MAX_WORDS = 1 << 17
+_MAX_STRINGS = 1 << 17
 _BANDS, _ROWS = 10, 4  # two notes share a band with probability 0.995 at similarity 0.8, and 0.08 at 0.3
 _WORD = re.compile(r"\w+")
 _MARKS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")  # combining
@@ -34,7 +33,7 @@ class NearDuplicate(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What comparing the notes of a corpus needs: hashes of the normalized texts, and MinHash signatures."""
+    """What comparing the notes of a corpus needs: hashes of the notes' words, and MinHash signatures."""
 
     digests: list[str]
     signatures: np.ndarray
@@ -46,18 +45,23 @@ def normalize_text(text: str) -> str:
 
 
 def signature(text: str) -> np.ndarray:
-    """Return the MinHash signature of a note as returned by `normalize_text`: uint32 [bands x rows]."""
-    shingles = _shingle_hashes(text)
+    """Return the MinHash signature of a note: uint32 [bands x rows]."""
+    return _signature(_word_hashes(text))
+
+
+def _signature(word_hashes: bytes) -> np.ndarray:
+    shingles = _shingle_hashes(word_hashes)
     mixed = shingles ^ (shingles >> np.uint64(29))
-    return (mixed[:, None] * _FACTORS >> np.uint64(32)).min(axis=0).astype(np.uint32)
+    return ((_FACTORS * mixed).min(axis=1) >> np.uint64(32)).astype(np.uint32)
 
 
 def survey(texts: Sequence[str]) -> Survey:
-    """Read each normalized note once."""
+    """Read each note once."""
     digests, signatures = [], []
     for text in tqdm(texts, unit=" notes", desc="comparing", disable=None):
-        digests.append(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
-        signatures.append(signature(text))
+        word_hashes = _word_hashes(text)
+        digests.append(hashlib.blake2b(word_hashes, digest_size=16).hexdigest())
+        signatures.append(_signature(word_hashes))
     return Survey(digests, np.stack(signatures))
 
 
@@ -68,7 +72,7 @@ def find_near_duplicates(
 
     Args:
         signatures: of the notes, uint32 [notes, bands x rows].
-        texts: notes as returned by `normalize_text`; only those of candidates are asked for.
+        texts: notes; only those of candidates are asked for.
         splits: number of the split of each note.
     """
     numbers = np.asarray(splits)
@@ -100,27 +104,33 @@ def _first_duplicate(index: int, candidates: Iterable[int], texts: Sequence[str]
     return None
 
 
-class _WordHashes(dict[str, int]):
-    """Hashes of words, computed when they are asked for; forgotten when there are many."""
+class _WordHashes(dict[str, bytes]):
+    """The hash, 8 bytes, of each word of a string without whitespace; forgotten when there are many strings."""
 
-    def __missing__(self, word: str) -> int:
-        if len(self) >= _MAX_WORDS:
+    def __missing__(self, text: str) -> bytes:
+        if len(self) >= _MAX_STRINGS:
             self.clear()
-        self[word] = zlib.crc32(word.encode())
-        return self[word]
+        words = normalize_text(text).split()
+        self[text] = b"".join(hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
+        return self[text]
 
 
-_hash_of = _WordHashes().__getitem__
+_hashes_of = _WordHashes().__getitem__
+
+
+def _word_hashes(text: str) -> bytes:
+    """Return the hashes of the words of a note, 8 bytes for each."""
+    return b"".join(map(_hashes_of, text.split())) or bytes(8)
 
 
 def _shingles(text: str) -> np.ndarray:
     """Return the sorted hashes of the distinct shingles, uint64."""
-    return np.unique(_shingle_hashes(text))
+    return np.unique(_shingle_hashes(_word_hashes(text)))
 
 
-def _shingle_hashes(text: str) -> np.ndarray:
+def _shingle_hashes(word_hashes: bytes) -> np.ndarray:
     """Return the hashes of the shingles, uint64; a shorter text is a single shingle."""
-    words = np.array(list(map(_hash_of, text.split())) or [0], dtype=np.uint64)
+    words = np.frombuffer(word_hashes, dtype="<u8")
     length = min(_SHINGLE, len(words))
     hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)
     for offset in range(length):
@@ -129,4 +139,4 @@ def _shingle_hashes(text: str) -> np.ndarray:
 
 
 _MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio; odd, so multiplication is a bijection
-_FACTORS = np.random.default_rng(0).integers(2**63, size=_BANDS * _ROWS, dtype=np.uint64) | np.uint64(1)
+_FACTORS = np.random.default_rng(0).integers(2**63, size=(_BANDS * _ROWS, 1), dtype=np.uint64) | np.uint64(1)

@@ -1,5 +1,6 @@
 """Turn what a table has in a note's cell into text, or say why it is not a note."""
 
+import functools
 import html
 import html.parser
 import re
@@ -28,6 +29,7 @@ _NULLS = {
     "vide",
     "néant",
 }
+_LONGEST_NULL = max(map(len, _NULLS))
 _BINARY = ("%PDF-", "PK\x03\x04", "ÐÏ\x11à", "\x89PNG", "ÿØÿ")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{200,}={0,2}\s*")
 _RTF = re.compile(r"\{\\rtf\d")
@@ -77,15 +79,9 @@ def note_text(value: object) -> tuple[str, str | None]:
         SkippedRowError: the cell has no text, or not as text.
     """
     text = "" if value is None or value != value else str(value)  # nan is the only value that differs from itself
-    text = (
-        text.encode("utf-8", "replace")
-        .decode("utf-8")
-        .replace("\r\n", "\n")
-        .replace("\x00", "")
-        .strip()
-        .strip("\ufeff")
-    )
-    if text.casefold() in _NULLS or not any(map(str.isalnum, text)):
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").replace("\x00", "")
+    text = text.strip().strip("\ufeff")
+    if (len(text) <= _LONGEST_NULL and text.casefold() in _NULLS) or not any(map(str.isalnum, text)):
         raise SkippedRowError(BLANK)
     if text.startswith(_BINARY) or _BASE64.fullmatch(text):
         raise SkippedRowError("a file (PDF, image or base64) instead of text")
@@ -147,13 +143,18 @@ class _HtmlText(html.parser.HTMLParser):
 
 def quoted_codes(note: str, codes: set[str]) -> set[str]:
     """Return those of a stay's codes that its note quotes, dotted or not, as notes written after coding do."""
-    lowered = note.casefold()
-    if not any(code[:3].casefold() in lowered for code in codes):  # most notes, without the slower search
+    if not any(code[:3] in note or code[:3].lower() in note for code in codes):  # most notes, without the slower search
         return set()
     return codes & {normalize_code(found) for found in _CODE.findall(note)}
 
 
 def quotes_label(note: str, labels: Iterable[str]) -> bool:
     """Return whether a note quotes a label that is too long to be there by chance, in any case."""
-    lowered = note.casefold()
-    return any(len(label.split()) >= _LONG_LABEL and label.casefold() in lowered for label in labels)
+    folded = note.casefold()
+    return any(label in folded for label in map(_long_label, labels) if label)
+
+
+@functools.lru_cache(1 << 16)
+def _long_label(label: str) -> str:
+    """Return a label without case, "" for one that is short."""
+    return label.casefold() if len(label.split()) >= _LONG_LABEL else ""

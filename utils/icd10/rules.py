@@ -147,8 +147,13 @@ def _session_without_dr(case: Case) -> Sequence[str] | None:
 
 
 def _parent_and_child(case: Case) -> Sequence[str] | None:
-    family = ({code, *case.codes.intersection(case.table.ancestors(code))} for code in case.codes)
-    return sorted({code for found in family if len(found) > 1 for code in found}) if case.codes else None
+    if not case.codes:
+        return None
+    found: set[str] = set()
+    for code in case.codes:
+        if parents := case.codes.intersection(case.table.ancestors(code)):
+            found |= {code, *parents}
+    return sorted(found)
 
 
 def _excluded_pair(case: Case) -> Sequence[str] | None:
