@@ -286,7 +286,7 @@ LAYOUTS = {  # of an answer: where the spelling is, next to another code
     "list": "[{}, J449]",
 }
 SPELLED_CODES = sorted({"I10", "I5010", "C509", "E1198", "C189+0", "F03+00", "B24+0", *list(COMMON)[::30]} - {"J449"})
-MALFORMED_ENDS = ["X", ".X", "9999", "-I15", ".-", "O1", "+123"]
+MALFORMED_ENDS = ["X", ".X", " X", "9999", "-I15", ".-", "O1", "+123"]
 
 
 def misread(spelled: str, code: str, layouts: Collection[str] = LAYOUTS) -> dict[str, list[str]]:
@@ -310,7 +310,7 @@ def test_spellings_are_the_same_code_in_answers_and_cells(code):
 def test_malformed_codes_are_the_same_in_answers_and_cells(code):
     wrong: dict[str, list[str]] = {}
     for end in MALFORMED_ENDS:
-        malformed = f"{code}{end}".replace(".", "")
+        malformed = f"{code}{end}".replace(".", "").replace(" ", "")
         wrong |= misread(f"{code}{end}", malformed) | misread(f"{dotted(code)}{end}".lower(), malformed)
     assert not wrong
 

@@ -72,7 +72,7 @@ _RESPELLED = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
         (rf"{_ITEM_BEGINS}([A-Z]) (\d\d\.?\d{{0,3}}(?:\+\d{{1,2}})?){_ITEM_ENDS}", r"\1\2"),  # I 10
-        (rf"\b([A-Z]\d\d(?:\.?\d{{0,2}})?) (\d{{1,2}}){_ITEM_ENDS}", r"\1\2"),  # I50.1 0
+        (rf"\b([A-Z]\d\d(?:\.?\d{{0,2}})?) (\d{{1,2}}|[A-Z]){_ITEM_ENDS}", r"\1\2"),  # I50.1 0
         (rf"\b([A-Z]\d\d(?:\.?\d{{1,3}})?)(?: ?\.)? ?\+ ?(\d{{1,2}}){_ITEM_ENDS}", r"\1+\2"),  # C189 + 0
         (rf"[\"'`«]\s*([A-Z]\d[\w.+-]{{1,12}}[{MARKS}]*)\s*[\"'`»]", r"\1"),
         (rf"[(\[]\s*([(\[][A-Z]\d[\w.+-]{{1,12}}[{MARKS}]*[)\]])\s*[)\]]", r"\1"),
@@ -136,8 +136,6 @@ def _codes_of_part(part: str) -> list[str]:
     if not found:  # the label comes first; a reference inside it is not at its end
         found = re.findall(rf"[(\[]\s*({CODE_PATTERN}[{MARKS}]*)\s*[)\]]\s*(?:$|,)", part)
         found = found or [word for word in words[-1:] if re.fullmatch(CODE_PATTERN, word)]
-    elif labels and re.fullmatch(r"[A-Z]|\d+", labels[0]):  # "I50.1 0": a code with a space in it
-        found = [part]
     elif labels:  # "I489 Fibrillation, I10 HTA"
         items = (item.split()[0].strip(_AROUND) for item in part.split(",")[1:] if item.strip())
         found += [word for word in items if re.fullmatch(rf"{CODE_PATTERN}[{MARKS}]*", word) and word not in found]
