@@ -12,12 +12,13 @@ greedy unless --temperature is given, and appear as they are written; Ctrl-C end
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.engines.choice import add_engine_options, parse_engine, parse_generation
+from utils.engines.choice import add_engine_options, parse_engine
 from utils.engines.engine import Generation
 from utils.icd10.prompts import prompt_messages
 
@@ -47,6 +48,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--batch takes its prompts from the file; leave out the options of a conversation")
     if options.engine != "local" and options.batch is None:
         parser.error(f"--engine {options.engine} is for --batch")
+    if options.batch_size and options.batch is None:
+        parser.error("--batch_size is for --batch")
     if options.run is None and options.engine != "server":
         parser.error("RUN is missing: the folder of a run, a checkpoint or a model")
     return options
@@ -54,22 +57,36 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = _arguments()
+    choice = parse_engine(options, options.run)
     if options.batch:
         from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
 
-        answered = answer_file(parse_engine(options, options.run), options.batch, options.out, with_codes=False)
-        return report_answered(answered)
-    generation = parse_generation(options)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        return report_answered(answer_file(choice, options.batch, options.out, with_codes=False))
+    options.system = options.system and _valid_text(lambda: options.system)
+    prompt = options.prompt and _valid_text(sys.stdin.read if options.prompt == "-" else lambda: options.prompt)
     if prompt is not None and not prompt.strip():
         raise UserError("The prompt is empty.")
     from utils.engines.chat_model import ChatModel  # imports torch
 
-    chat = _Chat(ChatModel(options.run, options.step, options.compare), generation, options)
+    chat = _Chat(ChatModel(options.run, options.step, options.compare), choice.generation, options)
     if prompt is None:
         chat.converse()
     else:
         chat.ask(prompt)
+
+
+def _valid_text(read: Callable[[], str]) -> str:
+    """Return what `read` does.
+
+    Raises:
+        UserError: it is not UTF-8; invalid bytes of a command line are unpaired surrogates in Python.
+    """
+    try:
+        text = read()
+        text.encode()
+    except (UnicodeDecodeError, UnicodeEncodeError):
+        raise UserError("The prompt is not UTF-8; convert it, for example with `iconv -f cp1252 -t utf-8`.") from None
+    return text
 
 
 class _Chat:
@@ -94,7 +111,7 @@ class _Chat:
             print("Type a prompt and Enter. /new starts another conversation, Ctrl-D leaves.", file=sys.stderr)
         while True:
             try:
-                prompt = input("> " if sys.stdin.isatty() else "").strip()
+                prompt = _valid_text(lambda: input("> " if sys.stdin.isatty() else "")).strip()
             except EOFError:
                 return
             if prompt == "/new" or self._options.icd10:

@@ -1,8 +1,10 @@
 """Rows -> tokens and loss masks, with mistral-common's own encoders."""
 
+import contextlib
 import dataclasses
 import enum
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from mistral_common.exceptions import InvalidToolSchemaException, MistralCommonException
@@ -72,17 +74,8 @@ class SampleEncoder:
         Raises:
             RowError: why the conversation cannot be trained on.
         """
-        try:
-            request = self._validated_request(conversation)
-            return self._encode_request(request, conversation.only_last)
-        except MistralCommonException as error:
-            raise ConversationFormatError(str(error)) from error
-        except RecursionError as error:  # of JSON inside a string: a call's arguments, a tool's answer
-            raise ConversationFormatError("JSON inside a string is nested too deeply.") from error
-        except RowError:
-            raise
-        except (ValueError, AssertionError, TypeError) as error:  # whose messages may quote the row
-            raise RowError(f"The tokenizer refuses it ({type(error).__name__}).") from error
+        with _row_errors():
+            return self._encode_request(self._validated_request(conversation), conversation.only_last)
 
     def encode_prompt(self, messages: list[FinetuningMessage], tools: list[Tool] | None = None) -> list[int]:
         """Encode the messages before an answer: exactly the tokens that precede it in training.
@@ -90,10 +83,8 @@ class SampleEncoder:
         Raises:
             RowError: why they cannot be encoded.
         """
-        try:
+        with _row_errors():
             return self._encode_request(self._request(messages, tools), only_last=False).tokens
-        except MistralCommonException as error:
-            raise ConversationFormatError(str(error)) from error
 
     def _validated_request(self, conversation: Conversation) -> InstructRequest:
         messages = conversation.messages
@@ -177,6 +168,21 @@ class SampleEncoder:
             tokens += piece
             masks += [weight] * len(piece)
         return TokenSample(tokens, masks)
+
+
+@contextlib.contextmanager
+def _row_errors() -> Iterator[None]:
+    """Turn what mistral-common raises for a conversation into a RowError."""
+    try:
+        yield
+    except MistralCommonException as error:
+        raise ConversationFormatError(str(error)) from error
+    except RecursionError as error:  # of JSON inside a string: a call's arguments, a tool's answer
+        raise ConversationFormatError("JSON inside a string is nested too deeply.") from error
+    except RowError:
+        raise
+    except (ValueError, AssertionError, TypeError) as error:  # whose messages may quote the row
+        raise RowError(f"The tokenizer refuses it ({type(error).__name__}).") from error
 
 
 def _finetuning_normalizer(tokenizer: Tokenizer) -> InstructRequestNormalizer:

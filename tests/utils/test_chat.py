@@ -108,7 +108,14 @@ def test_sampled_answers_depend_on_the_seed(run_dir: Path, run_command: RunChat)
     ("arguments", "expected"),
     [
         (["--prompt", " "], "The prompt is empty."),
-        (["--prompt", "a", "--top_p", 0], "--top_p above 0 and at most 1"),
+        (["--prompt", "a", "--top_p", 0], "--top_p must be above 0 and at most 1"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature must be 0, or between 0.001 and 100"),
+        (["--prompt", "a", "--temperature", 1e-300], "--temperature must be 0, or between 0.001 and 100"),
+        (["--prompt", "a", "--temperature", 1, "--seed", 2**63], "--seed must be at least 0 and less than 2**63."),
+        (["--prompt", "a", "--server", "http://127.0.0.1:1/v1"], "--server is for --engine server."),
+        (["--prompt", "a", "--concurrency", 3], "and --concurrency are for --engine server."),
+        (["--prompt", "a\udce9"], "The prompt is not UTF-8; convert it"),
+        (["--prompt", "a", "--system", "\udce9"], "The prompt is not UTF-8; convert it"),
         (["--prompt", "a", "--top_p", 0.5], "have no effect on the most likely tokens; give --temperature."),
         (["--prompt", "a", "--step", 77], "has no checkpoint of step 77"),
     ],
@@ -116,6 +123,25 @@ def test_sampled_answers_depend_on_the_seed(run_dir: Path, run_command: RunChat)
 def test_mistakes_end_with_a_sentence(arguments: list, expected: str, run_dir: Path, run_command: RunChat) -> None:
     code, output = run_command(chat, run_dir, *arguments)
     assert code == 1 and expected in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("options", [["--prompt", "-"], []])
+def test_an_input_in_another_encoding_ends_with_a_sentence(options, run_dir, run_command: RunChat, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("né\n".encode("cp1252")), encoding="utf-8"))
+    code, output = run_command(chat, run_dir, *options)
+    assert code == 1 and "The prompt is not UTF-8; convert it" in output and "Traceback" not in output
+
+
+def test_a_row_that_the_tokenizer_refuses_does_not_stop_the_others(run_dir, tmp_path, run_command: RunChat) -> None:
+    rows = [
+        {"id": "lost", "messages": [{"role": "system", "content": "Secret"}]},
+        {"id": "asked", "messages": [{"role": "user", "content": QUESTION}]},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = tmp_path / "a.jsonl"
+    code, output = run_command(chat, run_dir, "--batch", tmp_path / "q.jsonl", "--out", out, "--max_tokens", 20)
+    assert code == 1 and "1 row was not used (lost): it cannot be encoded" in output and "Secret" not in output
+    assert [json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()] == ["E119"]
 
 
 def test_a_model_that_was_not_fine_tuned_here_has_nothing_to_compare_with(run_dir: Path, run_command: RunChat) -> None:

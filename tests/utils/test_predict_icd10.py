@@ -276,8 +276,8 @@ def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(run_d
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     codec = TokenCodec(load_trained(run_dir)[1], None)
-    encoded = [codec.encode(prompt) for prompt in read_prompts(path)[0]]
-    assert encoded[0] == encoded[1] == encoded[2]
+    _, encoded, refused = codec.encode(read_prompts(path)[0])
+    assert not refused and encoded[0] == encoded[1] == encoded[2]
     assert len(encoded[0]) > len(encoded[3]) + 20
 
 

@@ -12,11 +12,13 @@ from finetune.run_dir import find_checkpoint, run_of
 from model.errors import UserError
 from model.sampling import Sampling
 from utils.engines.engine import DEFAULT_GENERATION, Engine, Generation
-from utils.engines.server_address import ServerAddress
+from utils.engines.server_address import DEFAULT_CONCURRENCY, ServerAddress
 from utils.icd10.codes import Cim10Table
 
 ENGINES = ("local", "transformers", "vllm", "server")
-_UNCONSTRAINED = ("vllm", "server")
+_UNCONSTRAINED = _UNBATCHED = ("vllm", "server")
+DEFAULT_BATCH_SIZE = 16
+_TEMPERATURES = (0.001, 100.0)  # above 0; beyond these, 32-bit logits overflow or all tokens are equally likely
 
 
 @dataclasses.dataclass
@@ -42,7 +44,7 @@ class EngineChoice:
     server: ServerAddress | None = None
     table: Cim10Table | None = None
     generation: Generation = DEFAULT_GENERATION
-    batch_size: int = 16
+    batch_size: int = DEFAULT_BATCH_SIZE
 
     def __post_init__(self) -> None:
         if self.name == "server":
@@ -118,10 +120,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--engine", choices=ENGINES, default="local", help="what runs the model (default: %(default)s)")
     group.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     group.add_argument("--model", metavar="NAME", help="model of the server (default: the only one that it lists)")
-    group.add_argument("--concurrency", type=int, default=8, help="prompts sent at once (default: %(default)s)")
+    group.add_argument("--concurrency", type=int, help=f"prompts sent at once (default: {DEFAULT_CONCURRENCY})")
     group.add_argument("--allow_remote", action="store_true", help="the server may be another machine")
     group.add_argument("--log_probabilities", action="store_true", help="ask the server for them, if it supports that")
-    group.add_argument("--batch_size", type=int, default=16, help="rows per batch (default: %(default)s)")
+    group.add_argument("--batch_size", type=int, help=f"rows per batch (default: {DEFAULT_BATCH_SIZE})")
     add_step_option(group)
     add_sampling_options(group)
 
@@ -146,10 +148,13 @@ def parse_generation(options: argparse.Namespace) -> Generation:
     Raises:
         UserError: a value is out of range, or has no effect.
     """
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 1:
-        raise UserError(
-            "--temperature and --top_k must be at least 0, --top_p above 0 and at most 1, --max_tokens at least 1."
-        )
+    lowest, highest = _TEMPERATURES
+    if not (options.temperature == 0 or lowest <= options.temperature <= highest):
+        raise UserError(f"--temperature must be 0, or between {lowest} and {highest}.")
+    if not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 1:
+        raise UserError("--top_p must be above 0 and at most 1, --top_k at least 0, --max_tokens at least 1.")
+    if not 0 <= options.seed < 2**63:
+        raise UserError("--seed must be at least 0 and less than 2**63.")
     if options.temperature == 0 and (options.top_p < 1 or options.top_k > 0 or options.seed):
         raise UserError("--top_p, --top_k and --seed have no effect on the most likely tokens; give --temperature.")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
@@ -162,17 +167,24 @@ def parse_engine(options: argparse.Namespace, folder: Path | None, table: Cim10T
     Raises:
         UserError: as for `EngineChoice`.
     """
-    if options.batch_size < 1 or options.concurrency < 1:
+    batch_size, concurrency = options.batch_size, options.concurrency
+    if (batch_size is not None and batch_size < 1) or (concurrency is not None and concurrency < 1):
         raise UserError("--batch_size and --concurrency must be at least 1.")
-    if options.engine != "server" and (options.model or options.allow_remote or options.log_probabilities):
-        raise UserError("--model, --allow_remote and --log_probabilities are for --engine server.")
+    of_server = (options.model, options.allow_remote, options.log_probabilities, concurrency)
+    if options.engine != "server" and any(of_server):
+        raise UserError("--model, --allow_remote, --log_probabilities and --concurrency are for --engine server.")
+    if options.engine in _UNBATCHED and batch_size:
+        raise UserError(f"--batch_size is for the engines local and transformers; {options.engine} forms its own.")
+    if options.engine == "server" and options.step is not None:
+        raise UserError("--step selects a checkpoint of a run, and --engine server takes no run.")
     server = None
     if options.server:
-        server = ServerAddress(
-            options.server, options.model, options.concurrency, options.allow_remote, options.log_probabilities
-        )
+        flags = (options.allow_remote, options.log_probabilities)
+        server = ServerAddress(options.server, options.model, concurrency or DEFAULT_CONCURRENCY, *flags)
     generation = parse_generation(options)
-    return EngineChoice(options.engine, folder, options.step, server, table, generation, options.batch_size)
+    return EngineChoice(
+        options.engine, folder, options.step, server, table, generation, batch_size or DEFAULT_BATCH_SIZE
+    )
 
 
 def fingerprint(folder: Path) -> str:

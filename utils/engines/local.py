@@ -9,6 +9,7 @@ from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, by_lengt
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
+from utils.tables.jsonl import SkippedRowError
 
 
 class LocalEngine:
@@ -36,13 +37,15 @@ class LocalEngine:
         self._batch_size = batch_size
         self._codec = TokenCodec(tokenizer, table)
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts, those of similar length together; see `Engine`."""
         for batch in by_length(prompts, self._batch_size):
-            yield from zip(batch, self._answer(batch))
+            kept, encoded, refused = self._codec.encode(batch)
+            yield from refused
+            if kept:
+                yield from zip(kept, self._answer(kept, encoded))
 
-    def _answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
-        encoded = [self._codec.encode(prompt) for prompt in prompts]
+    def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply]:
         constraints = self._codec.constraints(len(prompts))
         max_tokens, sampling = self._generation
         seeds = [seed_of(prompt, sampling) for prompt in prompts]

@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 from model.errors import UserError
 
 
+DEFAULT_CONCURRENCY = 8
+
+
 class ServerAddress(NamedTuple):
     """A server.
 
@@ -20,7 +23,7 @@ class ServerAddress(NamedTuple):
 
     url: str
     model: str | None = None
-    concurrency: int = 8
+    concurrency: int = DEFAULT_CONCURRENCY
     allow_remote: bool = False
     log_probabilities: bool = False
 

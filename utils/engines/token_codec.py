@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from finetune.data.conversation import parse_conversation
+from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from utils.engines.engine import Reply
 from utils.engines.prompts import Prompt
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.tables.jsonl import SkippedRowError
+
+Refused = tuple[Prompt, SkippedRowError]
 
 
 class TokenCodec:
@@ -36,10 +40,21 @@ class TokenCodec:
             space = " " if self._tokenizer.encode("a", bos=False, eos=False) != [pieces.index(b"a")] else ""
             self._grammar = AnswerGrammar(table, prefix=space)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return exactly the tokens that precede the answer in training."""
-        conversation = parse_conversation(prompt.row)
-        return self._encoder.encode_prompt(conversation.messages, conversation.tools)
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]], list[Refused]]:
+        """Return exactly the tokens that precede the answers in training.
+
+        Returns:
+            The prompts that can be encoded, their tokens, and the others with the reason.
+        """
+        kept, encoded, refused = [], [], []
+        for prompt in prompts:
+            try:
+                conversation = parse_conversation(prompt.row)
+                encoded.append(self._encoder.encode_prompt(conversation.messages, conversation.tools))
+                kept.append(prompt)
+            except RowError as error:
+                refused.append((prompt, SkippedRowError(f"it cannot be encoded ({type(error).__name__})", str(error))))
+        return kept, encoded, refused
 
     def constraints(self, count: int) -> list[AnswerConstraint] | None:
         """Return constraints for that many new answers, or None if answers are free."""

@@ -15,6 +15,7 @@ from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint
+from utils.tables.jsonl import SkippedRowError
 
 
 class TransformersEngine:
@@ -55,14 +56,16 @@ class TransformersEngine:
         self._generation = generation
         self._batch_size = batch_size
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts, those of similar length together; see `Engine`."""
         for batch in by_length(prompts, self._batch_size):
-            yield from zip(batch, self._answer(batch))
+            kept, encoded, refused = self._codec.encode(batch)
+            yield from refused
+            if kept:
+                yield from zip(kept, self._answer(kept, encoded))
 
     @torch.no_grad()
-    def _answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
-        encoded = [self._codec.encode(prompt) for prompt in prompts]
+    def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply]:
         width = max(map(len, encoded))
         padded = torch.zeros(len(encoded), width, dtype=torch.long)  # [B, width], on the left
         mask = torch.zeros_like(padded)

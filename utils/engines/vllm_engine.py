@@ -9,6 +9,7 @@ from model.hf_config import CONFIG_NAME
 from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, by_length, seed_of
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
+from utils.tables.jsonl import SkippedRowError
 
 _CHUNK = 512  # prompts between two writes of answers; vLLM forms its own batches
 
@@ -42,18 +43,20 @@ class VllmEngine:
         self._codec = TokenCodec(load_instruct_tokenizer(folder, self._llm.model_config.get_vocab_size()), None)
         self._generation = generation
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts in large chunks; see `Engine`."""
         for chunk in by_length(prompts, _CHUNK):
-            encoded = [{"prompt_token_ids": self._codec.encode(prompt)} for prompt in chunk]
-            outputs = self._llm.generate(encoded, [self._params(prompt) for prompt in chunk], use_tqdm=False)
+            kept, encoded, refused = self._codec.encode(chunk)
+            yield from refused
+            inputs = [{"prompt_token_ids": tokens} for tokens in encoded]
+            outputs = self._llm.generate(inputs, [self._params(prompt) for prompt in kept], use_tqdm=False)
             answers = [output.outputs[0] for output in outputs]
             tokens = [answer.token_ids for answer in answers]
             chances = [
                 [of_step[token].logprob for token, of_step in zip(answer.token_ids, answer.logprobs)]
                 for answer in answers
             ]
-            yield from zip(chunk, self._codec.replies(tokens, chances, None))
+            yield from zip(kept, self._codec.replies(tokens, chances, None))
 
     def _params(self, prompt: Prompt):  # noqa: ANN202 - vllm.SamplingParams, which is not installed everywhere
         max_tokens, sampling = self._generation
