@@ -77,7 +77,7 @@ kill-test: setup
 	$(BIN)/python -m tests.end_to_end.kill_runs --kills 200
 
 fuzz: setup
-	$(BIN)/python -m pytest tests/end_to_end/test_fuzz.py --hypothesis-profile=long
+	$(BIN)/python -m pytest tests/end_to_end/test_fuzz.py tests/utils/test_answer_grammar.py --hypothesis-profile=long
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,21 +1,18 @@
 """Constrained decoding: answers that can only contain codes of a table.
 
-The grammar is that of `build_answer`: one DP, at most one DR, any number of DAS, each "label (code)" from the table and
-allowed in its role. It is defined over bytes, so every tokenization of a label can be generated.
+The grammar is that of `answer_grammar`, over bytes, so that every tokenization of a label can be generated.
 """
 
 import bisect
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.icd10.codes import ROLES, Cim10Table
-from utils.icd10.prompts import ANSWER, CODE_ITEM, ITEM_SEPARATOR, NOTHING
-
-_END = "end"
+from utils.icd10.answer_grammar import END, START, answer_grammar
+from utils.icd10.codes import Cim10Table
 
 
 class _State(NamedTuple):
@@ -43,29 +40,11 @@ class AnswerGrammar:
             table: allowed codes.
             prefix: start of every answer (SentencePiece starts a string with a space).
         """
-        items = {
-            role: [
-                CODE_ITEM.format(label=entry.label, code=entry.code)
-                for entry in table
-                if table.allows(role, entry.code)
-            ]
-            for role in ROLES
-        }
-        opening, before_related, before_associated, _ = _fixed_parts()
-        nodes: dict[str, tuple[Iterable[str], tuple[str, ...]]] = {
-            "opening": ([prefix + opening], ("DP",)),
-            "DP": (items["DP"], ("before DR",)),
-            "before DR": ([before_related], ("DR",)),
-            "DR": ([NOTHING, *items["DR"]], ("before DAS",)),
-            "before DAS": ([before_associated], ("DAS", "no DAS")),
-            "DAS": (items["DAS"], ("separator", _END)),
-            "no DAS": ([NOTHING], (_END,)),
-            "separator": ([ITEM_SEPARATOR], ("DAS",)),
-        }
-        self._strings = {name: sorted({text.encode() for text in texts}) for name, (texts, _) in nodes.items()}
-        self._next_nodes = {name: following for name, (_, following) in nodes.items()}
-        self.start = self._enter("opening")
-        self._item_ends = frozenset().union(*map(self._enter, ("before DR", "before DAS", "separator", _END)))
+        nodes = answer_grammar(table, prefix)
+        self._strings = {name: sorted({text.encode() for text in node.texts}) for name, node in nodes.items()}
+        self._next_nodes = {name: node.following for name, node in nodes.items()}
+        self.start = self._enter(START)
+        self._item_ends = frozenset().union(*map(self._enter, ("before_dr", "before_das", "separator", END)))
 
     def _enter(self, node: str) -> States:
         return frozenset([_State(node, 0, len(self._strings.get(node, ())), 0)])
@@ -90,17 +69,11 @@ class AnswerGrammar:
     @staticmethod
     def may_end(states: States) -> bool:
         """Return whether the answer may end here."""
-        return any(state.node == _END for state in states)
+        return any(state.node == END for state in states)
 
     def at_item_end(self, states: States) -> bool:
         """Return whether an item has just been completed, so that the answer can be truncated here."""
         return not self._item_ends.isdisjoint(states)
-
-
-def _fixed_parts() -> Sequence[str]:
-    """Return the parts of the answer before the DP, before the DR, before the DAS, and after them."""
-    mark = "\0"
-    return ANSWER.format(DP=mark, DR=mark, DAS=mark).split(mark)
 
 
 class _TrieNode:

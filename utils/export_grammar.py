@@ -1,0 +1,38 @@
+"""Write the grammar that restricts answers to codes of a CIM-10 table, for engines that decode with grammars.
+
+python -m utils.export_grammar --cim10 TABLE --out answers.lark     llguidance, and vLLM and SGLang with it
+python -m utils.export_grammar --cim10 TABLE --out answers.gbnf     llama.cpp, and xgrammar
+
+It accepts exactly the answers that `utils.predict_icd10 --cim10 TABLE` can give.
+"""
+
+import argparse
+from pathlib import Path
+
+from finetune.cli import run_cli
+from model.errors import UserError
+from model.wording import counted
+from utils.icd10.answer_grammar import answer_grammar, as_gbnf, as_lark
+from utils.icd10.codes import Cim10Table
+from utils.tables.jsonl import require_own_names, save
+
+WRITERS = {".lark": as_lark, ".gbnf": as_gbnf}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="CIM-10 table of the allowed codes")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file that ends in .lark or .gbnf")
+    options = parser.parse_args()
+    if options.out.suffix not in WRITERS:
+        raise UserError(f"{options.out}: expected a name that ends in {' or '.join(WRITERS)}.")
+    require_own_names([options.out], [options.cim10])
+    grammar = answer_grammar(Cim10Table.from_file(options.cim10))
+    text = WRITERS[options.out.suffix](grammar)
+    save({options.out: text})
+    codes = ", ".join(f"{counted(len(grammar[role].texts), 'text')} of {role.upper()}" for role in ("dp", "dr", "das"))
+    print(f"{options.out}: {codes}, {len(text.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_cli(main)
