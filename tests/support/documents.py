@@ -36,6 +36,8 @@ def starts_with(command: str, beginning: str) -> bool:
 
 
 def command_starting_with(beginning: str) -> str:
-    """Return the only command of the documentation that begins with these words."""
+    """Return the command of the documentation that is these words, or the only one that begins with them."""
+    if beginning in COMMANDS:
+        return beginning
     (found,) = (command for command in COMMANDS if starts_with(command, beginning))
     return found
