@@ -351,7 +351,10 @@ class TrainArgs(Settings):
             )
             yield Problem("base_dtype", message)
         if self.tf32 and self.param_dtype in ("bf16", "fp16"):
-            message = f"`tf32: true` is for fp32, but `param_dtype` is {self.param_dtype}, which multiplies in 16 bits."
+            message = (
+                f"`tf32: true` is for fp32, but `param_dtype` is {self.param_dtype}, which multiplies in 16 bits: "
+                "remove `tf32`."
+            )
             yield Problem("tf32", message)
         if self.cpu_offload and self.optim.name not in SHARDED_OPTIMIZERS:
             message = (

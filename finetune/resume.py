@@ -201,7 +201,9 @@ class SavedState:
             "The run now ends after step %d instead of %d. Its learning rate %s.",
             args.max_steps,
             self.max_steps,
-            "continues: the schedule has no end" if is_open else f"is {plan.rate:g} now, and the rest is planned anew",
+            "continues: the schedule has no end"
+            if is_open
+            else f"is {plan.rate:g} now, and the rest is planned from there",
         )
         return plan
 

@@ -153,7 +153,7 @@ def _targets(value: Any, settings: Settings) -> Advice:
 _FULL: Advice = {"lora.enable": False, "save_adapters": False}
 _ADAPTER: Advice = "an adapter is trained by default"
 _UNQUANTIZED: Advice = "`base_dtype` is the only setting for quantization, and there is none by default"
-_DOUBLE = "bnb_4bit_use_double_quant use_double_quant use_nested_quant double_quantization"
+_DOUBLE = "bnb_4bit_use_double_quant use_bnb_nested_quant use_double_quant use_nested_quant double_quantization"
 
 
 def _four_bits(value: Any, settings: Settings) -> Advice:
@@ -182,13 +182,14 @@ _MODEL = (
         "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_type tokenizer_config use_fast_tokenizer "
         "tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common model_type trust_remote_code "
         "trust_remote_code_ds is_mistral_derived_model template chat_template chat_template_jinja special_tokens "
-        "tokens add_tokens resize_vocab pad_token padding_side add_special_tokens add_eos_token add_bos_token",
+        "tokens add_tokens resize_vocab pad_token eos_token bos_token unk_token padding_side add_special_tokens "
+        "add_eos_token add_bos_token",
         "the model's folder sets its architecture, tokenizer and chat layout",
     ),
     _absent(
         "model_revision revision cache_dir token hf_token hf_hub_token use_auth_token hub_strategy push_to_hub "
         "push_to_hub_model_id hub_model_id hub_token hub_private_repo hub_always_push",
-        "training neither downloads nor uploads",
+        "training neither downloads nor uploads: `utils.fetch_model` and `utils.export --push` do",
     ),
     _to("lora.from_adapter", "adapter_name_or_path lora_model_dir peft_model_id lora_path"),
     _to("lora.rank", "r lora_r lora_rank lora_dim"),
@@ -216,7 +217,12 @@ _MODEL = (
     _special("base_dtype", "qlora use_qlora", "", _four_bits),
     _special("save_adapters", "ckpt_only_lora save_only_adapter", "", _switch(_DEFAULT, {"save_adapters": False})),
     _absent("lora_bias bias", "adapters have no biases"),
-    _absent("use_rslora", "set `lora.scaling` to alpha / sqrt(rank) instead of `lora.alpha`"),
+    _special(
+        "lora.scaling",
+        "use_rslora",
+        "alpha / sqrt(rank), instead of `lora.alpha`",
+        _switch(None, "`lora.alpha` is divided by the rank by default"),
+    ),
     _absent(
         "use_dora peft_use_dora use_pissa pissa_init loftq_config loftq_bits init_lora_weights "
         "peft_init_lora_weights loraplus_lr_ratio loraplus_lr_embedding lora_plus layers_to_transform "
@@ -225,8 +231,8 @@ _MODEL = (
         "LoRA has no variants here",
     ),
     _absent(
-        "task_type lora_task_type inference_mode fan_in_fan_out peft lora_mlp_kernel lora_qkv_kernel "
-        "lora_o_kernel create_new_adapter",
+        "task_type lora_task_type inference_mode fan_in_fan_out lora_fan_in_fan_out peft lora_mlp_kernel "
+        "lora_qkv_kernel lora_o_kernel create_new_adapter",
         "adapters of a Mistral model need no such setting",
     ),
     _special(
@@ -308,8 +314,8 @@ _OPTIM = (
         "the optimizer's betas and epsilon are those of mistral-finetune",
     ),
     _absent(
-        "lr_scheduler_kwargs lr_scheduler_args min_lr cosine_min_lr_ratio cosine_constant_lr_ratio lr_groups "
-        "embedding_lr loraplus_lr",
+        "lr_scheduler_kwargs lr_scheduler_args min_lr min_lr_rate cosine_min_lr_ratio cosine_constant_lr_ratio "
+        "lr_groups embedding_lr loraplus_lr",
         "`optim.div_factor` and `optim.final_div_factor` set the first and the last learning rate",
     ),
     _special(
@@ -333,6 +339,11 @@ _OPTIM = (
         "upcast_lmhead_output loss_scale",
         "`param_dtype` is the precision of training and evaluation; trained weights are always fp32",
     ),
+    _absent(
+        "loss_watchdog_threshold loss_watchdog_patience",
+        "`guards.spike_factor` and `guards.stop_on_spike` watch the loss, relative to its median",
+    ),
+    _absent("strict debug", "unknown keys are always refused, and each command has its own options"),
     _absent("neftune_noise_alpha label_smoothing_factor label_smoothing", "the loss is the plain cross-entropy"),
 )
 
@@ -393,9 +404,10 @@ _SAVING = (
         "batch_eval_metrics include_inputs_for_metrics prediction_loss_only compute_accuracy eval_packing",
         "evaluation uses the batches and the packing of training",
     ),
-    _to("eval_generation.max_tokens", "generation_max_length generation_max_new_tokens eval_max_new_tokens"),
+    _to("eval_generation.max_tokens", "generation_max_length generation_max_new_tokens"),
     _absent(
-        "predict_with_generate generation_num_beams do_sample temperature top_p top_k eval_table_size",
+        "predict_with_generate generation_num_beams do_sample temperature top_p top_k eval_table_size "
+        "eval_max_new_tokens",
         "`eval_generation` answers questions greedily during training",
     ),
     _to("log_freq", "logging_steps log_every_n_steps log_interval logging_interval", "steps, or a share of the run"),

@@ -33,7 +33,7 @@ def replace_unknown(
         no suggestion.
     """
     settings = {path[-1].lower(): value for path, value in leaves}
-    given = {".".join(path) for path, _ in leaves}
+    given = {".".join(path): ".".join(path) for path, _ in leaves}  # settings, and the key that sets each
     kept: list[Leaf] = []
     unexplained: dict[str, None] = {}  # blocks
     for path, value in leaves:
@@ -45,13 +45,11 @@ def replace_unknown(
             kept.append((path, value))
             continue
         if isinstance(advice, dict):
-            given.discard(key)
-            advice = {name: item for name, item in advice.items() if name not in given} or (
-                f"{_listed(advice)} is given, too"
-            )
+            given.pop(key, None)
+            advice = _without_given(advice, given)
         if isinstance(advice, dict):
             kept += [(tuple(name.split(".")), item) for name, item in advice.items()]
-            given |= advice.keys()
+            given |= dict.fromkeys(advice, _shortened(key))
         if translation:
             found = f"is {quoted(redacted(value))}" if is_known else "is not a known setting"
             message = f"`{_shortened(key)}` {found}; {_remedy(translation, advice, known)}."
@@ -83,6 +81,15 @@ def _advise(translation: Translation | None, value: Any, settings: Mapping[str, 
         return translation.advise(value, settings) if translation else None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # a value that has no equivalent
         return None
+
+
+def _without_given(advice: dict[str, Any], given: Mapping[str, str]) -> Advice:
+    """Return the settings that no other key sets; or why none is to be written."""
+    if all(value is None for value in advice.values()):
+        return "it is empty"
+    left = {name: value for name, value in advice.items() if name not in given}
+    name = next(iter(advice))
+    return left or (f"`{name}` is given, too" if given[name] == name else f"`{given[name]}` sets `{name}`, too")
 
 
 def _remedy(translation: Translation, advice: Advice, known: Mapping[str, Setting]) -> str:
