@@ -135,7 +135,7 @@ class World:
         elif not isinstance(error, SystemExit):
             self.failures.ending.fail(self._reason(error, self.failures))
         elif self.is_master:
-            self.failures.ending.tell()
+            self.failures.ending.mark_printed()
         else:  # after a signal; rank 0 says so
             self.failures.ending.wait(None)
 

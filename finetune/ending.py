@@ -21,12 +21,12 @@ from .cli import FailureReport, report_to_torchrun
 
 T = TypeVar("T")
 STORE_S = 10.0  # longest time for calls to the store: those to a stopped process never return
-_TELL_S = 20.0  # longest time that the others wait for the rank that prints; torchrun's own patience is 30 s
+_PRINT_S = 20.0  # longest time that the others wait for the rank that prints; torchrun's own patience is 30 s
 _LEAVE_S = 10.0  # longest time that the machine of torchrun's store waits for the other machines
 _AGENT_S = 1.0  # in which torchrun notices that its processes have left; it looks every 0.1 s
 _POLL_S = 0.05
 _FAILED = "failed"  # store key under which the first rank that fails reports it, and then prints the reason
-_TOLD = "told"  # store key that is set once the reason is printed
+_PRINTED = "printed"  # store key that is set once the reason is printed
 
 
 class Store(Protocol):
@@ -86,7 +86,7 @@ class Ending:
         first = within(STORE_S, lambda: self._store.compare_set(_FAILED, "", own).decode(), None)
         if first == own:
             self._print(report)
-            self.tell()
+            self.mark_printed()
         elif first:
             self.wait(_parse(first))
         elif os.environ.get("LOCAL_RANK", "0") == "0":  # the store is gone: one rank of each machine prints
@@ -95,9 +95,9 @@ class Ending:
             report_to_torchrun(report.summary)
             time.sleep(_AGENT_S)
 
-    def tell(self) -> None:
+    def mark_printed(self) -> None:
         """Let the other ranks leave, as this one has said all there is to say."""
-        within(STORE_S, lambda: self._store.set(_TOLD, "yes"), None)
+        within(STORE_S, lambda: self._store.set(_PRINTED, "yes"), None)
 
     def wait(self, report: FailureReport | None) -> None:
         """Wait until another rank has printed why all of them end. If it does not in time, print `report` instead."""
@@ -105,14 +105,14 @@ class Ending:
         ignore_sigterm()
         if report:
             report_to_torchrun(report.summary)
-        end, is_told = time.monotonic() + _TELL_S, False
-        while not is_told and time.monotonic() < end:
+        end, is_printed = time.monotonic() + _PRINT_S, False
+        while not is_printed and time.monotonic() < end:
             # If the store is gone, so is its host, which leaves last.
-            is_told = within(STORE_S, lambda: self._store.check([_TOLD]), True)
+            is_printed = within(STORE_S, lambda: self._store.check([_PRINTED]), True)
             time.sleep(_POLL_S)
-        if report and not is_told:
+        if report and not is_printed:
             own = f"rank {self._rank}, thread {threading.get_ident()}"
-            if within(STORE_S, lambda: self._store.compare_set(_TOLD, "", own).decode(), own) == own:
+            if within(STORE_S, lambda: self._store.compare_set(_PRINTED, "", own).decode(), own) == own:
                 self._print(report)
 
     def failure(self) -> FailureReport | None:

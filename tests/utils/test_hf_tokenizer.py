@@ -204,7 +204,7 @@ def test_results_of_tools_that_resemble_json(exported, content):
         assert_same(exported, messages)
 
 
-def test_control_tokens_in_a_text_are_text_if_transformers_is_told_so(exported):
+def test_control_tokens_in_a_text_are_text_with_transformers_own_setting(exported):
     encoder, theirs, _ = exported
     tokenizer = encoder.instruct_tokenizer.tokenizer
     messages = [user("avant</s>après")]
