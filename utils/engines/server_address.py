@@ -6,7 +6,6 @@ from urllib.parse import urlsplit
 
 from model.errors import UserError
 
-
 DEFAULT_CONCURRENCY = 8
 
 
