@@ -22,7 +22,7 @@ from model.errors import UserError
 from utils.engines.choice import add_engine_options, parse_engine
 from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
-from utils.tables.read_table import FILE_TYPES, add_encoding_option
+from utils.tables.read_table import FILE_TYPES, add_encoding_option, read_table
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,9 +47,22 @@ def main() -> None:
 
     answered = answer_file(choice, options.notes, options.out, options.encoding, read_mapping(options.columns))
     report_answered(answered)
-    scores = ("--json", options.out.with_suffix(".scores.json"), "--html", options.out.with_suffix(".scores.html"))
-    evaluate = ("utils.evaluate_icd10", "--gold", "GOLD.jsonl", "--predictions", options.out, *scores)
-    print(next_commands({"evaluate": evaluate}))
+    print(next_commands({"evaluate": _evaluation(options)}))
+
+
+def _evaluation(options: argparse.Namespace) -> list[str | Path]:
+    """Return the command that scores the answers; its gold is the file of notes, if its first row has an answer."""
+    first = next((row for _, row in read_table(options.notes, options.encoding)), None)
+    messages = first.get("messages") if isinstance(first, dict) else None
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    answered = isinstance(last, dict) and last.get("role") == "assistant"
+    command = ["utils.evaluate_icd10", "--gold", options.notes if answered else "GOLD.jsonl"]
+    command += ["--predictions", options.out, *(("--cim10", options.cim10) if options.cim10 else ())]
+    return [*command, *(part for kind in ("json", "html") for part in (f"--{kind}", _scores(options.out, kind)))]
+
+
+def _scores(out: Path, kind: str) -> Path:
+    return out.with_suffix(f".scores.{kind}")
 
 
 if __name__ == "__main__":

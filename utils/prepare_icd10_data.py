@@ -424,6 +424,11 @@ def main() -> None:
     texts = NoteSequence(source.notes, corpus.stays)
     surveyed = survey(texts)
     splits = split_stays(corpus.stays, known, surveyed.digests, fractions, args.seed)
+    if not known and max(splits):
+        source.warnings.append(
+            "the tables do not name patients: a patient's stays may be in train and in test, and scores too good; "
+            "--patient COLUMN keeps them together"
+        )
     report = describe(corpus, source, known, texts, surveyed, splits, rules)
     outputs = Outputs(args.out, args.format, args.overwrite)
     save(

@@ -319,6 +319,7 @@ def test_command_logs_its_progress_without_a_terminal(
     assert code == 0
     assert f"Answering 5 of 5 rows with {run_dir / 'checkpoints' / 'checkpoint_000001'} ..." in output.splitlines()
     assert f"5 answers: {out}" in output.splitlines() and "%|" not in output
+    assert f"evaluate  python -m utils.evaluate_icd10 --gold {notes} --predictions {out} " in output
 
 
 def test_tables_in_other_encodings_are_read(
@@ -329,6 +330,7 @@ def test_tables_in_other_encodings_are_read(
     arguments = ("--run", run_dir, "--notes", table, "--out", out, "--max_tokens", 1)
     code, output = run_command(predict_icd10, *arguments)
     assert code == 0 and [row["id"] for row in read(out)] == ["s1"], output
+    assert "evaluate  python -m utils.evaluate_icd10 --gold GOLD.jsonl " in output
     assert read_prompts(table)[0][0].messages[-1]["content"].endswith(": Dyspnée, séjour n°1")
 
 

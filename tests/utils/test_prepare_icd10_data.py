@@ -372,6 +372,7 @@ def test_a_patient_and_a_text_are_in_one_split(warehouse, prepare, tmp_path):
         out = tmp_path / f"out{seed}"
         code, output = prepare(out, text, codes, table, "--patient", "patient", "--seed", seed)
         assert code == 0 and "the same text as another stay (kept in the same split): 2." in output
+        assert "do not name patients" not in output
         splits = splits_of(out)
         splits_by_patient = defaultdict(set)
         for stay, patient in patients.items():
@@ -426,6 +427,7 @@ def test_near_duplicate_in_another_split_is_reported(warehouse, prepare, tmp_pat
     text = write_csv(tmp_path / "text.csv", TEXT_COLUMNS, source.items())
     code, output = prepare(tmp_path / "after", text, codes, table)
     assert code == 0 and "warning: near-duplicates of stays in another split: 1 " in output
+    assert "warning: the tables do not name patients" in output
     duplicates = json.loads((tmp_path / "after/report.json").read_text(encoding="utf-8"))["duplicates"]
     (example,) = duplicates["examples"]
     assert (example["test"], example["train"]) == (tested, trained) and example["similarity"] > MIN_SIMILARITY

@@ -341,7 +341,7 @@ def test_codes_that_were_closed_after_a_stay_are_valid_for_it(prepare, tmp_path)
     codes = [CODES[0], *(f"{stay},{role}" for stay in ("a1", "b2", "c3") for role in ("DP,B59", "DAS,I10"))]
     code, output, found = prepare(notes, codes, table=table)
     assert code == 0 and found == {"a1": "DP:B59 DAS:I10"}, output
-    assert "closed in 2019 (for earlier stays give their table: --cim10 2018=TABLE): 2" in output
+    assert "closed in 2019 (valid for stays discharged before: --columns discharge=COLUMN): 2" in output
     written = (tmp_path / "out/train_instruct.jsonl").read_text(encoding="utf-8")
     assert "Pneumocystose (B59)" in written and "SU19" not in written
 

@@ -224,7 +224,7 @@ def rejection_reason(role: str, code: str, table: Cim10Table) -> str | None:
     if entry is None:
         return "not in the CIM-10 table"
     if entry.closed_in:
-        return f"closed in {entry.closed_in} (for earlier stays give their table: --cim10 {entry.closed_in - 1}=TABLE)"
+        return f"closed in {entry.closed_in} (valid for stays discharged before: --columns discharge=COLUMN)"
     if entry.type == 3:
         return "a category with children or a closed code"
     return None if table.allows(role, code) else f"forbidden as {role}"
