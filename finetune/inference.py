@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _load(args: TrainArgs, merge: bool) -> tuple[Transformer, InstructTokenizerB
     tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
     for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
         logger.warning(warning)
-    device = choose_device(0)
+    device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))  # several processes may answer shards of a file
     # The dtype is the run's; the attention engine is chosen again, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
     args = dataclasses.replace(args, checkpoint=False, compile=False, cpu_offload=False)

@@ -48,8 +48,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--batch takes its prompts from the file; leave out the options of a conversation")
     if options.engine != "local" and options.batch is None:
         parser.error(f"--engine {options.engine} is for --batch")
-    if options.batch_size and options.batch is None:
-        parser.error("--batch_size is for --batch")
+    if (options.batch_size or options.shard) and options.batch is None:
+        parser.error("--batch_size and --shard are for --batch")
     if options.run is None and options.engine != "server":
         parser.error("RUN is missing: the folder of a run, a checkpoint or a model")
     return options
@@ -60,8 +60,10 @@ def main() -> None:
     choice = parse_engine(options, options.run)
     if options.batch:
         from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
+        from utils.engines.shards import parse_shard
 
-        return report_answered(answer_file(choice, options.batch, options.out, with_codes=False))
+        shard = parse_shard(options.shard)
+        return report_answered(answer_file(choice, options.batch, options.out, with_codes=False, shard=shard))
     options.system = options.system and _valid_text(lambda: options.system)
     prompt = options.prompt and _valid_text(sys.stdin.read if options.prompt == "-" else lambda: options.prompt)
     if prompt is not None and not prompt.strip():

@@ -9,6 +9,9 @@ of their dates, and coded once; `--columns` names the columns. Without a column 
 note are listed in P.left_out.csv, and the exit code is 1. After an interruption, the same command continues.
 P.about.json records the model and the settings; answers of different models are not mixed.
 
+`--shard 2/4` answers the second of four shares of the rows, into P.2of4.jsonl; `torchrun -m utils.predict_icd10` gives
+each of its processes one. The same command without it collects the answers, and gives those that are missing.
+
 `--engine` runs the model in something else than this project: transformers or vLLM on an export, or a server with
 OpenAI's API, `--engine server --server http://127.0.0.1:8000/v1`.
 """
@@ -44,10 +47,16 @@ def main() -> None:
     table = Cim10Table.from_file(options.cim10) if options.cim10 else None
     choice = parse_engine(options, options.run, table)
     from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
+    from utils.engines.shards import parse_shard
 
-    answered = answer_file(choice, options.notes, options.out, options.encoding, read_mapping(options.columns))
+    shard = parse_shard(options.shard)
+    mapping = read_mapping(options.columns)
+    answered = answer_file(choice, options.notes, options.out, options.encoding, mapping, shard=shard)
     report_answered(answered)
-    print(next_commands({"evaluate": _evaluation(options)}))
+    if shard:
+        print("Once all shards are done, the same command without --shard collects them.")
+    else:
+        print(next_commands({"evaluate": _evaluation(options)}))
 
 
 def _evaluation(options: argparse.Namespace) -> list[str | Path]:

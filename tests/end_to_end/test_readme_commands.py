@@ -83,6 +83,8 @@ ELSEWHERE = {
     "sbatch": "test_machines.py::test_the_slurm_script_requeues_an_interrupted_run",
     "python -m benchmarks.train": "test_benchmark_train.py::test_the_paired_mode_ends_with_the_ratios",
     "python -m utils.chat": "test_chat.py::test_both_models_answer_as_they_do_in_predictions",
+    "torchrun --nproc-per-node 4 -m utils.predict_icd10": "test_predict_icd10.py::test_shards_are_collected",
+    "python -m utils.predict_icd10 --run runs/icd_v1 --notes notes": "test_predict_icd10.py::test_shards_are_collected",
     "python -m utils.predict_icd10 --engine server": "test_serving.py::test_a_served_export_answers_as_we_do",
     "python -m utils.plan": "test_plan.py::test_printed_plan",
     "python -m utils.reformat_data": "test_reformat.py::test_reformat_data_matches_the_original_and_keeps_tool_calls",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import sys
@@ -103,6 +104,30 @@ def test_interrupted_command_continues(run_dir: Path, notes: Path, tmp_path: Pat
     assert "from an earlier call)" in predict_file(run_dir, notes, cut, batch_size=2, max_tokens=4).summary
     by_id = [sorted(read(path), key=lambda row: row["id"]) for path in (complete, cut)]
     assert by_id[0] == by_id[1]
+
+
+def test_shards_are_collected(run_dir: Path, notes: Path, tmp_path: Path, run_command, monkeypatch) -> None:
+    command = [predict_icd10, "--run", run_dir, "--notes", notes, "--max_tokens", 3, "--out"]
+    assert run_command(*command, tmp_path / "whole.jsonl")[0] == 0
+    out = tmp_path / "p.csv"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "_exit", sys.exit)  # how one of several processes ends
+    run_command(*command, out)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert run_command(*command, out, "--shard", "2/3")[0] == 0
+    assert [len(read(tmp_path / f"p.{n}of3.jsonl")) for n in (1, 2)] == [2, 2] and not out.exists()
+    code, output = run_command(*command, out)
+    assert code == 0 and "5 answers (4 from an earlier call)" in output and out.exists()
+    whole, collected = ({row["id"]: row for row in read(tmp_path / name)} for name in ("whole.jsonl", "p.jsonl"))
+    assert whole == collected
+    code, output = run_command(*command[:-3], "--max_tokens", 4, "--out", out.with_name("q.jsonl"), "--shard", "1/2")
+    assert code == 0
+    code, output = run_command(*command, out.with_name("q.jsonl"))
+    assert code == 1 and "q.1of2.jsonl was written with a different max_tokens" in output
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        code, output = run_command(*command, out, "--shard", wrong)
+        assert code == 1 and f"--shard is '{wrong}'; expected I/N" in output
 
 
 @pytest.mark.parametrize("other", ["run", "notes", "max_tokens", "cim10"])

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,14 @@ from model.wording import counted
 from utils.engines.choice import EngineChoice, sha256
 from utils.engines.engine import Engine, Reply
 from utils.engines.prompts import Prompt, count_reasons, read_prompts
+from utils.engines.shards import Shard, shard_files
 from utils.icd10.answers import parse_answer
 from utils.icd10.mapping import TableMapping
 from utils.icd10.predictions import origin_path, read_origin
 from utils.icd10.stays import LeftOut
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.encodings import AUTO
-from utils.tables.jsonl import SkippedRowError, file_errors, read_journal, read_lines, require_own_names, save
+from utils.tables.jsonl import Row, SkippedRowError, file_errors, read_journal, read_lines, require_own_names, save
 
 CSV_COLUMNS = ("id", "role", "code", "label")
 LEFT_OUT_SUFFIX = ".left_out.csv"
@@ -49,8 +50,11 @@ def answer_file(
     encoding: str = AUTO,
     mapping: TableMapping | None = None,
     with_codes: bool = True,
+    shard: Shard | None = None,
 ) -> Answered:
     """Answer the rows of a file that are not yet in `out`; rows without a prompt or an answer are listed.
+
+    Answers that shards have left next to `out` are collected first.
 
     Args:
         choice: the engine and its settings.
@@ -59,6 +63,7 @@ def answer_file(
         encoding: encoding of `rows`, for text formats.
         mapping: columns of `rows`.
         with_codes: whether answers name ICD-10 codes, to be written beside them.
+        shard: answer only these rows, into a jsonl file whose name ends with the shard.
 
     Raises:
         UserError: the rows, the engine or the output cannot be used.
@@ -67,6 +72,9 @@ def answer_file(
         raise UserError(f"{out}: expected a name that ends in .jsonl{' or .csv' if with_codes else ''}.")
     prompts, left_out = read_prompts(rows, encoding, mapping)
     answers = out.with_suffix(".jsonl")
+    if shard:
+        prompts, out = shard.of(prompts), shard.path(answers)
+        answers = out
     require_own_names({out, answers, origin_path(answers), answers.with_suffix(LEFT_OUT_SUFFIX)}, [rows])
     _require_own_csv(out)
     identity = choice.identity() | {"notes": sha256(rows.read_bytes())}
@@ -74,6 +82,8 @@ def answer_file(
         answers.parent.mkdir(parents=True, exist_ok=True)
         if done := read_journal(answers):
             _require_same_origin(answers, identity)
+        if not shard:
+            done |= _collect_shards(answers, done, identity)
         to_do = [prompt for prompt in prompts if prompt.id not in done]
         if to_do:
             engine = choice.open()
@@ -100,6 +110,25 @@ def report_answered(answered: Answered) -> None:
         print(f"warning: {answered.warning}")
     elif answered.warning:
         raise UserError(answered.warning)
+
+
+def _collect_shards(answers: Path, done: Mapping[str, Row], identity: dict[str, Any]) -> dict[str, Row]:
+    """Append the answers of shards that are not in `done` to the journal; return them.
+
+    Raises:
+        UserError: a shard has another origin.
+    """
+    found: dict[str, Row] = {}
+    for path in shard_files(answers):
+        rows = read_journal(path)
+        _require_same_origin(path, identity)
+        found |= {name: row for name, row in rows.items() if name not in done}
+        if not done:
+            save({origin_path(answers): origin_path(path).read_text(encoding="utf-8")})
+    if found:
+        with open(answers, "a", encoding="utf-8", opener=owner_only) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found.values())
+    return found
 
 
 def _write_answers(engine: Engine, prompts: Sequence[Prompt], path: Path, with_codes: bool) -> list[LeftOut]:

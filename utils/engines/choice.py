@@ -123,6 +123,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=int, help=f"prompts sent at once (default: {DEFAULT_CONCURRENCY})")
     group.add_argument("--allow_remote", action="store_true", help="the server may be another machine")
     group.add_argument("--log_probabilities", action="store_true", help="ask the server for them, if it supports that")
+    group.add_argument("--shard", metavar="I/N", help="answer every N-th row from row I on; then run without --shard")
     group.add_argument("--batch_size", type=int, help=f"rows per batch (default: {DEFAULT_BATCH_SIZE})")
     add_step_option(group)
     add_sampling_options(group)
