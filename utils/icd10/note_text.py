@@ -6,7 +6,7 @@ import html.parser
 import re
 from collections.abc import Iterable
 
-from utils.icd10.codes import normalize_code
+from utils.icd10.codes import CODE_PATTERN, normalize_code
 from utils.tables.jsonl import SkippedRowError
 
 BLANK = "blank, NULL or nan"
@@ -69,7 +69,7 @@ _BLOCKS = frozenset(
 )
 _HIDDEN = frozenset(("script", "style", "head"))
 _LONG_LABEL = 6  # words
-_CODE = re.compile(r"\b[A-Z]\d{2}(?:\.?\d{1,3})?(?:\+\d{1,2})?(?![\w+])", re.IGNORECASE)
+_CODE = re.compile(rf"\b{CODE_PATTERN}(?![\w+])", re.IGNORECASE)
 
 
 def note_text(value: object) -> tuple[str, str | None]:

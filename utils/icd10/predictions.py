@@ -21,7 +21,7 @@ from finetune.data.rows import is_identifier
 from model.errors import UserError
 from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.cells import identifier
-from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code, split_codes
+from utils.icd10.codes import CODE_PATTERN, ROLES, normalize_code, respell, split_codes
 from utils.icd10.headline import labels
 from utils.icd10.mapping import TableMapping, find_columns, matching_columns, read_mapping
 from utils.icd10.people import People
@@ -65,7 +65,7 @@ class Prediction(NamedTuple):
         """Parse a model's answer."""
         diagnoses = parse_answer(answer)
         mentions = Counter(
-            normalize_code(found) for found in re.findall(rf"\b{CODE_PATTERN}(?!\w)", answer, re.IGNORECASE)
+            normalize_code(found) for found in re.findall(rf"\b{CODE_PATTERN}(?!\w)", respell(answer), re.IGNORECASE)
         )
         return cls(diagnoses, sum(max(0, mentions[item.code] - 1) for item in diagnoses))
 
