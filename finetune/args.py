@@ -620,5 +620,7 @@ def _reason(detail: ErrorDetails) -> str | None:
 
 def _shown(key: str, value: Any) -> str:
     nested = key.startswith("wandb.") and isinstance(value, dict | list)  # `key` with the wrong indentation
-    is_hidden = nested or (key in MAY_HOLD_SECRETS and value is not None)
+    is_hidden = nested or key in MAY_HOLD_SECRETS
+    if value is None:
+        return "empty (null)"
     return f"{type(value).__name__} (not shown)" if is_hidden else quoted(redacted(value))

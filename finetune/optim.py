@@ -151,6 +151,8 @@ def check_optimizer(args: OptimArgs, world_size: int, device: torch.device) -> N
 
 
 def _import_bitsandbytes(name: str) -> Any:
+    # On a CPU its import warns of a kernel for 4-bit products, which no optimizer uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.optim
     except ImportError as error:

@@ -294,7 +294,7 @@ def test_missing_key_does_not_hide_other_problems():
 WRONG_TYPES = [
     ({"seq_len": "long"}, "`seq_len` is 'long'; expected a whole number of at least 1 (tokens per packed sequence)."),
     ({"seq_len": 0.5}, "`seq_len` is 0.5; expected a whole number"),
-    ({"seq_len": None}, "`seq_len` is None; expected a whole number"),
+    ({"seq_len": None}, "`seq_len` is empty (null); expected a whole number"),
     ({"seq_len": True}, "`seq_len` is True; expected a whole number"),
     ({"seq_len": [1]}, "`seq_len` is [1]; expected a whole number"),
     ({"seed": 10**400}, f"`seed` is {10**400}; expected a whole number"),
@@ -306,7 +306,7 @@ WRONG_TYPES = [
     ({"no_eval": 1}, "`no_eval` is 1; expected true or false"),
     ({"no_eval": "maybe"}, "`no_eval` is 'maybe'; expected true or false"),
     ({"run_dir": ["x"]}, "`run_dir` is ['x']; expected a string"),
-    ({"run_dir": None}, "`run_dir` is None; expected a string"),
+    ({"run_dir": None}, "`run_dir` is empty (null); expected a string"),
     ({"wandb": {"project": True}}, "`wandb.project` is True; expected a string"),
     ({"data": 3}, "`data` is 3; expected a block of keys."),
     ({"data": "train.csv"}, "`data` is 'train.csv'; expected a block of keys."),

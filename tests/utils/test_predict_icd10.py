@@ -289,6 +289,20 @@ def test_invalid_notes_are_reported(content: str, sentence: str, tmp_path: Path)
         read_prompts(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("note.txt", "Motif : fièvre.\n\nFumeur de 60 ans.\n"),
+        ("notes.csv", "0012;Fumeur de 60 ans hospitalisé pour une fièvre depuis hier.\n0013;Autre.\n"),
+    ],
+)
+def test_a_note_in_place_of_a_header_is_not_quoted(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="no column for text") as error:
+        read_prompts(tmp_path / name)
+    assert not any(word in str(error.value) for word in ("Motif", "fièvre", "Fumeur"))
+
+
 def test_the_system_prompt_and_the_tools_of_a_row_are_part_of_the_question(run_dir: Path, tmp_path: Path) -> None:
     question, answer = {"role": "user", "content": "Fièvre"}, {"role": "assistant", "content": "R50"}
     tools = {"tools": [{"type": "function", "function": {"name": "coder"}}]}

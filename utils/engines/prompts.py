@@ -44,7 +44,7 @@ def read_prompts(
     mapping = mapping or read_mapping(None)
     header = read_header(path, encoding)
     if not header:
-        raise UserError(f"{path} has no rows; expected a note or a question per row.")
+        raise UserError(f"{path} has no rows; expected a header and a note or a question per row.")
     if "messages" in header:
         prompts, left_out = _conversations(path, encoding)
     else:

@@ -235,7 +235,13 @@ def _missing(path: Path, header: Sequence[str], fields: Sequence[str], pattern: 
     hint = f" Is it {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
     example = ",".join(f"{field}={'COLUMN'}" for field in fields)
     wide = " (or dp=COLUMN,dr=COLUMN,das=COLUMN* for columns of roles)" if "code" in fields or "role" in fields else ""
-    shown = ", ".join(repr(column[:40]) for column in header[:30]) or "nothing"
+    if "text" in fields and len(header) == 1 and path.suffix == ".txt":  # its first line may be a note's: not quoted
+        return UserError(
+            f"{path}: no column for text; expected a table with a header. For a file that is one note: "
+            "python -m utils.chat RUN --icd10 --prompt - < NOTE.txt"
+        )
+    # Without a header, the first row would be quoted: names that are too long may be a note's text.
+    shown = ", ".join(repr(column) if len(column) <= 40 else "a longer text" for column in header[:30]) or "nothing"
     return UserError(
         f"{path}: no column {'' if pattern else 'for '}{what}; found {shown}.{hint} "
         f"Name it with --columns {example}{wide}."
