@@ -367,7 +367,7 @@ def _metric(value: Any) -> str:
 _SAVING = (
     _to(
         "run_dir",
-        "output_dir out_dir output_path save_dir checkpoint_dir",
+        "output_dir out_dir output_path save_dir checkpoint_dir run_id",
         "must not exist, unless `resume: auto`",
     ),
     _to(
