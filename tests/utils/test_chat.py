@@ -51,6 +51,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("chat"), "adapter")
 
 
+class EndsAtOnce:
+    """A tokenizer for which every token ends an answer."""
+
+    class Any:
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    eos_id = Any()
+
+
 def answers(output: str) -> dict[str, str]:
     return {name: answer["answer"] for name, answer in json.loads(output.splitlines()[-1]).items()}
 
@@ -147,6 +157,20 @@ def test_a_row_that_the_tokenizer_refuses_does_not_stop_the_others(run_dir, tmp_
 def test_a_model_that_was_not_fine_tuned_here_has_nothing_to_compare_with(run_dir: Path, run_command: RunChat) -> None:
     code, output = run_command(chat, run_dir.parent / "model", "--prompt", "a", "--compare")
     assert code == 1 and "is not in a run folder: the model that it was fine-tuned from is not recorded" in output
+
+
+@pytest.mark.parametrize("ending", ["by the model", "by Ctrl-C"])
+def test_the_adapter_is_back_after_an_answer_of_the_base_model(ending: str, run_dir: Path) -> None:
+    model, question = ChatModel(run_dir, compare=True), [{"role": "user", "content": QUESTION}]
+    base = model.answer(BASE, question, Generation(20))
+    if ending == "by the model":
+        base._tokenizer = EndsAtOnce()
+        assert list(base) == [] and base.is_complete
+    else:
+        pieces = iter(base)
+        next(pieces)
+        pieces.close()
+    assert "".join(model.answer(TUNED, question, Generation(20))) == "E119"
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(run_dir: Path, run_command: RunChat, monkeypatch) -> None:

@@ -1,7 +1,7 @@
 """A trained model that answers conversations, one at a time, word by word."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Answer:
         is_complete: whether the model has ended it; else it was interrupted or reached the maximum length.
     """
 
-    def __init__(self, tokenizer: InstructTokenizerBase, tokens: Iterator[int]) -> None:
+    def __init__(self, tokenizer: InstructTokenizerBase, tokens: Generator[int, None, None]) -> None:
         self.text = ""
         self.tokens = 0
         self.is_complete = False
@@ -35,18 +35,22 @@ class Answer:
         self._tokens = tokens
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the text piece by piece; a character whose bytes are not all there yet waits for the next piece."""
+        """Yield the text piece by piece; a character whose bytes are not all there yet waits for the next piece.
+
+        However it ends, the model is as before: ready for the next answer, with its adapter.
+        """
         ids: list[int] = []
-        for token in self._tokens:
-            self.tokens += 1
-            if token == self._tokenizer.eos_id:
-                self.is_complete = True
-                return
-            ids.append(token)
-            text = self._tokenizer.decode(ids).lstrip()
-            if not text.endswith("\N{REPLACEMENT CHARACTER}") and text != self.text:
-                piece, self.text = text[len(self.text) :], text
-                yield piece
+        with contextlib.closing(self._tokens):
+            for token in self._tokens:
+                self.tokens += 1
+                if token == self._tokenizer.eos_id:
+                    self.is_complete = True
+                    return
+                ids.append(token)
+                text = self._tokenizer.decode(ids).lstrip()
+                if not text.endswith("\N{REPLACEMENT CHARACTER}") and text != self.text:
+                    piece, self.text = text[len(self.text) :], text
+                    yield piece
 
 
 class ChatModel:
@@ -82,7 +86,7 @@ class ChatModel:
         prompt = self._encoder.encode_prompt(parsed)
         return Answer(self._tokenizer, self._stream(name, prompt, generation))
 
-    def _stream(self, name: str, prompt: list[int], generation: Generation) -> Iterator[int]:
+    def _stream(self, name: str, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
         max_tokens, sampling = generation
         untuned = name == BASE
         model = self._base if untuned and self._base is not None else self._model
