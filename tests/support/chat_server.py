@@ -1,4 +1,4 @@
-"""A server with OpenAI's API on loopback, which answers, refuses, fails and redirects as a test says."""
+"""A server with OpenAI's API on loopback, which answers, refuses, fails, redirects and errs as a test says."""
 
 import json
 import threading
@@ -11,23 +11,30 @@ Request = dict[str, Any]
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers each request with the text, or the HTTP status, that `answer` returns.
+    """Answers each request with the text, the HTTP status, or the body of another layout, that `answer` returns.
 
     Attributes:
         answer: from the request's JSON.
         models: names that it lists.
         requests: JSON of the requests so far.
         location: where to redirect all requests to, if anywhere.
+        authorization: header of the last prompt's request.
+        listed: body of the list of models, if it is not that of `models`.
     """
 
     daemon_threads = True
 
-    def __init__(self, answer: Callable[[Request], str | int], port: int = 0) -> None:
+    def __init__(self, answer: Callable[[Request], str | int | bytes], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer = answer
         self.models = ["demo"]
         self.requests: list[Request] = []
         self.location: str | None = None
+        self.listed: bytes | None = None
+        self.authorization: str | None = None
+
+    def handle_error(self, *_: object) -> None:
+        """Print nothing about a client that has gone."""
 
     @property
     def url(self) -> str:
@@ -38,14 +45,19 @@ class _Handler(BaseHTTPRequestHandler):
     server: ChatServer
 
     def do_GET(self) -> None:
-        self._reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+        models = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]}
+        self._reply(200, models if self.server.listed is None else self.server.listed)
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
+        self.server.authorization = self.headers["Authorization"]
         answer = self.server.answer(request)
         if isinstance(answer, int):
             self._reply(answer, {"error": {"message": f"bad: {request['messages']}", "code": "context_length"}})
+            return
+        if isinstance(answer, bytes):
+            self._reply(200, answer)
             return
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -53,8 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"content": [{"token": "a", "logprob": -0.5, "bytes": None, "top_logprobs": []}]}
         self._reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "demo", "choices": [choice]})
 
-    def _reply(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
+    def _reply(self, status: int, content: dict[str, Any] | bytes) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(307 if self.server.location else status)
         if self.server.location:
             self.send_header("Location", self.server.location + self.path)
@@ -68,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def chat_server(answer: Callable[[Request], str | int], port: int = 0) -> Iterator[ChatServer]:
+def chat_server(answer: Callable[[Request], str | int | bytes], port: int = 0) -> Iterator[ChatServer]:
     """Serve until the block ends."""
     server = ChatServer(answer, port)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

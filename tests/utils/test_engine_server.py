@@ -1,6 +1,8 @@
 """Predictions by a server with OpenAI's API. Real engines: end_to_end/test_serving.py."""
 
 import json
+import math
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.chat_server import Request, chat_server
+from tests.support.patience import PATIENCE_S
 from utils import chat, predict_icd10
+from utils.engines.engine import Generation
+from utils.engines.prompts import Prompt
+from utils.engines.server import ServerEngine
+from utils.engines.server_address import ServerAddress
 from utils.icd10.prompts import prompt_messages
 
 ANSWER = "diagnostic principal : Asthme (J459), diagnistic relié : aucun, diagnostic associé : aucun"
@@ -79,11 +86,95 @@ def test_a_prompt_that_the_server_refuses_does_not_stop_the_others(notes: Path, 
     assert 'refused it (HTTP 400, context_length)",s4' in (notes.parent / "p.left_out.csv").read_text(encoding="utf-8")
 
 
-def test_a_server_that_refuses_the_first_prompt_is_not_asked_again(notes: Path, run_command: RunCommand) -> None:
+def test_a_server_that_refuses_every_prompt_is_soon_not_asked_again(notes: Path, run_command: RunCommand) -> None:
     with chat_server(lambda _: 400) as server:
-        code, output, rows = predict(run_command, notes, server.url, "--concurrency", 2)
-    assert code == 1 and not rows and len(server.requests) <= 3
+        code, output, rows = predict(run_command, notes, server.url, "--concurrency", 1)
+    assert code == 1 and not rows and len(server.requests) == 3
     assert "refused it (HTTP 400, context_length)" in output and "secret" not in output and "Traceback" not in output
+
+
+def test_a_first_prompt_that_the_server_refuses_does_not_stop_the_others(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda request: 400 if note_of(request) == 0 else ANSWER) as server:
+        code, output, rows = predict(run_command, notes, server.url, "--concurrency", 1)
+    assert code == 1 and len(rows) == 5 and "1 row was not used (s0)" in output
+
+
+def choice(message: object, **more: object) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"} | more]}).encode()
+
+
+BODIES = [b"<html>secret</html>", b"", b"null", b"[]", b'"secret"', b'{"error": {"message": "secret"}}', b'{"choices"']
+BODIES += [b'{"choices": []}', b'{"choices": null}', b'{"choices": ["secret"]}', choice(None), choice({"content": 5})]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_an_answer_of_another_layout_ends_with_a_sentence(body: bytes, notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: body) as server:
+        code, output, rows = predict(run_command, notes, server.url)
+        assert code == 1 and not rows and "sent an answer that is not OpenAI's" in output
+        assert "Traceback" not in output and "secret" not in output
+        if b"choices" not in body and b"error" not in body:
+            server.listed = body
+            code, output, _ = predict(run_command, notes, server.url)
+            assert code == 1 and "Traceback" not in output and len(output.splitlines()) == 1
+
+
+def test_an_answer_without_text_is_not_an_empty_answer(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda request: choice({"content": None}) if note_of(request) == 4 else ANSWER) as server:
+        code, output, rows = predict(run_command, notes, server.url)
+    assert code == 1 and len(rows) == 5 and "(s4): the server's answer has no text: 1." in output
+
+
+def test_an_unpaired_surrogate_in_an_answer_is_replaced(notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: choice({"content": "a\ud800"})) as server:
+        code, _, rows = predict(run_command, notes, server.url)
+    assert code == 0 and [row["answer"] for row in rows] == ["a?"] * 6
+
+
+@pytest.mark.parametrize("logprobs", [None, {"content": [{"logprob": None}]}, {"content": [{"logprob": math.nan}]}])
+def test_missing_log_probabilities_are_explained(logprobs: object, notes: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: choice({"content": "a"}, logprobs=logprobs)) as server:
+        code, output, rows = predict(run_command, notes, server.url, "--log_probabilities")
+    expected = "sent an answer that is not" if logprobs else "sends no log probabilities; leave out --log_probabilities"
+    assert code == 1 and not rows and expected in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"), [("", None), ("key-0123456789\n", "key-0123456789"), ("clé-0123456789", None)]
+)
+def test_the_key_is_sent_and_never_printed(key, expected, notes: Path, run_command: RunCommand, monkeypatch) -> None:
+    monkeypatch.setenv("SERVER_API_KEY", key)
+    with chat_server(lambda _: 401) as server:
+        code, output, _ = predict(run_command, notes, server.url, "--model", "demo")
+        assert expected is None or f"Bearer {expected}" == server.authorization
+    assert code == 1 and "SERVER_API_KEY" in output and (not expected or expected not in output)
+    assert key.isascii() or "SERVER_API_KEY has characters that no API key has." in output
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/v1", "http://127.0.0.1:abc/v1", "http://127.0.0.1/v1?key=hidden", "file:///v1"]
+)
+def test_an_address_that_is_none_is_refused(url: str, notes: Path, run_command: RunCommand) -> None:
+    code, output, _ = predict(run_command, notes, url)
+    assert code == 1 and "expected an address such as http://127.0.0.1:8000/v1" in output and "hidden" not in output
+
+
+def test_requests_end_when_answers_are_no_longer_wanted() -> None:
+    released, finished = threading.Event(), []
+
+    def first_only(request: Request) -> str:
+        if request["messages"][0]["content"] != "a":
+            released.wait(PATIENCE_S)
+            finished.append(request)
+        return ANSWER
+
+    prompts = [Prompt(name, {"messages": [{"role": "user", "content": name}]}) for name in "abc"]
+    with chat_server(first_only) as server:
+        answers = ServerEngine(ServerAddress(server.url), Generation()).answers(prompts)
+        assert next(answers)[0].id == "a"
+        answers.close()  # as Ctrl-C does
+        assert not finished and not released.is_set()
+        released.set()
 
 
 def test_after_a_lost_server_the_same_command_answers_the_rest_once(notes: Path, run_command: RunCommand) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cli import add_step_option
+from finetune.redaction import redacted
 from finetune.run_dir import find_checkpoint, run_of
 from model.errors import UserError
 from model.sampling import Sampling
@@ -68,7 +69,7 @@ class EngineChoice:
         """The model, for people; a link such as `best` is replaced by the name of its checkpoint."""
         if self.folder is None:
             assert self.server is not None, "checked above"
-            return f"{self.server.model or 'the model'} of {self.server.url}"
+            return f"{self.server.model or 'the model'} of {redacted(self.server.url)}"
         in_run = run_of(self.folder) is not None
         return str(self.folder.with_name(self.folder.resolve().name) if in_run else self.folder)
 

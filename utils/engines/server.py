@@ -3,12 +3,14 @@
 Notes are sent to the given address only: no proxy is used and no redirect is followed.
 """
 
+import asyncio
+import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from finetune.data.conversation import parse_conversation
+from finetune.data.rows import is_identifier
 from model.errors import UserError
 from utils.engines.engine import Generation, Reply, seed_of
 from utils.engines.prompts import Prompt
@@ -20,7 +22,18 @@ _TIMEOUT_S = 600.0  # of one answer
 _RETRIES = (
     6  # after 0.5, 1, 2, 4, 8, 8 s, or when the server says so; in all, about as long as a server takes to restart
 )
+_FIRST_REFUSALS = 3  # replies without any answer, after which the fault is not in the prompts
 _REFUSALS = (400, 413, 422)  # HTTP statuses that concern one prompt, such as one that is too long
+_DIRECT: dict[str, Any] = {"trust_env": False, "follow_redirects": False}
+# What a JSON document of another layout raises; openai does not check what it parses.
+_NOT_OPENAI = (AttributeError, LookupError, TypeError, ValueError)
+
+
+def _api_key() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{KEY_VARIABLE} has characters that no API key has.")
+    return key or "none"
 
 
 class ServerEngine:
@@ -46,19 +59,23 @@ class ServerEngine:
         self._address = address
         self._generation = generation
         self._openai = openai
-        self._client = openai.OpenAI(
-            base_url=address.url,
-            api_key=os.environ.get(KEY_VARIABLE, "none"),
-            max_retries=_RETRIES,
-            timeout=openai.Timeout(_TIMEOUT_S, connect=10.0),
-            http_client=openai.DefaultHttpxClient(trust_env=False, follow_redirects=False),
-        )
+        self._options: dict[str, Any] = {
+            "base_url": address.url,
+            "api_key": _api_key(),
+            "timeout": openai.Timeout(_TIMEOUT_S, connect=10.0),
+        }
         self.model = address.model or self._only_model()
 
     def _only_model(self) -> str:
+        http_client = self._openai.DefaultHttpxClient(**_DIRECT)
         try:
-            names = [model.id for model in self._client.with_options(max_retries=0).models.list()]
-        except self._openai.OpenAIError as error:
+            with self._openai.OpenAI(**self._options, max_retries=0, http_client=http_client) as client:
+                names = [str(model.id) for model in client.models.list()]
+        except self._openai.NotFoundError as error:
+            url = self._address.url
+            message = f"The server {url} has no list of models: name one with --model, or correct the path of --server"
+            raise UserError(f"{message}, which often ends in /v1.") from error
+        except (self._openai.OpenAIError, *_NOT_OPENAI) as error:
             raise self._unavailable(error) from error
         if len(names) != 1:
             raise UserError(
@@ -68,39 +85,65 @@ class ServerEngine:
         return names[0]
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
-        """Answer several prompts at a time; see `Engine`."""
+        """Answer several prompts at a time; see `Engine`. Requests end with this generator, however it ends."""
         waiting = iter(prompts)
-        running: dict[Future[Reply | SkippedRowError], Prompt] = {}
-        pool = ThreadPoolExecutor(self._address.concurrency, thread_name_prefix="server")
-        answered = False
-        try:
+        running: dict[asyncio.Task[Reply | SkippedRowError | UserError], Prompt] = {}
+        refused, answered = 0, False
+        http_client = self._openai.DefaultAsyncHttpxClient(**_DIRECT)
+        client = self._openai.AsyncOpenAI(**self._options, max_retries=_RETRIES, http_client=http_client)
+        with asyncio.Runner() as runner:
+            loop = runner.get_loop()
             while True:
                 while len(running) < self._address.concurrency and (prompt := next(waiting, None)) is not None:
-                    running[pool.submit(self._answer, prompt)] = prompt
+                    running[loop.create_task(self._answer(client, prompt))] = prompt
                 if not running:
                     return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    prompt, reply = running.pop(done), done.result()
-                    if isinstance(reply, SkippedRowError) and not answered:
-                        raise UserError(f"Prompt {prompt.id}: {reply.reason}. Its log may say why.")
-                    answered = True
+                done, _ = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+                for task in done:
+                    prompt, reply = running.pop(task), task.result()
+                    if isinstance(reply, UserError):
+                        raise reply
+                    refused += isinstance(reply, SkippedRowError)
+                    answered = answered or not isinstance(reply, SkippedRowError)
+                    if isinstance(reply, SkippedRowError) and refused == _FIRST_REFUSALS and not answered:
+                        raise UserError(f"Prompt {prompt.id}: {reply.reason}, like all before. Its log may say why.")
                     yield prompt, reply
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, prompt: Prompt) -> Reply | SkippedRowError:
+    async def _answer(self, client: Any, prompt: Prompt) -> Reply | SkippedRowError | UserError:
+        """Return the answer, why there is none, or why there will be none to other prompts either."""
         try:
-            choice = self._client.chat.completions.create(**self._request(prompt)).choices[0]
+            completion = await client.chat.completions.create(**self._request(prompt))
+            return self._read(completion.choices[0])
+        except UserError as error:
+            return error
         except self._openai.APIStatusError as error:
             if error.status_code in _REFUSALS:
-                code = f", {error.code}" if error.code else ""
+                code = f", {error.code}" if error.code and is_identifier(error.code) else ""
                 return SkippedRowError(f"the server refused it (HTTP {error.status_code}{code})")
-            raise self._unavailable(error) from error
-        except self._openai.OpenAIError as error:
-            raise self._unavailable(error) from error
-        tokens = choice.logprobs.content or [] if choice.logprobs else []
-        text = (choice.message.content or "").strip()
-        return Reply(text, tuple(token.logprob for token in tokens), choice.finish_reason == "stop")
+            return self._unavailable(error)
+        except (self._openai.OpenAIError, *_NOT_OPENAI) as error:
+            return self._unavailable(error)
+
+    def _read(self, choice: Any) -> Reply | SkippedRowError:
+        """Return the answer in a choice of OpenAI's API.
+
+        Raises:
+            AttributeError, TypeError, ValueError: it is not one.
+            UserError: it lacks log probabilities.
+        """
+        text = choice.message.content
+        if text is None:
+            return SkippedRowError("the server's answer has no text")
+        chances: tuple[float, ...] = ()
+        if self._address.log_probabilities:
+            if choice.logprobs is None:
+                url = self._address.url
+                raise UserError(f"The server {url} sends no log probabilities; leave out --log_probabilities.")
+            chances = tuple(float(token.logprob) for token in choice.logprobs.content or ())
+            if not all(map(math.isfinite, chances)):
+                raise ValueError
+        text = str.strip(text).encode("utf-8", "replace").decode()  # without unpaired surrogates
+        return Reply(text, chances, choice.finish_reason == "stop")
 
     def _request(self, prompt: Prompt) -> dict[str, Any]:
         conversation = parse_conversation(prompt.row)

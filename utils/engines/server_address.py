@@ -28,14 +28,24 @@ class ServerAddress(NamedTuple):
 
     def require_allowed(self) -> None:
         """Raise UserError unless the address is valid, and on this machine or explicitly allowed."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--server is {self.url!r}; expected an address such as http://127.0.0.1:8000/v1.")
-        if not (self.allow_remote or _is_this_machine(parts.hostname)):
+        host = self._host()
+        if not host:
+            shown = self.url.partition("?")[0]  # without a key
+            raise UserError(f"--server is {shown!r}; expected an address such as http://127.0.0.1:8000/v1.")
+        if not (self.allow_remote or _is_this_machine(host)):
             raise UserError(
                 f"--server {self.url} is another machine, and notes would be sent there. Give --allow_remote if they "
                 "may leave this one."
             )
+
+    def _host(self) -> str | None:
+        """Return the host's name; None if the address is not valid."""
+        try:
+            parts = urlsplit(self.url)
+            valid = parts.scheme in ("http", "https") and parts.port != 0 and not (parts.query or parts.fragment)
+        except ValueError:  # of brackets or the port
+            return None
+        return parts.hostname if valid and " " not in self.url else None
 
 
 def _is_this_machine(host: str) -> bool:
