@@ -236,6 +236,8 @@ def command(*arguments: str, config: str = "", train_yaml: str = "", **flags: st
 
 
 def main() -> None:
+    if "-" in sys.argv[1:]:  # fire would train with the arguments before it, and then report the rest
+        raise UserError("unexpected argument -")
     fire.Fire(command)
 
 

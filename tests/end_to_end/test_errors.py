@@ -475,6 +475,7 @@ def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoi
         (("a.yaml", "b.yaml"), 1, "unexpected argument b.yaml; settings are written as KEY=VALUE"),
         (("a.yaml", "--max_steps", "3"), 1, "unexpected argument --max_steps; write max_steps=VALUE"),
         (("a.yaml", "--learning-rate=1e-4"), 1, "unexpected argument --learning_rate; write optim.lr=VALUE"),
+        (("config.yaml", "-", "seq_len=8"), 1, "unexpected argument -"),
         (("--config", "a.yaml", "seq_len=8"), 1, "The configuration a.yaml does not exist"),
         (("--train_yaml", "a.yaml", "seq_len=8"), 1, "The configuration a.yaml does not exist"),
         (("config.yaml", "=3"), 1, "`=3` is not a setting; expected KEY=VALUE"),

@@ -1,4 +1,4 @@
-"""The plots of docs/, and the experiments behind them on a model that was not pretrained."""
+"""The plots of docs/, and their experiments on a model that was not pretrained."""
 
 import json
 

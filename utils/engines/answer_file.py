@@ -62,7 +62,7 @@ def answer_file(
         out: .jsonl file of the answers, or a .csv file of their codes, written in addition to the .jsonl file.
         encoding: encoding of `rows`, for text formats.
         mapping: columns of `rows`.
-        with_codes: whether answers name ICD-10 codes, to be written beside them.
+        with_codes: whether answers name ICD-10 codes, to be written next to them.
         shard: answer only these rows, into a jsonl file whose name ends with the shard.
 
     Raises:

@@ -19,9 +19,8 @@ from utils.tables.jsonl import SkippedRowError
 
 KEY_VARIABLE = "SERVER_API_KEY"
 _TIMEOUT_S = 600.0  # of one answer
-_RETRIES = (
-    6  # after 0.5, 1, 2, 4, 8, 8 s, or when the server says so; in all, about as long as a server takes to restart
-)
+# After 0.5, 1, 2, 4, 8, 8 s, or when the server says so; in all, about as long as a server takes to restart.
+_RETRIES = 6
 _FIRST_REFUSALS = 3  # replies without any answer, after which the fault is not in the prompts
 _REFUSALS = (400, 413, 422)  # HTTP statuses that concern one prompt, such as one that is too long
 _DIRECT: dict[str, Any] = {"trust_env": False, "follow_redirects": False}

@@ -55,7 +55,7 @@ _TYPES = ("0", "1", "2", "3", "4")
 _COLUMNS = "code, type MCO/HAD, type SSR, type PSY, short label, long label"
 
 
-# Full-width characters, spaces that do not break a line, and characters that nobody sees.
+# Full-width characters, spaces that do not break a line, and invisible characters.
 _CHARACTERS: dict[int, int | None] = {0xFF01 + offset: 0x21 + offset for offset in range(94)}
 _CHARACTERS |= dict.fromkeys(map(ord, "\xa0\u2007\u2009\u202f"), ord(" "))
 _CHARACTERS |= dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\xad"))

@@ -28,7 +28,7 @@ def parse_sex(text: str) -> str | None:
 
 
 def parse_age(text: str) -> int | None:
-    """Return completed years of `67`, `67.5`, `67 ans`, `18 mois` or `3 jours`, None if the text is no age."""
+    """Return completed years of `67`, `67.5`, `67 ans`, `18 mois` or `3 jours`, None if the text is not an age."""
     text = text.strip()
     if found := _YOUNG.fullmatch(text):
         return int(found[1]) // 12 if found[2] else 0
