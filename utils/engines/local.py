@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.inference import load_trained
 from model.generate import Step, stream
-from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, by_length, seed_of
+from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, seed_of
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
@@ -39,11 +39,7 @@ class LocalEngine:
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts, those of similar length together; see `Engine`."""
-        for batch in by_length(prompts, self._batch_size):
-            kept, encoded, refused = self._codec.encode(batch)
-            yield from refused
-            if kept:
-                yield from zip(kept, self._answer(kept, encoded))
+        return self._codec.answer_batches(prompts, self._batch_size, self._answer)
 
     def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply]:
         constraints = self._codec.constraints(len(prompts))

@@ -1,6 +1,6 @@
 """What engines share that take token ids: encoding as in training, constraints, decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
@@ -8,7 +8,7 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.exceptions import RowError
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
-from utils.engines.engine import Reply
+from utils.engines.engine import Reply, by_length
 from utils.engines.prompts import Prompt
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
@@ -55,6 +55,25 @@ class TokenCodec:
             except RowError as error:
                 refused.append((prompt, SkippedRowError(f"it cannot be encoded ({type(error).__name__})", str(error))))
         return kept, encoded, refused
+
+    def answer_batches(
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        answer: Callable[[Sequence[Prompt], Sequence[list[int]]], list[Reply]],
+    ) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
+        """Answer prompts, those of similar length together; see `Engine.answers`.
+
+        Args:
+            prompts: to answer.
+            batch_size: prompts per call of `answer`.
+            answer: answers prompts, given their tokens.
+        """
+        for batch in by_length(prompts, batch_size):
+            kept, encoded, refused = self.encode(batch)
+            yield from refused
+            if kept:
+                yield from zip(kept, answer(kept, encoded))
 
     def constraints(self, count: int) -> list[AnswerConstraint] | None:
         """Return constraints for that many new answers, or None if answers are free."""

@@ -10,7 +10,7 @@ from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.hardware import choose_device
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME
-from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, by_length, seed_of
+from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, seed_of
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
@@ -58,11 +58,7 @@ class TransformersEngine:
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts, those of similar length together; see `Engine`."""
-        for batch in by_length(prompts, self._batch_size):
-            kept, encoded, refused = self._codec.encode(batch)
-            yield from refused
-            if kept:
-                yield from zip(kept, self._answer(kept, encoded))
+        return self._codec.answer_batches(prompts, self._batch_size, self._answer)
 
     @torch.no_grad()
     def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from finetune.data.tokenizer_files import load_instruct_tokenizer
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME
-from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, by_length, seed_of
+from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, seed_of
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.tables.jsonl import SkippedRowError
@@ -45,18 +45,17 @@ class VllmEngine:
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts in large chunks; see `Engine`."""
-        for chunk in by_length(prompts, _CHUNK):
-            kept, encoded, refused = self._codec.encode(chunk)
-            yield from refused
-            inputs = [{"prompt_token_ids": tokens} for tokens in encoded]
-            outputs = self._llm.generate(inputs, [self._params(prompt) for prompt in kept], use_tqdm=False)
-            answers = [output.outputs[0] for output in outputs]
-            tokens = [answer.token_ids for answer in answers]
-            chances = [
-                [of_step[token].logprob for token, of_step in zip(answer.token_ids, answer.logprobs)]
-                for answer in answers
-            ]
-            yield from zip(kept, self._codec.replies(tokens, chances, None))
+        return self._codec.answer_batches(prompts, _CHUNK, self._answer)
+
+    def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply]:
+        inputs = [{"prompt_token_ids": tokens} for tokens in encoded]
+        outputs = self._llm.generate(inputs, [self._params(prompt) for prompt in prompts], use_tqdm=False)
+        answers = [output.outputs[0] for output in outputs]
+        tokens = [answer.token_ids for answer in answers]
+        chances = [
+            [of_step[token].logprob for token, of_step in zip(answer.token_ids, answer.logprobs)] for answer in answers
+        ]
+        return self._codec.replies(tokens, chances, None)
 
     def _params(self, prompt: Prompt):  # noqa: ANN202 - vllm.SamplingParams, which is not installed everywhere
         max_tokens, sampling = self._generation
