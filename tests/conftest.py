@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, and the hypothesis profile that `make fuzz` uses."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in end_to_end:
         item.add_marker(pytest.mark.slow)
     items[:] = end_to_end + [item for item in items if "end_to_end" not in item.path.parts]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Restore the root logger: with a training's log still on, later tests would read other libraries' lines."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
