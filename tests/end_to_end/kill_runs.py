@@ -8,14 +8,11 @@ from one that has imported torch, so that the kills hit the run and not its impo
 import argparse
 import collections
 import functools
-import gc
-import io
 import json
 import os
 import random
 import signal
 import socket
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,12 +20,12 @@ from pathlib import Path
 import torch
 
 import train
-from finetune.args import known_settings
 from finetune.cli import run_cli
 from finetune.manifest import find_corruption
 from finetune.monitoring.metrics_logger import read_metrics
 from finetune.run_dir import checkpoint_name, saved_checkpoints
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
+from tests.support.forked import fork, import_before_forking
 from tests.support.run_trajectories import INPUTS, write_config
 
 COMPARED = {"train": ("step", "loss", "lr", "grad_norm"), "eval": ("step", "eval_loss", "train_loss")}
@@ -56,56 +53,30 @@ def kill_test_config(folder: Path, name: str, **settings: object) -> Path:
     return write_config(folder, name, defaults | settings)
 
 
-@functools.cache
-def import_before_forking() -> None:
-    """Import and cache what a run needs once, so that the forked processes share it. It is half of a short run's time."""
-    import matplotlib.pyplot as plt
-    import torch._dynamo  # by the first optimizer
-    import torch.distributed.checkpoint.state_dict
-    import torch.distributed.fsdp
-    import torch.utils.tensorboard  # noqa: F401
-
-    known_settings()
-    plt.figure().savefig(io.BytesIO())  # reads the fonts
-    plt.close()
-
-
 class ForkedRun:
     """A training run in `ranks` forked processes."""
 
     def __init__(self, config: Path, ranks: int) -> None:
-        import_before_forking()
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         self._log = config.with_suffix(".log")
         self.pids = [self._fork(config, rank, ranks, port) for rank in range(ranks)]
 
     def _fork(self, config: Path, rank: int, ranks: int, port: str) -> int:
-        if pid := os.fork():
-            return pid
-        try:
-            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            gc.freeze()  # what the parent has is not searched for garbage again
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
+        def train_as_rank() -> None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self._prepare(rank)
             torch.set_num_threads(1)
-            run_cli(lambda: train.train(str(config)))
-            code = 0
-        except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else 1
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            run_cli(functools.partial(self._command, config))
+
+        return fork(train_as_rank, self._log, self._log)
 
     def _prepare(self, rank: int) -> None:
         """Change a process before it trains."""
+
+    def _command(self, config: Path) -> None:
+        train.train(str(config))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to all processes."""
@@ -131,6 +102,7 @@ def train_forked(config: Path, ranks: int) -> Path:
 @functools.cache
 def uninterrupted(folder: Path, ranks: int, steps: int) -> tuple[dict[str, list[list[float]]], float]:
     """Return the metrics of an uninterrupted run, and its duration in seconds."""
+    import_before_forking()
     start = time.monotonic()
     run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}_{steps}", max_steps=steps), ranks)
     return curve(run_dir), time.monotonic() - start

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 import train
 from finetune.args import known_settings
 from model.errors import UserError
+from tests.end_to_end.kill_runs import ForkedRun
+from tests.support import run_refused
 from tests.support.checkpoints import SMALL, make_tiny_adapter, make_tiny_checkpoint
+from tests.support.forked import run_forked
 from tests.support.golden import GOLDEN
-from tests.support.patience import PATIENCE_S
-from tests.support.run_trajectories import INPUTS, ROOT, own_errors, short_run, torchrun
+from tests.support.run_trajectories import INPUTS, ROOT, short_run
 
 SHAPES = SMALL | {"n_layers": 1}
 
@@ -367,9 +369,7 @@ if GOLDEN:
 
 
 def run_train(config: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "train", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    return run_forked(lambda: train.train(str(config)), ROOT)
 
 
 def absolute(settings: dict, tmp_path: Path) -> dict:
@@ -426,6 +426,17 @@ TWO_RANKS = {
 }
 
 
+class RefusedRuns(ForkedRun):
+    """Runs that must be refused, one after the other, in two processes."""
+
+    def __init__(self, configs: list[Path]) -> None:
+        self._configs = configs
+        super().__init__(configs[0], 2)
+
+    def _command(self, config: Path) -> None:
+        run_refused.main([str(config) for config in self._configs])
+
+
 @pytest.fixture(scope="module")
 def two_rank_folders(model, tmp_path_factory) -> tuple[dict[str, Path], str]:
     """One folder per case, and the output of one process group that started all runs."""
@@ -438,9 +449,9 @@ def two_rank_folders(model, tmp_path_factory) -> tuple[dict[str, Path], str]:
             if prepare:
                 prepare()
             configs.append(write_config(absolute(merged(settings, changes), folders[name])))
-    done = torchrun("tests.support.run_refused", *configs)
-    assert done.returncode == 0, done.stderr
-    return folders, done.stdout
+    run = RefusedRuns(configs)
+    assert run.wait() == [0, 0], run.log
+    return folders, run.log
 
 
 @pytest.mark.parametrize("name", TWO_RANKS)
@@ -458,10 +469,9 @@ def test_invalid_row_found_while_training_ends_both_ranks_and_keeps_the_checkpoi
     file_with(*rows[:21] * 3, "{")  # the second rank's last row, several steps after the first checkpoint
     in_order = {"instruct_data": "bad.jsonl", "instruct": {"shuffle": False, "dynamic_chunk_fn_call": False}}
     changes = {"data": in_order, "seq_len": 512, "max_steps": 50, "ckpt_freq": 2, "num_ckpt_keep": None}
-    done = torchrun("train", write_config(absolute(merged(settings, changes), tmp_path)))
-    errors = own_errors(done)
-    assert done.returncode != 0 and "Traceback" not in errors
-    assert errors.count("The data in line 64 of dataset") == 1
+    run = ForkedRun(write_config(absolute(merged(settings, changes), tmp_path)), 2)
+    assert run.wait() == [1, 1] and "Traceback" not in run.log
+    assert run.log.count("The data in line 64 of dataset") == 1
     assert Path("run/checkpoints/checkpoint_000002/consolidated/lora.safetensors").is_file()
 
 

@@ -6,9 +6,8 @@ import json
 import math
 import os
 import re
+import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,14 +31,14 @@ from finetune.wrapped_model import build_model, open_base_model, trainable_param
 from model.errors import UserError
 from model.lora import lora_layers
 from model.transformer import FeedForward, RMSNorm, Transformer
+from model.weights import SafetensorsWriter
+from tests.end_to_end.kill_runs import ForkedRun
 from tests.support.checkpoints import SMALL, TEKKEN_SHAPES, make_tiny_checkpoint
 from tests.support.golden import GOLDEN, fixture
 from tests.support.run_trajectories import (
     INPUTS,
-    ROOT,
     RUNS,
     golden_config,
-    own_errors,
     read_jsonl,
     torchrun,
     write_config,
@@ -522,26 +521,20 @@ def test_an_interrupted_save_keeps_earlier_checkpoints(where, what, error, model
     assert load_file(weights_folder(run_dir, 2) / "lora.safetensors")
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-import train
-from model.weights import SafetensorsWriter
-write, calls = SafetensorsWriter.write, []
-def die(self, name, tensor):
-    write(self, name, tensor)
-    self._file.flush()
-    calls.append(name)
-    if calls.count(name) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-SafetensorsWriter.write = die
-train.train(sys.argv[1])
-"""
+def test_a_process_killed_while_saving_leaves_only_complete_checkpoints(models, tmp_path, monkeypatch):
+    original, written = SafetensorsWriter.write, []
 
+    def die(self, name, tensor):
+        original(self, name, tensor)
+        self._file.flush()
+        written.append(name)
+        if written.count(name) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def test_a_process_killed_while_saving_leaves_only_complete_checkpoints(models, tmp_path):
-    config = small_config(tmp_path, models["dense"], ckpt_freq=1)
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(config)], cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    monkeypatch.setattr(SafetensorsWriter, "write", die)
+    run = ForkedRun(small_config(tmp_path, models["dense"], ckpt_freq=1), 1)
+    assert run.wait() == [-signal.SIGKILL]
+    monkeypatch.undo()
     folder = tmp_path / "run" / "checkpoints"
     assert saved_checkpoints(folder) == sorted(folder.glob("checkpoint_*")) == [folder / "checkpoint_000001"]
     assert {path.name for path in weights_folder(tmp_path / "run", 1).iterdir()} == {
@@ -549,17 +542,22 @@ def test_a_process_killed_while_saving_leaves_only_complete_checkpoints(models, 
         "params.json",
         "tokenizer.model.v3",
     }
-    assert build(config, from_adapter=weights_folder(tmp_path / "run", 1))
+    assert build(tmp_path / "run.yaml", from_adapter=weights_folder(tmp_path / "run", 1))
+
+
+class RunWithSmallFiles(ForkedRun):
+    """A run that cannot write a file above 200 KiB."""
+
+    def _prepare(self, rank: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200 * 1024, 200 * 1024))
 
 
 def test_a_failed_save_ends_every_rank_with_one_message(models, tmp_path):
-    """`ulimit` permits no file above 200 KiB, and the adapter is larger."""
-    config = small_config(tmp_path, models["dense"], lora={"rank": 256})
-    limited = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "--"]
-    done = torchrun("train", config, prefix=limited)
-    errors = own_errors(done)
-    assert done.returncode != 0 and "Traceback" not in errors
-    assert errors.count("could not be saved") == 1 and "checkpoint_000003" in errors and "File too large" in errors
+    """The adapter is larger than a file may be."""
+    run = RunWithSmallFiles(small_config(tmp_path, models["dense"], lora={"rank": 256}), 2)
+    assert run.wait() == [1, 1] and "Traceback" not in run.log
+    assert run.log.count("could not be saved") == 1
+    assert "checkpoint_000003" in run.log and "File too large" in run.log
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 

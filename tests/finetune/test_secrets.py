@@ -3,14 +3,13 @@
 import base64
 import json
 import logging
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import train
 from finetune import redaction
 from finetune.args import TrainArgs, load_train_args
 from finetune.data.args import DataArgs
@@ -20,8 +19,8 @@ from finetune.monitoring.utils import LineFormatter
 from finetune.run_dir import create_run_dir
 from model.errors import UserError
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
-from tests.support.patience import PATIENCE_S
-from tests.support.run_trajectories import ROOT, short_run
+from tests.support.forked import run_forked
+from tests.support.run_trajectories import short_run
 
 YAML_KEY = "y4mlk3y" * 6
 ENVIRONMENT = {
@@ -46,19 +45,11 @@ def settings(tmp_path: Path, model: Path) -> dict:
     return short_run(tmp_path, model, [json.dumps(ROW)] * 4) | {"no_eval": False} | trackers
 
 
-def run_train(folder: Path, text: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Train in a new process in `folder`, as `python -m train` does, after the statements `before`."""
+def run_train(folder: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Train in a forked process in `folder`, as `python -m train` does."""
     (folder / "config.yaml").write_text(text, encoding="utf-8")
-    code = f"from finetune.cli import run_cli\nimport train\n{before}\nrun_cli(lambda: train.train('config.yaml'))"
-    paths = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "TMPDIR": str(folder)}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | ENVIRONMENT | paths | environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    paths = {"HOME": str(folder), "TMPDIR": str(folder)}
+    return run_forked(lambda: train.train("config.yaml"), folder, ENVIRONMENT | paths | environment)
 
 
 def spellings(secret: str) -> list[bytes]:
@@ -87,22 +78,21 @@ def test_run_does_not_show_secrets(tmp_path: Path, settings: dict):
 
 
 @pytest.mark.slow
-def test_traceback_with_secrets_is_redacted(tmp_path: Path, settings: dict):
+def test_traceback_with_secrets_is_redacted(tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch):
     """A traceback of two exceptions and a log line, all of which quote every secret."""
-    before = f"""
-import logging
-def train_step(*args):
-    logging.getLogger("train").error("keys: %s", {SECRETS!r})
-    try:
-        raise ValueError({" ".join(SECRETS)!r})
-    except ValueError as error:
-        logging.getLogger("train").exception("no step")
-        raise RuntimeError({"-".join(SECRETS)!r}) from error
-train.train_step = train_step
-"""
+
+    def train_step(*args: object) -> None:
+        logging.getLogger("train").error("keys: %s", SECRETS)
+        try:
+            raise ValueError(" ".join(SECRETS))
+        except ValueError as error:
+            logging.getLogger("train").exception("no step")
+            raise RuntimeError("-".join(SECRETS)) from error
+
+    monkeypatch.setattr(train, "train_step", train_step)
     report = tmp_path / "error.json"
     settings["wandb"]["project"] = ""
-    done = run_train(tmp_path, yaml.safe_dump(settings), before, TORCHELASTIC_ERROR_FILE=str(report))
+    done = run_train(tmp_path, yaml.safe_dump(settings), TORCHELASTIC_ERROR_FILE=str(report))
     assert done.returncode != 0 and "RuntimeError: ***-***" in done.stderr and "Traceback" in done.stderr
     assert "keys: ['***'" in done.stdout and "ValueError: *** ***" in done.stdout
     assert "RuntimeError: ***" in report.read_text(encoding="utf-8")

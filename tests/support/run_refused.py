@@ -1,7 +1,4 @@
-"""Start several runs that must be refused, in one process group, and print how each one ended on each rank.
-
-torchrun --nproc-per-node 2 -m tests.support.run_refused CONFIG.yaml CONFIG.yaml ...
-"""
+"""Start several runs that must be refused, in one process group, and print how each one ended on each rank."""
 
 import json
 import sys
@@ -11,7 +8,6 @@ import torch
 
 import train
 from finetune.args import load_train_args
-from finetune.cli import run_cli
 from finetune.distributed import World, init_world
 from model.errors import UserError
 
@@ -33,9 +29,6 @@ def main(configs: list[str]) -> None:
     torch.set_num_threads(1)
     with init_world() as world:
         for config in configs:
-            # In one write: the ranks share a pipe, and torchrun starts Python with -u.
+            # In one write: the ranks share a file.
             sys.stdout.write(json.dumps([config, world.rank, ending(Path(config), world)]) + "\n")
-
-
-if __name__ == "__main__":
-    run_cli(lambda: main(sys.argv[1:]))
+            sys.stdout.flush()

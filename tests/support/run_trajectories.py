@@ -69,23 +69,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def torchrun(*command: object, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run `[PREFIX] torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` in the root folder of the project."""
+def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` in the root folder of the project."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*prefix, *launcher, *map(str, command)],
+        [*launcher, *map(str, command)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
-
-
-def own_errors(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the stderr of our processes, without torchrun's report, which contains another traceback."""
-    return done.stderr.partition("torch/distributed/elastic")[0]
 
 
 def main(configs: list[str]) -> None:

@@ -1,0 +1,78 @@
+"""Commands in forked processes: what new processes do, without importing torch in each of them."""
+
+import functools
+import gc
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from finetune.cli import run_cli
+
+
+@functools.cache
+def import_before_forking() -> None:
+    """Import and cache once what every run needs, so that the forked processes share it: half of a short run's time."""
+    import matplotlib.pyplot as plt
+    import torch._dynamo  # by the first optimizer
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
+    import torch.utils.tensorboard  # noqa: F401
+
+    from finetune.args import known_settings
+
+    known_settings()
+    plt.figure().savefig(io.BytesIO())  # reads the fonts
+    plt.close()
+
+
+def fork(command: Callable[[], object], stdout: Path, stderr: Path) -> int:
+    """Start a process that calls a function and ends as Python would. Return its process id.
+
+    Args:
+        command: what to do; its exceptions and SystemExit end the process.
+        stdout, stderr: files that the output is appended to; may be the same.
+    """
+    import_before_forking()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        gc.freeze()  # what the parent has is not searched for garbage again
+        for stream, path in enumerate((stdout, stderr), start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
+        command()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_forked(
+    command: Callable[[], object], folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as `python -m` would, to its end, in a forked process in `folder`.
+
+    Args:
+        command: what to do.
+        folder: current folder of the process.
+        environment: variables to add or replace.
+    """
+
+    def there() -> None:
+        os.chdir(folder)
+        os.environ.update(environment or {})
+        run_cli(command)
+
+    with tempfile.TemporaryDirectory() as outside:
+        outputs = [Path(outside, name) for name in ("stdout", "stderr")]
+        code = os.waitstatus_to_exitcode(os.waitpid(fork(there, *outputs), 0)[1])
+        return subprocess.CompletedProcess([], code, *(path.read_text(encoding="utf-8") for path in outputs))
