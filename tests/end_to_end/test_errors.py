@@ -368,10 +368,6 @@ if GOLDEN:
 # --- Command line
 
 
-def run_train(config: Path) -> subprocess.CompletedProcess[str]:
-    return run_forked(lambda: train.train(str(config)), ROOT)
-
-
 def absolute(settings: dict, tmp_path: Path) -> dict:
     """Return `settings` with absolute paths."""
     data = {key: str(tmp_path / v) if isinstance(v, str) else v for key, v in settings["data"].items()}
@@ -390,7 +386,7 @@ def test_existing_run_folder_is_refused_and_not_changed(settings):
 
 def test_command_prints_the_message_once_and_fails(settings, tmp_path):
     edit_params(vocab_size=32000)
-    done = run_train(write_config(absolute(settings, tmp_path)))
+    done = run_forked(train, write_config(absolute(settings, tmp_path)))
     assert done.returncode == 1
     assert done.stderr.startswith("error: The model in ") and "extend_model_vocab" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -399,7 +395,7 @@ def test_command_prints_the_message_once_and_fails(settings, tmp_path):
 
 def test_invalid_yaml_is_reported_with_its_line(tmp_path):
     (tmp_path / "config.yaml").write_text("data: [1,\nmodel: {", encoding="utf-8")
-    done = run_train(tmp_path / "config.yaml")
+    done = run_forked(train, tmp_path / "config.yaml")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/config.yaml is not valid YAML")
     assert "line 2" in done.stderr and "Traceback" not in done.stderr
 

@@ -49,7 +49,7 @@ def run_train(folder: Path, text: str, **environment: str) -> subprocess.Complet
     """Train in a forked process in `folder`, as `python -m train` does."""
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     paths = {"HOME": str(folder), "TMPDIR": str(folder)}
-    return run_forked(lambda: train.train("config.yaml"), folder, ENVIRONMENT | paths | environment)
+    return run_forked(train, "config.yaml", folder=folder, environment=ENVIRONMENT | paths | environment)
 
 
 def spellings(secret: str) -> list[bytes]:

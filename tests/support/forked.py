@@ -9,8 +9,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 from finetune.cli import run_cli
+from tests.support.documents import ROOT
 
 
 @functools.cache
@@ -57,22 +59,24 @@ def fork(command: Callable[[], object], stdout: Path, stderr: Path) -> int:
 
 
 def run_forked(
-    command: Callable[[], object], folder: Path, environment: Mapping[str, str] | None = None
+    module: ModuleType, *arguments: object, folder: Path = ROOT, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command as `python -m` would, to its end, in a forked process in `folder`.
+    """Run a command in a forked process to its end, as `python -m MODULE ARGUMENT ...` would.
 
     Args:
-        command: what to do.
+        module: the command.
+        arguments: its arguments.
         folder: current folder of the process.
         environment: variables to add or replace.
     """
 
-    def there() -> None:
+    def command() -> None:
+        sys.argv = [module.__name__.rpartition(".")[2], *map(str, arguments)]
         os.chdir(folder)
         os.environ.update(environment or {})
-        run_cli(command)
+        run_cli(module.main)
 
     with tempfile.TemporaryDirectory() as outside:
         outputs = [Path(outside, name) for name in ("stdout", "stderr")]
-        code = os.waitstatus_to_exitcode(os.waitpid(fork(there, *outputs), 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(fork(command, *outputs), 0)[1])
         return subprocess.CompletedProcess([], code, *(path.read_text(encoding="utf-8") for path in outputs))

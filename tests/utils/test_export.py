@@ -21,6 +21,7 @@ from model.lora import add_lora
 from model.transformer import Transformer
 from model.weights import open_safetensors
 from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
+from tests.support.forked import run_forked
 from tests.support.golden import instruct_tokenizer
 from tests.support.hub_server import FakeHub, only_hub
 from tests.support.other_engines import mistral_inference_logits, transformers_logits
@@ -370,14 +371,13 @@ def test_content_and_size_are_announced_before_writing(tmp_path, capsys):
 @pytest.mark.slow
 def test_command_line(tmp_path):
     run = make_run(tmp_path / "run", make_base(tmp_path / "base"))
-    command = [sys.executable, "-m", "utils.export", str(run), "--to"]
-    failed = subprocess.run([*command, "hf", "--out", str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
+    failed = run_forked(export_command, run, "--to", "hf", "--out", tmp_path / "x")
     assert failed.returncode == 1
     assert (
         failed.stderr.startswith(f"error: {checkpoint_of(run)} is an adapter, and") and "Traceback" not in failed.stderr
     )
-    options = ["hf", "--merged", "--step", "1", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "y")]
-    subprocess.run([*command, *options, "--dtype", "fp16"], cwd=ROOT, capture_output=True, check=True)
+    options = ("--to", "hf", "--merged", "--step", "1", "--base", tmp_path / "base", "--out", tmp_path / "y")
+    run_forked(export_command, run, *options, "--dtype", "fp16").check_returncode()
     assert set(open_model_weights(tmp_path / "y").dtypes.values()) == {torch.float16}
     assert {path.name for path in (tmp_path / "y").iterdir()} >= {"config.json", "model.safetensors"}
 

@@ -1,8 +1,6 @@
 """Extending a model of 32,000 tokens: positions of the rows, values of the new ones, unchanged logits of old tokens."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,11 @@ from model.args import load_model_args
 from model.errors import UserError
 from model.transformer import Transformer
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.forked import run_forked
+from utils import extend_model_vocab as command
 from utils.models.exports import export
 from utils.models.vocabulary import extend_model_vocab
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 16, "n_layers": 1, "head_dim": 8, "hidden_dim": 24, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 32000}
 TABLES = ["tok_embeddings.weight", "output.weight"]
 
@@ -173,12 +172,12 @@ def test_a_failed_extension_writes_nothing(tmp_path, original, monkeypatch):
 
 @pytest.mark.slow
 def test_command_line(tmp_path, original):
-    command = [sys.executable, "-m", "utils.extend_model_vocab", "--original_model_ckpt"]
-    target = ["--extended_model_ckpt", str(tmp_path / "new")]
-    failed = subprocess.run([*command, str(tmp_path), *target], cwd=ROOT, capture_output=True, text=True)
+    target = ("--extended_model_ckpt", tmp_path / "new")
+    failed = run_forked(command, "--original_model_ckpt", tmp_path, *target)
     assert failed.returncode == 1
     assert failed.stderr.startswith(f"error: {tmp_path / 'params.json'} does not exist")
     assert failed.stderr.count("\n") == 1
     to_pth(original)
-    subprocess.run([*command, str(original), *target, "--seed", "7"], cwd=ROOT, capture_output=True, check=True)
+    done = run_forked(command, "--original_model_ckpt", original, *target, "--seed", "7")
+    done.check_returncode()
     assert load_model_args(tmp_path / "new").vocab_size == 32768

@@ -1,7 +1,6 @@
 """Merged weights equal float64 arithmetic and mistral-finetune's files; adapters that do not fit are refused."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from finetune.cli import run_cli
 from model.errors import UserError
 from tests.support.checkpoints import make_tiny_adapter, make_tiny_checkpoint
+from tests.support.forked import run_forked
+from utils import merge_lora as merge_command
 from utils.merge_lora import main
 from utils.models.merging import merge_lora
 
@@ -248,12 +249,11 @@ def test_a_failed_merge_writes_nothing(tmp_path, base, adapter, monkeypatch):
 
 @pytest.mark.slow
 def test_command_line(tmp_path, base, adapter):
-    command = [sys.executable, "-m", "utils.merge_lora", "--initial_model_ckpt", str(base), "--lora_ckpt"]
-    output = ["--dump_ckpt", str(tmp_path / "merged.safetensors")]
-    failed = subprocess.run([*command, str(tmp_path / "none"), *output], cwd=ROOT, capture_output=True, text=True)
+    command, output = ("--initial_model_ckpt", base, "--lora_ckpt"), ("--dump_ckpt", tmp_path / "merged.safetensors")
+    failed = run_forked(merge_command, *command, tmp_path / "none", *output)
     assert failed.returncode == 1
     assert failed.stderr == f"error: {tmp_path / 'none'} does not exist or is not a file.\n"
-    subprocess.run([*command, str(adapter), *output, "--scaling", "0.5"], cwd=ROOT, capture_output=True, check=True)
+    run_forked(merge_command, *command, adapter, *output, "--scaling", "0.5").check_returncode()
     assert_merged(base, adapter, tmp_path / "merged.safetensors", 0.5)
 
 

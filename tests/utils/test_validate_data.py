@@ -20,6 +20,7 @@ from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.monitoring.plot import new_figure
 from finetune.speed_estimate import visible_gpu
 from model.errors import UserError
+from tests.support.forked import run_forked
 from tests.support.golden import GOLDEN, fixture
 from tests.support.patience import PATIENCE_S
 from tests.support.tiny_tekken import write_tiny_tekken
@@ -754,29 +755,19 @@ def test_an_interruption_leaves_no_files(command, monkeypatch):
 # --- command line ---
 
 
-def start(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "utils.validate_data", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-
-
 @pytest.mark.slow
 def test_real_command(tmp_path):
     data = write(tmp_path / "a.jsonl", GOOD, "{", OTHER)
     keys = {"data": {"instruct_data": str(data)}, "model_id_or_path": "m", "run_dir": "run"}
     config = write(tmp_path / "train.yaml", yaml.safe_dump(keys))
-    bad = start(tmp_path, "--train_yaml", str(config), "--create_corrected")
+    bad = run_forked(validate_data, "--train_yaml", str(config), "--create_corrected")
     assert (bad.returncode, bad.stderr) == (1, "")
     assert f"The data in line 2 of dataset {data} is incorrectly formatted. Expecting" in bad.stdout
     os.replace(tmp_path / "a.jsonl.corrected", data)
-    good = start(tmp_path, str(config))
+    good = run_forked(validate_data, str(config))
     assert (good.returncode, good.stderr) == (0, "")
     assert "No errors! Data is correctly formatted!" in good.stdout
-    missing = start(tmp_path, "--train_yaml", str(tmp_path / "absent.yaml"))
+    missing = run_forked(validate_data, "--train_yaml", str(tmp_path / "absent.yaml"))
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: ")
     assert "Traceback" not in missing.stderr
@@ -784,7 +775,7 @@ def test_real_command(tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("a.yaml", "--train_yaml", "a.yaml")])
 def test_exactly_one_yaml_is_expected(tmp_path, flags):
-    failed = start(tmp_path, *flags)
+    failed = run_forked(validate_data, *flags)
     assert failed.returncode == 2
     assert "give one training YAML: CONFIG.yaml or --train_yaml CONFIG.yaml" in failed.stderr
 
