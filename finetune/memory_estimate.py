@@ -11,7 +11,7 @@ the computation dtype in bytes.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -111,10 +111,8 @@ class MemoryConfig:
     def memory(self) -> Memory:
         """Return the memory at the peak."""
         block, root = self._parameters
-        held = [*block * self.model.n_layers, *root]
         trained, frozen = (
-            sum(parameter.held(self.shards) for parameter in held if parameter.trains == trains)
-            for trains in (True, False)
+            self._sum(lambda parameter: parameter.held(self.shards), trains=trains) for trains in (True, False)
         )
         gradients, moments = trained, self.optimizer_bytes(self.shards)
         if self.device != "cpu" and self.optim.name.startswith("paged_"):  # moves to the host as far as needed
@@ -152,18 +150,15 @@ class MemoryConfig:
 
     def trained_and_frozen(self) -> tuple[int, int]:
         """Return the numbers of trained and frozen parameters of the whole model, whatever their format."""
-        block, root = dataclasses.replace(self, base_dtype=SAME)._parameters
-        held = [*block * self.model.n_layers, *root]
-        trained = sum(parameter.count for parameter in held if parameter.trains)
-        return trained, sum(parameter.count for parameter in held) - trained
+        plain = dataclasses.replace(self, base_dtype=SAME)
+        trained, frozen = (plain._sum(lambda parameter: parameter.count, trains=trains) for trains in (True, False))
+        return int(trained), int(frozen)
 
     def optimizer_bytes(self, shards: int) -> float:
         """Return the bytes of the optimizer's state on the process with the largest of `shards` shards."""
-        block, root = self._parameters
-        return sum(
-            optimizer_bytes(self.optim, parameter.sharded_rows(shards), parameter.columns)
-            for parameter in [*block * self.model.n_layers, *root]
-            if parameter.trains
+        return self._sum(
+            lambda parameter: optimizer_bytes(self.optim, parameter.sharded_rows(shards), parameter.columns),
+            trains=True,
         )
 
     # --- Parameters
@@ -191,6 +186,11 @@ class MemoryConfig:
             found = _Parameter(part, len(parameter), parameter.numel(), trains, width)
             (block if in_block else root).append(found)
         return block, root
+
+    def _sum(self, size: Callable[["_Parameter"], float], *, trains: bool) -> float:
+        """Sum the sizes of the trained or frozen parameters of the model."""
+        block, root = (sum(size(p) for p in parameters if p.trains is trains) for parameters in self._parameters)
+        return block * self.model.n_layers + root
 
     def _whole(self, parameters: Iterable["_Parameter"]) -> float:
         """Bytes of gathered parameters; the trained ones are in the computation dtype."""
