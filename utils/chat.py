@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli import run_cli
 from model.errors import UserError
-from utils.engines.choice import add_engine_options, parse_engine
+from utils.engines.choice import add_engine_options, add_shard_option, parse_engine
 from utils.engines.engine import Generation
 from utils.icd10.prompts import prompt_messages
 
@@ -38,6 +38,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON")
     parser.add_argument("--batch", type=Path, metavar="FILE", help="answer these rows (jsonl) instead, with any engine")
     parser.add_argument("--out", type=Path, metavar="FILE", help="answers of --batch (jsonl); resumes if interrupted")
+    add_shard_option(parser)
     add_engine_options(parser)
     options = parser.parse_args()
     if options.icd10 and options.system:

@@ -30,6 +30,7 @@ from finetune.cli import run_cli
 from finetune.next_commands import next_commands
 from model.errors import UserError
 from model.wording import counted
+from utils.engines.choice import EngineChoice
 from utils.icd10.agreement import agreement
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
@@ -345,9 +346,9 @@ def main() -> None:
     outputs = (args.json, args.html, args.csv)
     require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train, args.second))
     if args.run:
-        from utils.engines.answer_file import predict_in_run_dir
+        from utils.engines.answer_file import answers_to_gold  # imports mistral_common
 
-        args.predictions = predict_in_run_dir(args.run, args.gold)
+        args.predictions = answers_to_gold(EngineChoice(folder=args.run), args.gold)
     require_own_names(outputs, (args.predictions, origin_path(args.predictions)))
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None

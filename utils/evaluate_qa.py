@@ -1,8 +1,14 @@
-"""Score answers to questions: `python -m utils.evaluate_qa --gold G.jsonl (--predictions P.jsonl | --run RUN)`.
+"""Score answers to questions.
+
+python -m utils.evaluate_qa --gold G.jsonl --predictions P.jsonl       answers that exist
+python -m utils.evaluate_qa --gold G.jsonl --run RUN                   answers of a run
+python -m utils.evaluate_qa --gold G.jsonl --run EXPORT --engine vllm --out P.jsonl
+python -m utils.evaluate_qa --gold G.jsonl --engine server --server http://127.0.0.1:8000/v1 --out P.jsonl
 
 Gold rows are instruct rows whose last message, the assistant's, is the reference. Prediction rows are
-`{"id", "answer"}`; rows without id are identified by their line number. With `--run`, the run's latest checkpoint
-answers the questions first. A missing prediction counts as an empty answer.
+`{"id", "answer"}`; rows without id are identified by their line number. A missing prediction counts as an empty
+answer. Otherwise the model answers the questions first, with any engine of `utils.predict_icd10`; after an
+interruption, the same command continues. Answers are written to `--out`, by default in the run's folder `predictions`.
 
 Two scores from qa-expert, each the mean over the rows, for short references (a name, a date, a span):
 
@@ -27,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from finetune.cli import run_cli
+from utils.engines.choice import add_engine_options, given_options, parse_engine
 from utils.icd10.metrics import interval, resample
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
 from utils.tables.rows_by_id import last_answer, match_ids, read_by_id
@@ -132,24 +139,33 @@ def summarize(result: Mapping[str, Any]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gold", type=Path, required=True, metavar="FILE", help="instruct rows (jsonl)")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--predictions", type=Path, metavar="FILE", help="answers (jsonl)")
-    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run; its latest checkpoint answers --gold first")
+    source.add_argument("--run", type=Path, metavar="FOLDER", help="a run or a model; answers --gold first")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the scores to this file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the model's answers (jsonl; default: in the run)")
+    add_engine_options(parser)
+    options = parser.parse_args()
+    if options.predictions and (given := [*given_options(options), *(["--out"] if options.out else [])]):
+        parser.error(f"{given[0]} is for a model that answers --gold, and --predictions are its answers")
+    if options.predictions is None and options.run is None and options.engine != "server":
+        parser.error("give --predictions, or a model that answers --gold: --run, or --engine server")
+    if options.engine != "local" and options.out is None:
+        parser.error(f"--engine {options.engine} needs --out FILE for its answers")
+    return options
 
 
 def main() -> None:
     args = _arguments()
-    require_own_names([args.json], [args.gold, args.predictions])
+    require_own_names([args.json, args.out], [args.gold, args.predictions])
     references = read_references(args.gold)
-    if args.run:
-        from utils.engines.answer_file import predict_in_run_dir
+    if args.predictions is None:
+        choice = parse_engine(args, args.run)
+        from utils.engines.answer_file import answers_to_gold  # imports mistral_common
 
-        args.predictions = predict_in_run_dir(args.run, args.gold)
+        args.predictions = answers_to_gold(choice, args.gold, args.out)
         require_own_names([args.json], [args.predictions])
-    result = evaluate(references, match_ids(references, read_answers(args.predictions)), args.seed)
+    result = evaluate(references, match_ids(references, read_answers(args.predictions)))
     if args.json:
         save({args.json: json.dumps(result, ensure_ascii=False, indent=2) + "\n"})
     print(summarize(result))

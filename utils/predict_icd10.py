@@ -22,7 +22,7 @@ from pathlib import Path
 from finetune.cli import run_cli
 from finetune.next_commands import next_commands
 from model.errors import UserError
-from utils.engines.choice import add_engine_options, parse_engine
+from utils.engines.choice import add_engine_options, add_shard_option, parse_engine
 from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
 from utils.tables.read_table import FILE_TYPES, add_encoding_option, read_table
@@ -36,6 +36,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="allow only codes of this CIM-10 table")
     parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
     add_encoding_option(parser)
+    add_shard_option(parser)
     add_engine_options(parser)
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ class ChatServer(ThreadingHTTPServer):
         models: names that it lists.
         requests: JSON of the requests so far.
         location: where to redirect all requests to, if anywhere.
-        authorization: header of the last prompt's request.
+        headers: of the last request, in lower case.
         listed: body of the list of models, if it is not that of `models`.
     """
 
@@ -31,7 +31,7 @@ class ChatServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.location: str | None = None
         self.listed: bytes | None = None
-        self.authorization: str | None = None
+        self.headers: dict[str, str] = {}
 
     def handle_error(self, *_: object) -> None:
         """Print nothing about a client that has gone."""
@@ -51,7 +51,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
-        self.server.authorization = self.headers["Authorization"]
         answer = self.server.answer(request)
         if isinstance(answer, int):
             self._reply(answer, {"error": {"message": f"bad: {request['messages']}", "code": "context_length"}})
@@ -66,6 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "demo", "choices": [choice]})
 
     def _reply(self, status: int, content: dict[str, Any] | bytes) -> None:
+        self.server.headers = {name.lower(): value for name, value in self.headers.items()}
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(307 if self.server.location else status)
         if self.server.location:

@@ -146,7 +146,7 @@ def test_the_key_is_sent_and_never_printed(key, expected, notes: Path, run_comma
     monkeypatch.setenv("SERVER_API_KEY", key)
     with chat_server(lambda _: 401) as server:
         code, output, _ = predict(run_command, notes, server.url, "--model", "demo")
-        assert expected is None or f"Bearer {expected}" == server.authorization
+        assert expected is None or f"Bearer {expected}" == server.headers["authorization"]
     assert code == 1 and "SERVER_API_KEY" in output and (not expected or expected not in output)
     assert key.isascii() or "SERVER_API_KEY has characters that no API key has." in output
 
@@ -214,6 +214,27 @@ def test_redirects_and_proxies_are_not_used(notes: Path, run_command: RunCommand
         code, output, rows = predict(run_command, notes, server.url, "--model", "demo")
         assert code == 1 and not rows and "HTTP 307" in output
         assert not other.requests
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "demo"]], ids=["list of models", "prompt"])
+def test_nothing_else_of_the_environment_is_sent(model, notes: Path, run_command: RunCommand, monkeypatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "environment")
+    custom = ("Host", "Accept", "Authorization", "User-Agent", "X-Own")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "".join(f"{name}: environment\n" for name in custom))
+    with chat_server(lambda _: ANSWER) as server:
+        if not model:
+            server.models = []  # and no prompt follows
+        predict(run_command, notes, server.url, *model)
+        host = server.url.removeprefix("http://").removesuffix("/v1")
+    length = server.headers.pop("content-length")
+    assert server.headers == {
+        "host": host,
+        "authorization": "Bearer none",
+        "accept": "application/json",
+        "content-type": "application/json",
+    }
+    assert bool(int(length)) == bool(model)
 
 
 def test_a_server_with_several_models_needs_a_name(notes: Path, run_command: RunCommand) -> None:

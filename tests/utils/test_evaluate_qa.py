@@ -14,6 +14,7 @@ from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
 from finetune.distributed import World
 from model.args import LoraArgs
+from tests.support.chat_server import chat_server
 from tests.support.checkpoints import make_tiny_checkpoint
 from utils import evaluate_qa
 from utils.evaluate_qa import contains, evaluate, normalize_text, word_recall
@@ -110,6 +111,33 @@ def test_inputs_are_not_overwritten(jsonl, command):
         "--gold", gold, "--predictions", jsonl("p.jsonl", [{"id": "a", "answer": "x"}]), "--json", gold
     )
     assert code == 1 and "g.jsonl is an output and also another file" in message
+
+
+def test_a_servers_answers_are_scored(jsonl, command, tmp_path):
+    gold = jsonl("g.jsonl", [question("Victor Hugo", "a"), question("1802", "b")])
+    out = tmp_path / "p.jsonl"
+    with chat_server(lambda _: "Hugo, en 1802") as server:
+        options = ("--gold", gold, "--engine", "server", "--server", server.url, "--out", out)
+        code, output = command(*options)
+        assert code == 0 and "word recall           0.750 [" in output and len(server.requests) == 2
+        assert "2 answers (2 from an earlier call)" in command(*options)[1] and len(server.requests) == 2
+        assert "different max_tokens; delete it or choose another --out" in command(*options, "--max_tokens", 9)[1]
+    assert command("--gold", gold, "--predictions", out)[1] in output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "give --predictions, or a model that answers --gold: --run, or --engine server"),
+        (["--engine", "server", "--server", "http://127.0.0.1:1/v1"], "--engine server needs --out FILE"),
+        (["--predictions", "p.jsonl", "--max_tokens", 9], "--max_tokens is for a model that answers --gold"),
+        (["--predictions", "p.jsonl", "--out", "q.jsonl"], "--out is for a model that answers --gold"),
+        (["--run", ".", "--predictions", "p.jsonl"], "not allowed with"),
+    ],
+)
+def test_options_without_effect_are_refused(options, expected, command):
+    code, message = command("--gold", "g.jsonl", *options)
+    assert code == 2 and expected in message
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from finetune.run_dir import find_checkpoint, run_of
+from finetune.run_dir import run_of
 from model.atomic import owner_only
 from model.errors import UserError
 from model.wording import counted
@@ -207,22 +207,30 @@ def _require_same_origin(answers: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def predict_in_run_dir(folder: Path, rows: Path) -> Path:
-    """Answer the rows of a file with a run's latest checkpoint, or with the given checkpoint, unless done before.
+def answers_to_gold(choice: EngineChoice, rows: Path, out: Path | None = None) -> Path:
+    """Answer the rows of a file that is to be scored, unless done before.
+
+    Args:
+        choice: the engine and its settings.
+        rows: the gold file.
+        out: .jsonl file of the answers; None for one in the `predictions` folder of the run.
 
     Returns:
-        The file of the answers, in the `predictions` folder of the run.
+        The file of the answers.
 
     Raises:
-        UserError: the folder is not in a run, or the rows cannot be answered.
+        UserError: `out` is None and the model is not in a run, or the rows cannot be answered.
     """
-    checkpoint = find_checkpoint(folder)
-    run_dir = run_of(checkpoint)
-    if run_dir is None:
-        raise UserError(f"{folder} is neither a run folder (no args.yaml) nor a checkpoint in one.")
-    answers = run_dir / "predictions" / f"{rows.stem}.{checkpoint.resolve().name}.jsonl"
-    answered = answer_file(EngineChoice(folder=checkpoint), rows, answers)
+    answers = out or _predictions_in_run(choice.folder, rows)
+    answered = answer_file(choice, rows, answers)
     print(answered.summary, file=sys.stderr)
     if answered.warning:
         print(f"warning: {answered.warning}", file=sys.stderr)
     return answers
+
+
+def _predictions_in_run(checkpoint: Path | None, rows: Path) -> Path:
+    run_dir = run_of(checkpoint) if checkpoint else None
+    if checkpoint is None or run_dir is None:
+        raise UserError(f"{checkpoint} is neither a run folder (no args.yaml) nor a checkpoint in one.")
+    return run_dir / "predictions" / f"{rows.stem}.{checkpoint.resolve().name}.jsonl"

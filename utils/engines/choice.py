@@ -124,10 +124,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=int, help=f"prompts sent at once (default: {DEFAULT_CONCURRENCY})")
     group.add_argument("--allow_remote", action="store_true", help="the server may be another machine")
     group.add_argument("--log_probabilities", action="store_true", help="ask the server for them, if it supports that")
-    group.add_argument("--shard", metavar="I/N", help="answer every N-th row from row I on; then run without --shard")
     group.add_argument("--batch_size", type=int, help=f"rows per batch (default: {DEFAULT_BATCH_SIZE})")
     add_step_option(group)
     add_sampling_options(group)
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `utils.engines.shards.parse_shard` reads."""
+    parser.add_argument("--shard", metavar="I/N", help="answer every N-th row from row I on; then run without --shard")
 
 
 def add_sampling_options(parser: argparse._ActionsContainer) -> None:
@@ -187,6 +191,14 @@ def parse_engine(options: argparse.Namespace, folder: Path | None, table: Cim10T
     return EngineChoice(
         options.engine, folder, options.step, server, table, generation, batch_size or DEFAULT_BATCH_SIZE
     )
+
+
+def given_options(options: argparse.Namespace) -> list[str]:
+    """Return the options of `add_engine_options` that have another value than their default."""
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name}" for name, default in defaults.items() if getattr(options, name) != default]
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """A server with OpenAI's API: vLLM, `transformers serve`, llama.cpp, Ollama.
 
-Notes are sent to the given address only: no proxy is used and no redirect is followed.
+Notes are sent to the given address only: no proxy is used and no redirect is followed. Of the environment, only
+SERVER_API_KEY is sent.
 """
 
 import asyncio
@@ -23,7 +24,6 @@ _TIMEOUT_S = 600.0  # of one answer
 _RETRIES = 6
 _FIRST_REFUSALS = 3  # replies without any answer, after which the fault is not in the prompts
 _REFUSALS = (400, 413, 422)  # HTTP statuses that concern one prompt, such as one that is too long
-_DIRECT: dict[str, Any] = {"trust_env": False, "follow_redirects": False}
 # What a JSON document of another layout raises; openai does not check what it parses.
 _NOT_OPENAI = (AttributeError, LookupError, TypeError, ValueError)
 
@@ -63,10 +63,28 @@ class ServerEngine:
             "api_key": _api_key(),
             "timeout": openai.Timeout(_TIMEOUT_S, connect=10.0),
         }
+        self._direct: dict[str, Any] = {"trust_env": False, "follow_redirects": False, "auth": self._bare}
         self.model = address.model or self._only_model()
 
+    def _bare(self, request: Any) -> Any:
+        """Return a request to the server, an httpx.Request, with the headers that it needs.
+
+        openai adds others, from OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS and about this machine.
+        """
+        given = request.headers
+        request.headers = type(given)(
+            {
+                "Host": request.url.netloc.decode(),
+                "Authorization": f"Bearer {self._options['api_key']}",
+                "Accept": "application/json",
+                "Content-Type": "application/json",
+                "Content-Length": given.get("Content-Length", "0"),
+            }
+        )
+        return request
+
     def _only_model(self) -> str:
-        http_client = self._openai.DefaultHttpxClient(**_DIRECT)
+        http_client = self._openai.DefaultHttpxClient(**self._direct)
         try:
             with self._openai.OpenAI(**self._options, max_retries=0, http_client=http_client) as client:
                 names = [str(model.id) for model in client.models.list()]
@@ -88,7 +106,7 @@ class ServerEngine:
         waiting = iter(prompts)
         running: dict[asyncio.Task[Reply | SkippedRowError | UserError], Prompt] = {}
         refused, answered = 0, False
-        http_client = self._openai.DefaultAsyncHttpxClient(**_DIRECT)
+        http_client = self._openai.DefaultAsyncHttpxClient(**self._direct)
         client = self._openai.AsyncOpenAI(**self._options, max_retries=_RETRIES, http_client=http_client)
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
