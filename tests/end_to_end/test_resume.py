@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,8 @@ from finetune.preemption import MARKER_NAME
 from finetune.run_dir import saved_checkpoints
 from model.errors import UserError
 from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, run_trials, uninterrupted
+from tests.support import forking_torchrun
+from tests.support.forked import fork
 from tests.support.held_run import hold, release
 from tests.support.patience import PATIENCE_S, wait_for_line, wait_until
 from tests.support.run_trajectories import INPUTS, ROOT, read_jsonl
@@ -321,21 +324,13 @@ def test_a_timeout_that_is_not_a_number_is_refused(monkeypatch):
 def test_torchrun_restarts_a_run_that_lost_a_process(folder):
     expected, _ = uninterrupted(folder, 2, steps=8)
     config = kill_test_config(folder, "torchrun", max_steps=8)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "tests.support.held_run"]
     log = folder / "torchrun.log"
-    with log.open("w") as output:
-        launcher = subprocess.Popen(
-            [sys.executable, *command, "-m", "tests.support.held_run", str(config)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    launcher = fork(lambda: forking_torchrun.main([*command, str(config)]), log, log)
     wait_for_line(config.with_suffix("") / "checkpoints" / "last" / MANIFEST_NAME)
-    workers = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "held_run"], capture_output=True, text=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    psutil.Process(launcher).children()[-1].kill()
     release(config)
-    assert launcher.wait(PATIENCE_S) == 0, log.read_text()
+    assert os.waitpid(launcher, 0)[1] == 0, log.read_text()
     assert "Resuming from" in log.read_text()
     assert curve(config.with_suffix("")) == expected
 

@@ -32,32 +32,41 @@ for name in ABSENT:
 """
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_POSIX + code, *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+IMPORT_AND_RUN = """
+import importlib
+from finetune.preemption import stop_requests
+
+with stop_requests() as stop:
+    print(bool(stop))
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("imported")
+sys.platform = "win32"
+sys.modules["train"].run_cli(lambda: print("ran"))
+"""
 
 
-def modules() -> list[str]:
-    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in source_files()]
+@pytest.fixture(scope="module")
+def without_posix() -> subprocess.CompletedProcess[str]:
+    """A process that handles signals, imports every module and starts a command."""
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in source_files()]
+    command = [sys.executable, "-c", WITHOUT_POSIX + IMPORT_AND_RUN, *modules]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_every_module_can_be_imported_without_posix() -> None:
-    done = python("import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)", *modules())
-    assert done.returncode == 0, done.stderr
+def test_signals_that_a_system_lacks_are_not_handled(without_posix: subprocess.CompletedProcess[str]) -> None:
+    assert without_posix.stdout.startswith("False\n"), without_posix.stderr
 
 
-def test_native_windows_is_refused_in_one_sentence() -> None:
+def test_every_module_can_be_imported_without_posix(without_posix: subprocess.CompletedProcess[str]) -> None:
+    assert "imported" in without_posix.stdout, without_posix.stderr
+
+
+def test_native_windows_is_refused_in_one_sentence(without_posix: subprocess.CompletedProcess[str]) -> None:
     """Before anything is read or written, whatever the command."""
-    done = python("import train\nsys.platform = 'win32'\ntrain.run_cli(lambda: print('ran'))")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: Native Windows is not supported: use WSL2") and done.stderr.count("\n") == 1
-
-
-def test_signals_that_a_system_lacks_are_not_handled() -> None:
-    code = "from finetune.preemption import stop_requests\nwith stop_requests() as stop: print(bool(stop))"
-    done = python(code)
-    assert done.stdout == "False\n", done.stderr
+    assert without_posix.returncode == 1 and "ran" not in without_posix.stdout
+    (message,) = without_posix.stderr.splitlines()
+    assert message.startswith("error: Native Windows is not supported: use WSL2")
 
 
 def test_memory_is_unknown_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:

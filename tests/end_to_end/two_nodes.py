@@ -93,14 +93,13 @@ class Node:
         self._log = config.with_suffix(f".{number}.log")
         common = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "3"]
         common += ["--local-addr", where.addresses[number]]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *common, *options, "-m", module, str(config)]
+        launcher = [sys.executable, "-m", "tests.support.forking_torchrun", *common, *options]
+        command = where.enter(number, *launcher, "-m", module, str(config))
         # A restarted node finds the others only if torchrun creates a new store for each attempt.
         environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment["GLOO_SOCKET_IFNAME"] = where.interface
         with self._log.open("a") as log:
-            self._launcher = subprocess.Popen(
-                where.enter(number, *torchrun), cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log
-            )
+            self._launcher = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """Kill all its processes at once."""

@@ -1,11 +1,11 @@
 """Generation with a cache matches generation without, and constraints hold for any model."""
 
+import functools
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
@@ -14,7 +14,7 @@ from model.args import ModelArgs, MoeArgs
 from model.generate import filtered_probabilities, generate, stream
 from model.sampling import Sampling
 from model.transformer import Transformer
-from tests.support.golden import GOLDEN
+from tests.support.golden import GOLDEN, instruct_tokenizer
 from utils.icd10.answers import Diagnosis, build_answer, parse_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
@@ -103,7 +103,7 @@ def test_generation_restores_the_model() -> None:
 
 
 def test_prompt_equals_the_tokens_before_the_trained_answer() -> None:
-    encoder = SampleEncoder(MistralTokenizer.v3().instruct_tokenizer)
+    encoder = SampleEncoder(instruct_tokenizer("v3"))
     row = instruct_row("Patient de 70 ans, HTA.", "Codes CIM 10", "1")
     sample = encoder.encode_conversation(parse_conversation(row))
     prompt = encoder.encode_prompt(parse_conversation(row).messages[:-1])
@@ -160,10 +160,15 @@ TABLE = Cim10Table(
 )
 
 
+@functools.cache
+def vocabulary_of(name: str) -> Vocabulary:
+    tokenizer = instruct_tokenizer(name)
+    return Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["sentencepiece", "tekken"])
 def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
-    tokenizer = MistralTokenizer.v3(is_tekken=request.param).instruct_tokenizer
-    return Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id)
+    return vocabulary_of("tekken" if request.param else "v3")
 
 
 def random_answer(grammar: AnswerGrammar, vocabulary: Vocabulary, rng: random.Random, limit: int) -> str:
@@ -224,9 +229,7 @@ def test_grammar_accepts_every_answer_of_data_preparation(vocabulary: Vocabulary
 def test_random_answers_over_the_complete_cim10() -> None:
     """Choose randomly among the allowed tokens, like an untrained model."""
     table = Cim10Table.from_file(Path(GOLDEN).parent / "icd" / "cim_10_atih_2019.tsv")
-    tokenizer = MistralTokenizer.v3().instruct_tokenizer
-    vocabulary = Vocabulary(token_bytes(tokenizer), tokenizer.tokenizer.eos_id)
-    grammar, rng = AnswerGrammar(table, prefix=" "), random.Random(0)
+    vocabulary, grammar, rng = vocabulary_of("v3"), AnswerGrammar(table, prefix=" "), random.Random(0)
     for _ in range(200):
         assert_allowed(random_answer(grammar, vocabulary, rng, limit=120), table)
 
