@@ -36,10 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = end_to_end + [item for item in items if "end_to_end" not in item.path.parts]
 
 
+def pytest_configure() -> None:
+    """Collect no garbage while modules are imported: nearly all of their objects stay."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Exempt modules and tests from garbage collection, whose objects stay until the end: a tenth of the time."""
-    gc.collect()
+    """Exempt modules and tests from garbage collection, which would search them again and again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,6 +67,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let our engine stop after 8 tokens: an untrained model would reach the limit of 512."""
+    from utils.engines import local
+
+    original = local.stream
+    monkeypatch.setattr(local, "stream", lambda model, prompts, _, *rest: original(model, prompts, 8, *rest))
 
 
 @pytest.fixture

@@ -141,6 +141,7 @@ def test_options_without_effect_are_refused(options, expected, command):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_answers")
 def test_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     gold = jsonl("g.jsonl", [question("Victor Hugo", "a"), question("1802", "b")])
     args = TrainArgs(

@@ -252,6 +252,7 @@ def test_constrained_answers_contain_only_codes_of_the_table(run_dir: Path, note
         assert all(codes.allows(item.role, item.code) for item in found)
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_evaluating_a_run_predicts_once(
     run_dir: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
