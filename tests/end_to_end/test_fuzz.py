@@ -37,7 +37,7 @@ from utils.tables.rewrite import Rewriting, call_ids, rewrite_jsonl
 CPU_LIMIT_S = 20  # for one input, of this process, whatever else the machine does; milliseconds are usual
 fuzz = settings(
     deadline=None,
-    max_examples=max(300, settings.default.max_examples),
+    max_examples=max(150, settings.default.max_examples),
     suppress_health_check=list(HealthCheck),
 )
 
