@@ -264,7 +264,7 @@ class TrainArgs(Settings):
 
     # activation checkpointing: what the backward pass recomputes. `true`: all of each block, for the least memory;
     # `selective`: the feed-forward networks; `false`: nothing; `auto`: the fastest of these that fits in memory
-    checkpoint: CheckpointMode = True
+    checkpoint: CheckpointMode = "auto"
     # dtype of computation and of frozen weights. `auto`: bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU
     param_dtype: Literal["auto", ParamDtype] = "auto"
     # multiply fp32 matrices as TF32, which keeps 10 of 23 bits: faster on GPUs from Ampere on. Only `param_dtype: fp32`
@@ -274,7 +274,8 @@ class TrainArgs(Settings):
     # double quantization; `fp8`: 8 bits, and fp8 matrix products on GPUs that have them, from Hopper on
     base_dtype: BaseDtype = "same"
     attention: Literal["auto", AttentionEngine] = "auto"  # attention engine. `auto`: the first of these that runs here
-    compile: Bool = False  # compile element-wise ops with torch.compile; worthwhile for long runs, takes about a minute
+    # compile element-wise operations with torch.compile, which takes about a minute. `auto`: on GPUs
+    compile: Bool | Literal["auto"] = "auto"
     # how weights are sharded. `full`: over all processes; `hybrid`: over those of each node, so that only the adapter's
     # gradients cross the network. No difference on a single node
     sharding: Literal["full", "hybrid"] = "full"

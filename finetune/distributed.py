@@ -208,7 +208,12 @@ def _several_processes(rank: int, size: int) -> Iterator[World]:
     try:
         device = _own_device()
         dist.init_process_group(
-            _backend(device), store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
+            _backend(device),
+            store=dist.PrefixStore(attempt, store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,  # NCCL connects now, and not in the first step
         )
         background = dist.new_group(backend="gloo", timeout=timeout)
         yield dataclasses.replace(world, device=device, background_group=background)

@@ -1,7 +1,11 @@
 """The choice of device, dtype and attention engine, and the memory that is available."""
 
 import dataclasses
+import importlib.util
+import logging
 import math
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,8 @@ from model.fused_lora import SwiGLU
 
 from .mixed_precision import DTYPES, choose_dtype
 from .speed_estimate import Gpu, visible_gpu
+
+logger = logging.getLogger("hardware")
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -46,16 +52,51 @@ def choose_device(local_rank: int) -> torch.device:
     """Return the GPU of this process, or the CPU if there is no CUDA.
 
     Raises:
-        UserError: the node has more processes than GPUs.
+        UserError: the node has more processes than GPUs, or this build of PyTorch has no kernels for the GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    # Before the first allocation. The lengths of tensors vary between batches, which would otherwise fragment memory.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if local_rank >= (count := torch.cuda.device_count()):
         raise UserError(
             f"Process {local_rank} of this machine has no GPU: {count} are visible. "
             f"Start torchrun with --nproc-per-node {count} or check CUDA_VISIBLE_DEVICES."
         )
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
+    _require_kernels(device)
+    return device
+
+
+def _require_kernels(device: torch.device) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    if not built or any(_runs_on(architecture, major, minor) for architecture in built):
+        return
+    remedy = "Install a build of PyTorch that has them: https://pytorch.org/get-started/locally."
+    if (5, 0) <= (major, minor) < (7, 5):
+        remedy = (
+            "Builds for CUDA 12.6 have them: pip install --force-reinstall torch --index-url "
+            "https://download.pytorch.org/whl/cu126."
+        )
+    raise UserError(
+        f"{torch.cuda.get_device_name(device)} needs kernels for sm_{major}{minor}; PyTorch {torch.__version__} was "
+        f"built for {', '.join(built)}. {remedy}"
+    )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Return whether code for an architecture (sm_86, sm_90a, compute_120) runs on a GPU of this capability."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        return False
+    kind, suffix, built = match[1], match[4], (int(match[2]), int(match[3]))
+    if suffix == "a":  # this capability only
+        return built == (major, minor)
+    if kind == "compute" and not suffix:  # is translated for any later GPU
+        return built <= (major, minor)
+    return built[0] == major and built[1] <= minor
 
 
 def choose_hardware(device: torch.device, param_dtype: str, attention: str, model_args: ModelArgs) -> Hardware:
@@ -65,7 +106,19 @@ def choose_hardware(device: torch.device, param_dtype: str, attention: str, mode
         UserError: the requested attention engine does not run here.
     """
     dtype = choose_dtype(param_dtype, device)
-    return Hardware(device, dtype, choose_engine(attention, device, dtype, model_args.head_dim))
+    engine = choose_engine(attention, device, dtype, model_args.head_dim)
+    if engine == "varlen":
+        _enable_flash_attention_3(device)
+    return Hardware(device, dtype, engine)
+
+
+def _enable_flash_attention_3(device: torch.device) -> None:
+    """Let PyTorch's flash attention use FlashAttention-3, which is for Hopper, if its package is installed."""
+    has_package = importlib.util.find_spec("flash_attn_interface") is not None
+    if has_package and torch.cuda.get_device_capability(device)[0] == 9:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
 
 
 def enable_tf32(hardware: Hardware) -> str | None:
@@ -81,20 +134,26 @@ def enable_tf32(hardware: Hardware) -> str | None:
     return None
 
 
-def check_compile(device: torch.device) -> None:
-    """Compile a small function, to check that `compile: true` works here.
+def choose_compile(setting: bool | str, device: torch.device) -> bool:
+    """Resolve `compile`: auto compiles on a GPU where torch.compile works.
 
     Raises:
-        UserError: torch.compile does not work here.
+        UserError: `compile: true` does not work here.
     """
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return False
     x = torch.ones(4, 4, device=device)
     try:
         SwiGLU(compiled=True).forward(x, x)
     except Exception as error:  # from the compiler, Triton, a missing header: of any type
+        if setting == "auto":
+            logger.warning("`compile: auto` is false, torch.compile does not work here: %s.", first_line(error))
+            return False
         raise UserError(
             f"`compile: true` does not work here: {first_line(error)}. It needs a C++ compiler, and "
             "on a GPU Triton. Set `compile: false`."
         ) from error
+    return True
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

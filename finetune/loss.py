@@ -6,12 +6,12 @@ Shapes: T tokens, N trained tokens, D model width, V vocabulary.
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model.transformer import Head, Transformer
 
+from .batch_tensors import tensors_on
 from .data.data_loader import Batch
 
 # fp32 logits per chunk: 8 MiB, which stay in a CPU's cache; 128 MiB, which keep a GPU busy.
@@ -94,12 +94,6 @@ def _cross_entropy(
 
 def batch_loss(model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
     """Return the mean cross-entropy over a batch's trained positions, weighted by their messages' weights, in nats."""
-    targets = torch.from_numpy(batch.y).to(device, non_blocking=True)
-    trained, loss_weights = None, None
-    if batch.y_mask is not None:
-        trained = torch.from_numpy(np.flatnonzero(batch.y_mask)).to(device, non_blocking=True)
-        targets = targets[trained]
-        if batch.y_mask.dtype != bool:
-            loss_weights = torch.from_numpy(batch.y_mask[batch.y_mask > 0]).to(device, torch.float32)
-    inputs = torch.from_numpy(batch.x).to(device, non_blocking=True)
-    return model(inputs, batch.sizes, head=cross_entropy_head(targets, loss_weights), output_positions=trained)
+    tensors = tensors_on(device, batch)
+    head = cross_entropy_head(tensors.targets, tensors.loss_weights)
+    return model(tensors.inputs, tensors.documents, head=head, output_positions=tensors.trained)

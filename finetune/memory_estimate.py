@@ -285,17 +285,20 @@ class MemoryConfig:
     def _block_at_most(self, rows: int, is_last: bool) -> float:
         """Peak bytes of a block in its backward pass, including what it keeps."""
         model, e, (positions, _) = self.model, self.dtype.itemsize, self._positions
-        attention = self._attention(rows, is_last) + self._working_copies("attention") + self._dequantized
+        attention = self._attention(rows, is_last) + self._working_copies("attention")
         queries, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
         # The gradient of a norm: that of its output, and four tensors in fp32 (three if its input is one).
         norm = model.dim * (2 * e + (16 if e < _FP32 else 12))
         feed_forward = attention + rows * (self._feed_forward + self._feed_forward_gradients)
         feed_forward += self._working_copies("feed_forward")
+        # While a weight is dequantized, its product's result is there, but not yet the gradients of gate and up.
+        active = model.moe.num_experts_per_tok / model.moe.num_experts if model.moe else 1
+        product = feed_forward - rows * active * 2 * model.hidden_dim * e + self._dequantized
         ffn_norm = attention + rows * (norm + 2 * model.hidden_dim * e * (model.moe is None))
         # FlashAttention accumulates the queries' gradient in fp32 and computes those of keys and values per query head.
         engine = queries * (4 * e + _FP32) if self.device != "cpu" else e * (3 * queries + 4 * keys)
         attention_norm = norm + e * (model.dim + self._low("wq", "wk", "wv") + queries + 2 * keys)
-        return max(feed_forward, ffn_norm, attention + positions * engine, positions * attention_norm)
+        return max(feed_forward, product, ffn_norm, attention + positions * engine, positions * attention_norm)
 
     @property
     def _feed_forward_gradients(self) -> float:
@@ -312,9 +315,11 @@ class MemoryConfig:
         """Bytes of a block's largest weight, dequantized."""
         if self.base_dtype == SAME:
             return 0
-        model = self.model
+        model, e = self.model, self.dtype.itemsize
         largest = model.dim * max(model.hidden_dim, model.n_heads * model.head_dim)
-        return (self.dtype.itemsize + _FP32) * largest  # through fp32
+        if self.device == "cpu":
+            return (e + _FP32) * largest  # through fp32
+        return (2 * e if self.base_dtype == "fp8" else e) * largest  # NF4 in one kernel
 
     def _head(self) -> float:
         """Bytes kept by the head if its weight or an adapter trains: a gradient of the weight's size."""

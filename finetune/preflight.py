@@ -15,7 +15,7 @@ from model.settings import Frequency
 
 from .args import TrainArgs
 from .distributed import World
-from .hardware import Hardware, check_compile, free_bytes
+from .hardware import Hardware, free_bytes
 from .memory_estimate import CHECKPOINTS, RESERVE, MemoryConfig
 from .optim import check_optimizer
 from .run_dir import saved_checkpoints
@@ -59,9 +59,6 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     with world.synchronized_errors():
         check_optimizer(args.optim, world.size, hardware.device)
     world.sum(torch.ones((), device=world.device))  # fails if the ranks cannot communicate
-    if args.compile:
-        with world.synchronized_errors():
-            check_compile(hardware.device)
     if args.base_dtype != "same" and (world.size > 1 or args.cpu_offload) and not _shards_bytes():
         world.raise_on_all(
             f"`base_dtype: {args.base_dtype}` on several processes or with `cpu_offload` needs PyTorch 2.12 or later, "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from .anomalies import AnomalyDetector
 from .args import TrainArgs
+from .batch_tensors import prepare_for_gpu
 from .checkpointing import Checkpointer
 from .data.data_loader import TrainLoader, build_data_loader
 from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
@@ -18,7 +19,7 @@ from .distributed import World
 from .epochs import count_epoch_steps, count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
 from .fingerprints import Fingerprints, fingerprints
-from .hardware import Hardware, choose_hardware, enable_tf32
+from .hardware import Hardware, choose_compile, choose_hardware, enable_tf32
 from .mixed_precision import LossScaler
 from .monitoring.metrics_logger import MetricsLogger
 from .optim import build_optimizer
@@ -79,6 +80,7 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
         no_tf32 = enable_tf32(hardware) if args.tf32 else None
+        compile_here = choose_compile(args.compile, hardware.device)
         if world.is_master:
             base.require_intact()
     if world.is_master:
@@ -86,14 +88,16 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
             logger.warning("`tf32: true` has no effect: %s.", no_tf32)
         for warning in tokenizer_warnings(base.folder, tokenizer, base.args.vocab_size):
             logger.warning(warning)
-    args = dataclasses.replace(args, world_size=world.size, **hardware.settings())
+    args = dataclasses.replace(args, world_size=world.size, compile=compile_here, **hardware.settings())
     args = resolve_checkpoint(base, args, hardware, world)
     check_preflight(base, args, hardware, Path(args.run_dir), world)
 
     saved = find_saved_state(args, Path(args.run_dir), world)
     with world.synchronized_errors():
         data_loader = build_data_loader(
-            tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size, is_eval=False
+            *(tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size),
+            is_eval=False,
+            prepare=prepare_for_gpu if world.device.type == "cuda" else None,
         )
         inputs = fingerprints(args, base, tokenizer, data_loader) if world.is_master else {}
         if saved and world.is_master:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 @dataclasses.dataclass
@@ -29,18 +29,25 @@ class PackedDocuments:
     positions: torch.Tensor  # [T] int64, position of each token within its document
     cu_seqlens: torch.Tensor  # [N + 1] int32, start of each document, and T
     max_length: int
+    last_position: int  # the highest of `positions`, known without waiting for a GPU
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> "PackedDocuments":
         sizes = np.asarray(lengths, dtype=np.int64)
         ends = np.cumsum(sizes)
         positions = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+        longest = int(sizes.max())
         return cls(
             lengths=sizes.tolist(),
             positions=torch.from_numpy(positions).to(device),
             cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
-            max_length=int(sizes.max()),
+            max_length=longest,
+            last_position=longest - 1,
         )
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedDocuments":
+        """Return the same documents with their tensors moved, by `function`."""
+        return dataclasses.replace(self, positions=function(self.positions), cu_seqlens=function(self.cu_seqlens))
 
     @functools.cached_property
     def xformers_bias(self) -> Any:
@@ -97,35 +104,56 @@ def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Packe
     return memory_efficient_attention(*batched, attn_bias=documents.xformers_bias).squeeze(0)
 
 
-ENGINES: dict[str, Engine] = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa}  # in order of preference
+# In order of preference. From Ampere on, xformers calls the kernel of `varlen` and repeats keys and values for it.
+ENGINES: dict[str, Engine] = {"varlen": varlen, "xformers": xformers, "sdpa": sdpa}
 
 
-def engine_works(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Try an engine forward and backward on two small documents: support depends on GPU, dtype and build."""
+def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Try an engine forward and backward on two small documents with grouped heads.
+
+    Support depends on GPU, dtype and build of PyTorch.
+
+    Returns:
+        None if it runs, or else why it does not.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU is full, which says nothing about the engine.
+    """
     documents = PackedDocuments.from_lengths([3, 5], device)
-    q, k, v = (torch.zeros(8, 2, head_dim, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.zeros(8, n, head_dim, dtype=dtype, device=device, requires_grad=True) for n in (4, 2, 2))
     try:
         ENGINES[name](q, k, v, documents).sum().backward()
-    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError):
-        return False
-    return True
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+        return first_line(error)
+    return None
 
 
 def choose_engine(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Resolve the setting `attention: auto|xformers|varlen|sdpa` for a device and dtype.
+    """Resolve the setting `attention: auto|varlen|xformers|sdpa` for a device and dtype.
 
     Raises:
         UserError: the engine is unknown or does not run on this device in this dtype.
+        torch.OutOfMemoryError: the GPU is full.
     """
+    if name != "auto" and name not in ENGINES:
+        raise UserError(f"`attention` is {name!r}; expected auto, {', '.join(ENGINES)}.")
     if name == "auto":
         candidates = ["sdpa"] if device.type == "cpu" else list(ENGINES)
-        return next(engine for engine in candidates if engine_works(engine, device, dtype, head_dim))
-    if name not in ENGINES:
-        raise UserError(f"`attention` is {name!r}; expected auto, {', '.join(ENGINES)}.")
-    if not engine_works(name, device, dtype, head_dim):
-        works = [engine for engine in ENGINES if engine_works(engine, device, dtype, head_dim)]
-        raise UserError(
-            f"`attention: {name}` does not run here ({device.type}, {str(dtype).removeprefix('torch.')}). "
-            f"Supported: {', '.join(works)}. Set `attention: auto` to select one automatically."
-        )
-    return name
+    else:
+        candidates = [name]
+    here = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    faults = {}
+    for engine in candidates:
+        faults[engine] = why_not(engine, device, dtype, head_dim)
+        if faults[engine] is None:
+            return engine
+    if name == "auto":
+        reasons = "; ".join(f"{engine}: {fault}" for engine, fault in faults.items())
+        raise UserError(f"No attention engine runs here ({here}): {reasons}.")
+    works = [engine for engine in ENGINES if engine != name and why_not(engine, device, dtype, head_dim) is None]
+    raise UserError(
+        f"`attention: {name}` does not run here ({here}): {faults[name]}. Supported: {', '.join(works) or 'none'}. Set "
+        "`attention: auto` to select one automatically."
+    )

@@ -18,16 +18,18 @@ Products keep no intermediate results: the backward pass dequantizes again.
 Shapes: T tokens; out, in: the layer's features.
 """
 
+import functools
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .elementwise import elementwise
 from .errors import UserError
 
 # The 16 levels of NF4: the quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al., 2023, appendix E).
@@ -65,6 +67,11 @@ class FrozenWeight(ABC):
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T: x [T, in] -> [T, out], in x's dtype. Not differentiable; its backward is `input_gradient`."""
         return F.linear(x, self.dense(x.dtype))
+
+    @classmethod
+    def compiled_version(cls) -> "type[FrozenWeight]":
+        """Return this format with its elementwise operations compiled."""
+        return cls
 
     @classmethod
     def products(cls, weights: Sequence[Self], x: Tensor) -> list[Tensor]:
@@ -220,13 +227,19 @@ class FP8Weight(QuantizedWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return _dequantize_fp8(self.weight.view(_FP8), self._scales(), dtype)
 
+    compiled: ClassVar[bool] = False
+
+    @classmethod
+    def compiled_version(cls) -> type[FrozenWeight]:
+        return _CompiledFP8Weight
+
     def product(self, x: Tensor) -> Tensor:
         return self.products([self], x)[0]
 
     @classmethod
     def products(cls, weights: Sequence[Self], x: Tensor) -> list[Tensor]:
         """Return `product(x)` of each weight; x is quantized once."""
-        codes, scales = _quantize_fp8(x)
+        codes, scales = elementwise(_quantize_fp8, cls.compiled)(x)
         if not _has_fp8_products(x.device):
             rounded = _dequantize_fp8(codes, scales, x.dtype)
             return [F.linear(rounded, weight.dense(x.dtype)) for weight in weights]
@@ -240,19 +253,24 @@ class FP8Weight(QuantizedWeight):
         return product if total is None else total.add_(product)
 
     def _input_gradient(self, g: Tensor) -> Tensor:
-        wide = _with_wide_exponents(g.dtype)
-        weight_scales = self._scales().t().to(wide)  # [1, out]
-        codes, scales = _quantize_fp8(g.to(wide) * weight_scales)
+        weight_scales = self._scales().t()  # [1, out]
+        codes, scales = elementwise(_scale_and_quantize_fp8, self.compiled)(g, weight_scales)
         if not _has_fp8_products(g.device):
-            rounded = _dequantize_fp8(codes, scales, wide) / weight_scales
+            wide = _with_wide_exponents(g.dtype)
+            rounded = _dequantize_fp8(codes, scales, wide) / weight_scales.to(wide)
             return rounded.to(g.dtype) @ self.dense(g.dtype)
-        # The second factor of an FP8 product must be column-major, which requires a copy here.
+        # The second factor of an FP8 product must be column-major, which requires a copy here: keeping it would double
+        # the memory of the weights.
         columns = self.weight.t().contiguous().t().view(_FP8)
         return _fp8_product(codes, scales, columns, scales.new_ones(1, columns.shape[1])).to(g.dtype)
 
     def _scales(self) -> Tensor:
         """Return the scales, fp32 [out, 1]."""
         return self.weight_scales.view(torch.float32)
+
+
+class _CompiledFP8Weight(FP8Weight):
+    compiled = True
 
 
 FORMATS: dict[str, type[QuantizedWeight]] = {
@@ -273,9 +291,21 @@ def _check_multiple(name: str, layer: str, shape: tuple[int, int], multiples: tu
         )
 
 
+@functools.cache  # a copy to a GPU would make the host wait at each product
+def _nf4_levels(device: torch.device) -> Tensor:
+    return torch.tensor(_NF4_LEVELS, device=device)
+
+
+@functools.cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """Return the two levels of each byte: [256, 2]."""
+    levels = _nf4_levels(device)
+    return torch.cartesian_prod(levels, levels)
+
+
 def _quantize_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [n, in] -> codes uint8 [n, in / 2], scales fp32 [n, in / 64]."""
-    levels = torch.tensor(_NF4_LEVELS, device=rows.device)
+    levels = _nf4_levels(rows.device)
     boundaries = (levels[1:] + levels[:-1]) / 2
     parts = [_nearest_levels(part, boundaries) for part in rows.split(max(1, _NF4_CHUNK // rows.shape[1]))]
     codes, scales = zip(*parts)
@@ -294,9 +324,7 @@ def _dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     """codes uint8 [out, in / 2], scales fp32 [out, in / 64] -> [out, in]."""
     if _HAS_BITSANDBYTES and codes.is_cuda:
         return _dequantize_nf4_by_bitsandbytes(codes, scales, dtype)
-    levels = torch.tensor(_NF4_LEVELS, device=codes.device)
-    pairs = torch.cartesian_prod(levels, levels)  # [256, 2]: the two levels of each byte
-    blocks = F.embedding(codes.int(), pairs).view(*scales.shape, _NF4_BLOCK)
+    blocks = F.embedding(codes.int(), _nf4_pairs(codes.device)).view(*scales.shape, _NF4_BLOCK)
     return blocks.mul_(scales[..., None]).flatten(1).to(dtype)
 
 
@@ -314,6 +342,12 @@ def _quantize_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     scales = _next_power_of_two((largest / _FP8_MAX).clamp_min(_SMALLEST_NORMAL))
     wide = _with_wide_exponents(rows.dtype)
     return (rows.to(wide) / scales.to(wide)).to(_FP8).contiguous(), scales
+
+
+def _scale_and_quantize_fp8(rows: Tensor, column_scales: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [n, K], column_scales fp32 [1, K] -> as `_quantize_fp8` of their product."""
+    wide = _with_wide_exponents(rows.dtype)
+    return _quantize_fp8(rows.to(wide) * column_scales.to(wide))
 
 
 def _dequantize_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

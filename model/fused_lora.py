@@ -9,18 +9,15 @@ Shapes: T tokens, I input width, O_i output width of a layer, R_i rank of its ad
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .elementwise import elementwise
 from .frozen_weights import FrozenWeight
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +69,6 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     grad_up = F.silu(gate).mul_(grad)
     return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
-
-
-def elementwise(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
-    """Return a function without matrix products as it is, or compiled into one kernel for any number of tokens."""
-    return _compiled(function) if compiled else function
-
-
-@functools.cache
-def _compiled(function: Callable[..., R]) -> Callable[..., R]:
-    return torch.compile(function, dynamic=True)
 
 
 def project(

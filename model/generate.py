@@ -91,10 +91,12 @@ class _Cache:
 
     def enter(self, counts: Sequence[int], starts: Sequence[int]) -> PackedDocuments:
         """Prepare for `counts` more tokens of each sequence from positions `starts`, and return them as documents."""
-        documents = PackedDocuments.from_lengths(counts, self.device)
-        self._rows = torch.arange(len(counts), device=self.device).repeat_interleave(documents.cu_seqlens.diff())
-        documents.positions += torch.tensor(starts, device=self.device)[self._rows]
-        return documents
+        documents = PackedDocuments.from_lengths(counts, torch.device("cpu"))
+        rows = np.repeat(np.arange(len(counts)), counts)
+        documents.positions += torch.from_numpy(np.asarray(starts)[rows])
+        documents.last_position = max(start + count for start, count in zip(starts, counts)) - 1
+        self._rows = torch.from_numpy(rows).to(self.device)
+        return documents.map(lambda tensor: tensor.to(self.device))
 
     def share_prefix(self, length: int) -> None:
         """Copy the first `length` tokens of the first sequence to all sequences."""
@@ -197,7 +199,7 @@ def stream(
     ended: set[int] = set()
     cache = _Cache(model, prompts, max_tokens, device or model.tok_embeddings.weight.device)
     seeds = seeds or [sampling.seed] * len(prompts)
-    generators = [torch.Generator(cache.device).manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same numbers on every device
 
     def choose(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         candidates = [constraints[index].allowed() for index in active] if constraints else None
@@ -284,8 +286,9 @@ def _pick(
 def _sample(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw a column of each row [B, C] -> [B] with the row's own generator."""
     cumulative = probabilities.double().cumsum(dim=-1)
-    uniform = [torch.rand(1, generator=own, device=cumulative.device, dtype=torch.float64) for own in generators]
-    return torch.searchsorted(cumulative, torch.stack(uniform) * cumulative[:, -1:], right=True).squeeze(1)
+    uniform = torch.stack([torch.rand(1, generator=own, dtype=torch.float64) for own in generators])
+    drawn = uniform.to(cumulative.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
 
 
 def filtered_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

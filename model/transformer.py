@@ -6,8 +6,9 @@ width, H query heads, K key/value heads, Dh head width, V vocabulary.
 
 # Execution options: attributes that are set after construction, by the module and from the setting named here:
 #   TransformerBlock.recompute              finetune.wrapped_model, from `checkpoint`
-#   RMSNorm.compiled, FeedForward.swiglu    Transformer.compile_elementwise, from `compile`
-#   Linear.format                           model.lora.quantize_linears, from `base_dtype`
+#   RMSNorm.compiled, Attention.rotary,
+#   FeedForward.swiglu                      Transformer.compile_elementwise, from `compile`
+#   Linear.format                           model.lora.quantize_linears, from `base_dtype`; compile_elementwise
 #   Attention.engine                        model.generate, which inserts its key/value cache while it runs
 
 import contextlib
@@ -21,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .args import ModelArgs
 from .attention import ENGINES, Engine, PackedDocuments
+from .elementwise import elementwise
 from .errors import UserError
-from .fused_lora import InputFn, SwiGLU, elementwise
+from .fused_lora import InputFn, SwiGLU
 from .lora import Linear, fused_linear
 from .moe import MoeLayer
-from .rope import apply_rotary, rotary_phases
+from .rope import Rotary, rotary_phases
 
 # Maps the final hidden states [N, D] and the output weight [V, D], whose product is the logits, to what `Transformer`
 # returns. If the output layer has an adapter, both are wider than D (see LoRALinear.as_product).
@@ -68,6 +70,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = args.head_dim
         self.engine = engine
+        self.rotary = Rotary()
         self.wq = Linear(args.dim, args.n_heads * args.head_dim)
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
@@ -83,7 +86,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         projected = fused_linear((self.wq, self.wk, self.wv), x, input_fn=norm)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
-        q, k = apply_rotary(q, phases), apply_rotary(k, phases)  # [T, H, Dh], [T, K, Dh]
+        q, k = self.rotary(q, phases), self.rotary(k, phases)  # [T, H, Dh], [T, K, Dh]
         return self.wo(_select(self.engine(q, k, v, documents).flatten(-2), output_positions))
 
 
@@ -191,15 +194,21 @@ class Transformer(nn.Module):
         self.output = Linear(args.dim, args.vocab_size)
 
     def compile_elementwise(self) -> None:
-        """Compile norms and activations with torch.compile, and leave matrix products to the libraries.
+        """Compile norms, rotations, activations and the quantization of inputs with torch.compile.
+
+        Matrix products are left to the libraries.
 
         Whole blocks would be recompiled for each number of documents and hardly be faster.
         """
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.compiled = True
+            elif isinstance(module, Attention):
+                module.rotary = Rotary(compiled=True)
             elif isinstance(module, FeedForward):
                 module.swiglu = SwiGLU(compiled=True)
+            elif isinstance(module, Linear):
+                module.format = module.format.compiled_version()
 
     def forward(
         self,
@@ -228,7 +237,7 @@ class Transformer(nn.Module):
         if not isinstance(documents, PackedDocuments):
             documents = PackedDocuments.from_lengths(documents, input_ids.device)
         window = self.args.sliding_window
-        if window is not None and documents.positions.max() >= window:
+        if window is not None and documents.last_position >= window:
             raise UserError(f"A document is longer than the model's `sliding_window` of {window} tokens: shorten it.")
         phases = rotary_phases(documents.positions, self.args.head_dim, self.args.rope_theta)
         h = self.tok_embeddings(input_ids).to(self.compute_dtype)

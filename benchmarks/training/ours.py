@@ -7,7 +7,7 @@ import torch
 from finetune.args import TrainArgs
 from finetune.data.data_loader import Batch
 from finetune.distributed import World
-from finetune.hardware import choose_hardware
+from finetune.hardware import choose_compile, choose_hardware
 from finetune.mixed_precision import LossScaler
 from finetune.optim import build_optimizer
 from finetune.preflight import resolve_checkpoint
@@ -24,6 +24,7 @@ def build_ours(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
     hardware = choose_hardware(device, args.param_dtype, args.attention, shapes)
     base = BaseModel(Path(args.model_id_or_path), shapes, RandomWeights(shapes, device, hardware.dtype), adapter=None)
     world = World(0, 1, device)
+    args.compile = choose_compile(args.compile, device)
     args.checkpoint = resolve_checkpoint(base, args, hardware, world).checkpoint  # as recorded in the results
     model = build_model(base, args, hardware, world)
     optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)

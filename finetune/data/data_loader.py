@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -32,6 +32,7 @@ class Batch:
     # the loss weight of each position.
     y_mask: np.ndarray | None = None
     rows: list[str] = dataclasses.field(default_factory=list)  # FILE:LINE of each document, padding left out
+    prepared: Any = dataclasses.field(default=None, repr=False, compare=False)  # by `prepare` of the loader
 
     @property
     def trained_tokens(self) -> int:
@@ -53,6 +54,9 @@ class Batch:
             y_mask=None if mask.dtype == bool and mask.all() else mask,
             rows=[row for sequence in sequences for row in sequence.rows],
         )
+
+
+Prepare = Callable[[Batch], None]  # makes what a step needs of a batch, ahead of it
 
 
 def _batches(stream: MixedStream | EvalStream, batch_size: int) -> Iterator[Batch]:
@@ -87,9 +91,10 @@ class TrainLoader:
     `state_dict` is the position after the last batch returned, however many are prepared beyond it.
     """
 
-    def __init__(self, stream: MixedStream, batch_size: int) -> None:
+    def __init__(self, stream: MixedStream, batch_size: int, prepare: Prepare | None = None) -> None:
         self._stream = stream
         self._batch_size = batch_size
+        self._prepare = prepare
         self._state = copy.deepcopy(stream.state_dict())
         self._ready: queue.Queue[_Item] = queue.Queue(_BATCHES_AHEAD)
         self._first: _Item | None = None  # taken from the queue, not yet returned
@@ -134,6 +139,8 @@ class TrainLoader:
     def _fill_queue(self) -> None:
         try:
             for batch in _batches(self._stream, self._batch_size):
+                if self._prepare is not None:
+                    self._prepare(batch)
                 self._put((batch, self._stream.state_dict()))
                 if self._stop.is_set():
                     return
@@ -198,6 +205,7 @@ def build_data_loader(
     rank: int,
     world_size: int,
     is_eval: Literal[False],
+    prepare: Prepare | None = None,
 ) -> TrainLoader: ...
 
 
@@ -211,6 +219,7 @@ def build_data_loader(
     rank: int,
     world_size: int,
     is_eval: Literal[True],
+    prepare: Prepare | None = None,
 ) -> EvalLoader: ...
 
 
@@ -223,8 +232,11 @@ def build_data_loader(
     rank: int,
     world_size: int,
     is_eval: bool,
+    prepare: Prepare | None = None,
 ) -> TrainLoader | EvalLoader:
     """Build a rank's loader: endless batches for training, one pass for evaluation (which does not use `seed`).
+
+    The background thread calls `prepare` for each training batch.
 
     Raises:
         UserError: bad sources, a bad seed, or nothing for this rank to train on.
@@ -233,4 +245,4 @@ def build_data_loader(
     if is_eval:
         return EvalLoader(build_eval_stream(encoder, args, seq_len, rank, world_size), batch_size)
     assert seed is not None, "training needs a seed"
-    return TrainLoader(build_training_stream(encoder, args, seq_len, seed, rank, world_size), batch_size)
+    return TrainLoader(build_training_stream(encoder, args, seq_len, seed, rank, world_size), batch_size, prepare)

@@ -183,7 +183,8 @@ def test_a_visible_gpu_is_found_or_assumed():
 
 
 def test_the_log_of_a_run_starts_with_the_expected_time():
-    args = TrainArgs(data=DataArgs(), model_id_or_path="x", run_dir="y", seq_len=8192, batch_size=2, num_microbatches=3)
+    args = TrainArgs(data=DataArgs(), model_id_or_path="x", run_dir="y", seq_len=8192, batch_size=2)
+    args.num_microbatches, args.checkpoint = 3, True
     one, two = (expected_time(args, MISTRAL_7B, GPUS["v100"], gpus, 1000) for gpus in (1, 2))
     flops = flops_per_token(MISTRAL_7B, mean_context({8192: 1}), True)
     speed = tokens_per_second(GPUS["v100"], MISTRAL_7B, flops, 16384)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.args import ATTENTION_ENGINES
-from model.attention import ENGINES, PackedDocuments, choose_engine, engine_works
+from model.attention import ENGINES, PackedDocuments, choose_engine, why_not
 from model.errors import UserError
 
 DEVICES = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
@@ -18,7 +18,7 @@ AVAILABLE = [
     for device in DEVICES
     for dtype in TOLERANCES
     for head_dim in HEAD_DIMS
-    if engine_works(name, device, dtype, head_dim)
+    if why_not(name, device, dtype, head_dim) is None
 ]
 
 
@@ -66,7 +66,7 @@ def test_packed_documents_from_lengths():
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_sdpa_runs_on_every_device_and_dtype(device):
     """V100 and T4 support neither bf16 kernels nor varlen attention, but must still be able to train in fp16."""
-    assert all(engine_works("sdpa", device, dtype, head_dim) for dtype in TOLERANCES for head_dim in HEAD_DIMS)
+    assert not any(why_not("sdpa", device, dtype, head_dim) for dtype in TOLERANCES for head_dim in HEAD_DIMS)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -76,29 +76,54 @@ def test_auto_selects_sdpa_on_cpu(dtype):
 
 @pytest.mark.parametrize(
     "works, expected",
-    [({"xformers", "varlen", "sdpa"}, "xformers"), ({"varlen", "sdpa"}, "varlen"), ({"sdpa"}, "sdpa")],
+    [({"xformers", "varlen", "sdpa"}, "varlen"), ({"xformers", "sdpa"}, "xformers"), ({"sdpa"}, "sdpa")],
 )
-def test_auto_prefers_xformers_then_varlen_on_cuda(monkeypatch, works, expected):
-    monkeypatch.setattr("model.attention.engine_works", lambda name, *_: name in works)
+def test_auto_prefers_varlen_then_xformers_on_cuda(monkeypatch, works, expected):
+    monkeypatch.setattr("model.attention.why_not", lambda name, *_: None if name in works else "no kernel")
     assert choose_engine("auto", torch.device("cuda"), torch.float16, 128) == expected
 
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_named_engine_is_used_or_the_error_lists_supported_ones(name, device):
-    if engine_works(name, device, torch.float32, 16):
+    if why_not(name, device, torch.float32, 16) is None:
         assert choose_engine(name, device, torch.float32, 16) == name
         return
     with pytest.raises(
-        UserError, match=rf"`attention: {name}` does not run here \({device.type}, float32\). Supp.*sdpa"
+        UserError, match=rf"`attention: {name}` does not run here \({device.type}, float32\): .+\. Supp.*sdpa"
     ):
         choose_engine(name, device, torch.float32, 16)
 
 
 def test_unknown_engine_is_rejected():
-    with pytest.raises(UserError, match="'flash'; expected auto, xformers, varlen, sdpa"):
+    with pytest.raises(UserError, match="'flash'; expected auto, varlen, xformers, sdpa"):
         choose_engine("flash", torch.device("cpu"), torch.float32, 16)
 
 
 def test_settings_list_every_engine_in_order_of_preference():
     assert tuple(ENGINES) == ATTENTION_ENGINES
+
+
+def test_without_any_engine_the_error_gives_each_reason(monkeypatch):
+    monkeypatch.setattr("model.attention.why_not", lambda name, *_: f"no kernel for {name}")
+    with pytest.raises(
+        UserError, match=r"No attention engine runs here .*varlen: no kernel for varlen; xformers: .*sdpa: "
+    ):
+        choose_engine("auto", torch.device("cuda"), torch.float16, 128)
+
+
+def test_a_full_gpu_does_not_select_another_engine(monkeypatch):
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(ENGINES, "sdpa", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_engine("auto", torch.device("cpu"), torch.float32, 16)
+
+
+def test_an_engine_without_grouped_heads_is_not_selected(monkeypatch):
+    def equal_heads(q, k, v, documents):
+        return q * k * v
+
+    monkeypatch.setitem(ENGINES, "varlen", equal_heads)
+    assert "size of tensor" in why_not("varlen", torch.device("cpu"), torch.float32, 16)

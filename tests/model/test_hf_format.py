@@ -69,7 +69,9 @@ def dense(tmp_path_factory) -> Path:
 
 def built(folder: Path) -> Transformer:
     """Build the model that a run would start from."""
-    args = TrainArgs(data=DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype="fp32")
+    args = TrainArgs(
+        data=DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype="fp32", checkpoint=True, compile=False
+    )
     args.lora.enable = False
     base = open_base_model(args)
     return build_model(base, args, choose_hardware(CPU, "fp32", "sdpa", base.args), World(0, 1, CPU))

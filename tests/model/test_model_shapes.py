@@ -56,9 +56,8 @@ def write_params(folder: Path, params: dict) -> Path:
 
 
 def train_args(folder: Path, **changes) -> TrainArgs:
-    return TrainArgs(
-        data=DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype="fp32", **({"seq_len": 32} | changes)
-    )
+    settings = {"param_dtype": "fp32", "seq_len": 32, "checkpoint": True, "compile": False} | changes
+    return TrainArgs(data=DataArgs(), model_id_or_path=str(folder), run_dir="", **settings)
 
 
 def scaled_down(folder: Path, params: dict) -> Path:

@@ -107,7 +107,15 @@ def plain(adapters, tmp_path) -> Path:
 def trained_from(base: Path, adapter: Path, rank: int = RANK, targets: list[str] = QV_HERE, scaling: float = 1.5):
     """Build the model that a run with this initial adapter starts from."""
     lora = LoraArgs(rank=rank, scaling=scaling, targets=targets, from_adapter=str(adapter))
-    args = TrainArgs(data=DataArgs(), model_id_or_path=str(base), run_dir="", param_dtype="fp32", lora=lora)
+    args = TrainArgs(
+        data=DataArgs(),
+        model_id_or_path=str(base),
+        run_dir="",
+        param_dtype="fp32",
+        checkpoint=True,
+        compile=False,
+        lora=lora,
+    )
     opened = open_base_model(args)
     return build_model(opened, args, choose_hardware(CPU, "fp32", "sdpa", opened.args), World(0, 1, CPU))
 
@@ -145,7 +153,9 @@ def test_training_and_merging_start_from_what_peft_computes(base, adapters, tmp_
 
 
 def trained_model(folder: Path):
-    args = TrainArgs(data=DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype="fp32")
+    args = TrainArgs(
+        data=DataArgs(), model_id_or_path=str(folder), run_dir="", param_dtype="fp32", checkpoint=True, compile=False
+    )
     args.lora.enable = False
     opened = open_base_model(args)
     return build_model(opened, args, choose_hardware(CPU, "fp32", "sdpa", opened.args), World(0, 1, CPU))
@@ -196,7 +206,7 @@ def test_scalings_are_those_of_the_formula(base, adapters):
 
 def test_rows_of_all_ranks_form_the_adapter(base, adapters):
     lora = LoraArgs(rank=RANK, scaling=1.5, targets=ADAPTERS["patterns"][1], from_adapter=str(adapters / "patterns"))
-    args = TrainArgs(data=DataArgs(), model_id_or_path=str(base), run_dir="", lora=lora)
+    args = TrainArgs(data=DataArgs(), model_id_or_path=str(base), run_dir="", lora=lora, checkpoint=True, compile=False)
     adapter = open_base_model(args).adapter
     for name, shape in adapter.shapes.items():
         whole = adapter.read(name)

@@ -1,0 +1,196 @@
+"""What a step asks of a GPU, traced without one: kernels, bytes, waits of the host, memory. Nothing is measured.
+
+`python -m benchmarks.trace [--presets A B C D]` traces a micro-batch of presets of benchmarks.train on a pretended H100
+and appends to results/trace.jsonl; `--show` prints the table again. `--matrix` traces every combination of model, base,
+engine, precision and recomputation on small shapes instead, and prints a JSON line for each. Needs a CPU build of
+PyTorch and g++.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from benchmarks.measure import RESULTS, last_record
+from finetune.cli import run_cli
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.traced.steps import Case
+    from model.args import ModelArgs
+
+_GIB = 1 << 30
+_PRODUCTS = ("mm", "attn", "attention", "linear")  # in names of operators that are not elementwise
+_BASELINE = {"checkpoint": True, "compile": False}  # as mistral-finetune, and the defaults until version 0.2
+_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "A": [_BASELINE, {"checkpoint": True, "compile": True}, {"checkpoint": False, "compile": True}],
+    "A, fp8": [_BASELINE | {"base_dtype": "fp8"}, {"checkpoint": False, "compile": True, "base_dtype": "fp8"}],
+    "A, nf4": [{"checkpoint": False, "compile": True, "base_dtype": "nf4"}],
+    "B": [{"checkpoint": "selective", "compile": True}],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=_SETTINGS, default=list(_SETTINGS), help="default: all")
+    parser.add_argument("--matrix", action="store_true", help="trace small shapes in every combination")
+    parser.add_argument("--show", action="store_true", help="print the last table again")
+    options = parser.parse_args()
+    if options.show:
+        return _print(last_record("trace"))
+    try:
+        import benchmarks.traced.device  # noqa: F401  before torch
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    if options.matrix:
+        for line in trace_matrix():
+            print(json.dumps(line), flush=True)
+        return None
+    record = {
+        "benchmark": "trace",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "kind": "traced on a pretended H100, not measured",
+        "results": [_trace_preset(name, each) for name in tqdm(options.presets) for each in _SETTINGS[name]],
+    }
+    with (RESULTS / "trace.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return _print(record)
+
+
+def _trace_preset(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from benchmarks.traced.steps import Case, trace
+    from benchmarks.training.presets import PRESETS
+    from model.args import LoraArgs
+
+    preset = PRESETS[name.partition(",")[0]]
+    sizes = {"seq_len": preset.seq_len, "batch_size": preset.batch_size}
+    lora = LoraArgs(rank=preset.rank, scaling=2.0)
+    documents = max(1, preset.seq_len * preset.batch_size // 1200)
+    traced = trace(Case(preset.shapes, sizes | {"lora": lora} | settings, documents=documents, steps_before=1))
+    step = traced.step
+    elementwise = sum(count for kernel, count in step.moved.items() if not any(each in kernel for each in _PRODUCTS))
+    return {
+        "preset": name,
+        **settings,
+        "attention": traced.hardware.attention,
+        "kernels": sum(step.kernels.values()),
+        "elementwise_gb": round(elementwise / 1e9, 1),
+        "waits": sum(step.waits.values()),
+        "peak_gib": round(step.peak / _GIB, 2),
+        "planned_gib": round(traced.planned / _GIB, 2),
+        "most_bytes": {kernel: round(count / 1e9, 1) for kernel, count in step.moved.most_common(8)},
+    }
+
+
+def _print(record: dict[str, Any]) -> None:
+    print(f"{record['date'][:10]}, {record['kind']}: one micro-batch and the optimizer's step\n")
+    columns = ["preset", "base_dtype", "checkpoint", "compile", "attention", "kernels", "elementwise_gb", "waits"]
+    columns += ["peak_gib", "planned_gib"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for result in record["results"]:
+        print(f"| {' | '.join(str(result.get(column, 'same')) for column in columns)} |")
+
+
+def matrix() -> "Iterator[tuple[str, Case]]":
+    """Yield a name and a case for every combination on a small model, dense and as a mixture."""
+    from benchmarks.traced.device import A100, V100
+    from benchmarks.traced.steps import Case
+    from model.args import LoraArgs, ModelArgs, MoeArgs
+
+    shapes = ModelArgs(
+        dim=256, n_layers=1, head_dim=64, hidden_dim=512, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=1024
+    )
+    base = {"lora": LoraArgs(rank=16, scaling=2.0), "seq_len": 256, "checkpoint": True, "compile": False}
+    full = base | {"lora": LoraArgs(enable=False)}
+    head = LoraArgs(rank=8, scaling=2.0, targets=["wq", "w2", "output"])
+    for model in (shapes, dataclasses.replace(shapes, moe=MoeArgs(2, 1))):
+        name = "moe" if model.moe else "dense"
+        for mode in (True, "selective", False):
+            for engine in ("varlen", "xformers", "sdpa"):
+                yield (
+                    f"{name} {engine} checkpoint={mode}",
+                    Case(model, base | {"attention": engine, "checkpoint": mode}),
+                )
+            yield f"{name} compiled checkpoint={mode}", Case(model, base | {"compile": True, "checkpoint": mode})
+        for storage, dtype in itertools.product(("nf4", "nf4-dq", "fp8"), ("bf16", "fp16")):
+            yield f"{name} {storage} {dtype}", Case(model, base | {"base_dtype": storage, "param_dtype": dtype})
+        yield f"{name} fp8 compiled", Case(model, base | {"base_dtype": "fp8", "compile": True})
+        yield f"{name} fp8 on an A100", Case(model, base | {"base_dtype": "fp8"}, gpu=A100)
+        yield f"{name} on a V100", Case(model, base, gpu=V100)
+        for dtype in ("bf16", "fp16", "fp32"):
+            yield f"{name} full {dtype}", Case(model, full | {"param_dtype": dtype})
+        yield f"{name} dropout", Case(model, base | {"lora": LoraArgs(rank=8, dropout=0.1, scaling=2.0)})
+        yield f"{name} adapter on the head", Case(model, base | {"lora": head})
+        yield f"{name} an eighth trained", Case(model, base, trained_share=0.125)
+        yield f"{name} window", Case(dataclasses.replace(model, sliding_window=10_000), base)
+        for ranks in (8, 64):
+            yield f"{name} {ranks} ranks", Case(model, base, ranks=ranks)
+        yield f"{name} 64 ranks hybrid", Case(model, base | {"sharding": "hybrid"}, ranks=64)
+        yield f"{name} nf4 8 ranks", Case(model, base | {"base_dtype": "nf4"}, ranks=8)
+        yield f"{name} full 8 ranks", Case(model, full, ranks=8)
+        yield f"{name} cpu_offload", Case(model, base | {"cpu_offload": True})
+
+
+def memory_cases() -> "Iterator[tuple[str, Case]]":
+    """Yield a name and a case for each way to hold a 7B or 8x7B model, with a few of its layers."""
+    from benchmarks.traced.steps import Case
+    from benchmarks.training.presets import PRESETS
+    from model.args import LoraArgs
+
+    dense = dataclasses.replace(PRESETS["A"].shapes, n_layers=2)
+    mixture = dataclasses.replace(PRESETS["E"].shapes, n_layers=1)
+    base = {"lora": LoraArgs(rank=64, scaling=2.0), "seq_len": 8192, "checkpoint": True, "compile": True}
+    base |= {"num_microbatches": 2}
+    cases: dict[str, tuple[ModelArgs, dict[str, Any], int]] = {
+        "7B": (dense, {}, 1),
+        "7B checkpoint=False": (dense, {"checkpoint": False}, 1),
+        "7B checkpoint=selective": (dense, {"checkpoint": "selective"}, 1),
+        "7B nf4": (dense, {"base_dtype": "nf4"}, 1),
+        "7B fp8": (dense, {"base_dtype": "fp8"}, 1),
+        "7B full": (dense, {"lora": LoraArgs(enable=False)}, 1),
+        "7B 8 ranks": (dense, {}, 8),
+        "8x7B nf4": (mixture, {"base_dtype": "nf4"}, 1),
+    }
+    for name, (shapes, settings, ranks) in cases.items():
+        yield name, Case(shapes, base | settings, ranks=ranks, steps_before=1)
+
+
+def trace_matrix() -> Iterator[dict[str, Any]]:
+    """Trace every case of `matrix` and `memory_cases`; yield its counts, or the error that ended it."""
+    from benchmarks.traced.steps import trace, trace_answers
+
+    for name, case in itertools.chain(matrix(), memory_cases()):
+        try:
+            traced = trace(case)
+        except Exception as error:
+            yield {"case": name, "error": f"{type(error).__name__}: {error}"}
+            continue
+        yield {
+            "case": name,
+            "attention": traced.hardware.attention,
+            "waits": _without_lines(traced.step.waits),
+            "copies": _without_lines(traced.step.copies),
+            "evaluation_waits": _without_lines(traced.evaluation.waits),
+            "peak": traced.step.peak if case.steps_before else None,
+            "planned": traced.planned,
+        }
+        if name in ("dense varlen checkpoint=True", "moe varlen checkpoint=True", "dense on a V100"):
+            yield {"case": f"{name}, answers", "waits": _without_lines(trace_answers(case).waits)}
+
+
+def _without_lines(counts: Counter[str]) -> dict[str, int]:
+    """Return counts by kind and file, summed over its lines."""
+    summed: Counter[str] = Counter()
+    for place, count in counts.items():
+        summed[place.partition(":")[0]] += count
+    return dict(summed)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,179 @@
+"""Training steps, evaluations and answers of this project on a pretended GPU. Import benchmarks.traced.device first."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.traced.device import H100, GpuModel, Trace, pretended_gpu
+from finetune.args import TrainArgs
+from finetune.data.args import DataArgs
+from finetune.data.data_loader import Batch
+from finetune.distributed import World
+from finetune.eval import evaluate
+from finetune.hardware import Hardware, choose_hardware
+from finetune.memory_estimate import MemoryConfig
+from finetune.mixed_precision import LossScaler
+from finetune.optim import build_optimizer
+from finetune.wrapped_model import BaseModel, build_model, shard_count, trainable_parameters
+from model.args import ModelArgs
+from model.generate import generate
+from model.transformer import Transformer
+from train import train_step
+
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained, on which GPU.
+
+    Attributes:
+        settings: of the training YAML; blocks as their dataclasses.
+        documents: per micro-batch, of equal length.
+        trained_share: share of the positions that are trained.
+        ranks: processes that share the model; rank 0 is traced.
+        steps_before: steps of one micro-batch before the traced one. The first creates the optimizer's state, which
+            belongs to the peak.
+    """
+
+    shapes: ModelArgs
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gpu: GpuModel = H100
+    documents: int = 4
+    trained_share: float = 1.0
+    ranks: int = 1
+    steps_before: int = 0
+
+    def args(self) -> TrainArgs:
+        return TrainArgs(data=DataArgs(), model_id_or_path="", run_dir="", **self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a step, an evaluation or an answer asked of the GPU (see `Trace`)."""
+
+    kernels: Counter[str]
+    moved: Counter[str]
+    waits: Counter[str]
+    copies: Counter[str]
+    peak: int
+    peak_at: str
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Counts":
+        return cls(trace.kernels, trace.moved, trace.waits, trace.copies, trace.peak, trace.peak_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    hardware: Hardware
+    loaded: int  # bytes of the model on the GPU
+    planned: float  # bytes of a step by finetune.memory_estimate
+    step: Counts
+    evaluation: Counts
+
+
+class EmptyWeights:
+    """Replaces a `model.weights.WeightsReader`."""
+
+    def __init__(self, shapes: ModelArgs, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            model = Transformer(shapes)
+        self.source = Path("no weights")
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.dtypes = dict.fromkeys(self.shapes, dtype)
+
+    def read_finite(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        return torch.empty(self.shapes[name], dtype=self.dtypes[name], device=DEVICE)[rows or slice(None)]
+
+    read = read_finite
+
+
+def trace(case: Case) -> Traced:
+    """Build the model, take a step and evaluate one batch."""
+    args = case.args()
+    with _pretended_ranks(case.ranks if case.ranks > 1 or args.cpu_offload else 0), pretended_gpu(case.gpu) as counts:
+        counts.slots_per_expert = _slots_per_expert(case.shapes, args)
+        world = _PretendedWorld(0, case.ranks, DEVICE, local_size=min(case.ranks, 8))
+        hardware = choose_hardware(DEVICE, args.param_dtype, args.attention, case.shapes)
+        base = BaseModel(Path(), case.shapes, EmptyWeights(case.shapes, hardware.dtype), adapter=None)
+        model = build_model(base, args, hardware, world)
+        loaded = counts.alive
+        optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
+        scaler = LossScaler(hardware.dtype)
+        for _ in range(case.steps_before):
+            train_step(model, [_batch(case, args)], optimizer, schedule, scaler, args.max_norm, DEVICE)
+        batches = [_batch(case, args) for _ in range(args.num_microbatches)]
+        counts.restart()
+        train_step(model, batches, optimizer, schedule, scaler, args.max_norm, DEVICE)
+        step = Counts.of(counts)
+        counts.restart()
+        evaluate(model, batches[:1], dataclasses.replace(world, size=1))
+        evaluation = Counts.of(counts)
+        planned = _planned(case, args, hardware, world)
+    return Traced(hardware, loaded, planned, step, evaluation)
+
+
+class _PretendedWorld(World):
+    def mesh(self, shards: int) -> DeviceMesh:
+        with unset_fake_temporarily():  # a mesh computes with the values of its ranks
+            return super().mesh(shards)
+
+
+@contextlib.contextmanager
+def _pretended_ranks(count: int) -> Iterator[None]:
+    """Let collectives return at once, as if the other ranks had taken part; 0: without a process group."""
+    if count:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def trace_answers(case: Case, prompts: Sequence[int] = (9, 17), tokens: int = 3) -> Counts:
+    """Continue prompts of these lengths by some tokens."""
+    args = case.args()
+    with pretended_gpu(case.gpu) as counts:
+        counts.slots_per_expert = 1
+        hardware = choose_hardware(DEVICE, args.param_dtype, args.attention, case.shapes)
+        base = BaseModel(Path(), case.shapes, EmptyWeights(case.shapes, hardware.dtype), adapter=None)
+        model = build_model(base, args, hardware, World(0, 1, DEVICE), trains=False)
+        counts.restart()
+        generate(model, [list(range(length)) for length in prompts], tokens, eos_id=-1)
+        return Counts.of(counts)
+
+
+def _batch(case: Case, args: TrainArgs) -> Batch:
+    positions = args.seq_len * args.batch_size
+    sizes = [positions // case.documents] * case.documents
+    sizes[-1] += positions - sum(sizes)
+    mask = np.zeros(positions, dtype=bool)
+    mask[:: round(1 / case.trained_share)] = True
+    tokens = np.zeros(positions, dtype=np.int64)
+    return Batch(x=tokens, y=tokens.copy(), sizes=sizes, y_mask=None if mask.all() else mask)
+
+
+def _slots_per_expert(shapes: ModelArgs, args: TrainArgs) -> int:
+    if shapes.moe is None:
+        return 1
+    return max(1, args.seq_len * args.batch_size * shapes.moe.num_experts_per_tok // shapes.moe.num_experts)
+
+
+def _planned(case: Case, args: TrainArgs, hardware: Hardware, world: World) -> float:
+    shards = shard_count(args, world)
+    share = case.trained_share
+    config = MemoryConfig.of(args, case.shapes, hardware.dtype, "cuda", hardware.attention, shards, share)
+    memory = config.memory()
+    return memory.total - memory.overhead  # the CUDA context and the kernels' code are not tensors
