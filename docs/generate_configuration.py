@@ -47,7 +47,8 @@ optim.lr: 6e-5 # the same as `lr: 6e-5` inside `optim:`
   `.yaml`) and `{seed}`: `runs/{date}_{name}`. All processes use the folder that the first one names. `resume: auto`,
   which must find the folder again, is refused with `{date}` and `{time}`.
 - `log_freq`, `ckpt_freq`, `eval_freq` and `eval_generation.freq` are a number of steps, a share of the run between 0
-  and 1 (`0.1` is ten times), or `epoch`: at the end of each. `epochs` may be 0.5 or 2.5.
+  and 1 (`0.1` is ten times), or `epoch`: at the end of each. `1` is every step; `1.0`, which could also be the whole
+  run, is refused. `epochs` may be 0.5 or 2.5.
 - The `args.yaml` of a run is a configuration, too: it records every setting with the values that were used.
 
 """

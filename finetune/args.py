@@ -460,6 +460,8 @@ def read_train_args(
         lines = [problem.message for problem in problems[:_MAX_LISTED]]
         if len(problems) > _MAX_LISTED:
             lines.append(f"... and {len(problems) - _MAX_LISTED:,} more")
+        if Path(args.model_id_or_path).parts[:1] == ("demo",) and not os.path.isdir(args.model_id_or_path):
+            known_keys.append("`make demo` creates the folder demo, with its model and data.")
         raise UserError("\n".join([f"{path} cannot be used:", *(f"  - {line}" for line in lines), *known_keys]))
     return args
 
@@ -613,6 +615,8 @@ def _reason(detail: ErrorDetails) -> str | None:
     """Return what is expected if it is more than the setting's description says."""
     if detail["type"] == "undefined_variable":
         return f"expected a path, but {detail['msg']}"
+    if detail["type"] == "ambiguous":
+        return f"expected {detail['msg']}"
     key = _key(detail["loc"])
     if detail["type"] == "less_than_equal" and "between" not in known_settings()[key].expected:
         return f"expected at most {detail['ctx']['le']:,}"  # of model.settings.at_most

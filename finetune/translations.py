@@ -349,7 +349,10 @@ _OPTIM = (
 
 # ---- Saving, evaluation, logs
 
-_WHEN = {"epoch": "epoch"}
+
+def _frequency(value: Any) -> Any:
+    """Return a whole number of steps as an integer: elsewhere 1.0 is one step, here it is refused."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _strategy(ours: str, never: Advice) -> Callable[[Any, Settings], Advice]:
@@ -371,7 +374,10 @@ _SAVING = (
         "must not exist, unless `resume: auto`",
     ),
     _to(
-        "ckpt_freq", "save_steps checkpointing_steps save_interval save_every save_freq", "steps, or a share of the run"
+        "ckpt_freq",
+        "save_steps checkpointing_steps save_interval save_every save_freq",
+        "steps, or a share of the run",
+        _frequency,
     ),
     _special("ckpt_freq", "saves_per_epoch", "", _times_per_epoch("ckpt_freq")),
     _special("ckpt_freq no_ckpt", "save_strategy", "", _strategy("ckpt_freq", {"no_ckpt": True})),
@@ -389,7 +395,12 @@ _SAVING = (
         "save_only_model save_safetensors save_on_each_node save_first_step save_method save_merged save_full_model",
         "checkpoints are safetensors with the state to resume; `save_adapters` chooses the adapter or the merged model",
     ),
-    _to("eval_freq", "eval_steps eval_interval eval_every", "steps, or a share of the run; with `no_eval: false`"),
+    _to(
+        "eval_freq",
+        "eval_steps eval_interval eval_every",
+        "steps, or a share of the run; with `no_eval: false`",
+        _frequency,
+    ),
     _special("eval_freq", "evals_per_epoch", "", _times_per_epoch("eval_freq")),
     _special(
         "eval_freq no_eval",
@@ -410,7 +421,12 @@ _SAVING = (
         "eval_max_new_tokens",
         "`eval_generation` answers questions greedily during training",
     ),
-    _to("log_freq", "logging_steps log_every_n_steps log_interval logging_interval", "steps, or a share of the run"),
+    _to(
+        "log_freq",
+        "logging_steps log_every_n_steps log_interval logging_interval",
+        "steps, or a share of the run",
+        _frequency,
+    ),
     _special("log_freq", "logging_strategy", "", _strategy("log_freq", None)),
     _absent(
         "logging_dir logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node "

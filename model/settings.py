@@ -112,10 +112,21 @@ NonNegativeFloat = Annotated[float, Field(ge=0), Number]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
 Str = Annotated[str, BeforeValidator(_string)]
 PathStr = Annotated[Str, AfterValidator(expand_path)]
+
+
+def _steps_or_share(value: object) -> object:
+    """Refuse 1.0, which is every step as a number of steps and once as a share; 5.0 can only be 5 steps."""
+    is_float = isinstance(value, float) or (isinstance(value, str) and "." in value)
+    if is_float and _number(value) == 1:
+        raise PydanticCustomError("ambiguous", "1 for every step, a share of the run below 1, or epoch: 1.0 is unclear")
+    return value
+
+
 # How often: a number of steps, a share of the run, or once in each epoch.
 Share = Annotated[float, Field(gt=0, lt=1), Number]
-Frequency = NonNegativeInt | Share | Literal["epoch"]
-PositiveFrequency = PositiveInt | Share | Literal["epoch"]
+_Unambiguous = BeforeValidator(_steps_or_share)
+Frequency = Annotated[NonNegativeInt | Share | Literal["epoch"], _Unambiguous]
+PositiveFrequency = Annotated[PositiveInt | Share | Literal["epoch"], _Unambiguous]
 
 
 class Settings(Serializable):

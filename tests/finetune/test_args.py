@@ -763,6 +763,15 @@ def test_a_frequency_is_a_number_of_steps_a_share_or_epoch(key: str, given: Any,
     assert value == kept and type(value) is type(kept)
 
 
+@pytest.mark.parametrize("key", ["log_freq", "ckpt_freq", "eval_freq", "eval_generation.freq"])
+@pytest.mark.parametrize("given", [1.0, "1.00", "+1.0"])
+def test_one_with_a_decimal_point_is_neither_every_step_nor_once(key: str, given: Any):
+    [problem] = problems(**{key: given})
+    expected = "expected 1 for every step, a share of the run below 1, or epoch: 1.0 is unclear"
+    assert problem.startswith(f"`{key}` is {given!r}; {expected}")
+    load(BASE | {key: 1})
+
+
 def test_the_run_folder_can_be_named_by_placeholders(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(time, "strftime", lambda pattern: pattern)
     args = load(BASE | {"run_dir": "runs/{date}_{time}_{name}_{seed}", "seed": 7})
@@ -773,6 +782,17 @@ def test_the_run_folder_can_be_named_by_placeholders(monkeypatch: pytest.MonkeyP
     assert problem == "`run_dir` contains {model}; expected one of {date}, {time}, {name}, {seed}."
     [problem] = problems(run_dir="runs/{date}", resume="auto")
     assert problem.startswith("`run_dir` contains {date}, so that `resume: auto` would start another run instead of")
+
+
+def test_a_missing_demo_names_the_command_that_makes_it():
+    advice = "`make demo` creates the folder demo, with its model and data."
+    with pytest.raises(UserError) as error:
+        load(BASE | {"model_id_or_path": "demo/model"})
+    assert str(error.value).splitlines()[-1] == advice
+    Path("demo/model").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        load(BASE | {"model_id_or_path": "demo/model", "max_steps": -1})
+    assert advice not in str(error.value)
 
 
 # ---- Settings on the command line

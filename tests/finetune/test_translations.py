@@ -96,6 +96,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"resume_from_checkpoint": True}, "resume: auto"),
         ({"resume": True}, "resume: auto"),
         ({"seed_": 1, "random_state": 3407}, "seed: 3407"),
+        ({"save_steps": 1.0}, "ckpt_freq: 1"),
+        ({"eval_steps": 0.25}, "eval_freq: 0.25"),
         ({"torch_compile": True}, "compile: true"),
         ({"wandb_project": "codes"}, "wandb.project: codes"),
         ({"training_arguments": {"run_name": "a"}}, "wandb.run_name: a"),

@@ -347,7 +347,7 @@ def test_keys_that_are_not_read_are_counted_once_per_file(command):
     other = json.dumps(
         {"messages": [{"role": m["role"], "content": "x", "name": "y"} for m in json.loads(GOOD)["messages"]]}
     )
-    write(command.folder / "a.jsonl", *[row("a", "b", id=i, source="x") for i in range(1200)], GOOD, other)
+    write(command.folder / "a.jsonl", *[row("a", "b", number=i, source="x") for i in range(1200)], GOOD, other)
     write(command.folder / "b.jsonl", row("a", "b", **{"Mme DURAND a de la fièvre": 1}))
     write(command.folder / "c.jsonl", GOOD, OTHER)
     write(command.folder / "p.jsonl", '{"text": "Un texte.", "url": "x"}')
@@ -356,10 +356,19 @@ def test_keys_that_are_not_read_are_counted_once_per_file(command):
     lines = [line for line in command.out.splitlines() if "not read" in line]
     assert lines == [
         "p.jsonl: 1 row has keys that are not read: `url`.",
-        "a.jsonl: 1,201 rows have keys that are not read: `id`, `messages.name`, `source`.",
+        "a.jsonl: 1,201 rows have keys that are not read: `messages.name`, `number`, `source`.",
         "b.jsonl: 1 row has keys that are not read: `...`.",
     ]
     assert "Warnings" not in command.out and "No errors!" in command.out
+
+
+def test_keys_of_our_preparation_are_not_reported(command):
+    facts = {"id": "s1", "patient": "p1", "year": "2024", "documents": 2, "sex": 2, "age": 71}
+    write(command.folder / "a.jsonl", row("a", "b", **facts), row("a", "b", **facts, unit="x"))
+    assert command(train="a.jsonl") == 0
+    assert [line for line in command.out.splitlines() if "not read" in line] == [
+        "a.jsonl: 1 row has keys that are not read: `unit`."
+    ]
 
 
 def test_refused_keys_are_errors_with_their_line(command):

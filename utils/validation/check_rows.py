@@ -25,6 +25,7 @@ from finetune.data.shorten import FittingEncoder
 from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample
 from finetune.data.tools import read_arguments
 from model.errors import UserError
+from utils.icd10.predictions import FACT_COLUMNS
 from utils.validation.packing_forecast import PackedSample
 
 _ROWS_AT_ONCE = 128
@@ -33,6 +34,7 @@ _SMALL = 1 << 20  # bytes; reading fewer takes less time than starting processes
 # A forked process is ready at once; a spawned one imports everything again.
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
+_OF_PREPARATION = frozenset(("id", *FACT_COLUMNS))  # keys that utils.prepare_icd10_data writes for evaluation
 _TRAINED = re.compile(b"\x01+")
 
 
@@ -105,7 +107,7 @@ class RecordingEncoder(SampleEncoder):
             if self._chunk:
                 chunks = [self._packed_chunk(conversation, keep) for keep in chunk_ends(conversation)]
             self.warnings = find_warnings(conversation)
-            unread = conversation.unread
+            unread = conversation.unread - _OF_PREPARATION
         if not packed.trained:
             self.warnings.append("It has no trained token: each answer that would be trained has `weight` 0.")
         elif self._packs_whole and not packed.fitted:
