@@ -18,7 +18,8 @@ from finetune.cli import config_and_overrides, run_cli
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     from finetune.settings_help import train_help
 
-    sys.exit(print(train_help(__doc__)))  # before the imports below, which take seconds
+    run_cli(lambda: print(train_help(__doc__)))
+    sys.exit()  # before the imports below, which take seconds
 
 import fire
 import torch

@@ -1,11 +1,13 @@
 """What all commands share: output streams, error handling, the --step option. Imports nothing heavy."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import io
 import json
 import os
+import select
 import sys
 import time
 import traceback
@@ -16,9 +18,13 @@ from model.errors import UserError, first_line, full_memory
 
 from .redaction import redacted
 
+_BROKEN_PIPE = 141  # exit code of a shell's command that SIGPIPE ends
+
 
 def run_cli(main: Callable[[], object]) -> None:
     """Run a command; a UserError becomes one line on stderr and exit code 1, without a traceback.
+
+    Where stdout is a pipe that is closed early (`| head`), the command ends silently.
 
     Secrets are redacted, in tracebacks of bugs too. Characters that an output stream cannot encode are escaped.
     """
@@ -28,6 +34,8 @@ def run_cli(main: Callable[[], object]) -> None:
     code = 0
     try:
         main()
+        if sys.stdout:  # None if it is closed
+            sys.stdout.flush()
     except SystemExit as exit:
         if not one_of_several:
             raise
@@ -36,6 +44,8 @@ def run_cli(main: Callable[[], object]) -> None:
         print("Interrupted.", file=sys.stderr)
         code = 130
     except BaseException as error:  # also what is not an Exception, such as a panic of a Rust library
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _exit_immediately(_BROKEN_PIPE)
         report = failure_report(error)
         print(report.text, end="", file=sys.stderr)
         report_to_torchrun(report.summary)
@@ -44,6 +54,16 @@ def run_cli(main: Callable[[], object]) -> None:
         _exit_immediately(code)
     if code:
         sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Return whether stdout is a pipe that nothing reads any more, as after `| head`."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)
+    except (OSError, TypeError, ValueError):  # closed, or not a file: in notebooks
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _require_posix() -> None:
@@ -156,13 +176,14 @@ def _parse_step(value: str) -> int | str:
 
 
 def _exit_immediately(code: int) -> None:
-    """End one of several processes without Python's shutdown.
+    """End a process without Python's shutdown, which would write to a broken pipe once more.
 
     gloo's threads outlive the process group as long as a sharded model refers to it. A thread that requests the
     interpreter during shutdown aborts the process (torch 2.13), and a finished run would count as failed.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(code)
 
 

@@ -114,8 +114,10 @@ def _line(key: str, value: Any) -> str | None:
 
 
 def _similar(path: tuple[str, ...], known: Mapping[str, Setting]) -> list[str]:
-    """Return the settings of the same name in other blocks, or of a similar one in the same block."""
+    """Return settings of the same name in another case or in other blocks, or a similar one in the same block."""
     *blocks, name = path
+    if same := [other for other in known if other.lower() == ".".join(path).lower()]:
+        return same
     prefix = "".join(f"{block}." for block in blocks)
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     siblings = [other.removeprefix(prefix) for other in known if other.rpartition(".")[0] == ".".join(blocks)]

@@ -240,6 +240,7 @@ def test_unknown_key_with_suggestion():
 
 
 def test_key_of_another_block_is_suggested():
+    assert problems(**{"OPTIM.LR": 3}) == ["`OPTIM.LR` is not a known setting; did you mean `optim.lr`?"]
     assert problems(rank=3) == ["`rank` is not a known setting; did you mean `lora.rank`?"]
     assert problems(enable=3) == ["`enable` is not a known setting; did you mean `lora.enable`?"]
     [problem] = problems(key=3)

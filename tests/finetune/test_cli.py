@@ -3,6 +3,8 @@
 import argparse
 import errno
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,24 @@ def written(stream):
 
 def fail():
     raise UserError("Le rôle 患者 est inconnu.")
+
+
+@pytest.mark.parametrize("lines", [1, 10_000], ids=["less than a buffer", "more"])
+def test_a_pipe_that_is_closed_early_ends_the_command_silently(lines):
+    code = f"from finetune.cli import run_cli; run_cli(lambda: print('x\\n' * {lines}))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_reported(capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: (_ for _ in ()).throw(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert stop.value.code == 1 and "BrokenPipeError" in capfd.readouterr().err
 
 
 def show_help():

@@ -147,6 +147,13 @@ def test_answers_that_refuse_end_in_one_message(status, error_code, sentence, hu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_token_with_an_impossible_character_is_not_quoted(hub: FakeHub, run_command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_sécret")
+    code, said = run_command(fetch_model, NAME, "--out", tmp_path / "model")
+    assert code == 1 and "has a character that no token has: copy it again" in said
+    assert "xe9" not in said and "é" not in said
+
+
 def assert_manual_way(said: str) -> None:
     assert "hf download mistralai/Mistral-7B-v0.3 params.json consolidated.safetensors tokenizer.model.v3" in said
     assert "wget -c https://models.mistralcdn.com/mistral-7b-v0-3/mistral-7B-v0.3.tar" in said

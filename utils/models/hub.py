@@ -270,6 +270,10 @@ def _explained_errors(repository: str, way_out: Callable[[str], str]) -> Iterato
         if error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
             raise  # the disk's, not the network's
         raise UserError(way_out(first_line(error))) from error
+    except UnicodeEncodeError as error:  # the message of the error has a character of the token
+        raise UserError(
+            "The token (HF_TOKEN, or that of `hf auth login`) has a character that no token has: copy it again."
+        ) from error
     except ValueError as error:  # files that huggingface_hub does not download over plain HTTP
         raise UserError(f"{repository}: {first_line(error)}") from error
     except Exception as error:  # of the HTTP library: no route, no name, a proxy, a timeout

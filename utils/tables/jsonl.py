@@ -152,6 +152,8 @@ def file_errors() -> Iterator[None]:
     """Turn errors of the operating system (no permission, disk full) into UserErrors."""
     try:
         yield
+    except BrokenPipeError:  # of stdout, see run_cli
+        raise
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.") from error
 
