@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .speed_estimate import Gpu, visible_gpu
 
 logger = logging.getLogger("hardware")
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +171,13 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
         return peak, peak
 
 
-def free_bytes(device: torch.device, processes: int) -> float | None:
+def free_bytes(device: torch.device, processes: int, swap: bool = False) -> float | None:
     """Return the bytes available to this process on its GPU, or its share of the node's RAM; None if unknown.
 
     Args:
         device: of the process.
         processes: number of processes on this node.
+        swap: add the node's free swap space.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -183,16 +185,43 @@ def free_bytes(device: torch.device, processes: int) -> float | None:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return None
-    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    if available is None:
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
+    if "MemAvailable" not in kib:
         return None
-    return min(int(available) * 1024, _container_free_bytes()) / processes
+    available = min(kib["MemAvailable"] * 1024, _container_free_bytes())
+    return (available + (kib.get("SwapFree", 0) * 1024 if swap else 0)) / processes
 
 
 def _container_free_bytes() -> float:
-    """Return what a container or a batch job (cgroup v2) may still allocate; its file cache counts as used."""
+    """Return what the control groups of a container or a batch job (cgroup v1 or v2) may still allocate.
+
+    A group is limited by its parents, too. Its file cache counts as free: the kernel drops it on demand.
+    """
+    return min((_group_free_bytes(folder) for folder in _memory_groups()), default=math.inf)
+
+
+def _memory_groups() -> Iterator[Path]:
+    """Yield the folders of this process's control groups for memory, up to the root's."""
     try:
-        most, now = ((_CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
-        return float(most) - float(now)
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return math.inf
+        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _CGROUP / "memory" if controllers else _CGROUP
+        group = root / path.strip("/")
+        # In a container, the path may be that of the host; the folders outside of it do not exist then.
+        yield from (folder for folder in (group, *group.parents) if folder == root or root in folder.parents)
+
+
+def _group_free_bytes(group: Path) -> float:
+    for most, now in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            limit, used = (float((group / name).read_text(encoding="utf-8")) for name in (most, now))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+        cache = [float(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in ("active_file", "inactive_file")]
+        return max(limit - used + sum(cache), 0)
+    return math.inf

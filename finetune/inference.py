@@ -21,6 +21,7 @@ from .data.args import DataArgs
 from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
 from .distributed import World
 from .hardware import choose_device, choose_hardware
+from .preflight import check_inference_memory
 from .run_dir import find_checkpoint, find_weights, run_of
 from .wrapped_model import ADAPTER_NAME, build_model, open_base_model
 
@@ -67,6 +68,7 @@ def _load(args: TrainArgs, merge: bool) -> tuple[Transformer, InstructTokenizerB
     # The dtype is the run's; the attention engine is chosen again, since this may be another machine.
     hardware = choose_hardware(device, args.param_dtype, "auto", base.args)
     args = dataclasses.replace(args, checkpoint=False, compile=False, cpu_offload=False)
+    check_inference_memory(base, args, hardware)
     model = build_model(base, args, hardware, World(0, 1, device), trains=False)
     if merge and args.base_dtype == "same":
         merge_lora(model)

@@ -13,10 +13,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from model.args import BaseDtype, LoraArgs, ModelArgs
+from model.errors import UserError
 from model.lora import add_lora, quantize_linears
 from model.transformer import Transformer
 
@@ -26,6 +28,7 @@ from .optim import optimizer_bytes
 
 CHECKPOINTS: tuple[CheckpointMode, ...] = (False, "selective", True)  # fastest first, least memory last
 RESERVE = 0.1  # fraction of the free memory left unused, for what the estimate misses and for fragmentation
+_PARTS = ("frozen", "trained", "gradients", "moments", "unsharded", "activations", "transient", "overhead", "total")
 SAME: BaseDtype = "same"  # frozen weights have the computation dtype
 _FP32 = 4
 _ROUTING = 40  # bytes per token and expert: sorted and unsorted indices, weight of the expert
@@ -55,6 +58,11 @@ class Memory:
     def total(self) -> float:
         """Peak memory."""
         return sum(dataclasses.astuple(self)) - self.loss
+
+    @property
+    def permanent(self) -> float:
+        """Weights, gradients and optimizer, which no other sequence length makes smaller."""
+        return self.frozen + self.trained + self.gradients + self.moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +161,11 @@ class MemoryConfig:
         plain = dataclasses.replace(self, base_dtype=SAME)
         trained, frozen = (plain._sum(lambda parameter: parameter.count, trains=trains) for trains in (True, False))
         return int(trained), int(frozen)
+
+    def weight_bytes(self) -> float:
+        """Return the bytes of the whole model for inference, in which trained parameters are not fp32."""
+        trained, _ = self.trained_and_frozen()
+        return self._sum(lambda parameter: parameter.held(1), trains=False) + trained * self.dtype.itemsize
 
     def optimizer_bytes(self, shards: int) -> float:
         """Return the bytes of the optimizer's state on the process with the largest of `shards` shards."""
@@ -382,3 +395,36 @@ def largest_seq_len(config: MemoryConfig, usable_bytes: float) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def memory_rows(config: MemoryConfig, base_dtypes: tuple[BaseDtype, ...], usable: float) -> list[dict[str, Any]]:
+    """Estimate every combination of `base_dtype` and `checkpoint`.
+
+    Args:
+        config: configuration of the YAML's settings.
+        base_dtypes: formats to try.
+        usable: bytes of memory per process.
+
+    Returns:
+        For each combination the bytes of each part, whether it fits, and the longest `seq_len` that fits.
+    """
+    rows = []
+    for base_dtype in base_dtypes:
+        if base_dtype != config.base_dtype and not _can_store(base_dtype, config):
+            continue
+        for checkpoint in CHECKPOINTS:
+            setting = dataclasses.replace(config, base_dtype=base_dtype, checkpoint=checkpoint)
+            memory = setting.memory()
+            row: dict[str, Any] = {"base_dtype": base_dtype, "checkpoint": checkpoint}
+            row |= {part: int(getattr(memory, part)) for part in (*_PARTS, "loss")}
+            rows.append(row | {"fits": memory.total <= usable, "largest_seq_len": largest_seq_len(setting, usable)})
+    return rows
+
+
+def _can_store(base_dtype: BaseDtype, config: MemoryConfig) -> bool:
+    """Return whether the model's shapes can be stored in this format."""
+    try:
+        dataclasses.replace(config, base_dtype=base_dtype).memory()
+    except UserError:
+        return False
+    return True

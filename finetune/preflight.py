@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
+from model.args import BASE_DTYPES
 from model.errors import UserError, first_line, full_memory
 from model.settings import Frequency
 
 from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware, free_bytes
-from .memory_estimate import CHECKPOINTS, RESERVE, MemoryConfig
+from .memory_estimate import CHECKPOINTS, RESERVE, MemoryConfig, memory_rows
+from .mixed_precision import DTYPES
 from .optim import check_optimizer
 from .run_dir import saved_checkpoints
 from .wrapped_model import BaseModel, shard_count
@@ -71,10 +73,10 @@ def check_preflight(base: BaseModel, args: TrainArgs, hardware: Hardware, run_di
     exported = trained if args.save_adapters else trained + frozen
     state_bytes = trained * 4 + config.optimizer_bytes(shards=1)  # trained parameters are saved in fp32
     checkpoint_bytes = exported * hardware.dtype.itemsize + state_bytes
-    memory = config.memory()
-    held = memory.frozen + memory.trained + memory.gradients + memory.moments
     with world.synchronized_errors():
-        check_memory(hardware.device, memory.unsharded if args.cpu_offload else held)
+        doubt = check_memory(hardware, config, world.local_size)
+        if doubt and world.is_master:
+            logger.warning(doubt)
         if world.is_master and not args.no_ckpt:
             check_disk(run_dir, checkpoint_bytes, _planned(args, run_dir))
 
@@ -136,17 +138,85 @@ def check_disk(run_dir: Path, checkpoint_bytes: float, planned: int) -> None:
         )
 
 
-def check_memory(device: torch.device, needed: float) -> None:
-    """Raise UserError if a GPU has less than `needed` bytes free."""
-    if device.type != "cuda":
+def check_memory(hardware: Hardware, config: MemoryConfig, processes: int) -> str | None:
+    """Check that what stays in memory for the whole run fits. Return a warning if the rest of the estimate does not.
+
+    Args:
+        hardware: of this process.
+        config: configuration of the run.
+        processes: number of processes on this node.
+
+    Raises:
+        UserError: weights, gradients and optimizer alone do not fit, on the GPU or in RAM and swap.
+    """
+    memory, device = config.memory(), hardware.device
+    on_gpu = device.type == "cuda"
+    offloads = config.cpu_offload and on_gpu
+    if offloads:
+        on_host = dataclasses.replace(config, cpu_offload=False).memory().permanent
+        _require(torch.device("cpu"), processes, on_host, on_host, config)
+    return _require(device, processes, memory.unsharded if offloads else memory.permanent, memory.total, config)
+
+
+def check_inference_memory(base: BaseModel, args: TrainArgs, hardware: Hardware) -> None:
+    """Raise UserError if a model's weights do not fit in the memory of this process, on the GPU or in RAM and swap."""
+    device = hardware.device
+    config = MemoryConfig.of(args, base.args, hardware.dtype, device.type, hardware.attention, 1)
+    needed, free = config.weight_bytes(), free_bytes(device, 1, swap=True)
+    if free is None or needed <= free:
         return
-    free, total = torch.cuda.mem_get_info(device)
-    if free < needed:
-        raise UserError(
-            f"{device} ({torch.cuda.get_device_name(device)}) has {free / _GIB:.1f} of {total / _GIB:.1f} GiB free; "
-            f"weights, gradients and optimizer alone take {needed / _GIB:.1f} GiB. Is another process using it "
-            "(`nvidia-smi`)? Otherwise use more GPUs, `cpu_offload: true`, a smaller `lora.rank` or a smaller model."
+    name = hardware.settings()["param_dtype"]
+    in_half = hardware.dtype == torch.float32 and args.run_dir and needed / 2 <= free
+    advice = "Set `param_dtype: bf16` in the run's args.yaml, use" if in_half else "Use"
+    raise UserError(
+        f"The weights of {base.folder} take {needed / _GIB:.1f} GiB in {name}, but {_has(device, free)}. {advice} a "
+        "machine with more memory, or end other programs."
+    )
+
+
+def _has(device: torch.device, free: float) -> str:
+    on_gpu = device.type == "cuda"
+    where = (
+        f"{device} ({torch.cuda.get_device_name(device)})" if on_gpu else "each process (RAM, swap, container limit)"
+    )
+    return f"{where} has {free / _GIB:.1f} GiB free"
+
+
+def _require(device: torch.device, processes: int, permanent: float, total: float, config: MemoryConfig) -> str | None:
+    free = free_bytes(device, processes, swap=True)
+    if free is None or total <= free:
+        return None
+    if permanent <= free:  # the rest is an estimate: let the run try
+        return (
+            f"The run may need {total / _GIB:.1f} GiB, but {_has(device, free)}. It starts, and may run out of memory. "
+            f"{settings_that_fit(config, free)}"
         )
+    other = "Is another process using it (`nvidia-smi`)? " if device.type == "cuda" else ""
+    raise UserError(
+        f"Weights, gradients and optimizer alone take {permanent / _GIB:.1f} GiB (about {total / _GIB:.1f} GiB with "
+        f"activations), but {_has(device, free)}. {other}{settings_that_fit(config, free)}"
+    )
+
+
+def settings_that_fit(config: MemoryConfig, free: float) -> str:
+    """Return a sentence with the settings that fit in `free` bytes: those closest to the run's, at most three."""
+    usable, names = free * (1 - RESERVE), {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = [config.dtype, *([torch.bfloat16] if config.dtype == torch.float32 else [])]
+    formats = BASE_DTYPES if config.lora.enable else BASE_DTYPES[:1]
+    rows = [
+        row | {"param_dtype": names[dtype]}
+        for dtype in dtypes
+        for row in memory_rows(dataclasses.replace(config, dtype=dtype), formats, usable)
+    ]
+    keys = ("param_dtype", "base_dtype", "checkpoint")
+    shown = [", ".join(f"`{key}: {str(row[key]).lower()}`" for key in keys) for row in rows]
+    if fitting := [text for text, row in zip(shown, rows, strict=True) if row["fits"]]:
+        return f"With `seq_len: {config.seq_len}` these fit: {'; '.join(fitting[:3])}."
+    text, longest = max(zip(shown, rows, strict=True), key=lambda pair: pair[1]["largest_seq_len"])
+    if longest["largest_seq_len"]:
+        return f"The longest that fits is `seq_len: {longest['largest_seq_len']}` with {text}."
+    more = "more GPUs, `cpu_offload: true`" if config.device == "cuda" else "a machine with more memory"
+    return f"Otherwise use {more}, a smaller `lora.rank` or a smaller model: no other setting is enough."
 
 
 def out_of_memory_advice(error: Exception, args: TrainArgs, rank: int) -> str | None:

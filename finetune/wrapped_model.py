@@ -7,6 +7,7 @@ copy of the model.
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ logger = logging.getLogger("wrapped_model")
 _RECOMPUTE: dict[bool | str, Recompute] = {True: "block", "selective": "feed_forward", False: "nothing"}
 ADAPTER_NAME = "lora.safetensors"
 _MAX_FAULTS_LISTED = 12
+_LOG_EVERY_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,16 +226,44 @@ def _load(model: Transformer, base: BaseModel, args: TrainArgs, hardware: Hardwa
     loaded = {}
     parameters = dict(model.named_parameters())
     device = torch.device("cpu") if args.cpu_offload else hardware.device
-    tensors = _tensors(model, base, args, hardware)
-    for name, tensor in tqdm(
-        tensors, desc="Loading weights", total=len(parameters), disable=None if world.is_master else True
-    ):
+    widths = {name: _width(parameter, hardware) for name, parameter in parameters.items()}
+    sizes = {name: parameter.numel() * widths[name] for name, parameter in parameters.items()}
+    for name, tensor in _with_progress(_tensors(model, base, args, hardware), sizes, is_shown=world.is_master):
         parameter = parameters[name]
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32 if parameter.requires_grad else hardware.dtype)
         local = tensor.to(device)
         loaded[name] = nn.Parameter(_sharded_like(parameter, local), requires_grad=parameter.requires_grad)
     model.load_state_dict(loaded, strict=True, assign=True)
+
+
+def _width(parameter: nn.Parameter, hardware: Hardware) -> int:
+    """Return the bytes per element that a parameter has when loaded."""
+    if not parameter.is_floating_point():
+        return parameter.element_size()
+    return (torch.float32 if parameter.requires_grad else hardware.dtype).itemsize
+
+
+def _with_progress(
+    tensors: Iterator[tuple[str, torch.Tensor]], sizes: dict[str, int], is_shown: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Show a bar on a terminal, and in a log a line every 10 s.
+
+    Args:
+        tensors: names and values.
+        sizes: bytes of each, of all ranks together.
+        is_shown: whether this rank shows them.
+    """
+    total, done, last = sum(sizes.values()), 0, time.monotonic()
+    bar = tqdm(desc="Loading weights", total=total, unit="B", unit_scale=True, disable=None if is_shown else True)
+    with bar:
+        for name, tensor in tensors:
+            yield name, tensor
+            done += sizes[name]
+            bar.update(sizes[name])
+            if is_shown and bar.disable and time.monotonic() - last >= _LOG_EVERY_S:
+                last = time.monotonic()
+                logger.info("Loading weights: %.0f %%, %.1f of %.1f GB", 100 * done / total, done / 1e9, total / 1e9)
 
 
 def _tensors(

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.args import CheckpointMode, TrainArgs, read_train_args
 from finetune.cli import parse_config_args, run_cli
@@ -27,15 +27,11 @@ from finetune.speed_estimate import (
     tokens_per_second,
     unlisted_gpu,
 )
-from model.args import BASE_DTYPES, BaseDtype, ModelArgs, load_model_args
+from model.args import BASE_DTYPES, ModelArgs, load_model_args
 from model.errors import UserError
 from utils.models.known_models import KNOWN_MODELS, RELEASES, known_shapes
 
-if TYPE_CHECKING:
-    from finetune.memory_estimate import MemoryConfig
-
 _GIB = 1024**3
-_PARTS = ("frozen", "trained", "gradients", "moments", "unsharded", "activations", "transient", "overhead", "total")
 # Columns of the printed table, and the parts that each adds up; --json gives every part.
 _COLUMNS = {
     "weights": ("frozen", "trained", "unsharded"),
@@ -107,41 +103,6 @@ def choose_gpu(name: str | None, gib: float | None) -> Gpu:
     return dataclasses.replace(gpu, gib=gib or gpu.gib)
 
 
-def memory_rows(config: "MemoryConfig", base_dtypes: tuple[BaseDtype, ...], usable: float) -> list[dict[str, Any]]:
-    """Estimate every combination of `base_dtype` and `checkpoint`.
-
-    Args:
-        config: configuration of the YAML's settings.
-        base_dtypes: formats to try.
-        usable: bytes of memory per GPU.
-
-    Returns:
-        For each combination the bytes of each part, whether it fits, and the longest `seq_len` that fits.
-    """
-    from finetune.memory_estimate import CHECKPOINTS, largest_seq_len
-
-    rows = []
-    for base_dtype in base_dtypes:
-        if base_dtype != config.base_dtype and not _can_store(base_dtype, config):
-            continue
-        for checkpoint in CHECKPOINTS:
-            setting = dataclasses.replace(config, base_dtype=base_dtype, checkpoint=checkpoint)
-            memory = setting.memory()
-            row: dict[str, Any] = {"base_dtype": base_dtype, "checkpoint": checkpoint}
-            row |= {part: int(getattr(memory, part)) for part in (*_PARTS, "loss")}
-            rows.append(row | {"fits": memory.total <= usable, "largest_seq_len": largest_seq_len(setting, usable)})
-    return rows
-
-
-def _can_store(base_dtype: BaseDtype, config: "MemoryConfig") -> bool:
-    """Return whether the model's shapes can be stored in this format."""
-    try:
-        dataclasses.replace(config, base_dtype=base_dtype).memory()
-    except UserError:
-        return False
-    return True
-
-
 def expected(
     args: TrainArgs, model: ModelArgs, gpu: Gpu, options: argparse.Namespace, checkpoint: CheckpointMode
 ) -> dict[str, Any]:
@@ -166,6 +127,8 @@ def expected(
 
 def make_plan(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
     """Return everything that is printed, in bytes, tokens and hours."""
+    from finetune.memory_estimate import memory_rows  # loads torch
+
     name, model = find_model(args, options.model)
     gpu = choose_gpu(options.gpu, options.gpu_gb)
     config = memory_config(args, model, gpu, options.gpus, options.trained_share)
