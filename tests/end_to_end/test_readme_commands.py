@@ -92,6 +92,7 @@ ELSEWHERE = {
     "python -m benchmarks.learning_curve": "test_documentation_images.py::test_a_point_of_the_learning_curve",
     "python -m benchmarks.learning_rate": "takes an hour",
     "python -m benchmarks.moe_seeds": "takes an hour",
+    "python -m benchmarks.trace": "test_trace.py",
     "python -m benchmarks.fp16": "as test_documentation_images.py does with an untrained model",
     "python -m utils.import_data": "named without arguments",
     "python -m benchmarks.generate": "test_predict_icd10.py::test_constrained_answers_contain_only_codes_of_the_table",
