@@ -3,7 +3,8 @@
 python -m utils.export_grammar --cim10 TABLE --out answers.lark     llguidance, and vLLM and SGLang with it
 python -m utils.export_grammar --cim10 TABLE --out answers.gbnf     llama.cpp, and xgrammar
 
-It accepts exactly the answers that `utils.predict_icd10 --cim10 TABLE` can give.
+It accepts exactly the answers that `utils.predict_icd10 --cim10 TABLE` can give, with a space in front or without: the
+first token of a SentencePiece model has one. The engines vllm and server use it without this command.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 from finetune.cli import run_cli
 from model.errors import UserError
 from model.wording import counted
-from utils.icd10.answer_grammar import answer_grammar, as_gbnf, as_lark
+from utils.icd10.answer_grammar import OPTIONAL_SPACE, answer_grammar, as_gbnf, as_lark
 from utils.icd10.codes import Cim10Table
 from utils.tables.jsonl import require_own_names, save
 
@@ -27,7 +28,7 @@ def main() -> None:
     if options.out.suffix not in WRITERS:
         raise UserError(f"{options.out}: expected a name that ends in {' or '.join(WRITERS)}.")
     require_own_names([options.out], [options.cim10])
-    grammar = answer_grammar(Cim10Table.from_file(options.cim10))
+    grammar = answer_grammar(Cim10Table.from_file(options.cim10), OPTIONAL_SPACE)
     text = WRITERS[options.out.suffix](grammar)
     save({options.out: text})
     codes = ", ".join(f"{counted(len(grammar[role].texts), 'text')} of {role.upper()}" for role in ("dp", "dr", "das"))

@@ -16,6 +16,7 @@ class ChatServer(ThreadingHTTPServer):
     Attributes:
         answer: from the request's JSON.
         models: names that it lists.
+        owner: of the models, which names the kind of server.
         requests: JSON of the requests so far.
         location: where to redirect all requests to, if anywhere.
         headers: of the last request, in lower case.
@@ -28,6 +29,7 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer = answer
         self.models = ["demo"]
+        self.owner = "vllm"
         self.requests: list[Request] = []
         self.location: str | None = None
         self.listed: bytes | None = None
@@ -45,7 +47,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: ChatServer
 
     def do_GET(self) -> None:
-        models = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]}
+        owner = self.server.owner
+        listed = [{"id": name, "object": "model", "owned_by": owner} for name in self.server.models]
+        models = {"object": "list", "data": listed}
         self._reply(200, models if self.server.listed is None else self.server.listed)
 
     def do_POST(self) -> None:

@@ -43,10 +43,10 @@ class Bytes:
         return list(text)
 
 
-def judge(table: Cim10Table) -> llguidance.LLMatcher:
+def judge(lark: str) -> llguidance.LLMatcher:
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
     limits = llguidance.LLParserLimits(**LIMITS)
-    matcher = llguidance.LLMatcher(tokenizer, as_lark(answer_grammar(table)), limits=limits)
+    matcher = llguidance.LLMatcher(tokenizer, lark, limits=limits)
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 
@@ -110,7 +110,7 @@ def damaged(text: bytes, rng: random.Random) -> bytes:
 
 @pytest.fixture(scope="module")
 def both() -> tuple[AnswerGrammar, llguidance.LLMatcher]:
-    return AnswerGrammar(TABLE), judge(TABLE)
+    return AnswerGrammar(TABLE), judge(as_lark(answer_grammar(TABLE)))
 
 
 @given(st.integers(0, 2**64).map(random.Random))
@@ -125,7 +125,7 @@ def test_both_accept_the_same_strings(both: tuple[AnswerGrammar, llguidance.LLMa
 @pytest.mark.skipif(GOLDEN is None, reason="needs the complete reference data")
 def test_both_accept_the_same_strings_over_the_complete_cim10() -> None:
     table = Cim10Table.from_file(Path(GOLDEN).parent / "icd" / "cim_10_atih_2019.tsv")
-    grammar, matcher, rng = AnswerGrammar(table), judge(table), random.Random(0)
+    grammar, matcher, rng = AnswerGrammar(table), judge(as_lark(answer_grammar(table))), random.Random(0)
     for _ in range(100):
         for text in (our_answer(grammar, rng), their_answer(matcher, rng)):
             assert judged(matcher, text) == ours(grammar, text) == (len(text), True)

@@ -2,20 +2,24 @@
 
 import json
 import math
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from tests.support.chat_server import Request, chat_server
 from tests.support.patience import PATIENCE_S
+from tests.utils.test_answer_grammar import judge, judged
 from utils import chat, predict_icd10
 from utils.engines.engine import Generation
 from utils.engines.prompts import Prompt
 from utils.engines.server import ServerEngine
 from utils.engines.server_address import ServerAddress
+from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.prompts import prompt_messages
 
 ANSWER = "diagnostic principal : Asthme (J459), diagnistic relié : aucun, diagnostic associé : aucun"
@@ -273,3 +277,92 @@ def test_questions_are_answered_without_codes(tmp_path: Path, run_command: RunCo
     assert by_question["Capitale ?"]["messages"] == [{"role": "user", "content": "Capitale ?"}]
     assert by_question["Dose ?"]["seed"] != by_question["Capitale ?"]["seed"]
     assert by_question["Dose ?"]["top_p"] == 0.9
+
+
+@pytest.fixture
+def cim10(tmp_path: Path) -> Path:
+    path = tmp_path / "cim10.tsv"
+    path.write_text("code\ttype_mco\tlabel\nJ459\t0\tAsthme\nX59\t2\tChute\n", encoding="utf-8")
+    return path
+
+
+ALLOWED = build_answer([Diagnosis("DP", "J459", "Asthme"), Diagnosis("DAS", "X59", "Chute")])
+
+
+@pytest.mark.parametrize("owner", ["vllm", "llamacpp"])
+def test_the_grammar_is_sent_in_the_field_of_the_server(
+    owner: str, notes: Path, cim10: Path, run_command: RunCommand
+) -> None:
+    with chat_server(lambda _: ALLOWED) as server:
+        server.owner = owner
+        code, output, rows = predict(run_command, notes, server.url, "--cim10", cim10, "--model", "demo")
+    assert code == 0, output
+    assert {tuple(item["code"] for item in row["codes"]) for row in rows} == {("J459", "X59")}
+    request = server.requests[0]
+    assert {"structured_outputs", "grammar"} & request.keys() == {
+        {"vllm": "structured_outputs", "llamacpp": "grammar"}[owner]
+    }
+    if owner == "vllm":
+        matcher = judge(request["structured_outputs"]["grammar"])
+        for text in (ALLOWED, f" {ALLOWED}"):  # the first token of a SentencePiece model has a space
+            assert judged(matcher, text.encode()) == (len(text.encode()), True)
+        assert not judged(matcher, ALLOWED.replace("J459", "X59").encode())[1]
+    else:
+        assert request["grammar"].startswith("root ::= opening") and '"Chute (X59)"' in request["grammar"]
+
+
+def test_an_answer_that_ignores_the_grammar_is_reported(notes: Path, cim10: Path, run_command: RunCommand) -> None:
+    swapped = ALLOWED.replace("Asthme (J459)", "Chute (X59)")  # not allowed as DP
+    with chat_server(lambda request: swapped if note_of(request) == 4 else ALLOWED) as server:
+        code, output, rows = predict(run_command, notes, server.url, "--cim10", cim10)
+        assert code == 1 and len(rows) == 5
+        assert "(s4): the answer is not restricted to the codes of --cim10: the engine did not follow the" in output
+        (notes.parent / "p.jsonl").unlink()
+        server.answer = lambda _: swapped
+        code, output, rows = predict(run_command, notes, server.url, "--cim10", cim10, "--concurrency", 1)
+        assert code == 1 and not rows and "did not follow the grammar, like all before" in output
+
+
+def test_an_answer_that_is_too_long_keeps_its_complete_codes(notes: Path, cim10: Path, run_command: RunCommand) -> None:
+    cut = choice({"content": ALLOWED[:-3]}, finish_reason="length")
+    with chat_server(lambda request: cut if note_of(request) else choice({"content": ALLOWED[:-3]})) as server:
+        code, output, rows = predict(run_command, notes, server.url, "--cim10", cim10)
+    assert code == 1 and "(s0)" in output  # the same text is not an answer if the model ended it
+    assert [[item["code"] for item in row["codes"]] for row in rows] == [["J459"]] * 5
+
+
+def test_a_server_that_takes_no_grammar_is_refused_at_once(notes: Path, cim10: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: ALLOWED) as server:
+        server.owner = "somebody"
+        code, output, _ = predict(run_command, notes, server.url, "--cim10", cim10)
+    assert code == 1 and not server.requests
+    assert "is neither vLLM nor llama.cpp, which take a grammar: leave out --cim10" in output
+
+
+class Network:
+    """Hosts and ports that this process looks up or connects to, while `recording`."""
+
+    recording = False
+    peers: ClassVar[set[tuple[str, int]]] = set()
+
+    @classmethod
+    def hook(cls, event: str, args: tuple) -> None:
+        """Audit hooks cannot be removed, so there is one, which mostly does nothing."""
+        if cls.recording and event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            cls.peers.add(args[1][:2])
+        elif cls.recording and event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.getnameinfo"):
+            cls.peers.add((args[0], args[1] if len(args) > 1 else 0))
+
+
+sys.addaudithook(Network.hook)
+
+
+def test_nothing_but_the_given_address_is_looked_up_or_connected_to(
+    notes: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with chat_server(lambda _: ANSWER) as server:
+        monkeypatch.setattr(Network, "peers", set())
+        monkeypatch.setattr(Network, "recording", True)
+        assert predict(run_command, notes, server.url)[0] == 0
+        Network.recording = False
+    assert Network.peers == {("127.0.0.1", server.server_address[1])}

@@ -17,7 +17,7 @@ from utils.engines.server_address import DEFAULT_CONCURRENCY, ServerAddress
 from utils.icd10.codes import Cim10Table
 
 ENGINES = ("local", "transformers", "vllm", "server")
-_UNCONSTRAINED = _UNBATCHED = ("vllm", "server")
+_UNBATCHED = ("vllm", "server")
 DEFAULT_BATCH_SIZE = 16
 _TEMPERATURES = (0.001, 100.0)  # above 0; beyond these, 32-bit logits overflow or all tokens are equally likely
 
@@ -58,11 +58,6 @@ class EngineChoice:
             raise UserError(f"--engine {self.name} needs the folder of a model.")
         else:
             self.folder = find_checkpoint(self.folder, self.step)
-        if self.table is not None and self.name in _UNCONSTRAINED:
-            raise UserError(
-                f"--cim10 constrains the engines local and transformers, not {self.name}; without it, the evaluation "
-                "counts codes that are not in the table."
-            )
 
     @property
     def model(self) -> str:
@@ -100,12 +95,12 @@ class EngineChoice:
         if self.server is not None:
             from utils.engines.server import ServerEngine
 
-            return ServerEngine(self.server, self.generation)
+            return ServerEngine(self.server, self.generation, self.table)
         assert self.folder is not None, "checked above"
         if self.name == "vllm":
             from utils.engines.vllm_engine import VllmEngine
 
-            return VllmEngine(self.folder, self.generation)
+            return VllmEngine(self.folder, self.generation, self.table)
         if self.name == "transformers":
             from utils.engines.transformers_engine import TransformersEngine
 

@@ -1,7 +1,8 @@
 """A server with OpenAI's API: vLLM, `transformers serve`, llama.cpp, Ollama.
 
 Notes are sent to the given address only: no proxy is used and no redirect is followed. Of the environment, only
-SERVER_API_KEY is sent.
+SERVER_API_KEY is sent. Answers are constrained by a grammar in each request, which vLLM and llama.cpp's server
+understand, and are checked: a server may ignore it.
 """
 
 import asyncio
@@ -14,8 +15,10 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.rows import is_identifier
 from model.errors import UserError
 from utils.engines.engine import Generation, Reply, seed_of
+from utils.engines.grammar import TableGrammar
 from utils.engines.prompts import Prompt
 from utils.engines.server_address import ServerAddress
+from utils.icd10.codes import Cim10Table
 from utils.tables.jsonl import SkippedRowError
 
 KEY_VARIABLE = "SERVER_API_KEY"
@@ -41,15 +44,16 @@ class ServerEngine:
     Args:
         address: where it is.
         generation: length and sampling of the answers.
+        table: codes that answers may contain; None for unconstrained answers.
 
     Attributes:
         model: its name.
 
     Raises:
-        UserError: the server is not there, does not have the model, or must not be used.
+        UserError: the server is not there, does not have the model, takes no grammar, or must not be used.
     """
 
-    def __init__(self, address: ServerAddress, generation: Generation) -> None:
+    def __init__(self, address: ServerAddress, generation: Generation, table: Cim10Table | None = None) -> None:
         address.require_allowed()
         try:
             import openai
@@ -64,7 +68,15 @@ class ServerEngine:
             "timeout": openai.Timeout(_TIMEOUT_S, connect=10.0),
         }
         self._direct: dict[str, Any] = {"trust_env": False, "follow_redirects": False, "auth": self._bare}
-        self.model = address.model or self._only_model()
+        listed = self._listed_models() if table is not None or not address.model else {}
+        self.model = address.model or self._only_model(list(listed))
+        self._grammar = None if table is None else TableGrammar(table)
+        self._grammar_fields = self._grammar and self._grammar.request_fields(next(iter(listed.values()), None))
+        if self._grammar and self._grammar_fields is None:
+            raise UserError(
+                f"The server {address.url} is neither vLLM nor llama.cpp, which take a grammar: leave out --cim10, and "
+                "the evaluation counts codes that are not in the table."
+            )
 
     def _bare(self, request: Any) -> Any:
         """Return a request to the server, an httpx.Request, with the headers that it needs.
@@ -83,17 +95,20 @@ class ServerEngine:
         )
         return request
 
-    def _only_model(self) -> str:
+    def _listed_models(self) -> dict[str, str | None]:
+        """Return the owner of each model that the server lists."""
         http_client = self._openai.DefaultHttpxClient(**self._direct)
         try:
             with self._openai.OpenAI(**self._options, max_retries=0, http_client=http_client) as client:
-                names = [str(model.id) for model in client.models.list()]
+                return {str(model.id): getattr(model, "owned_by", None) for model in client.models.list()}
         except self._openai.NotFoundError as error:
             url = self._address.url
             message = f"The server {url} has no list of models: name one with --model, or correct the path of --server"
             raise UserError(f"{message}, which often ends in /v1.") from error
         except (self._openai.OpenAIError, *_NOT_OPENAI) as error:
             raise self._unavailable(error) from error
+
+    def _only_model(self, names: Sequence[str]) -> str:
         if len(names) != 1:
             raise UserError(
                 f"The server {self._address.url} lists {len(names)} models ({', '.join(names[:10]) or 'none'}); name "
@@ -130,7 +145,8 @@ class ServerEngine:
         """Return the answer, why there is none, or why there will be none to other prompts either."""
         try:
             completion = await client.chat.completions.create(**self._request(prompt))
-            return self._read(completion.choices[0])
+            reply = self._read(completion.choices[0])
+            return self._grammar.check(reply) if self._grammar and isinstance(reply, Reply) else reply
         except UserError as error:
             return error
         except self._openai.APIStatusError as error:
@@ -175,8 +191,8 @@ class ServerEngine:
             request["tools"] = [tool.to_openai() for tool in conversation.tools]
         if sampling.temperature:
             request |= {"top_p": sampling.top_p, "seed": seed_of(prompt, sampling)}
-        if sampling.top_k:
-            request["extra_body"] = {"top_k": sampling.top_k}
+        request["extra_body"] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        request["extra_body"] |= self._grammar_fields or {}
         if self._address.log_probabilities:
             request["logprobs"] = True
         return request

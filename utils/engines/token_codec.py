@@ -60,7 +60,7 @@ class TokenCodec:
         self,
         prompts: Sequence[Prompt],
         batch_size: int,
-        answer: Callable[[Sequence[Prompt], Sequence[list[int]]], list[Reply]],
+        answer: Callable[[Sequence[Prompt], Sequence[list[int]]], Sequence[Reply | SkippedRowError]],
     ) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts, those of similar length together; see `Engine.answers`.
 

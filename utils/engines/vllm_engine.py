@@ -7,8 +7,10 @@ from finetune.data.tokenizer_files import load_instruct_tokenizer
 from model.errors import UserError
 from model.hf_config import CONFIG_NAME
 from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, seed_of
+from utils.engines.grammar import TableGrammar
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
+from utils.icd10.codes import Cim10Table
 from utils.tables.jsonl import SkippedRowError
 
 _CHUNK = 512  # prompts between two writes of answers; vLLM forms its own batches
@@ -20,12 +22,15 @@ class VllmEngine:
     Args:
         folder: what `utils.export --to hf --merged` wrote.
         generation: length and sampling of the answers.
+        table: codes that answers may contain; None for unconstrained answers.
 
     Raises:
         UserError: vLLM is not installed, or the folder has another format.
     """
 
-    def __init__(self, folder: Path, generation: Generation = DEFAULT_GENERATION) -> None:
+    def __init__(
+        self, folder: Path, generation: Generation = DEFAULT_GENERATION, table: Cim10Table | None = None
+    ) -> None:
         if not (folder / CONFIG_NAME).is_file():
             raise UserError(
                 f"{folder} has no {CONFIG_NAME}; --engine vllm needs a model in Hugging Face's format: "
@@ -38,7 +43,15 @@ class VllmEngine:
                 "--engine vllm needs vLLM in this environment; it pins its own version of torch, so a server in "
                 "another environment (--engine server) may be easier."
             ) from error
-        self._llm = LLM(model=str(folder), skip_tokenizer_init=True)
+        self._grammar = None if table is None else TableGrammar(table)
+        if self._grammar is None:
+            self._llm, self._constraint = LLM(model=str(folder), skip_tokenizer_init=True), None
+        else:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            # Its other library, xgrammar, does not finish with the complete CIM-10.
+            self._llm = LLM(model=str(folder), structured_outputs_config={"backend": "guidance"})
+            self._constraint = StructuredOutputsParams(grammar=self._grammar.lark())
         self._new_params = SamplingParams
         self._codec = TokenCodec(load_instruct_tokenizer(folder, self._llm.model_config.get_vocab_size()), None)
         self._generation = generation
@@ -47,7 +60,7 @@ class VllmEngine:
         """Answer prompts in large chunks; see `Engine`."""
         return self._codec.answer_batches(prompts, _CHUNK, self._answer)
 
-    def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply]:
+    def _answer(self, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Reply | SkippedRowError]:
         inputs = [{"prompt_token_ids": tokens} for tokens in encoded]
         outputs = self._llm.generate(inputs, [self._params(prompt) for prompt in prompts], use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
@@ -55,7 +68,8 @@ class VllmEngine:
         chances = [
             [of_step[token].logprob for token, of_step in zip(answer.token_ids, answer.logprobs)] for answer in answers
         ]
-        return self._codec.replies(tokens, chances, None)
+        replies = self._codec.replies(tokens, chances, None)
+        return [self._grammar.check(reply) for reply in replies] if self._grammar else [*replies]
 
     def _params(self, prompt: Prompt):  # noqa: ANN202 - vllm.SamplingParams, which is not installed everywhere
         max_tokens, sampling = self._generation
@@ -68,4 +82,5 @@ class VllmEngine:
             stop_token_ids=[self._codec.eos_id],
             logprobs=0,
             detokenize=False,
+            structured_outputs=self._constraint,
         )

@@ -24,12 +24,16 @@ class Node(NamedTuple):
 Grammar = Mapping[str, Node]
 
 
-def answer_grammar(table: Cim10Table, prefix: str = "") -> Grammar:
+# A SentencePiece model's first token has a space, which is not part of the text that an engine returns.
+OPTIONAL_SPACE = ("", " ")
+
+
+def answer_grammar(table: Cim10Table, prefixes: Sequence[str] = ("",)) -> Grammar:
     """Return the grammar of answers with codes of `table`; it starts at START.
 
     Args:
         table: allowed codes.
-        prefix: start of every answer (SentencePiece starts a string with a space).
+        prefixes: what an answer can start with; OPTIONAL_SPACE for engines whose tokenizer is not known.
     """
     items = {
         role: [
@@ -39,7 +43,7 @@ def answer_grammar(table: Cim10Table, prefix: str = "") -> Grammar:
     }
     opening, before_related, before_associated, _ = _fixed_parts()
     return {
-        START: Node([prefix + opening], ("dp",)),
+        START: Node([prefix + opening for prefix in prefixes], ("dp",)),
         "dp": Node(items["DP"], ("before_dr",)),
         "before_dr": Node([before_related], ("dr",)),
         "dr": Node([NOTHING, *items["DR"]], ("before_das",)),

@@ -40,7 +40,7 @@ class AnswerGrammar:
             table: allowed codes.
             prefix: start of every answer (SentencePiece starts a string with a space).
         """
-        nodes = answer_grammar(table, prefix)
+        nodes = answer_grammar(table, [prefix])
         self._strings = {name: sorted({text.encode() for text in node.texts}) for name, node in nodes.items()}
         self._next_nodes = {name: node.following for name, node in nodes.items()}
         self.start = self._enter(START)
@@ -74,6 +74,21 @@ class AnswerGrammar:
     def at_item_end(self, states: States) -> bool:
         """Return whether an item has just been completed, so that the answer can be truncated here."""
         return not self._item_ends.isdisjoint(states)
+
+    def accepted(self, answer: str, is_complete: bool) -> str | None:
+        """Return an answer without an incomplete last item, or None if the grammar does not allow it.
+
+        Args:
+            answer: text by another engine.
+            is_complete: whether the model ended it; otherwise the end of an allowed answer may be missing.
+        """
+        states, written, complete = self.start, answer.encode(), 0
+        for length, byte in enumerate(written, start=1):
+            states = self.following(states).get(byte, frozenset())
+            if self.at_item_end(states):
+                complete = length
+        allowed = self.may_end(states) if is_complete else bool(states)
+        return written[:complete].decode() if allowed else None
 
 
 class _TrieNode:
