@@ -90,7 +90,6 @@ ELSEWHERE = {
     "python -m utils.reformat_data": "test_reformat.py::test_reformat_data_matches_the_original_and_keeps_tool_calls",
     "python -m docs.draw_images": "test_documentation_images.py::test_all_images_are_drawn",
     "python -m benchmarks.learning_curve": "test_documentation_images.py::test_a_point_of_the_learning_curve",
-    "python -m benchmarks.constraint": "takes minutes",
     "python -m benchmarks.learning_rate": "takes an hour",
     "python -m benchmarks.moe_seeds": "takes an hour",
     "python -m benchmarks.trace": "test_trace.py",
