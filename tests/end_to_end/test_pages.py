@@ -138,6 +138,12 @@ def test_summary_of_runs_is_not_cut(name, width, written, browser):
     script = "(box => [box.scrollWidth, box.clientWidth])(document.querySelector('table.summary').parentElement)"
     content, shown = browser.evaluate(script)
     assert content == shown
+    lines = browser.evaluate("""[...document.querySelectorAll('table.summary td:first-child')].map(cell => {
+        const name = document.createRange();
+        name.selectNodeContents(cell);
+        return name.getBoundingClientRect().height / parseFloat(getComputedStyle(cell).lineHeight);
+    })""")
+    assert max(lines) <= 3
 
 
 def test_names_stay_in_place_while_figures_scroll(written, browser):
