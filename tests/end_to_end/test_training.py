@@ -114,7 +114,8 @@ def build(config: Path, from_adapter: Path | None = None) -> Transformer:
     """Build the initial model of a YAML, or the one with the adapter `from_adapter`."""
     args = load_train_args(config)
     args.lora.from_adapter = None if from_adapter is None else str(from_adapter)
-    args.checkpoint, args.compile = False, False  # resolved, as they are before a run builds its model
+    args.compile = args.compile is True  # resolved, as before a run builds its model
+    args.checkpoint = False if args.checkpoint == "auto" else args.checkpoint
     base = open_base_model(args)
     return build_model(base, args, choose_hardware(CPU.device, args.param_dtype, args.attention, base.args), CPU)
 
