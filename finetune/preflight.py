@@ -13,6 +13,7 @@ import torch
 from model.args import BASE_DTYPES
 from model.errors import UserError, first_line, full_memory
 from model.settings import Frequency
+from model.weights import TensorSource
 
 from .args import TrainArgs
 from .distributed import World
@@ -26,6 +27,8 @@ from .wrapped_model import BaseModel, shard_count
 logger = logging.getLogger("preflight")
 
 _GIB = 1024**3
+# Bytes per number of a tensor that is merged: as stored; W, B A, scaling B A and their sum in fp32; as written.
+_MERGE_BYTES = 4 + 4 * 4 + 4
 
 
 def resolve_checkpoint(base: BaseModel, args: TrainArgs, hardware: Hardware, world: World) -> TrainArgs:
@@ -172,6 +175,18 @@ def check_inference_memory(base: BaseModel, args: TrainArgs, hardware: Hardware)
         f"The weights of {base.folder} take {needed / _GIB:.1f} GiB in {name}, but {_has(device, free)}. {advice} a "
         "machine with more memory, or end other programs."
     )
+
+
+def check_tensor_memory(weights: TensorSource) -> None:
+    """Raise UserError if the largest of a model's tensors does not fit in memory while it is merged or exported."""
+    name = max(weights.shapes, key=lambda name: math.prod(weights.shapes[name]))
+    device = torch.device("cpu")
+    needed, free = math.prod(weights.shapes[name]) * _MERGE_BYTES, free_bytes(device, 1, swap=True)
+    if free is not None and needed > free:
+        raise UserError(
+            f"Tensors are written one at a time, and `{name}` alone needs {needed / _GIB:.1f} GiB, but "
+            f"{_has(device, free)}. Use a machine with more memory, or end other programs."
+        )
 
 
 def _has(device: torch.device, free: float) -> str:

@@ -383,6 +383,14 @@ def _pth_location(path: Path, name: Any, tensor: torch.Tensor) -> TensorLocation
     return location
 
 
+def require_space(path: Path, size: int) -> None:
+    """Raise UserError if the disk has less than `size` bytes free for a file or folder to create."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{path} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
+
+
 class SafetensorsWriter:
     """Write a safetensors file one tensor at a time; the file appears under its name only when it is complete.
 
@@ -413,9 +421,7 @@ class SafetensorsWriter:
         self._file: BinaryIO
 
     def __enter__(self) -> Self:
-        free = shutil.disk_usage(self._path.parent).free
-        if self._size > free:
-            raise UserError(f"{self._path} needs {self._size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
+        require_space(self._path, self._size)
         self._file = open(self._temporary, "wb")
         self._file.write(self._header)
         return self

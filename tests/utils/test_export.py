@@ -368,6 +368,20 @@ def test_content_and_size_are_announced_before_writing(tmp_path, capsys):
     assert lines.index(announced) < lines.index(f"Exported {checkpoint_of(run)} to {tmp_path / 'out'}.")
 
 
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_too_little_memory_or_disk_is_reported_before_a_tensor_is_read(to, tmp_path, monkeypatch):
+    base = make_tiny_checkpoint(tmp_path / "base", **SMALL | {"vocab_size": 32768})
+    shutil.copyfile(instruct_tokenizer("v3").tokenizer.file_path, base / "tokenizer.model.v3")
+    run = make_run(tmp_path / "run", base)
+    monkeypatch.setattr("utils.models.merging.MergedWeights.read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("finetune.preflight.free_bytes", lambda *_, **__: 32768 * 32 * 24 - 1)
+    refused(r"`output.weight` alone needs 0\.0 GiB, but each process", run, to, tmp_path / "out", merged=True)
+    monkeypatch.setattr("finetune.preflight.free_bytes", lambda *_, **__: 32768 * 32 * 24)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 1000))
+    refused(r"out needs 0\.0 GB, but its disk has 0\.0 GB free", run, to, tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_command_line(tmp_path):
     run = make_run(tmp_path / "run", make_base(tmp_path / "base"))

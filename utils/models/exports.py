@@ -11,6 +11,7 @@ import torch
 from finetune.data.tokenizer_files import load_instruct_tokenizer
 from finetune.manifest import require_intact
 from finetune.mixed_precision import DTYPES
+from finetune.preflight import check_tensor_memory
 from finetune.run_dir import find_weights
 from finetune.wrapped_model import ADAPTER_NAME
 from model.args import PARAMS_NAME, load_model_args, read_params
@@ -174,6 +175,7 @@ def _write_gguf(
         )
     tokenizer = load_instruct_tokenizer(files[0].parent, params["vocab_size"])
     kind = GGUF_TYPES[dtype]
+    check_tensor_memory(weights)
     announce_size(destination, len(layout.sizes), kind, sum(layout.sizes.values()))
     if window := params.get("sliding_window"):
         print(f"llama.cpp ignores the model's attention window of {window:,} tokens: keep prompts below that.")

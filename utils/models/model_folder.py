@@ -9,25 +9,32 @@ from typing import Any
 from tqdm import tqdm
 
 from finetune.data.tokenizer_files import UNREAD_NAMES
+from finetune.preflight import check_tensor_memory
 from model.args import ModelArgs
 from model.atomic import new_folder
-from model.weights import SAFETENSORS_NAME, SafetensorsWriter, TensorSource
+from model.weights import SAFETENSORS_NAME, SafetensorsWriter, TensorSource, require_space
 
 README_NAME = "README.md"
 _TOKENIZER_PATTERNS = ("tokenizer.model*", "tekken*.json")
 
 
 def announce(destination: Path, weights: TensorSource) -> None:
-    """Print what will be written where, and its size."""
+    """Print what will be written where, and its size; errors as `announce_size`, and if a tensor is too large."""
+    check_tensor_memory(weights)
     size = sum(math.prod(shape) * weights.dtypes[name].itemsize for name, shape in weights.shapes.items())
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values()}))
     announce_size(destination, len(weights.shapes), dtypes, size)
 
 
 def announce_size(destination: Path, tensors: int, dtypes: str, size: int) -> None:
-    """Print what will be written where, and its size in bytes."""
+    """Print what will be written where, and its size in bytes.
+
+    Raises:
+        UserError: the disk has less space.
+    """
     amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     print(f"Writing {tensors} tensors ({dtypes}), {amount}, to {destination}.", flush=True)
+    require_space(destination, size)
 
 
 def write_model_folder(
