@@ -67,7 +67,6 @@ class ForkedRun:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self._prepare(rank)
-            torch.set_num_threads(1)
             run_cli(functools.partial(self._command, config))
 
         return fork(train_as_rank, self._log, self._log)

@@ -464,7 +464,9 @@ CPU_IS_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator
 def test_out_of_host_memory_suggests_what_to_reduce(error, folder):
     args = load_train_args(kill_test_config(folder, "memory"))
     message = preflight.out_of_memory_advice(error, args, rank=0)
-    assert message.startswith(f"Process 0 is out of memory: {str(error) or 'MemoryError'}. Use a smaller `seq_len` (")
+    assert message.startswith(
+        f"Process 0 is out of memory: {str(error) or 'MemoryError'}. Use `checkpoint: true`, a smaller `seq_len` ("
+    )
     assert message.endswith("a machine with more memory.")
 
 
@@ -474,9 +476,8 @@ def test_a_run_out_of_memory_ends_in_advice(folder, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", fail)
     config = kill_test_config(folder, "out_of_memory", no_eval=True)
-    with pytest.raises(
-        UserError, match=r"^Process 0 is out of memory: MemoryError\. Use a smaller `seq_len` \(now 512\)"
-    ):
+    advice = r"^Process 0 is out of memory: MemoryError\. Use `checkpoint: true`, a smaller `seq_len` \(now 512\)"
+    with pytest.raises(UserError, match=advice):
         train.train(str(config))
 
 

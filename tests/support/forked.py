@@ -1,5 +1,6 @@
 """Commands in forked processes: what new processes do, without importing torch in each of them."""
 
+import faulthandler
 import functools
 import gc
 import io
@@ -11,8 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from finetune.cli import run_cli
 from tests.support.documents import ROOT
+from tests.support.patience import PATIENCE_S
 
 
 @functools.cache
@@ -43,9 +47,11 @@ def fork(command: Callable[[], object], stdout: Path, stderr: Path) -> int:
         return pid
     code = 1
     try:
+        torch.set_num_threads(1)  # OpenMP would wait for the parent's threads, which are not copied
         gc.freeze()  # what the parent has is not searched for garbage again
         for stream, path in enumerate((stdout, stderr), start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=2)  # a hang ends, and says where
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
         command()
         code = 0
