@@ -55,7 +55,7 @@ class LlguidanceFactory:
         self.special_token_ids = [token for token, piece in enumerate(pieces) if piece is None]
         self.tokens = [f"<control {token}>".encode() if piece is None else piece for token, piece in enumerate(pieces)]
         wrapped = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self))
-        lark = _EVERY_TOKENIZATION + as_lark(answer_grammar(table, prefix))
+        lark = _EVERY_TOKENIZATION + as_lark(answer_grammar(table, [prefix]))
         self._matcher = llguidance.LLMatcher(wrapped, lark)
         if self._matcher.is_error():
             sys.exit(self._matcher.get_error())

@@ -1,23 +1,20 @@
-"""What a step asks of a GPU, traced without one: kernels, bytes, waits of the host, memory. Nothing is measured.
+"""What a step asks of a GPU, traced without one: kernels, bytes, waits of the host, memory. No time is measured.
 
-`python -m benchmarks.trace [--presets A B C D]` traces a micro-batch of presets of benchmarks.train on a pretended H100
-and appends to results/trace.jsonl; `--show` prints the table again. `--matrix` traces every combination of model, base,
-engine, precision and recomputation on small shapes instead, and prints a JSON line for each. Needs a CPU build of
-PyTorch and g++.
+`python -m benchmarks.trace [--presets A B]` traces a micro-batch and the optimizer's step of presets of
+benchmarks.train on a pretended H100, in this process, and appends to results/trace.jsonl; `--show` prints the table
+again. `--matrix` traces every combination of model, base, engine, precision and recomputation on small shapes instead,
+and prints a JSON line for each. Needs a CPU build of PyTorch and g++.
 """
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from benchmarks.measure import RESULTS, last_record
+from benchmarks.measure import last_record, measure, print_table, spread
 from finetune.cli import run_cli
 from model.errors import UserError
 
@@ -25,25 +22,40 @@ if TYPE_CHECKING:
     from benchmarks.traced.steps import Case
     from model.args import ModelArgs
 
-_GIB = 1 << 30
 _PRODUCTS = ("mm", "attn", "attention", "linear")  # in names of operators that are not elementwise
-_BASELINE = {"checkpoint": True, "compile": False}  # as mistral-finetune, and the defaults until version 0.2
-_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "A": [_BASELINE, {"checkpoint": True, "compile": True}, {"checkpoint": False, "compile": True}],
-    "A, fp8": [_BASELINE | {"base_dtype": "fp8"}, {"checkpoint": False, "compile": True, "base_dtype": "fp8"}],
-    "A, nf4": [{"checkpoint": False, "compile": True, "base_dtype": "nf4"}],
-    "B": [{"checkpoint": "selective", "compile": True}],
+# Traced settings; the first of preset A are mistral-finetune's, and were the defaults here until version 0.2.
+_CASES: list[dict[str, Any]] = [
+    {"preset": "A", "checkpoint": True, "compile": False, "base_dtype": "same"},
+    {"preset": "A", "checkpoint": True, "compile": True, "base_dtype": "same"},
+    {"preset": "A", "checkpoint": False, "compile": True, "base_dtype": "same"},
+    {"preset": "A", "checkpoint": True, "compile": False, "base_dtype": "fp8"},
+    {"preset": "A", "checkpoint": False, "compile": True, "base_dtype": "fp8"},
+    {"preset": "A", "checkpoint": False, "compile": True, "base_dtype": "nf4"},
+    {"preset": "B", "checkpoint": "selective", "compile": True, "base_dtype": "same"},
+]
+COLUMNS = {
+    "preset": lambda result: result["preset"],
+    "`base_dtype`": lambda result: result["base_dtype"],
+    "`checkpoint`": lambda result: str(result["checkpoint"]).lower(),
+    "`compile`": lambda result: str(result["compile"]).lower(),
+    "attention": lambda result: result["attention"],
+    "kernels": lambda result: spread(result["kernels"], digits=0),
+    "elementwise, GB": lambda result: spread(result["elementwise_bytes"], 1e9, 0),
+    "waits": lambda result: spread(result["waits"], digits=0),
+    "peak, GiB": lambda result: spread(result["peak_bytes"], 1 << 30),
+    "planned, GiB": lambda result: spread(result["planned_bytes"], 1 << 30),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", choices=_SETTINGS, default=list(_SETTINGS), help="default: all")
+    presets = sorted({case["preset"] for case in _CASES})
+    parser.add_argument("--presets", nargs="+", choices=presets, default=presets, help="default: all")
     parser.add_argument("--matrix", action="store_true", help="trace small shapes in every combination")
     parser.add_argument("--show", action="store_true", help="print the last table again")
     options = parser.parse_args()
     if options.show:
-        return _print(last_record("trace"))
+        return print_table(last_record("trace"), COLUMNS)
     try:
         import benchmarks.traced.device  # noqa: F401  before torch
     except ImportError as error:
@@ -52,49 +64,30 @@ def main() -> None:
         for line in trace_matrix():
             print(json.dumps(line), flush=True)
         return None
-    record = {
-        "benchmark": "trace",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "kind": "traced on a pretended H100, not measured",
-        "results": [_trace_preset(name, each) for name in tqdm(options.presets) for each in _SETTINGS[name]],
-    }
-    with (RESULTS / "trace.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    return _print(record)
+    cases = [case for case in _CASES if case["preset"] in options.presets]
+    return print_table(measure("trace", cases, 1, _trace_preset), COLUMNS)
 
 
-def _trace_preset(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _trace_preset(case: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.traced.steps import Case, trace
     from benchmarks.training.presets import PRESETS
     from model.args import LoraArgs
 
-    preset = PRESETS[name.partition(",")[0]]
-    sizes = {"seq_len": preset.seq_len, "batch_size": preset.batch_size}
-    lora = LoraArgs(rank=preset.rank, scaling=2.0)
+    settings = dict(case)
+    preset = PRESETS[settings.pop("preset")]
+    settings |= {"seq_len": preset.seq_len, "batch_size": preset.batch_size}
+    settings |= {"lora": LoraArgs(rank=preset.rank, scaling=2.0)}
     documents = max(1, preset.seq_len * preset.batch_size // 1200)
-    traced = trace(Case(preset.shapes, sizes | {"lora": lora} | settings, documents=documents, steps_before=1))
-    step = traced.step
-    elementwise = sum(count for kernel, count in step.moved.items() if not any(each in kernel for each in _PRODUCTS))
+    traced = trace(Case(preset.shapes, settings, documents=documents, steps_before=1))
+    moved = traced.step.moved.items()
     return {
-        "preset": name,
-        **settings,
         "attention": traced.hardware.attention,
-        "kernels": sum(step.kernels.values()),
-        "elementwise_gb": round(elementwise / 1e9, 1),
-        "waits": sum(step.waits.values()),
-        "peak_gib": round(step.peak / _GIB, 2),
-        "planned_gib": round(traced.planned / _GIB, 2),
-        "most_bytes": {kernel: round(count / 1e9, 1) for kernel, count in step.moved.most_common(8)},
+        "kernels": sum(traced.step.kernels.values()),
+        "elementwise_bytes": sum(count for kernel, count in moved if not any(each in kernel for each in _PRODUCTS)),
+        "waits": sum(traced.step.waits.values()),
+        "peak_bytes": traced.step.peak,
+        "planned_bytes": traced.planned,
     }
-
-
-def _print(record: dict[str, Any]) -> None:
-    print(f"{record['date'][:10]}, {record['kind']}: one micro-batch and the optimizer's step\n")
-    columns = ["preset", "base_dtype", "checkpoint", "compile", "attention", "kernels", "elementwise_gb", "waits"]
-    columns += ["peak_gib", "planned_gib"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for result in record["results"]:
-        print(f"| {' | '.join(str(result.get(column, 'same')) for column in columns)} |")
 
 
 def matrix() -> "Iterator[tuple[str, Case]]":
@@ -143,8 +136,8 @@ def memory_cases() -> "Iterator[tuple[str, Case]]":
     from benchmarks.training.presets import PRESETS
     from model.args import LoraArgs
 
-    dense = dataclasses.replace(PRESETS["A"].shapes, n_layers=2)
-    mixture = dataclasses.replace(PRESETS["E"].shapes, n_layers=1)
+    dense = dataclasses.replace(PRESETS["A"].shapes, n_layers=3)
+    mixture = dataclasses.replace(PRESETS["E"].shapes, n_layers=2)
     base = {"lora": LoraArgs(rank=64, scaling=2.0), "seq_len": 8192, "checkpoint": True, "compile": True}
     base |= {"num_microbatches": 2}
     cases: dict[str, tuple[ModelArgs, dict[str, Any], int]] = {
@@ -155,7 +148,7 @@ def memory_cases() -> "Iterator[tuple[str, Case]]":
         "7B fp8": (dense, {"base_dtype": "fp8"}, 1),
         "7B full": (dense, {"lora": LoraArgs(enable=False)}, 1),
         "7B 8 ranks": (dense, {}, 8),
-        "8x7B nf4": (mixture, {"base_dtype": "nf4"}, 1),
+        "8x7B": (mixture, {}, 1),
     }
     for name, (shapes, settings, ranks) in cases.items():
         yield name, Case(shapes, base | settings, ranks=ranks, steps_before=1)

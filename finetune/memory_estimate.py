@@ -332,7 +332,7 @@ class MemoryConfig:
         largest = model.dim * max(model.hidden_dim, model.n_heads * model.head_dim)
         if self.device == "cpu":
             return (e + _FP32) * largest  # through fp32
-        return (2 * e if self.base_dtype == "fp8" else e) * largest  # NF4 in one kernel
+        return (2 * e if self.base_dtype == "fp8" else e) * largest  # NF4 in bitsandbytes' kernel
 
     def _head(self) -> float:
         """Bytes kept by the head if its weight or an adapter trains: a gradient of the weight's size."""

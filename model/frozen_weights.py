@@ -210,6 +210,7 @@ class FP8Weight(QuantizedWeight):
 
     weight: Tensor
     weight_scales: Tensor
+    compiled: ClassVar[bool] = False
 
     @staticmethod
     def shapes_of(out_features: int, in_features: int, layer: str = "A layer") -> Shapes:
@@ -226,8 +227,6 @@ class FP8Weight(QuantizedWeight):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return _dequantize_fp8(self.weight.view(_FP8), self._scales(), dtype)
-
-    compiled: ClassVar[bool] = False
 
     @classmethod
     def compiled_version(cls) -> type[FrozenWeight]:

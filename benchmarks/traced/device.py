@@ -2,8 +2,7 @@
 
 In `pretended_gpu()`, tensors of device "cuda" have a shape, a dtype and autograd, but no values (PyTorch's
 FakeTensorMode). What a program asks of the GPU is counted: kernels, the bytes that they read and write, the bytes that
-are alive, and where the host waits. Nothing is timed. An operator that has no tensors on the GPU that it needs, or one
-on the CPU, fails as on a GPU.
+are alive, and where the host waits. Nothing is timed. An operator whose tensors are not all on the GPU fails as on one.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import tempfile
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -122,7 +121,6 @@ class Trace(TorchDispatchMode):
         waits: how often the host waited for the GPU, by reason and line.
         copies: copies from the host's memory that do not make it wait, by line and kind of memory.
         alive, peak: bytes of tensors now, and at most.
-        peak_at: operator and line of the peak.
     """
 
     def __init__(self) -> None:
@@ -140,7 +138,7 @@ class Trace(TorchDispatchMode):
         self.moved: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
-        self.peak, self.peak_at = self.alive, "at the start"
+        self.peak = self.alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -166,7 +164,7 @@ class Trace(TorchDispatchMode):
             self.moved[name] += sum(min(each.nbytes, each.untyped_storage().nbytes()) for each in storages.values())
         for each in tree_leaves(result):
             if isinstance(each, FakeTensor) and each.is_cuda:
-                self._keep(each.untyped_storage(), name)
+                self._keep(each.untyped_storage())
 
     def _count_copy(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         in_place = func is torch.ops.aten.copy_.default
@@ -180,16 +178,15 @@ class Trace(TorchDispatchMode):
         pinned = (source, result)[source.is_cuda].untyped_storage()._cdata in self._pinned
         self.copies[f"{way}, {'pinned' if pinned else 'pageable'} memory, at {_project_line()}"] += 1
 
-    def _keep(self, storage: torch.UntypedStorage, name: str) -> None:
+    def _keep(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._sizes:
-            self._set_size(storage, name)
+            self._set_size(storage)
             weakref.finalize(storage, self._free, storage._cdata)
 
-    def _set_size(self, storage: torch.UntypedStorage, name: str) -> None:
+    def _set_size(self, storage: torch.UntypedStorage) -> None:
         self._sizes[storage._cdata] = -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
         self.alive += self._sizes[storage._cdata]
-        if self.alive > self.peak:
-            self.peak, self.peak_at = self.alive, f"{name} at {_project_line()}"
+        self.peak = max(self.peak, self.alive)
 
     def _free(self, key: int) -> None:
         self.alive -= self._sizes.pop(key, 0)
@@ -198,7 +195,7 @@ class Trace(TorchDispatchMode):
         """Count the bytes of a tensor whose storage has changed: FSDP frees and allocates parameters in place."""
         if storage._cdata in self._sizes:
             self._free(storage._cdata)
-            self._set_size(storage, "all-gather")
+            self._set_size(storage)
 
     def as_one_kernel(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that is counted as a single kernel, as the GPU's own or torch.compile's would be."""
@@ -238,18 +235,16 @@ class GpuModel:
 
 H100 = GpuModel("NVIDIA H100 80GB HBM3", (9, 0), 80)
 A100 = GpuModel("NVIDIA A100-SXM4-80GB", (8, 0), 80)
-RTX4090 = GpuModel("NVIDIA GeForce RTX 4090", (8, 9), 24)
-T4 = GpuModel("Tesla T4", (7, 5), 15)
 V100 = GpuModel("Tesla V100-SXM2-32GB", (7, 0), 32)
 
 
 @contextlib.contextmanager
-def pretended_gpu(model: GpuModel = H100, architectures: Sequence[str] = ("sm_80", "sm_90")) -> Iterator[Trace]:
-    """Pretend that this process has eight such GPUs, and PyTorch kernels for these architectures; yield the counts."""
+def pretended_gpu(model: GpuModel = H100) -> Iterator[Trace]:
+    """Pretend that this process has eight such GPUs; yield the counts."""
     trace = Trace()
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # which asks whether there is a GPU
-        for name, value in _cuda_functions(model, architectures, trace).items():
+        for name, value in _cuda_functions(model, trace).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for target, name, value in _kernels(model, trace):
             stack.enter_context(mock.patch.object(target, name, value, create=True))
@@ -261,7 +256,7 @@ def pretended_gpu(model: GpuModel = H100, architectures: Sequence[str] = ("sm_80
         yield trace
 
 
-def _cuda_functions(model: GpuModel, architectures: Sequence[str], trace: Trace) -> dict[str, Callable[..., Any]]:
+def _cuda_functions(model: GpuModel, trace: Trace) -> dict[str, Callable[..., Any]]:
     memory = model.memory_gib << 30
     properties = types.SimpleNamespace(name=model.name, total_memory=memory, multi_processor_count=132)
     properties.major, properties.minor = model.capability
@@ -273,7 +268,6 @@ def _cuda_functions(model: GpuModel, architectures: Sequence[str], trace: Trace)
         "get_device_name": lambda device=None: model.name,
         "get_device_capability": lambda device=None: model.capability,
         "get_device_properties": lambda device=None: properties,
-        "get_arch_list": lambda: list(architectures),
         "is_bf16_supported": lambda including_emulation=True: including_emulation or model.has_flash,
         "mem_get_info": lambda device=None: (memory - trace.alive, memory),
         "memory_allocated": lambda device=None: trace.alive,

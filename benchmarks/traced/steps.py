@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.traced.device import H100, GpuModel, Trace, pretended_gpu
+from benchmarks.training.weights import RandomWeights
 from finetune.args import TrainArgs
 from finetune.data.args import DataArgs
 from finetune.data.data_loader import Batch
@@ -67,36 +68,27 @@ class Counts:
     waits: Counter[str]
     copies: Counter[str]
     peak: int
-    peak_at: str
 
     @classmethod
     def of(cls, trace: Trace) -> "Counts":
-        return cls(trace.kernels, trace.moved, trace.waits, trace.copies, trace.peak, trace.peak_at)
+        return cls(trace.kernels, trace.moved, trace.waits, trace.copies, trace.peak)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
     hardware: Hardware
-    loaded: int  # bytes of the model on the GPU
     planned: float  # bytes of a step by finetune.memory_estimate
     step: Counts
     evaluation: Counts
 
 
-class EmptyWeights:
-    """Replaces a `model.weights.WeightsReader`."""
+class EmptyWeights(RandomWeights):
+    """Weights without values."""
 
-    def __init__(self, shapes: ModelArgs, dtype: torch.dtype) -> None:
-        with torch.device("meta"):
-            model = Transformer(shapes)
-        self.source = Path("no weights")
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self.dtypes = dict.fromkeys(self.shapes, dtype)
-
-    def read_finite(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         return torch.empty(self.shapes[name], dtype=self.dtypes[name], device=DEVICE)[rows or slice(None)]
 
-    read = read_finite
+    read_finite = read
 
 
 def trace(case: Case) -> Traced:
@@ -105,10 +97,7 @@ def trace(case: Case) -> Traced:
     with _pretended_ranks(case.ranks if case.ranks > 1 or args.cpu_offload else 0), pretended_gpu(case.gpu) as counts:
         counts.slots_per_expert = _slots_per_expert(case.shapes, args)
         world = _PretendedWorld(0, case.ranks, DEVICE, local_size=min(case.ranks, 8))
-        hardware = choose_hardware(DEVICE, args.param_dtype, args.attention, case.shapes)
-        base = BaseModel(Path(), case.shapes, EmptyWeights(case.shapes, hardware.dtype), adapter=None)
-        model = build_model(base, args, hardware, world)
-        loaded = counts.alive
+        hardware, model = _build(case, args, world, trains=True)
         optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
         scaler = LossScaler(hardware.dtype)
         for _ in range(case.steps_before):
@@ -119,9 +108,13 @@ def trace(case: Case) -> Traced:
         step = Counts.of(counts)
         counts.restart()
         evaluate(model, batches[:1], dataclasses.replace(world, size=1))
-        evaluation = Counts.of(counts)
-        planned = _planned(case, args, hardware, world)
-    return Traced(hardware, loaded, planned, step, evaluation)
+        return Traced(hardware, _planned(case, args, hardware, world), step, Counts.of(counts))
+
+
+def _build(case: Case, args: TrainArgs, world: World, trains: bool) -> tuple[Hardware, Transformer]:
+    hardware = choose_hardware(DEVICE, args.param_dtype, args.attention, case.shapes)
+    base = BaseModel(Path(), case.shapes, EmptyWeights(case.shapes, DEVICE, hardware.dtype), adapter=None)
+    return hardware, build_model(base, args, hardware, world, trains)
 
 
 class _PretendedWorld(World):
@@ -144,12 +137,8 @@ def _pretended_ranks(count: int) -> Iterator[None]:
 
 def trace_answers(case: Case, prompts: Sequence[int] = (9, 17), tokens: int = 3) -> Counts:
     """Continue prompts of these lengths by some tokens."""
-    args = case.args()
     with pretended_gpu(case.gpu) as counts:
-        counts.slots_per_expert = 1
-        hardware = choose_hardware(DEVICE, args.param_dtype, args.attention, case.shapes)
-        base = BaseModel(Path(), case.shapes, EmptyWeights(case.shapes, hardware.dtype), adapter=None)
-        model = build_model(base, args, hardware, World(0, 1, DEVICE), trains=False)
+        _, model = _build(case, case.args(), World(0, 1, DEVICE), trains=False)
         counts.restart()
         generate(model, [list(range(length)) for length in prompts], tokens, eos_id=-1)
         return Counts.of(counts)

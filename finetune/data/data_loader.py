@@ -219,7 +219,6 @@ def build_data_loader(
     rank: int,
     world_size: int,
     is_eval: Literal[True],
-    prepare: Prepare | None = None,
 ) -> EvalLoader: ...
 
 

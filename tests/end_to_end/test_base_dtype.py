@@ -8,17 +8,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from finetune.args import TrainArgs, read_train_args
+from finetune.args import TrainArgs, load_train_args, read_train_args
 from finetune.checkpointing import ADAPTER_NAME
+from finetune.distributed import World
+from finetune.hardware import choose_hardware
 from finetune.inference import load_trained
+from finetune.wrapped_model import build_model, open_base_model
 from model.args import BLOCK_LINEARS
 from model.errors import UserError
 from model.frozen_weights import FORMATS
+from model.lora import quantizable_linears
 from tests.end_to_end.kill_runs import train_forked
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.run_trajectories import INPUTS, read_jsonl, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = World(rank=0, size=1, device=torch.device("cpu"))
 STEPS = 6
 NF4 = ("nf4", "nf4-dq")
 
@@ -80,6 +85,15 @@ def test_fp8_base_trains_almost_like_the_unquantized_one(models, tmp_path):
     losses = [torch.tensor(outcome(tmp_path / base_dtype)[0]) for base_dtype in ("fp8", "same")]
     assert not losses[0].equal(losses[1])
     torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compile_applies_to_the_quantization_of_inputs(compiles, models, tmp_path):
+    args = load_train_args(config(tmp_path, "fp8", models["same"], "fp8", compile=compiles, checkpoint=True))
+    base = open_base_model(args)
+    hardware = choose_hardware(CPU.device, args.param_dtype, args.attention, base.args)
+    formats = [layer.format for _, layer in quantizable_linears(build_model(base, args, hardware, CPU))]
+    assert len(formats) == 14 and {each.compiled for each in formats} == {compiles}
 
 
 def test_two_processes_share_a_quantized_base(models, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,26 +16,18 @@ LOADER = "from the host, pinned memory, at finetune/batch_tensors.py"
 STEP, ROUTING, EVALUATION = "item at train.py", "tolist at model/moe.py", "item at finetune/eval.py"
 
 
-def lines(script: str) -> list[dict[str, Any]]:
+def lines(*command: str) -> list[dict[str, Any]]:
     """Return the JSON lines that a fresh process prints: the pretended GPU must be there before torch is imported."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     if "No GPU can be pretended" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-MATRIX = """
-import benchmarks.traced.device, json
-from benchmarks.trace import trace_matrix
-for line in trace_matrix():
-    print(json.dumps(line))
-"""
-
-
 @pytest.fixture(scope="module")
 def traced() -> dict[str, dict[str, Any]]:
-    return {line["case"]: line for line in lines(MATRIX)}
+    return {line["case"]: line for line in lines("-m", "benchmarks.trace", "--matrix")}
 
 
 def steps(traced: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -49,17 +42,14 @@ def test_every_combination_runs(traced):
 def test_the_host_waits_as_often_as_documented(traced):
     for line in steps(traced):
         case = line["case"]
+        routers = 2 if case.startswith("8x7B") else 1 if case.startswith("moe") else 0  # one per layer
         micro_batches = 2 if line["peak"] else 1
-        if case.startswith(("moe", "8x7B")):
-            recomputed = 1 if "checkpoint=False" in case else 2
-            expected = {ROUTING: micro_batches * recomputed, STEP: 1}
-        else:
-            expected = {STEP: 1}
+        passes = 1 if "checkpoint=False" in case else 2
+        expected = {ROUTING: routers * micro_batches * passes, STEP: 1}
         if "cpu_offload" in case:
-            expected.pop(STEP)  # the gradients are on the host
-        assert line["waits"] == expected, case
-        moe = {ROUTING: 1} if ROUTING in expected else {}
-        assert line["evaluation_waits"] == moe | {EVALUATION: 1}, case
+            expected[STEP] = 0  # the gradients are on the host
+        assert Counter(line["waits"]) == Counter(expected), case
+        assert Counter(line["evaluation_waits"]) == Counter({ROUTING: routers, EVALUATION: 1}), case
 
 
 def test_batches_are_copied_from_pinned_memory(traced):
@@ -77,8 +67,8 @@ def test_answers_wait_for_each_token(traced):
 def test_the_planned_memory_is_that_of_the_trace(traced):
     measured = [line for line in steps(traced) if line["peak"]]
     assert len(measured) == 8
-    for line in measured:  # of one or two layers, where what the plan adds once weighs more than in a whole model
-        assert line["planned"] / line["peak"] == pytest.approx(1, abs=0.09), line["case"]
+    for line in measured:
+        assert line["planned"] / line["peak"] == pytest.approx(1, abs=0.05), line["case"]
 
 
 def test_engines_are_those_of_the_gpu(traced):
@@ -109,10 +99,10 @@ except Exception as error:
 
 
 def test_a_planted_wait_is_found():
-    [waits] = lines(PLANTED.format(line="result.sum().item()"))
+    [waits] = lines("-c", PLANTED.format(line="result.sum().item()"))
     assert sum(waits.values()) == 2  # that of the step, too
 
 
 def test_a_planted_tensor_on_the_cpu_is_found():
-    [found] = lines(PLANTED.format(line="result = result + torch.ones(result.shape[1])"))
+    [found] = lines("-c", PLANTED.format(line="result = result + torch.ones(result.shape[1])"))
     assert "device" in found["error"]

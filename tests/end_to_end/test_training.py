@@ -216,7 +216,8 @@ def test_compile_applies_to_every_norm_and_activation(compiles, models, tmp_path
     model = build(small_config(tmp_path, models["moe"], compile=compiles))
     norms = [module.compiled for module in model.modules() if isinstance(module, RMSNorm)]
     activations = [module.swiglu.compiled for module in model.modules() if isinstance(module, FeedForward)]
-    assert len(norms) == 5 and len(activations) == 8 and {*norms, *activations} == {compiles}
+    rotations = [layer.attention.rotary.compiled for layer in model.layers]
+    assert len(norms) == 5 and len(activations) == 8 and {*norms, *activations, *rotations} == {compiles}
 
 
 # --- Ranks and micro-batches

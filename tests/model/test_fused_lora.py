@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from model.args import LoraArgs
+from model.frozen_weights import FP8Weight
 from model.fused_lora import SwiGLU
 from model.lora import Linear, LoRALinear, fused_linear
+from model.rope import Rotary, rotary_phases
 from model.transformer import RMSNorm
 
 T, WIDTH, OUT = 7, 12, (5, 8, 3)
@@ -133,3 +135,30 @@ def test_compiled_kernels_match_eager_for_any_number_of_tokens():
             torch.testing.assert_close(
                 compiled.gradients(grad.clone(), *tensors), plain.gradients(grad.clone(), *tensors)
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_inputs_are_quantized_alike_when_compiled(dtype):
+    torch.manual_seed(0)
+    stored = FP8Weight.quantize(torch.randn(32, 16))
+    plain, compiled = FP8Weight(**stored), FP8Weight.compiled_version()(**stored)
+    assert compiled.compiled and not plain.compiled
+    for rows in (5, 9):
+        x, grad = torch.randn(rows, 16).to(dtype), torch.randn(rows, 32).to(dtype)
+        assert torch.equal(compiled.product(x), plain.product(x))
+        assert torch.equal(compiled.input_gradient(grad), plain.input_gradient(grad))
+
+
+@pytest.mark.slow
+def test_compiled_rotation_is_the_complex_product():
+    torch.manual_seed(0)
+    for rows in (5, 9):
+        x, grad = torch.randn(rows, 3, 8), torch.randn(rows, 3, 8)
+        phases = rotary_phases(torch.arange(rows), 8, 1e4)
+        found = []
+        for rotary in (Rotary(), Rotary(compiled=True)):
+            turned = x.clone().requires_grad_()
+            out = rotary(turned, phases)
+            found.append((out, *torch.autograd.grad(out, turned, grad)))
+        torch.testing.assert_close(*found)
