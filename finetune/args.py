@@ -273,7 +273,8 @@ class TrainArgs(Settings):
     # format of the blocks' frozen weights. `same`: that of `param_dtype`; `nf4`: 4 bits, as in QLoRA; `nf4-dq`: with
     # double quantization; `fp8`: 8 bits, and fp8 matrix products on GPUs that have them, from Hopper on
     base_dtype: BaseDtype = "same"
-    attention: Literal["auto", AttentionEngine] = "auto"  # attention engine. `auto`: the first of these that runs here
+    # attention engine. `auto`: the first of these that runs here, except `cudnn`
+    attention: Literal["auto", AttentionEngine] = "auto"
     # compile element-wise operations with torch.compile, which takes about a minute. `auto`: on GPUs
     compile: Bool | Literal["auto"] = "auto"
     # how weights are sharded. `full`: over all processes; `hybrid`: over those of each node, so that only the adapter's

@@ -252,12 +252,13 @@ class MemoryConfig:
         """Bytes kept by attention and the residual stream before and after it."""
         model, e, (positions, _) = self.model, self.dtype.itemsize, self._positions
         queries, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-        repeats = self.attention == "xformers" or (self.attention == "sdpa" and self.device != "cpu")
+        by_document = self.attention in ("sdpa", "cudnn")
+        repeats = self.attention == "xformers" or (by_document and self.device != "cpu")
         stored_keys = queries if repeats else keys
         per_position: float = e * (model.dim + self._low("wq", "wk", "wv") + 2 * queries + 2 * stored_keys)
         per_position += _FP32 * model.n_heads  # log-sum-exp
         per_row: float = e * (self._low("wo") + model.dim)
-        if is_last or self.attention == "sdpa":  # a copy: of the trained rows, or of all documents in one tensor
+        if is_last or by_document:  # a copy: of the trained rows, or of all documents in one tensor
             per_row += e * queries
         if self.is_approximate:
             per_position += self._norm_keeps + self._dropped("wq", "wk", "wv", width=model.dim)

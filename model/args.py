@@ -20,7 +20,7 @@ UNSUPPORTED = ("_sliding_window", "yarn", "llama_4_scaling", "q_lora_rank", "vis
 
 # Names that a YAML may give; they are implemented in model.attention, finetune.mixed_precision and
 # model.frozen_weights, which load torch.
-AttentionEngine = Literal["varlen", "xformers", "sdpa"]
+AttentionEngine = Literal["varlen", "xformers", "sdpa", "cudnn"]
 ParamDtype = Literal["bf16", "fp16", "fp32"]
 BaseDtype = Literal["same", "nf4", "nf4-dq", "fp8"]
 ATTENTION_ENGINES: tuple[AttentionEngine, ...] = get_args(AttentionEngine)

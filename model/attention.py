@@ -104,8 +104,17 @@ def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Packe
     return memory_efficient_attention(*batched, attn_bias=documents.xformers_bias).squeeze(0)
 
 
+def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
+    """cuDNN's attention, one document at a time, for few long documents: CUDA, Ampere and later, fp16 and bf16."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, documents)
+
+
 # In order of preference. From Ampere on, xformers calls the kernel of `varlen` and repeats keys and values for it.
-ENGINES: dict[str, Engine] = {"varlen": varlen, "xformers": xformers, "sdpa": sdpa}
+ENGINES: dict[str, Engine] = {"varlen": varlen, "xformers": xformers, "sdpa": sdpa, "cudnn": cudnn}
+_ONLY_ON_REQUEST = ("cudnn",)  # whether it is faster depends on the documents' lengths and was never measured
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -126,12 +135,12 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     except torch.OutOfMemoryError:
         raise
     except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
-        return first_line(error)
+        return first_line(error).removesuffix(".")
     return None
 
 
 def choose_engine(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Resolve the setting `attention: auto|varlen|xformers|sdpa` for a device and dtype.
+    """Resolve the setting `attention` for a device and dtype.
 
     Raises:
         UserError: the engine is unknown or does not run on this device in this dtype.
@@ -140,7 +149,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     if name != "auto" and name not in ENGINES:
         raise UserError(f"`attention` is {name!r}; expected auto, {', '.join(ENGINES)}.")
     if name == "auto":
-        candidates = ["sdpa"] if device.type == "cpu" else list(ENGINES)
+        candidates = ["sdpa"] if device.type == "cpu" else [each for each in ENGINES if each not in _ONLY_ON_REQUEST]
     else:
         candidates = [name]
     here = f"{device.type}, {str(dtype).removeprefix('torch.')}"

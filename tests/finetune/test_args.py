@@ -450,7 +450,7 @@ INVALID = [
     ({"seed": -1}, "`seed` is -1; expected a whole number between 0 and 4294967295 ("),
     ({"seed": 2**32}, "`seed` is 4294967296; expected a whole number between 0 and 4294967295 ("),
     ({"param_dtype": "float8"}, "`param_dtype` is 'float8'; expected auto, bf16, fp16 or fp32 ("),
-    ({"attention": "flush"}, "`attention` is 'flush'; expected auto, varlen, xformers or sdpa ("),
+    ({"attention": "flush"}, "`attention` is 'flush'; expected auto, varlen, xformers, sdpa or cudnn ("),
     ({"model_id_or_path": ""}, "`model_id_or_path` is empty; name the folder of a model."),
     ({"model_id_or_path": "nope"}, "`model_id_or_path`: the folder nope does not exist."),
     ({"model_id_or_path": "train.jsonl"}, "`model_id_or_path`: the folder train.jsonl does not exist."),

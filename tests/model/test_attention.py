@@ -76,7 +76,7 @@ def test_auto_selects_sdpa_on_cpu(dtype):
 
 @pytest.mark.parametrize(
     "works, expected",
-    [({"xformers", "varlen", "sdpa"}, "varlen"), ({"xformers", "sdpa"}, "xformers"), ({"sdpa"}, "sdpa")],
+    [(set(ENGINES), "varlen"), ({"xformers", "sdpa"}, "xformers"), ({"cudnn", "sdpa"}, "sdpa")],
 )
 def test_auto_prefers_varlen_then_xformers_on_cuda(monkeypatch, works, expected):
     monkeypatch.setattr("model.attention.why_not", lambda name, *_: None if name in works else "no kernel")
@@ -96,7 +96,7 @@ def test_named_engine_is_used_or_the_error_lists_supported_ones(name, device):
 
 
 def test_unknown_engine_is_rejected():
-    with pytest.raises(UserError, match="'flash'; expected auto, varlen, xformers, sdpa"):
+    with pytest.raises(UserError, match="'flash'; expected auto, varlen, xformers, sdpa, cudnn"):
         choose_engine("flash", torch.device("cpu"), torch.float32, 16)
 
 
