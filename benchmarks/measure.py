@@ -72,14 +72,8 @@ def measure(
     record = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": _cpu_model(),
-            "gpus": _gpu_names(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(_kilobytes("/proc/meminfo", "MemTotal:") * 1024 / 1e9, 1),
-            "load_before_and_after": [round(value, 2) for value in load],
-        },
-        "versions": {"python": platform.python_version()} | _versions(),
+        "machine": machine() | {"load_before_and_after": [round(value, 2) for value in load]},
+        "versions": versions(),
         "rounds": rounds,
         "results": [case | _spreads(runs) for case, runs in zip(cases, measured, strict=True) if runs],
     }
@@ -89,10 +83,22 @@ def measure(
     return record
 
 
-def _versions() -> dict[str, str]:
+def machine() -> dict[str, Any]:
+    """Return the processor, the GPUs, the cores of this process and the memory."""
+    return {
+        "cpu": _cpu_model(),
+        "gpus": _gpu_names(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(_kilobytes("/proc/meminfo", "MemTotal:") * 1024 / 1e9, 1),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter, as far as they are installed."""
     packages = (*_PACKAGES, *_PEERS)
     installed = [package for package in packages if importlib.util.find_spec(package.replace("-", "_"))]
-    return {package: importlib.metadata.version(package) for package in installed}
+    found = {package: importlib.metadata.version(package) for package in installed}
+    return {"python": platform.python_version()} | found
 
 
 def _spreads(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
         | _memory(device, import_bytes)
         | {
             "attention": trainee.attention,
+            "recomputed": str(args.checkpoint).lower(),  # what `checkpoint: auto` came to
             "tokens_per_second": numbers["tokens"] / seconds,
             "samples_per_second": work.complete / seconds,
             "severed_documents": work.documents - work.complete,

@@ -1,16 +1,14 @@
 """Attention engines: every engine that runs here against a softmax in float64, forward and backward; engine choice."""
 
-import math
-
 import pytest
 import torch
 
+from benchmarks.acceptance.kernels import TOLERANCES, attention_error
 from model.args import ATTENTION_ENGINES
 from model.attention import ENGINES, PackedDocuments, choose_engine, why_not
 from model.errors import UserError
 
 DEVICES = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative to the largest value
 HEAD_DIMS = (16, 80, 128)
 AVAILABLE = [
     pytest.param(name, device, dtype, head_dim, id=f"{name}-{device.type}-{str(dtype)[6:]}-{head_dim}")
@@ -22,36 +20,11 @@ AVAILABLE = [
 ]
 
 
-def naive_attention(q, k, v, lengths):
-    """softmax(q k^T / sqrt(Dh)) v over the earlier tokens of the same document."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    position = torch.arange(len(q), device=q.device)
-    visible = (document[:, None] == document) & (position[:, None] >= position)  # [T, T]
-    scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("hts,shd->thd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
-
-
 @pytest.mark.parametrize("name, device, dtype, head_dim", AVAILABLE)
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [7], [1, 13, 2, 1], [65, 3, 130]], ids=str)
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2)])
 def test_engine_matches_naive_attention(name, device, dtype, head_dim, lengths, heads, kv_heads):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-
-    out = ENGINES[name](*inputs, PackedDocuments.from_lengths(lengths, device))
-    expected = naive_attention(*exact, lengths)
-    assert out.dtype == dtype and out.shape == expected.shape
-    grads = torch.autograd.grad(out, inputs, grad)
-    expected_grads = torch.autograd.grad(expected, exact, grad.double())
-    for actual, reference in zip((out, *grads), (expected, *expected_grads), strict=True):
-        scale = max(reference.abs().max().item(), 1.0)
-        torch.testing.assert_close(actual.double(), reference, rtol=0, atol=TOLERANCES[dtype] * scale)
+    assert attention_error(name, device, dtype, head_dim, lengths, heads, kv_heads) <= TOLERANCES[dtype]
 
 
 def test_packed_documents_from_lengths():
