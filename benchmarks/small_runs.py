@@ -31,13 +31,13 @@ def _catalogue() -> Catalogue:
     return load_catalogue(Cim10Table.from_file(ROOT / "example/demo_cim10.tsv"))
 
 
-def notes_file(count: int, seed: int = 0) -> Path:
+def notes_file(count: int, seed: int = 0, wordings: str = "train") -> Path:
     """Return a jsonl file with the demo's first `count` notes of a seed; two seeds share no note."""
-    path = WORK_DIR / f"notes-{count}-seed-{seed}.jsonl"
+    path = WORK_DIR / f"notes-{count}-seed-{seed}{'' if wordings == 'train' else f'-{wordings}'}.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for note in write_notes(count, seed, _catalogue(), "short", "train"):
+            for note in write_notes(count, seed, _catalogue(), "short", wordings):
                 row = instruct_row(note.text, build_answer(note.diagnoses), note.id)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path

@@ -8,6 +8,8 @@ which a person may have edited, take precedence over `answer`. Tables: codes as 
 and `utils.predict_icd10` writes them. Rows of jsonl without id are identified by their line number, from 1;
 predictions may count from 0. A stay without a prediction counts as no codes.
 
+Predictions with a `confidence` per code are scored on it, too: calibration, ranking, coding curve.
+
 Options: `--cim10 TABLE` counts invalid and forbidden codes, `--train TRAIN.jsonl` groups the scores by frequency in the
 training data, `--second F` gives the agreement with a second coder, `--cophe` depth-aware scores, `--html F` writes a
 page with charts, `--csv F` a line per stay. Scores and keys of the JSON file: docs/evaluation.md.
@@ -34,6 +36,7 @@ from utils.engines.choice import EngineChoice
 from utils.icd10.agreement import agreement
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table, category
+from utils.icd10.confidence_scores import confidence_scores
 from utils.icd10.headline import headline, headline_ratios, labels, patient_index, resample
 from utils.icd10.mapping import read_mapping
 from utils.icd10.metrics import depth_aware, evaluate_codings, rule_rates
@@ -102,6 +105,7 @@ def evaluate(
         "headline": headline(expected, codings, weights),
         **evaluate_codings(expected, codings, training, seed=seed, patients=patients),
         **optional,
+        "confidence": confidence_scores(gold, predictions, weights),
         "by_stay": _by_stay(gold, codings, weights),
         **_rule_counts(gold, codings, table),
         "errors": _most_frequent_errors(expected, codings, table),

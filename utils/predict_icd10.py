@@ -7,6 +7,8 @@ of their dates, and coded once; `--columns` names the columns. Without a column 
 `id` or its number. Rows with `messages` are conversations, answered from their last question. Each line of P.jsonl is
 `{"id", "answer", "codes"}` with codes as `[{"role", "code", "label"}]`; P.csv has one line per code. Rows without a
 note are listed in P.left_out.csv, and the exit code is 1. After an interruption, the same command continues.
+Codes have a `probability` and, after `utils.calibrate_icd10`, a calibrated `confidence`; `--auto 0.98` marks each stay
+`auto` or `to_review`, so that 98 % of the main diagnoses of `auto` stays are right.
 P.about.json records the model and the settings; answers of different models are not mixed.
 
 `--shard 2/4` answers the second of four shares of the rows, into P.2of4.jsonl; `torchrun -m utils.predict_icd10` gives
@@ -35,6 +37,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="jsonl, or csv (written with a jsonl)")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="allow only codes of this CIM-10 table")
     parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
+    parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
     add_encoding_option(parser)
     add_shard_option(parser)
     add_engine_options(parser)
@@ -48,11 +52,19 @@ def main() -> None:
     table = Cim10Table.from_file(options.cim10) if options.cim10 else None
     choice = parse_engine(options, options.run, table)
     from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
+    from utils.engines.marking import open_marker
     from utils.engines.shards import parse_shard
 
     shard = parse_shard(options.shard)
+    if shard and options.auto is not None:
+        raise UserError("--auto is for the command without --shard, which collects the answers.")
+    if options.auto is not None and not 0 < options.auto < 1:
+        raise UserError("--auto must be above 0 and below 1, such as 0.98 for 98 % right main diagnoses.")
+    marker = open_marker(choice, options.calibration, options.auto)
     mapping = read_mapping(options.columns)
-    answered = answer_file(choice, options.notes, options.out, options.encoding, mapping, shard=shard)
+    answered = answer_file(choice, options.notes, options.out, options.encoding, mapping, shard=shard, marker=marker)
+    if options.auto is not None:
+        print(marker.summary())
     report_answered(answered)
     if shard:
         print("Once all shards are done, the same command without --shard collects them.")

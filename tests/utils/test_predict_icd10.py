@@ -31,6 +31,7 @@ from utils.engines.token_codec import TokenCodec
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.icd10.answers import build_answer, parse_answer
+from utils.icd10.calibration import Calibration
 from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import describe_origin
@@ -92,7 +93,9 @@ def test_every_note_is_answered_once(run_dir: Path, notes: Path, tmp_path: Path)
     predict_file(run_dir, notes, tmp_path / "p.jsonl", batch_size=2, max_tokens=5)
     rows = read(tmp_path / "p.jsonl")
     assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in read(notes))
-    assert all(row["codes"] == [item._asdict() for item in parse_answer(row["answer"])] for row in rows)
+    for row in rows:
+        known = [{key: code[key] for key in ("role", "code", "label")} for code in row["codes"]]
+        assert known == [item._asdict() for item in parse_answer(row["answer"])]
 
 
 def test_interrupted_command_continues(run_dir: Path, notes: Path, tmp_path: Path) -> None:
@@ -201,6 +204,42 @@ def test_csv_has_one_line_per_code(run_dir: Path, notes: Path, tmp_path: Path) -
     assert out.read_bytes() == before
 
 
+def test_codes_have_confidences_and_stays_decisions(
+    run_dir: Path, notes: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
+) -> None:
+    out, table = tmp_path / "p.csv", tmp_path / "cim10.tsv"
+    load_table(tmp_path)
+    command = [predict_icd10, "--run", run_dir, "--notes", notes, "--out", out, "--cim10", table, "--max_tokens", 90]
+    code, output = run_command(*command, "--auto", 0.9)
+    assert code == 1 and "--auto needs a calibration" in output and not out.exists()
+    assert run_command(*command)[0] == 0
+    rows = read(tmp_path / "p.jsonl")
+    codes = [code for row in rows for code in row["codes"]]
+    assert all(0 < code["probability"] <= 1 and code["confidence"] == code["probability"] for code in codes)
+    conditions = {"cim10": json.loads((tmp_path / "p.about.json").read_text())["cim10"], "sampling": None}
+    halves = {"DP": {"x": [0, 1], "y": [0.5, 0.5], "codes": 9, "correct": 9}}
+    calibration = run_dir / "calibration/checkpoint_000001.json"
+    calibration.parent.mkdir()
+    calibration.write_text(Calibration("isotonic", halves, [(1.0, True)] * 9, conditions).to_json())
+    for target, decision in ((0.9, "to_review"), (0.4, "auto")):
+        code, output = run_command(*command, "--auto", target)
+        assert code == 0 and "5 answers (5 from an earlier call)" in output, "marking again needs no model"
+        rows = read(tmp_path / "p.jsonl")
+        assert [(row["codes"][0]["confidence"], row["decision"]) for row in rows] == [(0.5, decision)] * 5
+        with out.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert {(line["decision"], line["reason"]) for line in lines} == {(decision, rows[0]["reason"])}
+        assert lines[0]["confidence"] == "0.5"
+    assert "auto: 5 of 5 stays, with a DP confidence from 0.500" in output and "from 9 of 9 validation stays" in output
+    free = [part for part in command if part not in ("--cim10", table)][:-3] + [tmp_path / "q.jsonl", "--max_tokens", 1]
+    code, output = run_command(*free, "--auto", 0.4)
+    assert code == 1 and "was fitted to answers with a different cim10" in output
+    assert "and is not used" in run_command(*free)[1]
+    for wrong in (("--auto", 1.5), ("--auto", 0.4, "--shard", "1/2")):
+        assert "error: --auto" in run_command(*command, *wrong)[1]
+    shutil.rmtree(calibration.parent)
+
+
 def test_an_id_that_is_a_formula_is_neutralized_in_the_csv_only(run_dir: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "notes.csv", tmp_path / "p.csv"
     table.write_text("id,text\n\"=cmd|' /C calc'!A0\",Patient fébrile.\n", encoding="utf-8")
@@ -210,7 +249,7 @@ def test_an_id_that_is_a_formula_is_neutralized_in_the_csv_only(run_dir: Path, t
     assert row["id"] == "=cmd|' /C calc'!A0"
     answers.write_text(json.dumps(row | {"codes": [{"role": "DP", "code": "I10", "label": "=1+1"}]}) + "\n", "utf-8")
     predict_file(run_dir, table, out, max_tokens=1)
-    assert out.read_text(encoding="utf-8").splitlines()[1] == "'=cmd|' /C calc'!A0,DP,I10,'=1+1"
+    assert out.read_text(encoding="utf-8").splitlines()[1] == "'=cmd|' /C calc'!A0,DP,I10,'=1+1,"
     assert [row["id"] for _, row in read_table(out)] == ["=cmd|' /C calc'!A0"]
 
 

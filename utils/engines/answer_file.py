@@ -15,17 +15,20 @@ from model.errors import UserError
 from model.wording import counted
 from utils.engines.choice import EngineChoice, sha256
 from utils.engines.engine import Engine, Reply
+from utils.engines.marking import Marker, open_marker
 from utils.engines.prompts import Prompt, count_reasons, read_prompts
 from utils.engines.shards import Shard, shard_files
 from utils.icd10.answers import parse_answer
+from utils.icd10.confidence import ProbabilityReader
 from utils.icd10.mapping import TableMapping
-from utils.icd10.predictions import origin_path, read_origin
+from utils.icd10.predictions import NOTHING_MORE, origin_path, read_origin
 from utils.icd10.stays import LeftOut
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.encodings import AUTO
 from utils.tables.jsonl import Row, SkippedRowError, file_errors, read_journal, read_lines, require_own_names, save
 
-CSV_COLUMNS = ("id", "role", "code", "label")
+CSV_COLUMNS = ("id", "role", "code", "label", "confidence")
+DECISION_COLUMNS = ("decision", "reason")  # with --auto
 LEFT_OUT_SUFFIX = ".left_out.csv"
 
 
@@ -51,6 +54,7 @@ def answer_file(
     mapping: TableMapping | None = None,
     with_codes: bool = True,
     shard: Shard | None = None,
+    marker: Marker | None = None,
 ) -> Answered:
     """Answer the rows of a file that are not yet in `out`; rows without a prompt or an answer are listed.
 
@@ -64,6 +68,7 @@ def answer_file(
         mapping: columns of `rows`.
         with_codes: whether answers name ICD-10 codes, to be written next to them.
         shard: answer only these rows, into a jsonl file whose name ends with the shard.
+        marker: what it knows about the codes is written into the rows; not into those of a shard.
 
     Raises:
         UserError: the rows, the engine or the output cannot be used.
@@ -77,6 +82,7 @@ def answer_file(
         answers = out
     require_own_names({out, answers, origin_path(answers), answers.with_suffix(LEFT_OUT_SUFFIX)}, [rows])
     _require_own_csv(out)
+    reader = ProbabilityReader(choice.table) if with_codes else None
     identity = choice.identity() | {"notes": sha256(rows.read_bytes())}
     with file_errors():
         answers.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,9 @@ def answer_file(
             engine = choice.open()
             save({origin_path(answers): json.dumps(identity | choice.origin(), ensure_ascii=False, indent=1)})
             print(f"Answering {len(to_do)} of {len(prompts)} rows with {choice.model} ...", file=sys.stderr, flush=True)
-            left_out += _write_answers(engine, to_do, answers, with_codes)
+            left_out += _write_answers(engine, to_do, answers, reader)
+        if marker and not shard:
+            _mark(answers, marker)
         if out.suffix == ".csv":
             _save_csv(answers, out)
         _save_left_out(left_out, answers.with_suffix(LEFT_OUT_SUFFIX))
@@ -131,7 +139,9 @@ def _collect_shards(answers: Path, done: Mapping[str, Row], identity: dict[str, 
     return found
 
 
-def _write_answers(engine: Engine, prompts: Sequence[Prompt], path: Path, with_codes: bool) -> list[LeftOut]:
+def _write_answers(
+    engine: Engine, prompts: Sequence[Prompt], path: Path, reader: ProbabilityReader | None
+) -> list[LeftOut]:
     """Append the answers to a journal as they arrive; return the prompts that got none."""
     left_out = []
     with (
@@ -142,19 +152,38 @@ def _write_answers(engine: Engine, prompts: Sequence[Prompt], path: Path, with_c
             if isinstance(reply, SkippedRowError):
                 left_out.append(LeftOut("row", reply.reason, prompt.id))
             else:
-                file.write(json.dumps(_row(prompt, reply, with_codes), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_row(prompt, reply, reader), ensure_ascii=False) + "\n")
                 file.flush()
             bar.update()
     return left_out
 
 
-def _row(prompt: Prompt, reply: Reply, with_codes: bool) -> dict[str, Any]:
+def _row(prompt: Prompt, reply: Reply, reader: ProbabilityReader | None) -> dict[str, Any]:
     row: dict[str, Any] = {"id": prompt.id, "answer": reply.text}
-    if with_codes:
-        row["codes"] = [item._asdict() for item in parse_answer(reply.text)]
+    if reader:
+        found = reader.read(reply.text, reply.pieces, reply.log_probabilities)
+        row["codes"] = [
+            item._asdict() | _probability(chance) for item, chance in zip(parse_answer(reply.text), found.codes)
+        ]
+        if found.nothing_more is not None:
+            row[NOTHING_MORE] = _probability(found.nothing_more)
     if reply.log_probabilities:
         row["log_probability"] = round(sum(reply.log_probabilities), 4)
     return row
+
+
+def _probability(chance: float | None) -> dict[str, float]:
+    return {} if chance is None else {"probability": round(chance, 6)}
+
+
+def _mark(answers: Path, marker: Marker) -> None:
+    """Mark the rows of a journal, and rewrite it and its record if that changes them."""
+    rows, origin = read_journal(answers), read_origin(answers)
+    marked = {name: marker.mark(row) for name, row in rows.items()}
+    record = {key: value for key, value in origin.items() if key != "auto"} | marker.record()
+    if marked != rows or record != origin:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in marked.values()]
+        save({answers: "".join(lines), origin_path(answers): json.dumps(record, ensure_ascii=False, indent=1)})
 
 
 def _save_left_out(left_out: Sequence[LeftOut], path: Path) -> None:
@@ -181,11 +210,12 @@ def _describe_left_out(left_out: Sequence[LeftOut], answers: Path) -> str:
 def _save_csv(answers: Path, path: Path) -> None:
     """Write one line per code; a missing value is empty."""
     buffer = io.StringIO()
-    writer = CsvWriter(buffer, CSV_COLUMNS)
-    for _, line in read_lines(answers):
-        row = json.loads(line)
+    rows = [json.loads(line) for _, line in read_lines(answers)]
+    decisions = DECISION_COLUMNS if any("decision" in row for row in rows) else ()
+    writer = CsvWriter(buffer, (*CSV_COLUMNS, *decisions))
+    for row in rows:
         for code in row["codes"]:
-            writer.write(row["id"], *(code.get(column) for column in CSV_COLUMNS[1:]))
+            writer.write(row["id"], *map(code.get, CSV_COLUMNS[1:]), *map(row.get, decisions))
     save({path: buffer.getvalue()})
 
 
@@ -194,7 +224,7 @@ def _require_own_csv(path: Path) -> None:
     if path.suffix == ".csv" and path.exists():
         with file_errors(), path.open("rb") as file:
             header = file.readline().decode("utf-8", "replace").strip()
-            if header not in ("", ",".join(CSV_COLUMNS)):
+            if header and not header.startswith(",".join(CSV_COLUMNS[:4])):
                 raise UserError(f"{path} exists and is not an output of this command; choose another file.")
 
 
@@ -222,7 +252,7 @@ def answers_to_gold(choice: EngineChoice, rows: Path, out: Path | None = None) -
         UserError: `out` is None and the model is not in a run, or the rows cannot be answered.
     """
     answers = out or _predictions_in_run(choice.folder, rows)
-    answered = answer_file(choice, rows, answers)
+    answered = answer_file(choice, rows, answers, marker=open_marker(choice))
     print(answered.summary, file=sys.stderr)
     if answered.warning:
         print(f"warning: {answered.warning}", file=sys.stderr)

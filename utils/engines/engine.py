@@ -28,11 +28,13 @@ class Reply(NamedTuple):
         text: without the token that ends it.
         log_probabilities: natural logarithm of the probability of each token, () if the engine does not give them.
         is_complete: whether the model ended it, rather than the maximum length.
+        pieces: bytes that each of these tokens stands for, b"" for the token that ends the answer; () if not known.
     """
 
     text: str
     log_probabilities: tuple[float, ...]
     is_complete: bool
+    pieces: tuple[bytes, ...] = ()
 
 
 class Engine(Protocol):

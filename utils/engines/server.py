@@ -168,15 +168,19 @@ class ServerEngine:
         if text is None:
             return SkippedRowError("the server's answer has no text")
         chances: tuple[float, ...] = ()
+        pieces: tuple[bytes, ...] = ()
         if self._address.log_probabilities:
             if choice.logprobs is None:
                 url = self._address.url
                 raise UserError(f"The server {url} sends no log probabilities; leave out --log_probabilities.")
-            chances = tuple(float(token.logprob) for token in choice.logprobs.content or ())
+            tokens = choice.logprobs.content or ()
+            chances = tuple(float(token.logprob) for token in tokens)
             if not all(map(math.isfinite, chances)):
                 raise ValueError
+            # A token can be a part of a character, which only `bytes` can say; servers may leave it out.
+            pieces = tuple(bytes(getattr(token, "bytes", None) or ()) or str(token.token).encode() for token in tokens)
         text = str.strip(text).encode("utf-8", "replace").decode()  # without unpaired surrogates
-        return Reply(text, chances, choice.finish_reason == "stop")
+        return Reply(text, chances, choice.finish_reason == "stop", pieces)
 
     def _request(self, prompt: Prompt) -> dict[str, Any]:
         conversation = parse_conversation(prompt.row)

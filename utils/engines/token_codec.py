@@ -33,11 +33,11 @@ class TokenCodec:
         self._tokenizer = tokenizer.tokenizer
         self.eos_id = self._tokenizer.eos_id
         self._grammar = None
+        self._pieces = token_bytes(tokenizer)
         if table is not None:
-            pieces = token_bytes(tokenizer)
-            self._vocabulary = Vocabulary(pieces, self.eos_id)
+            self._vocabulary = Vocabulary(self._pieces, self.eos_id)
             # SentencePiece starts a string with a space, which decoding removes.
-            space = " " if self._tokenizer.encode("a", bos=False, eos=False) != [pieces.index(b"a")] else ""
+            space = " " if self._tokenizer.encode("a", bos=False, eos=False) != [self._pieces.index(b"a")] else ""
             self._grammar = AnswerGrammar(table, prefix=space)
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]], list[Refused]]:
@@ -96,4 +96,5 @@ class TokenCodec:
         else:
             texts = [self._tokenizer.decode(list(tokens)).strip() for tokens in answers]
         ended = [tokens[-1] == self.eos_id for tokens in answers]
-        return list(map(Reply, texts, map(tuple, log_probabilities), ended))
+        pieces = [tuple(self._pieces[token] or b"" for token in tokens) for tokens in answers]
+        return list(map(Reply, texts, map(tuple, log_probabilities), ended, pieces))

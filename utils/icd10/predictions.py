@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from finetune.data.keys import key_names
 from finetune.data.rows import is_identifier
@@ -33,6 +33,7 @@ from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 from utils.tables.rows_by_id import last_answer, read_by_id
 
 NOT_RECORDED = "not recorded"
+NOTHING_MORE = "nothing_more"  # the key, next to the codes, of the probability that there is no other code
 ID_COLUMNS = ("id", "visit_occurence_id", "visit_occurrence_id", "stay")
 NO_MAPPING = read_mapping(None)
 _LONGEST_CODE = 20  # characters of a malformed one; more is text
@@ -53,12 +54,21 @@ class Prediction(NamedTuple):
 
     `repeated` is the number of repetitions of codes, `edited` whether the codes of the row differ from its answer, and
     `facts` are what gold says about the stay: keys of FACT_COLUMNS, and `words`, the length of its question.
+    `probability` is the model's for each code and NOTHING_MORE, `confidence` the calibrated one, and `decision` what
+    `utils.predict_icd10 --auto` decided; all of them where they are known.
     """
 
     diagnoses: list[Diagnosis]
     repeated: int = 0
     edited: bool = False
     facts: Mapping[str, str] = MappingProxyType({})
+    probability: Mapping[str, float] = MappingProxyType({})
+    confidence: Mapping[str, float] = MappingProxyType({})
+    decision: str | None = None
+
+    def chances(self, which: "Probability") -> Mapping[str, float]:
+        """Return the probabilities of one kind, by code."""
+        return self.probability if which == "probability" else self.confidence
 
     @classmethod
     def of_answer(cls, answer: str) -> "Prediction":
@@ -73,6 +83,14 @@ class Prediction(NamedTuple):
     def of_codes(cls, diagnoses: Sequence[Diagnosis]) -> "Prediction":
         """Build a prediction from a list of codes."""
         return cls(list(diagnoses), len(diagnoses) - len({item.code for item in diagnoses}))
+
+
+Probability = Literal["probability", "confidence"]
+
+
+def gold_has(gold: Prediction, item: Diagnosis) -> bool:
+    """Return whether gold has a code in the role of `item`, or without naming a role."""
+    return not {(item.role, item.code), (None, item.code)}.isdisjoint((own.role, own.code) for own in gold.diagnoses)
 
 
 def read_gold(path: Path, encoding: str = AUTO, mapping: TableMapping = NO_MAPPING) -> dict[str, Prediction]:
@@ -169,16 +187,47 @@ def _prediction(row: Row) -> Prediction:
     answer, codes = row.get("answer"), row.get("codes")
     if isinstance(codes, list):
         given = Prediction.of_codes([found for code in codes for found in _diagnoses(code)])
+        given = given._replace(**_chances(codes, row.get(NOTHING_MORE), row.get("decision")))
         if not isinstance(answer, str):
             return given
         answered = Prediction.of_answer(answer)
         same = labels(answered.diagnoses) == labels(given.diagnoses)
-        return answered if same else given._replace(edited=True)
+        return given._replace(repeated=answered.repeated, edited=not same)
     if isinstance(answer, str):
         return Prediction.of_answer(answer)
     if "messages" in row:
         return Prediction.of_answer(last_answer(row))
     raise SkippedRowError("neither an `answer` string nor a `codes` list", f"keys: {key_names(row)}")
+
+
+def _chances(codes: Sequence[Any], nothing_more: Any, decision: Any) -> dict[str, Any]:
+    """Return the fields `probability`, `confidence` and `decision` of a prediction.
+
+    Args:
+        codes: rows with a `code` and what `utils.predict_icd10` writes about it, or only codes.
+        nothing_more: the same about NOTHING_MORE.
+        decision: about the stay.
+
+    Raises:
+        SkippedRowError: a probability is not a number from 0 to 1.
+    """
+    of_codes = [(normalize_code(respell(str(row["code"]))), row) for row in codes if isinstance(row, dict)]
+    named = [*of_codes, (NOTHING_MORE, nothing_more if isinstance(nothing_more, dict) else {})]
+    chances = {
+        kind: {code: _chance(row[kind]) for code, row in named if row.get(kind) not in (None, "")}
+        for kind in get_args(Probability)
+    }
+    return {**chances, "decision": str(decision) if decision else None}
+
+
+def _chance(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise SkippedRowError("a probability or confidence that is not a number from 0 to 1")
+    return number
 
 
 def _diagnoses(item: Any) -> list[Diagnosis]:
@@ -219,9 +268,15 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
     if unusable := [row for row in left_out if row.reason != WITHOUT_CODE]:
         raise UserError(f"{unusable[0].where}: {unusable[0].reason}; expected a code of a stay.")
     facts: dict[str, dict[str, str]] = {}
+    confident: dict[str, list[dict[str, Any]]] = {}  # lines of `utils.predict_icd10`
     for _, row in read_table(path, encoding):
         if isinstance(row, dict):
-            facts.setdefault(identifier(columns.get(row, "stay")), _facts(row))
+            stay = identifier(columns.get(row, "stay"))
+            facts.setdefault(stay, _facts(row))
+            lines = confident.setdefault(stay, [])
+            if "confidence" in row and not columns.is_wide:
+                code = {"code": columns.get(row, "code")}
+                lines.append(code | {key: row.get(key) for key in ("confidence", "decision")})
     stays = {}
     for stay, rows in codes.items():
         if any(row.role == UNIT_DP for row in rows):
@@ -233,13 +288,17 @@ def _read_table(path: Path, encoding: str, mapping: TableMapping) -> dict[str, P
         ]
         if any(len(item.code) > _LONGEST_CODE for item in diagnoses):
             raise UserError(f"{path}: stay {stay!r} has text in place of a code; name the columns with --columns.")
+        try:
+            chances = _chances(confident[stay], None, next((row["decision"] for row in confident[stay]), None))
+        except SkippedRowError as skip:
+            raise UserError(f"{path}: stay {stay!r}: {skip.reason}.") from None
         known = facts[stay]
         if stay in found.discharges:
             known["year"] = found.discharges[stay][:4]
         if stay in found.patients:
             known["patient"] = next(iter(found.patients[stay]))
         known |= {fact: str(value) for fact, value in people.facts(stay, found.discharges.get(stay)).items()}
-        stays[stay] = Prediction.of_codes(diagnoses)._replace(facts=known)
+        stays[stay] = Prediction.of_codes(diagnoses)._replace(facts=known, **chances)
     return stays
 
 

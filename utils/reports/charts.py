@@ -193,6 +193,52 @@ def _scale_steps(axes: Axes, last: float) -> None:
     axes.set_xlabel("step", color=_MUTED)
 
 
+class Curve(NamedTuple):
+    """A curve of shares: both axes go from 0 to 1."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    series: int
+    dots: Sequence[str] = ()  # the tooltip of each point, drawn as dots; () draws the curve alone
+
+
+def share_chart(
+    name: str,
+    title: str,
+    curves: Sequence[Curve],
+    axes_names: tuple[str, str],
+    diagonal: bool = False,
+) -> Markup:
+    """Return curves of shares as an SVG element.
+
+    Args:
+        name: of letters and digits, unique in the page.
+        title: read out by screen readers.
+        curves: with at least one point each.
+        axes_names: what is on the horizontal and on the vertical axis.
+        diagonal: whether to draw the line of equal shares.
+    """
+    with _drawing(name, 300) as figure:
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots()
+        tips: dict[str, list[str]] = {}
+        if diagonal:
+            axes.plot([0, 1], [0, 1], color=_AXIS, linewidth=1)
+        for number, curve in enumerate(curves):
+            color = _SERIES[curve.series % len(_SERIES)]
+            tips[f"tip{number}"] = [curve.name]
+            axes.plot(*zip(*curve.points), color=color, linewidth=1.3 if curve.dots else 2, gid=f"tip{number}")
+            if curve.dots:
+                tips[f"tip{number}dots"] = list(curve.dots)
+                x, y = zip(*curve.points)
+                axes.plot(x, y, "o", color=color, markersize=5.5, clip_on=False, gid=f"tip{number}dots")
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        for axis, axis_name in zip((axes.xaxis, axes.yaxis), axes_names):
+            axis.set_label_text(axis_name, color=_MUTED)
+        _tidy(axes, "y", kept_spine="bottom")
+        return _svg(figure, name, title, tips)
+
+
 _LABEL, _BAR, _GAP, _AXIS_HEIGHT, _MARGIN = 19, 9, 13, 22, 6  # heights of a group's parts, and the sides' width
 
 

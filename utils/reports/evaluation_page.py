@@ -7,6 +7,7 @@ from model.wording import counted
 from utils.icd10.codes import CHAPTER_NAMES
 from utils.icd10.headline import HEADLINE
 from utils.icd10.metrics import FREQUENCY_BANDS, NO_CHAPTER
+from utils.icd10.predictions import NOTHING_MORE
 from utils.icd10.rules import ADVICE, RULES
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ COUNT_NAMES = {
 _CHAPTER_TITLES = {key: f"{key}  {name}" for key, name in CHAPTER_NAMES.items()} | {NO_CHAPTER: "outside every chapter"}
 ROLE_NAMES = {"DP": "DP, main diagnosis", "DR": "DR, related diagnosis", "DAS": "DAS, associated diagnoses"}
 
+CONFIDENCE_ROLES = {"DP": "DP", "DR": "DR", "DAS": "DAS", "?": "no role", NOTHING_MORE: "nothing more to code"}
+CONFIDENCE_KINDS = {"probability": "of the model", "confidence": "calibrated"}
 STAY_FACT_NAMES = {
     "specialty": "specialty",
     "year": "year",
@@ -153,6 +156,7 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
         score_rows=score_rows(result),
         uncertainty=uncertainty(result),
         charts=_charts(result),
+        confidence=_confidence_charts(result.get("confidence", {})),
         tables=[*optional_tables(result), *_stay_tables(result)],
         rules=[
             {
@@ -212,8 +216,8 @@ def _stay_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def optional_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tables of the depth-aware scores and of the agreement with a second coder, if there are any."""
-    tables = []
+    """Return the tables of confidences, depth-aware scores and the agreement with a second coder, if there are any."""
+    tables = _confidence_tables(result["confidence"]) if result.get("confidence") else []
     if cophe := result.get("cophe"):
         rows = [(depth, *(_headline(scores[key]) for key in _MEASURES)) for depth, scores in cophe.items()]
         title = "Depth-aware scores (CoPHE): codes counted at each depth"
@@ -233,6 +237,65 @@ def optional_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         header = ("", "kappa", *(f"{name}, {of}" for of in ("gold", "second") for name in _COUNTED.values()))
         tables.append({"title": title, "header": header, "rows": rows})
     return tables
+
+
+def _confidence_tables(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tables of calibration and of what a person need not read."""
+    calibrated = [
+        (
+            f"{CONFIDENCE_ROLES.get(role, role)}, {CONFIDENCE_KINDS[kind]}",
+            f"{scores['codes']:,}",
+            *(_number(scores[key]) for key in ("mean", "correct", "ece", "brier")),
+        )
+        for role in CONFIDENCE_ROLES
+        for kind, of_roles in found["calibration"].items()
+        for scores in [of_roles.get(role)]
+        if scores
+    ]
+    ranking = [
+        *((f"precision at {rank}", _headline(scores)) for rank, scores in found["precision_at"].items()),
+        ("mean average precision", _headline(found["mean_average_precision"])),
+    ]
+    unread = [
+        (f"{float(target):.0%} right main diagnoses", _headline(each), _number(each["from"]))
+        for target, each in found.get("coding_curve", {"targets": {}})["targets"].items()
+    ]
+    auto = found.get("auto")
+    marked = auto and [
+        ("share of the stays", _headline(auto["share"])),
+        ("DP accuracy", _headline(auto["dp_accuracy"])),
+    ]
+    tables = (
+        ("Calibration", ("", "codes", "mean probability", "right", "ECE", "Brier score"), calibrated),
+        ("Codes ranked by confidence (roles ignored)", ("", "score"), ranking),
+        ("Coding curve: stays that need no reading", ("at", "share of the stays", "DP confidence from"), unread),
+        (f"Stays marked auto: {auto['stays']:,}" if auto else "", ("", "score"), marked),
+    )
+    return [{"title": title, "header": header, "rows": rows} for title, header, rows in tables if rows]
+
+
+def _confidence_charts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the reliability diagram with its legend and the coding curve; {} if there are no confidences."""
+    from utils.reports.charts import Curve, Figure, share_chart
+
+    if not found or not any(found["calibration"].values()):
+        return {}
+    kind, of_roles = list(found["calibration"].items())[-1]
+    roles = [role for role in CONFIDENCE_ROLES if role in of_roles]
+    curves = []
+    for series, role in enumerate(roles):
+        name, bins = CONFIDENCE_ROLES[role], of_roles[role]["bins"]
+        dots = [f"{name}, {counted(codes, 'code')}: {mean:.2f}, right {share:.2f}" for codes, mean, share in bins]
+        curves.append(Curve(name, [(mean, share) for _, mean, share in bins], series, dots))
+    names = ("mean probability in the bin", "share of right codes")
+    svg = share_chart("reliability", "Reliability diagram", curves, names, diagonal=True)
+    charts = [Figure("Reliability", f"probabilities {CONFIDENCE_KINDS[kind]}; on the line: calibrated", svg)]
+    if curve := found.get("coding_curve"):
+        points = [(share, accuracy) for share, accuracy in curve["points"]]
+        names = ("share of the stays that are not read", "right main diagnoses among them")
+        svg = share_chart("codingcurve", "Coding curve", [Curve("stays, the surest DP first", points, 0)], names)
+        charts.append(Figure("Coding curve", "stays in the order of the confidence of their DP", svg))
+    return {"legend": [CONFIDENCE_ROLES[role] for role in roles], "charts": charts}
 
 
 def _number(value: float | None) -> str:

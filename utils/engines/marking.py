@@ -1,0 +1,109 @@
+"""Give answered rows their confidence, and decide which stays need no reading."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from finetune.run_dir import run_of
+from model.errors import UserError
+from model.wording import counted
+from utils.engines.choice import EngineChoice
+from utils.icd10.calibration import AUTO, CONDITIONS, AutoRule, Calibration
+from utils.icd10.predictions import NOTHING_MORE
+from utils.tables.jsonl import Row
+
+
+class Marker:
+    """Writes `confidence` next to each `probability`, and `decision` and its `reason` into rows of answers.
+
+    Rows can be marked again, with another calibration or target.
+
+    Args:
+        calibration: None leaves the probabilities as they are.
+        rule: which stays are `auto`; None for no decisions.
+
+    Attributes:
+        decisions: number of stays by decision.
+    """
+
+    def __init__(self, calibration: Calibration | None = None, rule: AutoRule | None = None) -> None:
+        self._calibration = calibration
+        self._rule = rule
+        self.decisions: Counter[str] = Counter()
+
+    def mark(self, row: Row) -> Row:
+        """Return a row of answers with what is known about its codes."""
+        marked = row | {"codes": [self._confident(str(item.get("role")), item) for item in row["codes"]]}
+        if NOTHING_MORE in row:
+            marked[NOTHING_MORE] = self._confident(NOTHING_MORE, row[NOTHING_MORE])
+        marked = {key: value for key, value in marked.items() if key not in ("decision", "reason")}
+        if self._rule is None:
+            return marked
+        mains = [item.get("confidence") for item in marked["codes"] if item.get("role") == "DP"]
+        decision, reason = self._rule.decide(mains[0] if len(mains) == 1 else None)
+        self.decisions[decision] += 1
+        return marked | {"decision": decision, "reason": reason}
+
+    def _confident(self, role: str, item: dict[str, Any]) -> dict[str, Any]:
+        chance = item.get("probability")
+        if chance is None:
+            return item
+        return item | {"confidence": self._calibration.confidence(role, chance) if self._calibration else chance}
+
+    def record(self) -> dict[str, Any]:
+        """Return what the record of the answers says about their marks."""
+        record: dict[str, Any] = {"calibrated": self._calibration is not None}
+        if self._rule is not None:
+            auto = self.decisions[AUTO]
+            interval = self._rule.interval(auto) if auto else None
+            record["auto"] = self._rule._asdict() | {"marked": auto, "accuracy_interval": interval}
+        return record
+
+    def summary(self) -> str:
+        """Return how many stays are `auto`, and how many of their main diagnoses are expected to be right."""
+        auto, stays = self.decisions[AUTO], counted(self.decisions.total(), "stay")
+        if self._rule is None or not auto:
+            return f"auto: 0 of {stays}"
+        low, high = self._rule.interval(auto)
+        known = f"{self._rule.correct:,} of {counted(self._rule.stays, 'validation stay')}"
+        return (
+            f"auto: {auto:,} of {stays}, with a DP confidence from {self._rule.threshold:.3f}; "
+            f"expected accuracy of their DP: {low:.1%} to {high:.1%} (95 % prediction interval, from {known})"
+        )
+
+
+def calibration_path(checkpoint: Path) -> Path | None:
+    """Return where the calibration of a checkpoint is stored with its run; None if it is not in one."""
+    run_dir = run_of(checkpoint)
+    return run_dir / "calibration" / f"{checkpoint.resolve().name}.json" if run_dir else None
+
+
+def open_marker(choice: EngineChoice, given: Path | None = None, target: float | None = None) -> Marker:
+    """Return the marker of an engine's answers.
+
+    Args:
+        choice: the engine and its settings.
+        given: a calibration file; None for that of the run, if there is one.
+        target: share of right main diagnoses among the `auto` stays; None for no decisions.
+
+    Raises:
+        UserError: the calibration cannot be used, or is missing while `target` is given.
+    """
+    stored = calibration_path(choice.folder) if choice.folder else None
+    path = given or (stored if stored and stored.is_file() else None)
+    calibration = Calibration.from_file(path) if path else None
+    identity = choice.identity()
+    if calibration and (different := [key for key in CONDITIONS if calibration.conditions.get(key) != identity[key]]):
+        reason = f"{path} was fitted to answers with a different {', '.join(different)}"
+        if given or target is not None:
+            raise UserError(f"{reason}: answer the validation notes with these options, and calibrate again.")
+        print(f"warning: {reason}, and is not used.")
+        calibration = None
+    if target is None:
+        return Marker(calibration)
+    if calibration is None:
+        raise UserError(
+            "--auto needs a calibration: answer validation notes with the same options, then "
+            "python -m utils.calibrate_icd10 --gold VAL.jsonl --predictions VAL_PREDICTIONS.jsonl."
+        )
+    return Marker(calibration, calibration.auto_rule(target))
