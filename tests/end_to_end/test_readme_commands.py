@@ -95,7 +95,6 @@ ELSEWHERE = {
     "python -m docs.draw_images": "test_documentation_images.py::test_all_images_are_drawn",
     "python -m benchmarks.learning_curve": "test_documentation_images.py::test_a_point_of_the_learning_curve",
     "python -m benchmarks.learning_rate": "takes an hour",
-    "python -m benchmarks.confidence": "takes an hour",
     "python -m benchmarks.moe_seeds": "takes an hour",
     "python -m benchmarks.trace": "test_trace.py",
     "python -m benchmarks.fp16": "as test_documentation_images.py does with an untrained model",
