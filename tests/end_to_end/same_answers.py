@@ -1,4 +1,4 @@
-"""Compare greedy answers of a run's merged export, in transformers, with ours, note by note.
+"""Compare greedy answers of a run's exports, in transformers and PEFT, with ours, note by note.
 
 python -m tests.end_to_end.same_answers --run demo/run --notes demo/held_out/notes_instruct.jsonl --n 50
 """
@@ -9,10 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from finetune.args import read_train_args
 from finetune.cli import run_cli
 from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import load_trained
+from finetune.run_dir import ARGS_NAME
 from model.errors import UserError
 from model.generate import generate
 from tests.support.other_engines import transformers_answers
@@ -33,14 +35,20 @@ def main() -> None:
     notes = read_prompts(options.notes)[0][: options.n]
     prompts = [encoder.encode_prompt(parse_conversation({"messages": note.messages}).messages) for note in notes]
     with tempfile.TemporaryDirectory() as folder:
-        merged = Path(folder) / "merged"
+        merged, base, adapter = (Path(folder) / name for name in ("merged", "base", "adapter"))
         export(options.run, "hf", merged, merged=True)
-        theirs = transformers_answers(merged, prompts, _MAX_TOKENS, eos)
+        export(Path(read_train_args(options.run / ARGS_NAME).model_id_or_path), "hf", base)
+        export(options.run, "peft", adapter)
+        theirs = {
+            "merged": transformers_answers(merged, prompts, _MAX_TOKENS, eos),
+            "base with PEFT adapter": transformers_answers(base, prompts, _MAX_TOKENS, eos, adapter),
+        }
     ours = [generate(model, [prompt], _MAX_TOKENS, eos)[0] for prompt in tqdm(prompts, disable=None)]
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    print(f"{same} of {len(prompts)} answers are the same, {sum(map(len, ours)):,} tokens")
-    if same < len(prompts):
-        raise UserError("The exported model answers otherwise.")
+    same = {name: sum(map(list.__eq__, ours, answers)) for name, answers in theirs.items()}
+    for name, count in same.items():
+        print(f"{name}: {count} of {len(prompts)} answers are the same, {sum(map(len, ours)):,} tokens")
+    if min(same.values()) < len(prompts):
+        raise UserError("An export answers otherwise.")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -13,6 +14,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def transformers_logits(folder: Path, tokens: Sequence[int], adapter: Path | None = None) -> torch.Tensor:
     """Return the logits of transformers in fp32, optionally with the folder of a PEFT adapter: [T] -> [T, V]."""
+    with torch.no_grad():
+        return _load(folder, adapter)(torch.tensor([tokens])).logits[0]
+
+
+def transformers_answers(
+    folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int, adapter: Path | None = None
+) -> list[list[int]]:
+    """Return the new tokens of greedy generation with transformers in fp32, including the end-of-sequence token."""
+    model = _load(folder, adapter)
+    settings = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
+    return answers
+
+
+def _load(folder: Path, adapter: Path | None) -> Any:
+    """Return a model of transformers in fp32, optionally with a PEFT adapter."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -20,23 +40,7 @@ def transformers_logits(folder: Path, tokens: Sequence[int], adapter: Path | Non
         import peft
 
         model = peft.PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model.eval()(torch.tensor([tokens])).logits[0]
-
-
-def transformers_answers(
-    folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int
-) -> list[list[int]]:
-    """Return the new tokens of greedy generation with transformers in fp32, including the end-of-sequence token."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    settings = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": eos_id, "pad_token_id": eos_id}
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
-    return answers
+    return model.eval()
 
 
 def mistral_inference_logits(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
