@@ -1,13 +1,6 @@
 """Every engine that can run here gives the answers of our own generation; `transformers serve` is a real server."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +13,7 @@ from finetune.data.args import DataArgs
 from finetune.distributed import World
 from model.args import LoraArgs
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.transformers_serve import transformers_serve
 from utils import predict_icd10
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.prompts import instruct_row
@@ -78,25 +72,8 @@ def test_transformers_answers_as_we_do(constrained: bool, folder: Path, run_comm
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
     """Address of a `transformers serve` of the export."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder / "export", "--device", "cpu"]
-    address = ["--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen([*command, *address], env=environment, stdout=log, stderr=log)
-    try:
-        while True:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").read()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
+    with transformers_serve(folder / "export", folder / "server.log") as url:
+        yield url
 
 
 def test_a_served_export_answers_as_we_do(folder: Path, server: str, run_command: RunCommand) -> None:
