@@ -24,7 +24,12 @@ def run(tmp_path) -> Path:
         line = json.dumps(instruct_row(NOTE, "I10"), ensure_ascii=False) + "\n"
         (tmp_path / "secret_place" / name).write_text(line * rows, encoding="utf-8")
     data = {"instruct_data": f"{run.parent}/train.jsonl:2", "eval_instruct_data": f"{run.parent}/eval.jsonl"}
-    settings = {"data": data, "lora": {"rank": 4, "scaling": 3.0}, "optim": {"lr": 0.003}, "max_steps": 300}
+    settings = {
+        "data": data,
+        "lora": {"enable": True, "rank": 4, "scaling": 3.0},
+        "optim": {"lr": 0.003},
+        "max_steps": 300,
+    }
     (run / "args.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     metrics = [{"step": step, "eval_loss": 1 / step, "perplexity": 1.5} for step in (100, 200, 300)]
     (run / "metrics.eval.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics), encoding="utf-8")
@@ -49,13 +54,15 @@ def test_what_a_run_recorded(run, tmp_path):
         f"> {USER_PROMPT}",
         "| train.jsonl | 1,201 | training |",
         "| eval.jsonl | 3 | evaluation |",
+        "| lora.enable | true |",
         "| lora.rank | 4 |",
         "| optim.lr | 0.003 |",
         "eval_loss 0.005, perplexity 1.5.",
     ):
         assert line in card.splitlines(), line
     assert NOTE not in card and "secret_place" not in card and str(tmp_path) not in card
-    assert "95 %" not in card
+    assert "95 %" not in card and "Of answers: (fill in" in card
+    assert "`vllm serve DIR`" in card
     assert yaml.safe_load(card.split("---")[1])["language"] == "fr"
 
 
@@ -64,6 +71,9 @@ def test_other_formats_and_the_best_checkpoint(run, tmp_path, to):
     card = card_of(run, tmp_path / "out", to, merged=to != "peft", step=100)
     assert "- Checkpoint: step 100 of 300" in card and "eval_loss 0.01," in card
     assert ("A LoRA adapter (PEFT)" in card) == (to == "peft")
+    assert ("PeftModel.from_pretrained" in card) == (to == "peft") and ("--load-format mistral" in card) == (
+        to == "mistral"
+    )
     assert "library_name: peft" in card if to == "peft" else "library_name: mistral-common" in card
 
 
@@ -89,7 +99,11 @@ def test_scores(run, tmp_path):
 def test_what_is_not_known_is_to_be_filled_in(tmp_path):
     base = make_base(tmp_path / "our_base")
     card = card_of(base, tmp_path / "hf", "hf")
-    assert "- Base model: our_base" in card and "- License of the base model: (fill in" in card
+    assert "- Base model: our_base, a folder on the machine of the export (fill in where" in card
+    assert (
+        card.partition("\n# hf\n")[2].startswith("\nA model in Hugging Face's format")
+        and "- License of the base model: (fill in" in card
+    )
     assert "license:" not in card.split("---")[1] and "fine-tuned" not in card and "## Training" not in card
     run = make_run(tmp_path / "run", base)  # its args.yaml is empty
     assert "Intended use: (fill in)" in card_of(run, tmp_path / "peft", "peft")

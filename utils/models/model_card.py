@@ -26,6 +26,14 @@ _FORMATS = {
     "mistral": "Mistral's format for mistral-inference and vLLM",
     "gguf": "GGUF for llama.cpp and Ollama",
 }
+_LOADING = {
+    "peft": "`PeftModel.from_pretrained(base, DIR)` of PEFT loads this folder, DIR, onto the base model",
+    "hf": 'In Python, `transformers.pipeline("text-generation", model=DIR)` loads this folder, DIR. '
+    "`vllm serve DIR` and `transformers serve DIR` serve it",
+    "mistral": "`vllm serve DIR --config-format mistral --load-format mistral --tokenizer-mode mistral` serves this "
+    "folder, DIR",
+    "gguf": "`llama-server -m FILE` serves the `.gguf` file; a Modelfile of one line, `FROM FILE`, gives it to Ollama",
+}
 _QA_SCORES = {"word_recall": "word recall", "contains": "contains the reference"}
 # Settings that determine the result, in the YAML's spelling.
 _SETTINGS = (
@@ -68,6 +76,7 @@ def model_card(name: str, to: str, checkpoint: Path, base: Path | None, scores: 
         name=name,
         to=to,
         formats=_FORMATS,
+        loading=_LOADING,
         base=origin.name,
         license=release.license if release else None,
         repository=release.repository if release else None,
@@ -100,7 +109,8 @@ def _at(settings: dict[str, Any], key: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shown.lower() if isinstance(value, bool) else shown
 
 
 def _sources(settings: dict[str, Any]) -> list[tuple[Path, str]]:
