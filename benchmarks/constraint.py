@@ -23,7 +23,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from benchmarks.generate import prompts_of, untrained_model
 from benchmarks.measure import last_record, measure, peak_rss, print_table, run_json, spread
 from finetune.inference import token_bytes
-from model.generate import generate
+from model.generate import collect_tokens, stream
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.generate_notes import table_of
 from utils.icd10.answer_grammar import answer_grammar, as_lark
@@ -160,7 +160,7 @@ def same_answers(notes: int) -> dict[str, float]:
     eos_id, answers = tokenizer.tokenizer.eos_id, {}
     for library, factory in FACTORIES.items():
         new = factory(tokenizer, table, " ").new
-        answers[library] = generate(model, prompts, 200, eos_id, constraints=[new() for _ in prompts])
+        answers[library] = collect_tokens(stream(model, prompts, 200, eos_id, constraints=[new() for _ in prompts]))
     tokens = sum(map(len, answers["ours"]))
     return {"notes": notes, "tokens": tokens, "equal": sum(map(list.__eq__, *answers.values()))}
 

@@ -18,7 +18,7 @@ from benchmarks.measure import measure, print_table, spread
 from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
-from model.generate import generate
+from model.generate import collect_tokens, stream
 from model.sampling import Sampling
 from model.transformer import Transformer
 from utils.fictional_notes.catalogue import load_catalogue
@@ -69,7 +69,7 @@ def speed(
     for first in range(0, len(prompts), batch):
         chunk = prompts[first : first + batch]
         constraints = [new_constraint() for _ in chunk] if new_constraint else None
-        generate(model, chunk, NEW_TOKENS, eos_id, constraints=constraints)
+        collect_tokens(stream(model, chunk, NEW_TOKENS, eos_id, constraints=constraints))
     return {"notes_per_second": len(prompts) / (time.perf_counter() - start)}
 
 
@@ -82,7 +82,9 @@ def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict
         constraints = [new_constraint() for _ in range(min(BATCH_SIZE, answers - first))]
         prompts = [[1]] * len(constraints)  # notes would have no effect on an untrained model
         seeds = range(first, first + len(constraints))
-        outputs = generate(model, prompts, LONGEST_ANSWER, new_constraint.eos_id, sampling, seeds, constraints)
+        outputs = collect_tokens(
+            stream(model, prompts, LONGEST_ANSWER, new_constraint.eos_id, sampling, seeds, constraints)
+        )
         counts["cut_short"] += sum(tokens[-1] != new_constraint.eos_id for tokens in outputs)
         for constraint in constraints:
             found = parse_answer(constraint.text)

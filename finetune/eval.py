@@ -16,7 +16,7 @@ import torch
 
 from model.atomic import owner_only
 from model.errors import UserError
-from model.generate import generate
+from model.generate import collect_tokens, stream
 from model.transformer import Transformer
 
 from .args import EarlyStoppingArgs, GenerationArgs, TrainArgs
@@ -168,8 +168,10 @@ class GenerationEval:
                 batch = own[start : start + args.batch_size]
                 # A sharded model needs all ranks in every forward pass: a rank without prompts left gets a placeholder.
                 prompts = batch or [[tokenizer.bos_id]]
-                outputs = generate(
-                    model, prompts, args.max_tokens, tokenizer.eos_id, any_active=any_active, device=world.device
+                outputs = collect_tokens(
+                    stream(
+                        model, prompts, args.max_tokens, tokenizer.eos_id, any_active=any_active, device=world.device
+                    )
                 )
                 written += outputs[: len(batch)]
         answers: list[list[int]] = [[]] * len(self._prompts)

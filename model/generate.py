@@ -7,7 +7,7 @@ C candidate tokens.
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -146,29 +146,6 @@ def _generating(model: Transformer, cache: _Cache) -> Iterator[None]:
             attention.engine = engine
 
 
-def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    eos_id: int,
-    sampling: Sampling = GREEDY,
-    seeds: Sequence[int] | None = None,
-    constraints: Sequence[Constraint] | None = None,
-    any_active: Callable[[bool], bool] = bool,
-    device: torch.device | None = None,
-) -> list[list[int]]:
-    """Continue every prompt until `eos_id` or `max_tokens` tokens; arguments as for `stream`.
-
-    Returns:
-        The new tokens of each prompt, including `eos_id` if it was generated.
-    """
-    outputs: list[list[int]] = [[] for _ in prompts]
-    for chosen in stream(model, prompts, max_tokens, eos_id, sampling, seeds, constraints, any_active, device):
-        for index, step in chosen.items():
-            outputs[index].append(step.token)
-    return outputs
-
-
 @torch.no_grad()
 def stream(
     model: Transformer,
@@ -225,6 +202,21 @@ def stream(
                 tokens = tokens[running]
                 cache.keep(running)
             documents = cache.advance()
+
+
+def collect(steps: Iterable[Mapping[int, Step]]) -> list[list[Step]]:
+    """Return what `stream` yields for each prompt, once it has ended."""
+    answers: list[list[Step]] = []
+    for chosen in steps:
+        answers = answers or [[] for _ in chosen]  # at first, every prompt gets a token
+        for index, step in chosen.items():
+            answers[index].append(step)
+    return answers
+
+
+def collect_tokens(steps: Iterable[Mapping[int, Step]]) -> list[list[int]]:
+    """Return the tokens that `stream` yields for each prompt, with the end-of-sequence token if it was generated."""
+    return [[step.token for step in answer] for answer in collect(steps)]
 
 
 def _compute_prefix(

@@ -27,7 +27,7 @@ from finetune.mixed_precision import LossScaler
 from finetune.optim import build_optimizer
 from finetune.wrapped_model import BaseModel, build_model, shard_count, trainable_parameters
 from model.args import ModelArgs
-from model.generate import generate
+from model.generate import collect_tokens, stream
 from model.transformer import Transformer
 from train import train_step
 
@@ -140,7 +140,7 @@ def trace_answers(case: Case, prompts: Sequence[int] = (9, 17), tokens: int = 3)
     with pretended_gpu(case.gpu) as counts:
         _, model = _build(case, case.args(), World(0, 1, DEVICE), trains=False)
         counts.restart()
-        generate(model, [list(range(length)) for length in prompts], tokens, eos_id=-1)
+        collect_tokens(stream(model, [list(range(length)) for length in prompts], tokens, eos_id=-1))
         return Counts.of(counts)
 
 

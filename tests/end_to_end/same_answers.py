@@ -29,7 +29,7 @@ from finetune.cli import run_cli
 from finetune.inference import load_trained
 from finetune.run_dir import ARGS_NAME
 from model.errors import UserError
-from model.generate import generate
+from model.generate import collect_tokens, stream
 from tests.support.other_engines import transformers_answers
 from tests.support.patience import wait_until
 from tests.support.transformers_serve import transformers_serve
@@ -75,7 +75,8 @@ class _Ours:
         self._texts: dict[str, str] = {}
         for prompt, tokens in zip(prompts, tqdm(self.encoded, desc="ours", disable=None), strict=True):
             constraints = codec.constraints(1)
-            self._answers += generate(self._model, [tokens], _MAX_TOKENS, self.eos_id, constraints=constraints)
+            steps = stream(self._model, [tokens], _MAX_TOKENS, self.eos_id, constraints=constraints)
+            self._answers += collect_tokens(steps)
             (reply,) = codec.replies(self._answers[-1:], [[]], constraints)
             self._texts[prompt.id] = reply.text
 

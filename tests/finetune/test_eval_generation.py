@@ -126,7 +126,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, rows
 
 
 @pytest.mark.parametrize(
-    ("interrupted", "step"), [("batch_loss", 2), ("generate", 2), ("batch_loss", 4), ("generate", 4), ("generate", 0)]
+    ("interrupted", "step"), [("batch_loss", 2), ("stream", 2), ("batch_loss", 4), ("stream", 4), ("stream", 0)]
 )
 def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_repeats(
     interrupted: str,

@@ -19,7 +19,7 @@ from finetune.manifest import MANIFEST_NAME, write_manifest
 from finetune.optim import build_optimizer
 from finetune.wrapped_model import trainable_parameters
 from model.errors import UserError
-from model.generate import generate
+from model.generate import collect_tokens, stream
 from model.lora import merge_lora
 from model.transformer import Transformer
 from tests.end_to_end.kill_runs import COMPARED, ForkedRun, curve, kill_test_config, train_forked
@@ -138,10 +138,10 @@ def test_a_run_with_an_adapter_for_selected_layers_can_be_loaded(by_tokens):
 def test_answers_during_training_come_from_the_adapted_head(dense, tmp_path):
     _, model = trained(tmp_path, dense, lora={"rank": 4, "targets": ["output"], "dropout": 0.5, "scaling": 100.0})
     prompts = [[1, 3, 1027], [1, 17]]
-    answers = generate(model, prompts, 8, eos_id=2)
+    answers = collect_tokens(stream(model, prompts, 8, eos_id=2))
     merge_lora(model)
-    assert generate(model, prompts, 8, eos_id=2) == answers
-    assert generate(build(tmp_path / "run.yaml"), prompts, 8, eos_id=2) != answers
+    assert collect_tokens(stream(model, prompts, 8, eos_id=2)) == answers
+    assert collect_tokens(stream(build(tmp_path / "run.yaml"), prompts, 8, eos_id=2)) != answers
 
 
 def test_targets_that_the_model_does_not_have_are_refused(dense, tmp_path):

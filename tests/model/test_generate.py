@@ -11,7 +11,7 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from model.args import ModelArgs, MoeArgs
-from model.generate import filtered_probabilities, generate, stream
+from model.generate import collect_tokens, filtered_probabilities, stream
 from model.sampling import Sampling
 from model.transformer import Transformer
 from tests.support.golden import GOLDEN, instruct_tokenizer
@@ -61,7 +61,7 @@ def test_generation_matches_generation_without_cache(moe: bool) -> None:
     model = tiny_model(moe)
     prompts = prompts_of([5, 17, 1, 40])
     expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
-    assert generate(model, prompts, 15, EOS) == expected
+    assert collect_tokens(stream(model, prompts, 15, EOS)) == expected
 
 
 @pytest.mark.parametrize("rests", [[3, 9, 1], [0, 4, 0], [0, 0]])
@@ -70,7 +70,7 @@ def test_common_prefix_does_not_change_the_output(rests: list[int]) -> None:
     prefix, *others = prompts_of([20, *(rest for rest in rests if rest)])
     prompts = [prefix + (others.pop() if rest else []) for rest in rests]
     expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
-    assert generate(model, prompts, 15, EOS) == expected
+    assert collect_tokens(stream(model, prompts, 15, EOS)) == expected
 
 
 def test_all_ranks_run_the_same_number_of_steps_with_or_without_common_prefix() -> None:
@@ -79,7 +79,7 @@ def test_all_ranks_run_the_same_number_of_steps_with_or_without_common_prefix() 
     for prompts in (prompts_of([20]), prompts_of([20, 5]), [prompts_of([20])[0]] * 2):
         expected = [greedy_without_cache(model, prompt, 8, eos=-1) for prompt in prompts]
         steps.clear()
-        assert generate(model, prompts, 8, -1, any_active=lambda _: True) == expected
+        assert collect_tokens(stream(model, prompts, 8, -1, any_active=lambda _: True)) == expected
         assert len(steps) == 9
 
 
@@ -88,7 +88,7 @@ def test_each_sequence_stops_at_its_own_eos() -> None:
     prompts = prompts_of([4, 6, 9, 3, 12])
     free = [greedy_without_cache(model, prompt, 12, eos=-1) for prompt in prompts]
     eos = free[0][3]  # a token that the first sequence generates early
-    outputs = generate(model, prompts, 12, eos)
+    outputs = collect_tokens(stream(model, prompts, 12, eos))
     for output, tokens in zip(outputs, free):
         cut = tokens.index(eos) + 1 if eos in tokens else len(tokens)
         assert output == tokens[:cut]
@@ -97,7 +97,7 @@ def test_each_sequence_stops_at_its_own_eos() -> None:
 def test_generation_restores_the_model() -> None:
     model = tiny_model().train()
     engines = [layer.attention.engine for layer in model.layers]
-    generate(model, prompts_of([3]), 2, EOS)
+    collect_tokens(stream(model, prompts_of([3]), 2, EOS))
     assert model.training
     assert [layer.attention.engine for layer in model.layers] == engines
 
@@ -114,11 +114,11 @@ def test_prompt_equals_the_tokens_before_the_trained_answer() -> None:
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch() -> None:
     model, prompts = tiny_model(), prompts_of([5, 9, 3])
     sampling = Sampling(temperature=2.0, top_k=50, top_p=0.95)
-    together = generate(model, prompts, 12, -1, sampling, seeds=[7, 8, 9])
+    together = collect_tokens(stream(model, prompts, 12, -1, sampling, seeds=[7, 8, 9]))
     assert [
-        generate(model, [prompt], 12, -1, sampling, [seed])[0] for prompt, seed in zip(prompts, (7, 8, 9))
+        collect_tokens(stream(model, [prompt], 12, -1, sampling, [seed]))[0] for prompt, seed in zip(prompts, (7, 8, 9))
     ] == together
-    assert generate(model, prompts, 12, -1, sampling, seeds=[7, 8, 10])[2] != together[2]
+    assert collect_tokens(stream(model, prompts, 12, -1, sampling, seeds=[7, 8, 10]))[2] != together[2]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_filters_are_those_of_transformers(sampling: Sampling) -> None:
 
 def test_tokens_are_yielded_as_they_are_chosen() -> None:
     model, prompts = tiny_model(), prompts_of([4, 6])
-    whole = generate(model, prompts, 10, EOS)
+    whole = collect_tokens(stream(model, prompts, 10, EOS))
     steps = stream(model, prompts, 10, EOS)
     begun = [{index: step.token for index, step in next(steps).items()} for _ in range(2)]
     assert begun == [dict(enumerate(column)) for column in list(zip(*whole))[:2]]
     steps.close()
-    assert generate(model, prompts, 10, EOS) == whole  # the model is as before
+    assert collect_tokens(stream(model, prompts, 10, EOS)) == whole  # the model is as before
 
 
 # --- Constrained answers ----------------------------------------------------------------------------------------------
@@ -200,7 +200,9 @@ def test_random_tokens_form_only_codes_from_the_table(vocabulary: Vocabulary) ->
 def test_hundreds_of_sampled_answers_are_valid_and_diverse(vocabulary: Vocabulary) -> None:
     grammar, model = AnswerGrammar(TABLE), tiny_model(vocab_size=len(vocabulary.pieces))
     constraints = [AnswerConstraint(grammar, vocabulary) for _ in range(300)]
-    outputs = generate(model, [[1]] * 300, 150, vocabulary.eos_id, Sampling(30.0), range(300), constraints)
+    outputs = collect_tokens(
+        stream(model, [[1]] * 300, 150, vocabulary.eos_id, Sampling(30.0), range(300), constraints)
+    )
     assert len({tuple(output) for output in outputs}) == 300
     assert sum(output[-1] == vocabulary.eos_id for output in outputs) > 30
     found = [parse_answer(constraint.text) for constraint in constraints]

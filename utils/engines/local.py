@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.inference import load_trained
-from model.generate import Step, stream
+from model.generate import collect, stream
 from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, seed_of
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
@@ -45,10 +45,7 @@ class LocalEngine:
         constraints = self._codec.constraints(len(prompts))
         max_tokens, sampling = self._generation
         seeds = [seed_of(prompt, sampling) for prompt in prompts]
-        answers: list[list[Step]] = [[] for _ in prompts]
-        for chosen in stream(self._model, encoded, max_tokens, self._codec.eos_id, sampling, seeds, constraints):
-            for index, step in chosen.items():
-                answers[index].append(step)
+        answers = collect(stream(self._model, encoded, max_tokens, self._codec.eos_id, sampling, seeds, constraints))
         tokens = [[step.token for step in answer] for answer in answers]
         log_probabilities = [[step.log_probability for step in answer] for answer in answers]
         return self._codec.replies(tokens, log_probabilities, constraints)
