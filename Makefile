@@ -1,11 +1,14 @@
 # Every target sets up .venv first if needed. `make demo` and `make test` run from a clean clone.
+# PYTHON=3.11 means python3.11.
 PYTHON ?= python3
+VERSION := $(filter 3.%,$(PYTHON:python%=%))
+override PYTHON := $(if $(filter 3.%,$(PYTHON)),python$(PYTHON),$(PYTHON))
 BIN := .venv/bin
 # xformers' kernels are for NVIDIA GPUs only.
 EXTRAS := test,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
 comma := ,
 
-.PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format docs constraints clean
+.PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format docs constraints gpu-bundle clean
 help:
 	@echo "make setup        create .venv with the versions of constraints.txt"
 	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
@@ -16,6 +19,7 @@ help:
 	@echo "make fuzz         10,000 random inputs per fuzz target"
 	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
 	@echo "make docs         regenerate docs/configuration.md and docs/models.md from the code"
+	@echo "make gpu-bundle   collect wheels for a GPU machine without network: PYTHON=3.12 CUDA=130 WITHOUT=\"matplotlib tensorboard\""
 	@echo "make constraints  write the versions installed in .venv to constraints.txt, after make test passed"
 	@echo "make clean        remove what make demo and make sample-data wrote"
 
@@ -98,6 +102,12 @@ docs: setup
 constraints: setup
 	(echo "# Versions that all tests passed with. pyproject.toml has the supported ranges."; \
 		$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.txt
+
+# What a GPU machine needs besides PyTorch, transformers and PEFT. CUDA: that of its PyTorch.
+CUDA := 126
+gpu-bundle: setup
+	$(BIN)/python -m benchmarks.acceptance.bundle --out gpu-bundle --cuda $(CUDA) $(if $(VERSION),--python $(VERSION)) \
+		$(if $(WITHOUT),--without $(WITHOUT)) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf demo sample_data
