@@ -14,17 +14,18 @@ from benchmarks.training.ours import build_ours
 from benchmarks.training.presets import PRESETS
 from benchmarks.training.session import measure_training, packed_batches, train_args
 from benchmarks.training.work import synchronize
-from finetune.hardware import choose_device
+from finetune.hardware import choose_device, free_bytes
 from model.errors import first_line, full_memory
 
 _KERNELS = 25
+_GIB = 1 << 30
 # Of the peak. Memory that a CPU's process uses has parts that are not tensors, and matter for a tiny model.
 _PLAN_LIMITS = {"cuda": 0.05, "cpu": 0.5}
 _REPORTED = ("tokens_per_second", "mfu", "peak_bytes", "seconds", "first_loss", "last_loss", "attention", "recomputed")
 
 
 def measured(setting: Setting, impl: str, preset: str, **changes: Any) -> Iterator[Check]:
-    """Train for some steps; yield speed and peak, and for this project how far the planned memory is from the peak.
+    """Train for some steps; yield speed and peak, and for this project how far the plan is from the peak.
 
     Args:
         setting: where.
@@ -34,6 +35,9 @@ def measured(setting: Setting, impl: str, preset: str, **changes: Any) -> Iterat
     """
     case = _case(setting, preset, **changes)
     name = f"{preset}, {impl}"
+    if impl == "ours" and (reason := _too_large(setting, case)):
+        yield Check(name, None, case, message=reason)
+        return
     try:
         numbers = measure_training(impl, case)
     except Exception as error:
@@ -56,6 +60,15 @@ def _case(setting: Setting, preset: str, **changes: Any) -> dict[str, Any]:
     return case | {"warmup": 1, "steps": 2} | changes
 
 
+def _too_large(setting: Setting, case: dict[str, Any]) -> str | None:
+    """Return why a case cannot be trained here, if the memory that is planned for it is not free."""
+    least = case | {"checkpoint": "true" if case["checkpoint"] == "auto" else case["checkpoint"]}
+    needed, free = estimated_bytes(least, trained_share=1.0), free_bytes(setting.device, processes=1)
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / _GIB:.1f} GiB, of which {free / _GIB:.1f} are free"
+
+
 def _planned(setting: Setting, case: dict[str, Any], numbers: dict[str, Any]) -> Check:
     before = numbers.get("import_bytes", 0)  # not recorded on a GPU, where imports use none
     resolved = case | {"checkpoint": numbers["recomputed"]}
@@ -72,6 +85,9 @@ def _planned(setting: Setting, case: dict[str, Any], numbers: dict[str, Any]) ->
 def profile(setting: Setting, preset: str, **changes: Any) -> Iterator[Check]:
     """Yield the kernels that a micro-batch with its optimizer step spends most time in."""
     case = _case(setting, preset, **changes)
+    if reason := _too_large(setting, case):
+        yield Check(f"{preset}, kernels", None, case, message=reason)
+        return
     args = train_args(PRESETS[preset], case)
     trainee = build_ours(args, PRESETS[preset].shapes, setting.device)
     loader = packed_batches(args)
