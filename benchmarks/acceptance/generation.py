@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.acceptance.check import Check, Setting
 from benchmarks.generate import ConstraintFactory, prompts_of, untrained_model
-from model.generate import generate, stream
+from model.generate import collect_tokens, stream
 from model.transformer import Transformer
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.generate_notes import table_of
@@ -21,11 +21,11 @@ _CONSTRAINED_NOTES, _CONSTRAINED_TOKENS = 2, 200
 def generation(setting: Setting) -> Iterator[Check]:
     """Yield whether answers in fp32 are the same everywhere, those in bf16 finite, and constrained ones allowed."""
     prompts, model = prompts_of(_NOTES), untrained_model()
-    expected = generate(model, prompts, _TOKENS, _NO_END)
+    expected = collect_tokens(stream(model, prompts, _TOKENS, _NO_END))
     model.to(setting.device)
-    found = generate(model, prompts, _TOKENS, _NO_END)
+    found = collect_tokens(stream(model, prompts, _TOKENS, _NO_END))
     yield _same("greedy answers in fp32 are the CPU's", found, expected)
-    single = [answer for prompt in prompts for answer in generate(model, [prompt], _TOKENS, _NO_END)]
+    single = [answer for prompt in prompts for answer in collect_tokens(stream(model, [prompt], _TOKENS, _NO_END))]
     yield _same("greedy answers one at a time are those of eight at once", single, found)
     yield _constrained(model, prompts)
     model.to(torch.bfloat16).compute_dtype = torch.bfloat16
@@ -45,7 +45,7 @@ def _constrained(model: Transformer, prompts: list[list[int]]) -> Check:
     new_constraint = ConstraintFactory(table)
     constraints = [new_constraint() for _ in prompts[:_CONSTRAINED_NOTES]]
     prompts = prompts[: len(constraints)]
-    generate(model, prompts, _CONSTRAINED_TOKENS, new_constraint.eos_id, constraints=constraints)
+    collect_tokens(stream(model, prompts, _CONSTRAINED_TOKENS, new_constraint.eos_id, constraints=constraints))
     codes = [item for constraint in constraints for item in parse_answer(constraint.text)]
     wrong = sum(not (item.role and table.allows(item.role, item.code)) for item in codes)
     return Check("constrained answers have codes of the table only", not wrong, {"codes": len(codes), "wrong": wrong})
