@@ -18,8 +18,10 @@ from utils.evaluate_icd10 import evaluate
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import CHAPTER_NAMES, Cim10Entry, Cim10Table, chapter
 from utils.icd10.predictions import Prediction
+from utils.icd10.review_items import Item, StayToReview
 from utils.reports import pages
 from utils.reports.evaluation_page import html_page
+from utils.reports.review_page import WORKLIST, review_page
 from utils.reports.run_page import html_report, read_runs
 
 CHROMIUM = find_chromium()
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-
 
 CODES = [f"{letter}{number:02}" for letter in "ABCDEFGHIJKLMNOPQRSTUVXYZ" for number in range(0, 100, 7)]
 CODES = [code for code in CODES if chapter(code) in CHAPTER_NAMES]
+WITHOUT_CHARTS = ("review", "tables")
 SMALLEST_TEXT = 11  # CSS pixels of the smallest text of a chart
 CONTRAST = 4.5  # of text with its background: WCAG 2, level AA
 
@@ -41,11 +44,14 @@ CHART_TEXTS = """[...document.querySelectorAll('svg.chart')].flatMap((chart, num
 })"""
 # The colors of everything that is written, [text, color], and of each chart's lines and bars.
 TEXT_COLORS = """[...document.querySelectorAll('body *')].filter(element =>
-    element.tagName != 'title' && [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim())
+    !element.matches('title, script, noscript, option')
+    && [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim())
 ).map(element => [
     element.textContent.slice(0, 30),
     getComputedStyle(element)[element.tagName == 'text' ? 'fill' : 'color'],
-    getComputedStyle(element.closest('.card') || document.body).backgroundColor,
+    getComputedStyle(
+        element.closest('[aria-current=true], .card, .note, input, select, .bar button, #stay button') || document.body
+    ).backgroundColor,
 ])"""
 DRAWN_COLORS = """[...document.querySelectorAll('svg.chart path, svg.chart use')].filter(
     mark => !mark.closest('defs')
@@ -82,6 +88,19 @@ def evaluation():
     return html_page(result, {"Predictions": "test_instruct.checkpoint_000300.jsonl", "Checkpoint": checkpoint})
 
 
+def worklist():
+    """Return a page to review two stays: every kind of item, broken rules, facts, and a note with evidence."""
+    items = [Item("DP", "", "I500", "Insuffisance cardiaque " * 4, 0.4, evidence=("Dyspnée.",))]
+    items += [Item("DAS", "I10", "", "Hypertension", None), Item("", "E119", "E110", "Diabète", 0.9)]
+    about = {"decision": "to_review", "reason": "DP confidence 0.400, below 0.900", "broken": ("DR without a DP",)}
+    stays = [
+        StayToReview(name, "", "Dyspnée. Toux. " * 30, 0.6, items, (Diagnosis("DAS", "J90", "Pleurésie"),), facts=facts)
+        for name, facts in (("s1", {"specialty": "cardiology"}), ("s2" * 20, {"specialty": "surgery"}))
+    ]
+    stays = [stay._replace(**about) for stay in stays]
+    return review_page("Stays to review", WORKLIST, stays, {"Model": "runs/icd_v1"}, None)
+
+
 def runs(folder, names):
     """Return the page of runs of 120 steps that were evaluated twice, at most."""
     for number, name in enumerate(names):
@@ -112,6 +131,10 @@ def written(tmp_path_factory):
         "evaluation": evaluation(),
         "runs": runs(folder / "one", ["icd_v1"]),
         "several_runs": runs(folder / "several", long_names),
+        "review": worklist(),
+        "tables": pages.render_page(
+            "tables.html", title="Tables", lead="What they are of.", tables=[("One", ("name", "found"), [("a", "b")])]
+        ),
     }
     for name, source in sources.items():
         (folder / f"{name}.html").write_text(source, encoding="utf-8")
@@ -187,7 +210,7 @@ def test_every_template_is_opened(written):
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("name", ["evaluation", "runs", "several_runs"])
+@pytest.mark.parametrize("name", ["evaluation", "runs", "several_runs", "review", "tables"])
 def test_page_is_readable(name, width, written, browser, screenshots):
     colors = {}
     for scheme in ("light", "dark"):
@@ -196,7 +219,8 @@ def test_page_is_readable(name, width, written, browser, screenshots):
         assert browser.requests == [written[name].as_uri()]
         assert browser.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
         texts = browser.evaluate(CHART_TEXTS)
-        assert texts and not [text for text in texts if text[2] < SMALLEST_TEXT]
+        assert bool(texts) == (name not in WITHOUT_CHARTS)
+        assert not [text for text in texts if text[2] < SMALLEST_TEXT]
         assert not [text for text in texts if text[3] < 0 or text[5] > width]
         assert overlapping(texts) == []
         written_in = browser.evaluate(TEXT_COLORS)

@@ -71,6 +71,10 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def download_into(self, folder: Path) -> None:
+        """Save what pages download into a folder from now on."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
     def screenshot(self, path: Path) -> None:
         """Write a picture of the whole page."""
         size = self._call("Page.getLayoutMetrics")["cssContentSize"]

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +100,11 @@ def answer_file(
             _mark(answers, marker)
         if out.suffix == ".csv":
             _save_csv(answers, out)
-        _save_left_out(left_out, answers.with_suffix(LEFT_OUT_SUFFIX))
+        save_left_out(left_out, answers.with_suffix(LEFT_OUT_SUFFIX))
     earlier = f" ({len(prompts) - len(to_do)} from an earlier call)" if len(to_do) < len(prompts) else ""
     answered = read_journal(answers).keys() & {prompt.id for prompt in prompts}
     summary = f"{counted(len(answered), 'answer')}{earlier}: {out}"
-    return Answered(summary, _describe_left_out(left_out, answers), all(row.stay in answered for row in left_out))
+    return Answered(summary, describe_left_out(left_out, answers), all(row.stay in answered for row in left_out))
 
 
 def report_answered(answered: Answered) -> None:
@@ -144,18 +144,24 @@ def _write_answers(
 ) -> list[LeftOut]:
     """Append the answers to a journal as they arrive; return the prompts that got none."""
     left_out = []
-    with (
-        open(path, "a", encoding="utf-8", opener=owner_only) as file,
-        tqdm(total=len(prompts), unit="row", disable=None) as bar,
-    ):
-        for prompt, reply in engine.answers(prompts):
-            if isinstance(reply, SkippedRowError):
-                left_out.append(LeftOut("row", reply.reason, prompt.id))
+    with open(path, "a", encoding="utf-8", opener=owner_only) as file:
+        for prompt, row in answered_rows(engine, prompts, reader):
+            if isinstance(row, SkippedRowError):
+                left_out.append(LeftOut("row", row.reason, prompt.id))
             else:
-                file.write(json.dumps(_row(prompt, reply, reader), ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
-            bar.update()
     return left_out
+
+
+def answered_rows(
+    engine: Engine, prompts: Sequence[Prompt], reader: ProbabilityReader | None
+) -> Iterator[tuple[Prompt, Row | SkippedRowError]]:
+    """Yield each prompt with the row of its answer, or why it has none, as soon as it is known; show the progress."""
+    with tqdm(total=len(prompts), unit="row", disable=None) as bar:
+        for prompt, reply in engine.answers(prompts):
+            yield prompt, reply if isinstance(reply, SkippedRowError) else _row(prompt, reply, reader)
+            bar.update()
 
 
 def _row(prompt: Prompt, reply: Reply, reader: ProbabilityReader | None) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def _mark(answers: Path, marker: Marker) -> None:
         save({answers: "".join(lines), origin_path(answers): json.dumps(record, ensure_ascii=False, indent=1)})
 
 
-def _save_left_out(left_out: Sequence[LeftOut], path: Path) -> None:
+def save_left_out(left_out: Sequence[LeftOut], path: Path) -> None:
     """Write the rows without answer, or remove the file of an earlier call if there are none."""
     if not left_out:
         path.unlink(missing_ok=True)
@@ -198,7 +204,8 @@ def _save_left_out(left_out: Sequence[LeftOut], path: Path) -> None:
     save({path: text.getvalue()})
 
 
-def _describe_left_out(left_out: Sequence[LeftOut], answers: Path) -> str:
+def describe_left_out(left_out: Sequence[LeftOut], answers: Path) -> str:
+    """Return a sentence on the rows without answer, "" if there are none."""
     if not left_out:
         return ""
     shown = ", ".join(found.stay or found.where for found in left_out[:5]) + (", ..." if len(left_out) > 5 else "")

@@ -6,6 +6,8 @@ corrected French. Two points that the documentation leaves open: associated diag
 "(code 1),..." once), and an empty list of associated diagnoses is "aucun", as for the related diagnosis.
 """
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SYSTEM_PROMPT = (
@@ -35,6 +37,13 @@ def prompt_messages(note: str) -> list[dict[str, str]]:
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": USER_PROMPT.format(note=note)},
     ]
+
+
+def note_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the note of a conversation that `prompt_messages` gave; of another one, its last question."""
+    content = messages[-1]["content"]
+    question = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return question.removeprefix(USER_PROMPT.format(note=""))
 
 
 def instruct_row(note: str, answer: str, row_id: str | None = None) -> dict[str, Any]:

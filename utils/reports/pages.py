@@ -1,4 +1,4 @@
-"""HTML pages from the templates next to this file. A page needs nothing else: no script, no font, no address."""
+"""HTML pages from the templates next to this file. A page needs nothing else: no font, no address."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,230 @@
+"""The weekly worklist: every stay is coded once, whatever happens, and what reviewers decide is kept."""
+
+import csv
+import json
+import os
+import random
+import signal
+import stat
+import time
+
+import pytest
+
+from model.errors import UserError
+from tests.support.patience import wait_until
+from utils import code_stays
+from utils.engines.choice import EngineChoice
+from utils.engines.engine import Reply
+from utils.engines.marking import Marker
+from utils.engines.prompts import Prompt
+from utils.icd10.answers import build_answer, parse_answer
+from utils.icd10.codes import Cim10Table
+from utils.icd10.decisions import COLUMNS
+from utils.icd10.journal import Key, note_hash, open_journal
+from utils.icd10.prompts import note_of, prompt_messages
+from utils.tables.jsonl import read_lines
+from utils.tables.read_table import read_table
+
+TABLE = """I10|0|OOOO|0|HYPERTENSION|Hypertension essentielle (primitive)
+I500|0|OOOO|0|INSUFFISANCE|Insuffisance cardiaque congestive
+E119|0|OOOO|0|DIABETE|Diabète sucré de type 2, sans complication
+"""
+ANSWER = (
+    "Codes CIM 10 retenus pour le résumé strandisé de sortie PMSI : diagnostic principal : Insuffisance cardiaque "
+    "congestive (I500), diagnistic relié : aucun, diagnostic associé : Hypertension essentielle (primitive) (I10)"
+)
+SECRET = "=HYPERLINK(une phrase de la note)"  # a note that begins like a formula
+
+
+class StandIn:
+    """An engine with the same answer for every note, which records what it is asked."""
+
+    def __init__(self, pause=0.0):
+        self.asked, self.pause = [], pause
+
+    def answers(self, prompts):
+        for prompt in prompts:
+            time.sleep(self.pause)
+            self.asked.append(prompt.id)
+            yield prompt, Reply(ANSWER, (), True)
+
+
+@pytest.fixture
+def week(tmp_path, monkeypatch, run_command):
+    """Return a function that codes an export, given as notes by stay; the engine is its attribute."""
+    engine = StandIn()
+    monkeypatch.setattr(EngineChoice, "open", lambda choice: engine)
+    (tmp_path / "cim10.txt").write_text(TABLE, encoding="utf-8")
+
+    def code(notes, *options):
+        with (tmp_path / "export.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("NDA", "CR"), *notes.items()])
+        server = ("--engine", "server", "--server", "http://127.0.0.1:9/v1", "--model", "m")
+        files = ("--stays", tmp_path / "export.csv", "--out", tmp_path / "list", "--cim10", tmp_path / "cim10.txt")
+        return run_command(code_stays, *files, *server, *options)
+
+    code.engine = engine
+    return code
+
+
+def events(folder):
+    return [json.loads(line) for _, line in read_lines(folder / "journal.jsonl")]
+
+
+def decisions(path, *rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    return path
+
+
+def test_only_new_and_changed_notes_are_coded(week, tmp_path):
+    assert week({"s1": "Dyspnée.", "s2": "Toux."})[0] == 0
+    code, output = week({"s1": "Dyspnée.", "s2": "Toux, fièvre.", "s3": "Chute."})
+    assert code == 0 and "2 stays coded now, 1 before; 3 to review" in output
+    assert week.engine.asked == ["s1", "s2", "s2", "s3"]
+    assert "0 stays coded now, 3 before" in week({"s1": "Dyspnée.", "s2": "Toux, fièvre.", "s3": "Chute."})[1]
+    journal = events(tmp_path / "list")
+    assert [(row["event"], row["stay"], row["note"]) for row in journal] == [
+        ("coded", "s1", note_hash("Dyspnée.")),
+        ("coded", "s2", note_hash("Toux.")),
+        ("coded", "s2", note_hash("Toux, fièvre.")),
+        ("coded", "s3", note_hash("Chute.")),
+    ]
+    first = journal[0]
+    assert first["codes"] == [item._asdict() for item in parse_answer(ANSWER)] and first["time"][:2] == "20"
+    assert first["versions"]["model"] == "m" and first["versions"]["cim10"] and first["versions"]["calibrated"] is False
+    rows = [row for _, row in read_table(tmp_path / "list/worklist.csv")]
+    assert [(row["stay"], row["role"], row["code"]) for row in rows][:2] == [("s1", "DP", "I500"), ("s1", "DAS", "I10")]
+    assert len(rows) == 6
+
+
+def test_files_are_the_owners_and_text_stays_in_the_folder(week, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()} | {"export.csv", "list"}
+    code, output = week({"=s1": SECRET, "s2": "", "s3": "</script><b>&"})
+    assert code == 1 and "blank, NULL or nan: 1" in output and SECRET not in output
+    assert {path.name for path in tmp_path.iterdir()} == before
+    files = list((tmp_path / "list").iterdir())
+    assert {path.name for path in files} == {"journal.jsonl", "worklist.csv", "review.html", "worklist.left_out.csv"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert SECRET not in (tmp_path / "list/journal.jsonl").read_text(encoding="utf-8")
+    with (tmp_path / "list/worklist.csv").open(encoding="utf-8", newline="") as file:
+        assert {row["stay"] for row in csv.DictReader(file)} == {"'=s1", "s3"}
+    assert "</script><b>" not in (tmp_path / "list/review.html").read_text(encoding="utf-8")
+
+
+def test_reviews_are_kept_and_become_rows_to_train_on(week, tmp_path):
+    notes = {"s1": "Dyspnée.", "s2": "Toux."}
+    week(notes)
+    one, two = note_hash("Dyspnée."), note_hash("Toux.")
+    file = decisions(
+        tmp_path / "decisions.csv",
+        ("s1", one, "DP", "", "I500", "accepted", "I500", "AB", "2026-11-28T10:00:00Z"),
+        ("s1", one, "DAS", "", "I10", "replaced", "E11.9", "AB", "2026-11-28T10:00:00Z"),
+        ("s2", two, "DP", "", "I500", "refused", "", "AB", "2026-11-28T10:01:00Z"),
+        ("s2", two, "DAS", "", "I10", "accepted", "I10", "AB", "2026-11-28T10:01:00Z"),
+    )
+    code, output = week(notes, "--decisions", file)
+    assert code == 0 and "2 new reviews of 2 stays:" in output
+    assert "  DP   1 accepted, 1 refused, 0 replaced, 0 added (50.0% of the proposals accepted)" in output.splitlines()
+    assert "s2: without a usable DP" in output and "; 0 to review" in output
+    review = events(tmp_path / "list")[2]
+    assert (review["event"], review["stay"], review["reviewer"]) == ("reviewed", "s1", "AB")
+    assert review["codes"][1]["final"] == "E119"
+    (row,) = (row for _, row in read_table(tmp_path / "list/corrections.jsonl"))
+    table = Cim10Table.from_file(tmp_path / "cim10.txt")
+    codes = [item._replace(label=table.label(item.code)) for item in parse_answer("DP I500. DAS E119")]
+    assert row["messages"] == [*prompt_messages("Dyspnée."), {"role": "assistant", "content": build_answer(codes)}]
+    assert "0 new reviews" in week(notes, "--decisions", file)[1] and len(events(tmp_path / "list")) == 4
+    # A note that changes is to be coded and reviewed again; the row to train on stays.
+    assert "1 stay coded now, 1 before; 1 to review" in week(notes | {"s1": "Dyspnée, œdèmes."})[1]
+    assert len(list(read_table(tmp_path / "list/corrections.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (("DP", "", "I500", "maybe", "I500"), "line 2: decision 'maybe'; expected accepted, refused, replaced, added."),
+        (("DQ", "", "I500", "refused", ""), "line 2: role 'DQ'; expected DP, DR, DAS or nothing."),
+        (("DP", "", "I500", "accepted", "I10"), "line 2: accepted, with final code 'I10'; expected 'I500'."),
+        (("DP", "", "I500", "replaced", ""), "line 2: replaced, with final code ''; expected 'a code'."),
+    ],
+)
+def test_wrong_decisions_change_nothing(cells, message, week, tmp_path):
+    week({"s1": "Dyspnée."})
+    before = (tmp_path / "list/journal.jsonl").read_bytes()
+    file = decisions(tmp_path / "d.csv", ("s1", note_hash("Dyspnée."), *cells, "", ""))
+    code, output = week({"s1": "Dyspnée."}, "--decisions", file)
+    assert code == 1 and message in output and "Traceback" not in output
+    assert (tmp_path / "list/journal.jsonl").read_bytes() == before
+
+
+def test_decisions_of_another_folder_are_refused(week, tmp_path):
+    week({"s1": "Dyspnée."})
+    file = decisions(tmp_path / "d.csv", ("s9", "0" * 16, "DP", "", "I500", "accepted", "I500", "", ""))
+    code, output = week({"s1": "Dyspnée."}, "--decisions", file)
+    assert code == 1 and "stay 's9'" in output and "give the decisions of this folder's page" in output
+
+
+def test_a_folder_with_other_files_is_refused(week, tmp_path):
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/worklist.csv").write_text("mine")
+    code, output = week({"s1": "Dyspnée."})
+    assert code == 1 and "has worklist.csv but no journal.jsonl" in output and not week.engine.asked
+    (tmp_path / "list/worklist.csv").rename(tmp_path / "list/journal.jsonl")
+    code, output = week({"s1": "Dyspnée."})
+    assert code == 1 and "line 1: expected an event of utils.code_stays" in output
+    assert (tmp_path / "list/journal.jsonl").read_text() == "mine"
+
+
+def test_a_torn_line_is_dropped_and_whole_ones_are_kept(week, tmp_path):
+    week({"s1": "Dyspnée.", "s2": "Toux."})
+    path = tmp_path / "list/journal.jsonl"
+    whole = path.read_bytes()
+    first = whole[: whole.index(b"\n") + 1]
+    for kept in (5, len(first) - 1, len(first) + 12, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        week.engine.asked.clear()
+        assert week({"s1": "Dyspnée.", "s2": "Toux."})[0] == 0
+        assert week.engine.asked == (["s1", "s2"] if kept < len(first) else ["s2"])
+        assert [row["stay"] for row in events(tmp_path / "list")] == ["s1", "s2"]
+        assert path.read_bytes().startswith(first) or kept < len(first)
+
+
+def test_a_journal_is_used_by_one_process(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with open_journal(path), pytest.raises(UserError, match="in use by another process"), open_journal(path):
+        pass
+
+
+def test_stays_are_coded_once_although_the_process_is_killed_ten_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(EngineChoice, "open", lambda choice: StandIn(pause=0.002))
+    prompts = [Prompt(f"s{number}", {"messages": prompt_messages(f"Note {number}.")}) for number in range(150)]
+    export = {Key(prompt.id, note_hash(note_of(prompt.messages))): prompt for prompt in prompts}
+    path = tmp_path / "journal.jsonl"
+    choice = EngineChoice.__new__(EngineChoice)
+    monkeypatch.setattr(EngineChoice, "model", "stand-in")
+    choice.table = None
+
+    def code():
+        with open_journal(path) as journal:
+            code_stays.code_new(choice, Marker(), export, journal, {})
+            return len(journal.events)
+
+    chance, sizes = random.Random(0), [0]
+    for _ in range(10):
+        child = os.fork()
+        if not child:
+            code()
+            os._exit(0)
+        goal = sizes[-1] + chance.randrange(100, 3000)
+        wait_until(lambda goal=goal: path.exists() and path.stat().st_size >= goal, "nothing was coded")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        content = path.read_bytes()
+        sizes.append(len(content))
+        if chance.random() < 0.5:  # as a full disk or a power failure leaves it
+            path.write_bytes(content[: -chance.randrange(1, 100)])
+            sizes[-1] = path.stat().st_size
+    assert code() == 150 and code() == 150
+    assert sorted(row["stay"] for row in events(tmp_path)) == sorted(prompt.id for prompt in prompts)

@@ -1,0 +1,229 @@
+"""Code this week's stays: a worklist to review, and a journal of what was proposed and decided.
+
+`python -m utils.code_stays --run RUN --stays EXPORT --out WORKLIST --cim10 TABLE [--auto 0.98]`
+
+EXPORT has a row per document, as for `utils.predict_icd10`. Only stays that are new, or whose notes changed, are coded;
+after an interruption, the same command continues. WORKLIST is a folder, for all weeks:
+
+    journal.jsonl       each proposal and each review, with time, hash of the note, and versions; only appended to
+    worklist.csv        the proposals for stays of EXPORT that are not reviewed yet, a line per code
+    review.html         the same stays, to accept, refuse and replace codes in a browser; it downloads decisions.csv
+    worklist.left_out.csv  rows of EXPORT that cannot be coded, and why; the exit code is then 1
+
+`--decisions decisions.csv` takes what was reviewed into the journal, and adds the reviewed stays of EXPORT to
+corrections.jsonl, rows to train on. Nothing is written outside of WORKLIST.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.cli import run_cli
+from model.errors import UserError
+from model.wording import counted
+from utils.engines.choice import EngineChoice, add_engine_options, parse_engine
+from utils.icd10.codes import Cim10Table
+from utils.icd10.confidence import ProbabilityReader
+from utils.icd10.decisions import Review, count_decisions, describe_counts, final_codes, read_decisions, training_rows
+from utils.icd10.journal import CODED, REVIEWED, Journal, Key, note_hash, open_journal
+from utils.icd10.mapping import read_mapping
+from utils.icd10.prompts import note_of
+from utils.icd10.review_items import StayToReview, doubt, proposals
+from utils.icd10.stays import LeftOut
+from utils.tables.csv_cells import CsvWriter
+from utils.tables.jsonl import Row, SkippedRowError, read_journal, require_own_names, save
+from utils.tables.read_table import FILE_TYPES, add_encoding_option
+
+JOURNAL, WORKLIST, PAGE, CORRECTIONS = "journal.jsonl", "worklist.csv", "review.html", "corrections.jsonl"
+COLUMNS = ("stay", "note", "decision", "reason", "role", "code", "label", "confidence", "evidence")
+
+
+def code_new(
+    choice: EngineChoice, marker: Any, export: Mapping[Key, Any], journal: Journal, versions: Row
+) -> list[LeftOut]:
+    """Code the stays that the journal does not have with their present note; return those without an answer.
+
+    Args:
+        choice: the engine and its settings.
+        marker: the `Marker` of its answers.
+        export: prompts by stay and note.
+        journal: receives an event for each stay.
+        versions: of what the answers depend on.
+    """
+    from utils.engines.answer_file import answered_rows  # imports mistral_common
+
+    to_do = [prompt for key, prompt in export.items() if key not in journal.coded]
+    if not to_do:
+        return []
+    keys = {prompt.id: key for key, prompt in export.items()}
+    print(f"Coding {len(to_do)} of {counted(len(export), 'stay')} with {choice.model} ...", flush=True)
+    left_out = []
+    for prompt, row in answered_rows(choice.open(), to_do, ProbabilityReader(choice.table)):
+        if isinstance(row, SkippedRowError):
+            left_out.append(LeftOut("row", row.reason, prompt.id))
+        else:
+            facts = {name: value for name, value in marker.mark(row).items() if name != "id"}
+            journal.append(CODED, keys[prompt.id], {"versions": versions} | facts)
+    return left_out
+
+
+def to_review(export: Mapping[Key, Any], journal: Journal) -> list[StayToReview]:
+    """Return the stays of the export that are coded and not reviewed, the least sure main diagnosis first."""
+    stays = []
+    for key, prompt in export.items():
+        if key in journal.coded and key not in journal.reviewed:
+            coded = journal.coded[key]
+            items = proposals(coded["codes"])
+            decided = (coded.get("decision") or "", coded.get("reason") or "")
+            text = note_of(prompt.messages)
+            stays.append(StayToReview(*key, text, doubt(items), items, decision=decided[0], reason=decided[1]))
+    return sorted(stays, key=lambda found: (-found.priority, found.stay))
+
+
+def worklist_csv(stays: Iterable[StayToReview]) -> str:
+    """Return the lines of the worklist; a stay without a code has one, too."""
+    buffer = io.StringIO()
+    writer = CsvWriter(buffer, COLUMNS)
+    for found in stays:
+        about = (found.stay, found.note, found.decision, found.reason)
+        for item in found.items:
+            writer.write(*about, item.role, item.proposed, item.label, item.confidence, " ".join(item.evidence))
+        if not found.items:
+            writer.write(*about, *[""] * (len(COLUMNS) - len(about)))
+    return buffer.getvalue()
+
+
+def _page(
+    stays: Sequence[StayToReview], export: Mapping[Key, Any], journal: Journal, choice: EngineChoice, table: Cim10Table
+) -> str:
+    from utils.reports.review_page import WORKLIST as KIND
+    from utils.reports.review_page import review_page  # loads matplotlib and jinja2
+
+    reviewed = len(export.keys() & journal.reviewed.keys())
+    about = {"Model": choice.model, "Stays of the export": f"{len(export):,}, {reviewed:,} of them reviewed"}
+    return review_page("Stays to review", KIND, stays, about, table)
+
+
+def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
+    """Append reviews to the journal, except those that it has; return the number of new ones.
+
+    Raises:
+        UserError: a review is of a stay or a note that the journal does not have.
+    """
+    if unknown := [key for key in reviews if key not in journal.coded]:
+        stay, note = unknown[0]
+        raise UserError(
+            f"Decisions on {counted(len(unknown), 'stay')} that {JOURNAL} does not have with this note (stay {stay!r}, "
+            f"note {note!r}): give the decisions of this folder's page."
+        )
+    new = {}
+    for key, review in reviews.items():
+        facts, known = review.facts(), journal.reviewed.get(key, {})
+        if any(known.get(name) != value for name, value in facts.items()):
+            new[key] = facts
+    for key, facts in new.items():
+        journal.append(REVIEWED, key, facts)
+    return len(new)
+
+
+def corrections(reviews: Mapping[Key, Review], notes: Mapping[Key, str], table: Cim10Table) -> tuple[list[Row], str]:
+    """Return reviewed stays as rows to train on, and a line on those that are left out."""
+    known = {key: review for key, review in reviews.items() if key in notes}
+    codes = {key.stay: final_codes(review.decisions) for key, review in known.items()}
+    rows, left_out = training_rows(codes, {key.stay: notes[key] for key in known}, table)
+    reasons = [f"{found.stay}: {found.role} {found.code} {found.reason}" for found in left_out if found.what == "code"]
+    reasons += [f"{found.stay}: {found.reason}" for found in left_out if found.what == "stay"]
+    reasons += [f"{key.stay}: not in this export with this note" for key in reviews.keys() - known.keys()]
+    return rows, f"left out of {CORRECTIONS}: {'; '.join(reasons[:5])}" if reasons else ""
+
+
+def merged_rows(path: Path, rows: Sequence[Row]) -> str:
+    """Return the lines of a file of rows with `id`, in which new rows replace those of the same id."""
+    merged = read_journal(path) | {row["id"]: row for row in rows}
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged.values())
+
+
+def _take_decisions(
+    options: argparse.Namespace, journal: Journal, export: Mapping[Key, Any], table: Cim10Table
+) -> None:
+    """Take the files of decisions into the journal and into the corrections, and print what they are."""
+    reviews: dict[Key, Review] = {}
+    for path in options.decisions:
+        reviews |= read_decisions(path, options.encoding)
+    new = take_reviews(reviews, journal)
+    print(f"{counted(new, 'new review')} of {counted(len(reviews), 'stay')}:")
+    print(*describe_counts(count_decisions(review.decisions for review in reviews.values())), sep="\n")
+    notes = {key: note_of(prompt.messages) for key, prompt in export.items()}
+    rows, warning = corrections(reviews, notes, table)
+    path = options.out / CORRECTIONS
+    save({path: merged_rows(path, rows)})
+    print(f"{counted(len(rows), 'row')} to train on: {path}" + (f"\nwarning: {warning}" if warning else ""))
+
+
+def _require_own_folder(out: Path) -> None:
+    """Raise UserError if the folder has files with our names that are not ours."""
+    foreign = [name for name in (WORKLIST, PAGE, CORRECTIONS) if (out / name).exists()]
+    if foreign and not (out / JOURNAL).exists():
+        raise UserError(f"{out} has {', '.join(foreign)} but no {JOURNAL}: choose another --out.")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run, a checkpoint or a model")
+    parser.add_argument("--stays", type=Path, required=True, metavar="EXPORT", help=f"this week's notes ({FILE_TYPES})")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the worklist, the same every week")
+    parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="allow only codes of this table")
+    parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
+    parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
+    parser.add_argument("--decisions", type=Path, nargs="+", default=[], metavar="CSV", help="of the review page")
+    add_encoding_option(parser)
+    add_engine_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _arguments()
+    if options.run is None and options.engine != "server":
+        raise UserError("--run is missing: give the folder of a run, a checkpoint or a model.")
+    table = Cim10Table.from_file(options.cim10)
+    choice = parse_engine(options, options.run, table)
+    from utils.engines.answer_file import (  # imports mistral_common
+        LEFT_OUT_SUFFIX,
+        Answered,
+        describe_left_out,
+        report_answered,
+        save_left_out,
+    )
+    from utils.engines.marking import open_marker
+    from utils.engines.prompts import read_prompts
+
+    marker = open_marker(choice, options.calibration, options.auto)
+    worklist = options.out / WORKLIST
+    listed = worklist.with_suffix(LEFT_OUT_SUFFIX)
+    outputs = [options.out / name for name in (JOURNAL, WORKLIST, PAGE, CORRECTIONS)]
+    require_own_names([*outputs, listed], [options.stays, options.cim10, *options.decisions])
+    _require_own_folder(options.out)
+    prompts, left_out = read_prompts(options.stays, options.encoding, read_mapping(options.columns))
+    export = {Key(prompt.id, note_hash(note_of(prompt.messages))): prompt for prompt in prompts}
+    versions = {"checkpoint": choice.model, **choice.identity(), "calibrated": marker.record()["calibrated"]}
+    versions = {name: value for name, value in versions.items() if value is not None}
+    with open_journal(options.out / JOURNAL) as journal:
+        if options.decisions:
+            _take_decisions(options, journal, export, table)
+        earlier = len(export.keys() & journal.coded.keys())
+        left_out += code_new(choice, marker, export, journal, versions)
+        stays = to_review(export, journal)
+        save({worklist: worklist_csv(stays), options.out / PAGE: _page(stays, export, journal, choice, table)})
+        save_left_out(left_out, listed)
+        coded = len(export.keys() & journal.coded.keys())
+    summary = f"{counted(coded - earlier, 'stay')} coded now, {earlier:,} before; {len(stays):,} to review: {worklist}"
+    without = {found.stay for found in left_out} - {key.stay for key in export.keys() & journal.coded.keys()}
+    report_answered(Answered(summary, describe_left_out(left_out, worklist), not without))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,142 @@
+"""What reviewers decided about proposed codes: the csv file that a review page downloads, and what becomes of it.
+
+Each line is about one code of a stay: `role`, the code that a coder gave (`coded`, empty in a worklist), the one that
+the model proposes (`proposed`, empty to remove the coder's), the `decision`, and the code that holds after it
+(`final`, empty for none). The page writes stays of which every code is decided.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from model.errors import UserError
+from utils.icd10.answers import Diagnosis, build_answer
+from utils.icd10.cells import optional_text
+from utils.icd10.codes import ROLES, Cim10Table, normalize_code, respell
+from utils.icd10.corpus import build_corpus
+from utils.icd10.journal import Key
+from utils.icd10.prompts import instruct_row
+from utils.icd10.stays import CodeRow, Document, LeftOut, StayNotes, read_header
+from utils.tables.jsonl import Row, SkippedRowError
+from utils.tables.read_table import counts_lines, read_table
+
+ACCEPTED, REFUSED, REPLACED, ADDED = "accepted", "refused", "replaced", "added"
+DECISIONS = (ACCEPTED, REFUSED, REPLACED, ADDED)
+COLUMNS = ("stay", "note", "role", "coded", "proposed", "decision", "final", "reviewer", "time")
+
+
+class Decision(NamedTuple):
+    """What was decided about one code of a stay; see the module."""
+
+    role: str
+    coded: str
+    proposed: str
+    decision: str
+    final: str
+
+
+class Review(NamedTuple):
+    """The decisions about a stay, who took them and when, as the page wrote it."""
+
+    decisions: list[Decision]
+    reviewer: str
+    time: str
+
+    def facts(self) -> Row:
+        """Return the review as an event of a journal has it."""
+        codes = [decision._asdict() for decision in self.decisions]
+        return {"codes": codes, "reviewer": self.reviewer, "reviewed_at": self.time}
+
+
+def read_decisions(path: Path, encoding: str) -> dict[Key, Review]:
+    """Return the reviews of a file by stay and note.
+
+    Raises:
+        UserError: the file is not one that a review page downloaded, or an entry is wrong.
+    """
+    header = read_header(path, encoding)
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise UserError(f"{path}: no column {', '.join(missing)}; expected the decisions that a review page downloads.")
+    reviews: dict[Key, Review] = {}
+    for number, row in read_table(path, encoding):
+        try:
+            if isinstance(row, SkippedRowError):
+                raise row
+            cells = {name: optional_text(row[name]) for name in COLUMNS}
+            review = Review([], cells["reviewer"], cells["time"])
+            key = Key(cells["stay"], cells["note"])
+            reviews.setdefault(key, review).decisions.append(_decision(cells))
+        except SkippedRowError as skip:
+            where = f"{path}, {'line' if counts_lines(path) else 'row'} {number}"
+            raise UserError(f"{where}: {skip.reason}.") from None
+    return reviews
+
+
+def _decision(cells: Mapping[str, str]) -> Decision:
+    """Return the decision of a line.
+
+    Raises:
+        SkippedRowError: a cell is not what it should be.
+    """
+    role, decision = cells["role"], cells["decision"]
+    coded, proposed, final = (normalize_code(respell(cells[name])) for name in ("coded", "proposed", "final"))
+    if decision not in DECISIONS:
+        raise SkippedRowError(f"decision {decision[:20]!r}; expected {', '.join(DECISIONS)}")
+    if role not in (*ROLES, ""):
+        raise SkippedRowError(f"role {role[:20]!r}; expected {', '.join(ROLES)} or nothing")
+    expected = {ACCEPTED: proposed, REFUSED: coded}.get(decision, final)
+    if final != expected or (decision in (REPLACED, ADDED) and not final):
+        raise SkippedRowError(f"{decision}, with final code {final[:20]!r}; expected {expected[:20] or 'a code'!r}")
+    return Decision(role, coded, proposed, decision, final)
+
+
+def count_decisions(reviews: Iterable[Iterable[Decision]]) -> dict[str, Counter[str]]:
+    """Return how often each decision was taken, by role."""
+    counts: dict[str, Counter[str]] = {}
+    for review in reviews:
+        for found in review:
+            counts.setdefault(found.role or "?", Counter())[found.decision] += 1
+    return {role: counts[role] for role in (*ROLES, "?") if role in counts}
+
+
+def describe_counts(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return a line per role: what was decided, and the share of the proposals that were accepted."""
+    lines = []
+    for role, of_role in counts.items():
+        proposals = sum(of_role.get(name, 0) for name in (ACCEPTED, REFUSED, REPLACED))
+        share = f" ({of_role.get(ACCEPTED, 0) / proposals:.1%} of the proposals accepted)" if proposals else ""
+        lines.append(f"  {role:<3}  " + ", ".join(f"{of_role.get(name, 0):,} {name}" for name in DECISIONS) + share)
+    return lines
+
+
+def final_codes(decisions: Iterable[Decision], coded: Iterable[Diagnosis] = ()) -> list[Diagnosis]:
+    """Return the codes of a stay after its review.
+
+    Args:
+        decisions: of the stay.
+        coded: the coder's codes; those that no decision names stay.
+    """
+    decisions = list(decisions)
+    judged = {(found.role, found.coded) for found in decisions}
+    kept = [item for item in coded if (item.role, item.code) not in judged]
+    return [*kept, *(Diagnosis(found.role, found.final) for found in decisions if found.final)]
+
+
+def training_rows(
+    codes: Mapping[str, Sequence[Diagnosis]], notes: Mapping[str, str], table: Cim10Table
+) -> tuple[list[Row], list[LeftOut]]:
+    """Return reviewed stays as rows to train on, as preparation would write them, and what is left out.
+
+    Args:
+        codes: of each stay, with roles.
+        notes: of each of these stays.
+        table: labels of the codes.
+    """
+    texts = StayNotes()
+    for stay in codes:
+        texts.add(Document(stay, notes[stay]))
+    rows = {stay: [CodeRow(item.role or "", item.code) for item in found] for stay, found in codes.items()}
+    corpus = build_corpus(texts, rows, lambda stay: table, unit="first")
+    trained = [instruct_row(texts[stay.id], build_answer(stay.diagnoses), stay.id) for stay in corpus.stays]
+    return trained, corpus.left_out

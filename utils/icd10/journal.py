@@ -1,0 +1,119 @@
+"""The journal of a worklist: what a model proposed for each stay, and what was decided, in the order of time.
+
+Each line of the jsonl file is an event, with the `time`, the `stay` and the hash of its `note`; no line has text of a
+note. Lines are only appended, each in one piece and flushed to the disk. A line that a killed process left incomplete
+is dropped: its stay is coded again. One process at a time writes.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.errors import UserError
+from utils.tables.jsonl import Row, file_errors
+
+CODED, REVIEWED = "coded", "reviewed"  # events
+_HASH_LENGTH = 16  # hexadecimal digits
+
+
+class Key(NamedTuple):
+    """A stay with one of its notes, by the note's hash."""
+
+    stay: str
+    note: str
+
+
+def note_hash(note: str) -> str:
+    """Return what tells a stay's notes apart: another hash, another note."""
+    return hashlib.sha256(note.encode("utf-8", "replace")).hexdigest()[:_HASH_LENGTH]
+
+
+class Journal:
+    """An open journal; see `open_journal`.
+
+    Attributes:
+        events: every line, in the order of time.
+        coded: the latest event CODED of each stay and note.
+        reviewed: the latest event REVIEWED of each stay and note.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.events: list[Row] = []
+        self.coded: dict[Key, Row] = {}
+        self.reviewed: dict[Key, Row] = {}
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+            self._remember(_event(path, number, line))
+        if whole < len(content):
+            if not whole and not content.startswith(b'{"event"'[: len(content)]):
+                raise _foreign(path, 1)
+            os.ftruncate(descriptor, whole)
+
+    def append(self, event: str, key: Key, facts: Row) -> None:
+        """Add an event; it is on the disk when this returns."""
+        time = datetime.now().astimezone().isoformat(timespec="seconds")
+        row = {"event": event, "time": time, **key._asdict(), **facts}
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+        os.fsync(self._descriptor)
+        self._remember(row)
+
+    def _remember(self, row: Row) -> None:
+        self.events.append(row)
+        latest = self.coded if row["event"] == CODED else self.reviewed
+        latest[Key(row["stay"], row["note"])] = row
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Open a journal, creating it and its folder if missing; no other process can open it meanwhile.
+
+    Raises:
+        UserError: the file is not a journal, is in use, or cannot be written.
+    """
+    with file_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            _lock(descriptor, path)
+            yield Journal(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    import fcntl  # POSIX
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another process: wait until it has ended, or stop it.") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: {path} cannot be locked ({error.strerror}): do not start this twice.", file=sys.stderr)
+
+
+def _event(path: Path, number: int, line: bytes) -> Row:
+    """Parse a line of a journal."""
+    try:
+        row: Any = json.loads(line)
+        if row["event"] in (CODED, REVIEWED) and isinstance(row["stay"], str) and isinstance(row["codes"], list):
+            row["time"], row["note"]
+            return row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise _foreign(path, number)
+
+
+def _foreign(path: Path, number: int) -> UserError:
+    return UserError(
+        f"{path}, line {number}: expected an event of utils.code_stays; restore the file, or choose another --out."
+    )
