@@ -12,15 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import ROOT, spread
-from benchmarks.small_runs import (
-    Case,
-    base_model,
-    data_settings,
-    experiment_parser,
-    notes_file,
-    run_experiment,
-    train_demo,
-)
+from benchmarks.small_runs import Case, experiment_parser, notes_file, run_experiment, trained_demo
 from finetune.cli import run_cli
 from utils.icd10.predictions import read_origin
 
@@ -50,21 +42,15 @@ def measure_confidence(case: Case, folder: Path) -> dict[str, float]:
     """Train, calibrate and score with one seed."""
     stays, table = case["stays"], ROOT / "example/demo_cim10.tsv"
     seed = case["seed"]
-    run = train_demo(
-        folder,
-        data=data_settings(NOTES),
-        model_id_or_path=str(base_model()),
-        max_steps=case["steps"],
-        seed=seed,
-        no_eval=True,
-        no_ckpt=False,
-    )
+    run = trained_demo(NOTES, case["steps"], seed)
     sets = {name: notes_file(stays, start + seed, case["wordings"]) for name, start in (("val", 10), ("test", 20))}
     answers = {name: folder / f"{name}.jsonl" for name in sets}
     predict = ["utils.predict_icd10", "--run", run, "--batch_size", 50, "--max_tokens", 200, "--cim10", table]
     _command(*predict, "--notes", sets["val"], "--out", answers["val"])
-    _command("utils.calibrate_icd10", "--gold", sets["val"], "--predictions", answers["val"])
-    _command(*predict, "--notes", sets["test"], "--out", answers["test"], "--auto", case["target"])
+    fitted = folder / "calibration.json"
+    _command("utils.calibrate_icd10", "--gold", sets["val"], "--predictions", answers["val"], "--out", fitted)
+    marked = ["--out", answers["test"], "--calibration", fitted, "--auto", case["target"]]
+    _command(*predict, "--notes", sets["test"], *marked)
     scores = folder / "scores.json"
     _command("utils.evaluate_icd10", "--gold", sets["test"], "--predictions", answers["test"], "--json", scores)
     return _numbers(json.loads(scores.read_text(encoding="utf-8")), read_origin(answers["test"])["auto"])

@@ -27,7 +27,7 @@ BASE_STEPS = 1500  # of pretraining, as in the demo
 Case = dict[str, Any]
 
 
-def _catalogue() -> Catalogue:
+def catalogue() -> Catalogue:
     return load_catalogue(Cim10Table.from_file(ROOT / "example/demo_cim10.tsv"))
 
 
@@ -37,7 +37,7 @@ def notes_file(count: int, seed: int = 0, wordings: str = "train") -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for note in write_notes(count, seed, _catalogue(), "short", wordings):
+            for note in write_notes(count, seed, catalogue(), "short", wordings):
                 row = instruct_row(note.text, build_answer(note.diagnoses), note.id)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
@@ -63,7 +63,7 @@ def base_model(steps: int = BASE_STEPS, experts: int = 0) -> Path:
         args = demo_model_args(128, 2)
         if experts:
             args = dataclasses.replace(args, hidden_dim=args.hidden_dim // 2, moe=MoeArgs(experts, 2))
-        make_demo_model(folder, args, 0, steps, _catalogue())
+        make_demo_model(folder, args, 0, steps, catalogue())
     return folder
 
 
@@ -77,6 +77,19 @@ def train_demo(folder: Path, **changes: Any) -> Path:
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     train.train(str(config))
     return folder / "run"
+
+
+def trained_demo(notes: int, steps: int, seed: int) -> Path:
+    """Return the folder of a run with the demo's settings, which is kept between benchmarks."""
+    folder = WORK_DIR / f"demo-{notes}-notes-{steps}-steps-seed-{seed}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=WORK_DIR) as temporary:
+            data, base = data_settings(notes), str(base_model())
+            settings = {"data": data, "model_id_or_path": base, "max_steps": steps, "seed": seed, "no_eval": True}
+            run = train_demo(Path(temporary), **settings, no_ckpt=False)
+            run.rename(folder)
+    return folder
 
 
 def eval_losses(run_dir: Path) -> dict[int, float]:

@@ -67,6 +67,15 @@ def notes(count=150, seed=0, length="short", wordings="all", catalogue=CATALOGUE
     return list(write_notes(count, seed, catalogue, length, wordings))
 
 
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_every_code_is_stated_where_the_note_says(length):
+    for note in notes(40, length=length):
+        assert {each.code for each in note.statements} == {item.code for item in note.diagnoses}
+        for code, start, end in note.statements:
+            text = note.text[start:end]
+            assert any(pattern.search(text) for wording, pattern in PATTERNS if wording == code), (code, text)
+
+
 # --- The table of common codes ----------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def answer_file(
     with file_errors():
         answers.parent.mkdir(parents=True, exist_ok=True)
         if done := read_journal(answers):
-            _require_same_origin(answers, identity)
+            require_same_origin(answers, identity)
         if not shard:
             done |= _collect_shards(answers, done, identity)
         to_do = [prompt for prompt in prompts if prompt.id not in done]
@@ -129,7 +129,7 @@ def _collect_shards(answers: Path, done: Mapping[str, Row], identity: dict[str, 
     found: dict[str, Row] = {}
     for path in shard_files(answers):
         rows = read_journal(path)
-        _require_same_origin(path, identity)
+        require_same_origin(path, identity)
         found |= {name: row for name, row in rows.items() if name not in done}
         if not done:
             save({origin_path(answers): origin_path(path).read_text(encoding="utf-8")})
@@ -235,7 +235,7 @@ def _require_own_csv(path: Path) -> None:
                 raise UserError(f"{path} exists and is not an output of this command; choose another file.")
 
 
-def _require_same_origin(answers: Path, identity: dict[str, Any]) -> None:
+def require_same_origin(answers: Path, identity: dict[str, Any]) -> None:
     """Raise UserError unless the answers in the file have this origin: answers of different origins are not mixed."""
     before = read_origin(answers)
     if different := [key for key in identity if before.get(key) != identity[key]]:

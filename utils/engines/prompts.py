@@ -11,7 +11,7 @@ from model.errors import UserError
 from utils.icd10.mapping import NOTE_FIELDS, Columns, TableMapping, find_columns, read_mapping
 from utils.icd10.note_text import note_text
 from utils.icd10.prompts import prompt_messages
-from utils.icd10.stays import LeftOut, read_header, read_notes, require_used
+from utils.icd10.stays import DocumentPart, LeftOut, read_header, read_notes, require_used
 from utils.tables.encodings import AUTO
 from utils.tables.jsonl import SkippedRowError
 from utils.tables.read_table import read_table
@@ -20,10 +20,11 @@ ID_COLUMNS = ("id", "visit_occurence_id")  # of conversations
 
 
 class Prompt(NamedTuple):
-    """A row without its answer."""
+    """A row without its answer; `documents` are those of the note, if it was joined from a table's."""
 
     id: str
     row: dict[str, Any]
+    documents: tuple[DocumentPart, ...] = ()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -66,7 +67,9 @@ def _notes(path: Path, columns: Columns, encoding: str, joined: bool) -> tuple[l
                     f"{path}: duplicate id {row_id}; give --columns stay=id to join the documents of an id."
                 )
     stays = [stay for stay in notes if notes.has_text(stay)]
-    return [Prompt(stay, {"messages": prompt_messages(notes[stay])}) for stay in stays], left_out
+    return [
+        Prompt(stay, {"messages": prompt_messages(notes[stay])}, tuple(notes.documents(stay))) for stay in stays
+    ], left_out
 
 
 def _conversations(path: Path, encoding: str) -> tuple[list[Prompt], list[LeftOut]]:

@@ -56,6 +56,11 @@ class TokenCodec:
                 refused.append((prompt, SkippedRowError(f"it cannot be encoded ({type(error).__name__})", str(error))))
         return kept, encoded, refused
 
+    def encode_answer(self, answer: str) -> tuple[list[int], list[bytes]]:
+        """Return the tokens of an answer as training encodes it, and the bytes of each."""
+        tokens = self._tokenizer.encode(answer, bos=False, eos=False)
+        return tokens, [self._pieces[token] or b"" for token in tokens]
+
     def answer_batches(
         self,
         prompts: Sequence[Prompt],

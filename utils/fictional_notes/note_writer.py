@@ -22,12 +22,18 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 class NoteWriter:
-    """Writes the sentences of one note. `mentioned` lists the coded diagnoses written so far, in order."""
+    """Writes the sentences of one note.
+
+    Attributes:
+        mentioned: codes of the diagnoses written so far, in order.
+        stated: each text that states a coded diagnosis, with its code and the diagnosis' name in it, in lower case.
+    """
 
     def __init__(self, rng: random.Random, stay: FictionalStay, wordings: Wordings) -> None:
         self.rng = rng
         self.stay = stay
         self.mentioned: list[str] = []
+        self.stated: list[tuple[str, str, str]] = []
         self._wordings = wordings
         # `managed` and `drugs` are parallel lists: a common index keeps "sous ramipril" and its prescription together.
         self._treatments = {condition.code: rng.randrange(12) for condition in stay.conditions}
@@ -45,7 +51,10 @@ class NoteWriter:
         """Write a sentence that states a coded diagnosis."""
         if condition.code not in self.mentioned:
             self.mentioned.append(condition.code)
-        return self.write_wording(self.rng.choice(self._wordings(condition)), templates, **slots)
+        wording = self.fill(self.rng.choice(self._wordings(condition)))
+        text = self.write_wording(wording, templates, **slots)
+        self.stated.append((condition.code, text, wording_forms(wording)["nu"].lower()))
+        return text
 
     def write_uncoded(self, condition: Condition, templates: Sequence[str], **slots: str) -> str:
         """Write a sentence on a distractor, in its simplest wording, which contains no measurement."""

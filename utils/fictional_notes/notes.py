@@ -6,8 +6,10 @@ episodes, relatives' diseases), so that no single sentence gives the answer.
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from utils.fictional_notes import phrases
 from utils.fictional_notes.catalogue import Catalogue, Condition
@@ -20,13 +22,25 @@ LENGTHS = ("short", "long")
 _SHORT_MAX_DAS = 4  # associated diagnoses that fit in a note of about 100 tokens
 
 
+class Statement(NamedTuple):
+    """Where a note states a coded diagnosis: its characters [start, end)."""
+
+    code: str
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class FictionalNote:
-    """A note and the codes that a medical coder would keep; DAS are in the order in which the note mentions them."""
+    """A note and the codes that a medical coder would keep; DAS are in the order in which the note mentions them.
+
+    `statements` is empty for notes that a model wrote.
+    """
 
     id: str
     text: str
     diagnoses: tuple[Diagnosis, ...]
+    statements: tuple[Statement, ...] = ()
 
 
 def write_notes(
@@ -47,7 +61,16 @@ def write_notes(
         compose = _short_note if length == "short" else _long_note
         text = compose(writer, choose_distractors(rng, stay, catalogue, length))
         name = hashlib.sha1(f"{seed} {length} {wordings} {index}".encode(), usedforsecurity=False).hexdigest()
-        yield FictionalNote(name, text, _in_note_order(stay, writer.mentioned))
+        yield FictionalNote(name, text, _in_note_order(stay, writer.mentioned), tuple(_statements(text, writer.stated)))
+
+
+def _statements(note: str, stated: Sequence[tuple[str, str, str]]) -> Iterator[Statement]:
+    """Yield where the note has the name in each text, which begins with a capital letter in some lists."""
+    for code, text, name in dict.fromkeys(stated):
+        pattern = rf"(?<!\w)(?:{re.escape(text)}|{re.escape(capitalize(text))})(?!\w)"
+        place = text.lower().index(name)
+        for found in re.finditer(pattern, note):
+            yield Statement(code, found.start() + place, found.start() + place + len(name))
 
 
 def seeded_stay(index: int, seed: int, catalogue: Catalogue, length: str) -> tuple[random.Random, FictionalStay]:

@@ -35,7 +35,7 @@ class Probabilities(NamedTuple):
     nothing_more: float | None
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
     """Where a diagnosis is written, in bytes of the answer: from its label, None if not found, to its code's end."""
 
     start: int | None
@@ -69,7 +69,7 @@ class ProbabilityReader:
         path = list(zip(ends, ends[1:], log_probabilities))
         found: list[float | None] = []
         written, role = 0, None  # end of the code before, and its role
-        for item, diagnosis in zip(_locate(text, diagnoses), diagnoses):
+        for item, diagnosis in zip(locate(text, diagnoses), diagnoses):
             if item is None:
                 found.append(None)
                 continue
@@ -110,7 +110,7 @@ def _product(path: Sequence[tuple[int, int, float]], begin: int, end: float, lab
     return math.exp(min(0.0, sum(chances)))
 
 
-def _locate(text: str, diagnoses: Sequence[Diagnosis]) -> Iterator[_Item | None]:
+def locate(text: str, diagnoses: Sequence[Diagnosis]) -> Iterator[Item | None]:
     """Yield where each diagnosis is written, or None where its code is not found in the text."""
     cursor = 0
     for diagnosis in diagnoses:
@@ -125,5 +125,5 @@ def _locate(text: str, diagnoses: Sequence[Diagnosis]) -> Iterator[_Item | None]
                 yield None
                 continue
             end = written.end()
-        yield _Item(len(text[:start].encode()) if start >= 0 else None, len(text[:end].encode()))
+        yield Item(len(text[:start].encode()) if start >= 0 else None, len(text[:end].encode()))
         cursor = end

@@ -27,6 +27,7 @@ from utils.icd10.roles import read_statuses
 from utils.tables.jsonl import Row, SkippedRowError
 from utils.tables.read_table import counts_lines, has_fixed_columns, read_table
 
+_BETWEEN_DOCUMENTS = "\n\n"
 _IN_MEMORY = 64 << 20  # bytes of notes before they go to a temporary file
 _HEADER_ROWS = 200  # of a file whose rows may have different columns
 _EXAMPLES = 5
@@ -58,6 +59,15 @@ class Document(NamedTuple):
     discharge: str = ""
     converted: str | None = None
     person: Mapping[str, str] = MappingProxyType({})
+
+
+class DocumentPart(NamedTuple):
+    """A document in the note of its stay: its characters [start, end), and kind and date, "" if unknown."""
+
+    start: int
+    end: int
+    kind: str
+    date: str
 
 
 class CodeRow(NamedTuple):
@@ -165,13 +175,25 @@ class StayNotes(Mapping[str, str]):
             self.converted[document.converted] += 1
 
     def __getitem__(self, stay: str) -> str:
-        parts: dict[str, None] = {}  # a document that is there twice is kept once
+        return _BETWEEN_DOCUMENTS.join(self._parts(stay))
+
+    def _parts(self, stay: str) -> dict[str, tuple[str, str]]:
+        """Return the texts of a stay's documents, in order, with kind and date of each."""
+        parts: dict[str, tuple[str, str]] = {}  # a document that is there twice is kept once
         # Documents without a date follow the dated ones, in the file's order.
-        for _, start, kind, length in sorted(self._documents[stay], key=lambda found: (found[0] or "9", found[1])):
+        for date, start, kind, length in sorted(self._documents[stay], key=lambda found: (found[0] or "9", found[1])):
             self._file.seek(start)
             text = self._file.read(length).decode("utf-8")
-            parts[f"## {kind}\n\n{text}" if kind else text] = None
-        return "\n\n".join(parts)
+            parts.setdefault(f"## {kind}\n\n{text}" if kind else text, (kind, date))
+        return parts
+
+    def documents(self, stay: str) -> list[DocumentPart]:
+        """Return where in the note of a stay each of its documents is."""
+        found, start = [], 0
+        for text, (kind, date) in self._parts(stay).items():
+            found.append(DocumentPart(start, start + len(text), kind, date))
+            start += len(text) + len(_BETWEEN_DOCUMENTS)
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._documents)
