@@ -57,7 +57,11 @@ SPEED = {
         ),
     ],
     "tiny": [
-        Part("speed", functools.partial(measured, impl="ours", preset="tiny", seq_len=512, steps=1), 60),
+        Part(
+            "speed",
+            functools.partial(measured, impl="ours", preset="tiny", seq_len=512, steps=1, checkpoint="true"),
+            60,
+        ),
         Part(
             "speed, transformers + PEFT",
             functools.partial(measured, impl="peft", preset="tiny", seq_len=512, steps=1, checkpoint="true"),

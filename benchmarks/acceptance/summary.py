@@ -72,7 +72,17 @@ def _tables(found: Findings) -> Iterator[Table]:
     yield Table(
         "Parts", ("part", "state", "passed", "failed", "seconds"), [_part(line, found) for line in found.endings]
     )
-    header = ("preset", "implementation", "settings", "recomputed", "attention", "tokens/s", "MFU", "peak", "ratio")
+    header = (
+        "preset",
+        "implementation",
+        "settings",
+        "recomputed",
+        "attention",
+        "tokens/s",
+        "MFU",
+        "peak",
+        "of PEFT's speed",
+    )
     yield Table("Speed", header, list(_speeds(found.checks)))
     yield Table("Memory", ("preset", "settings", "planned", "peak", "error"), list(_memory(found.checks)))
     yield Table("Kernels", ("kernel", "calls", "ms"), list(_kernels(found.checks)))

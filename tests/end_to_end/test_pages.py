@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.acceptance.summary import write_summary
+from benchmarks.training.session import BUILDERS
 from tests.support.chromium import Browser, find_chromium
 from utils.evaluate_icd10 import evaluate
 from utils.icd10.answers import Diagnosis
@@ -122,6 +124,26 @@ def runs(folder, names):
     return html_report(read_runs([folder / name for name in names]))
 
 
+def acceptance(folder):
+    """Return the page of a run with a failed check, a part that took too long, and speeds."""
+    folder.mkdir()
+    speed = {"preset": "A", "set": ["num_microbatches=4", "base_dtype=fp8"], "recomputed": "false", "mfu": 0.5}
+    speed |= {"attention": "varlen", "tokens_per_second": 12345.6, "peak_bytes": 40 << 30}
+    failed = {"part": "gradients", "name": "varlen, bf16", "passed": False, "message": "loss_error is 0.1 " * 8}
+    lines = [
+        failed | {"numbers": {"loss_error": 0.1}},
+        {"part": "gradients", "state": "finished", "seconds": 12.0},
+        *(
+            {"part": "speed", "name": f"A, {each}", "passed": None, "message": "", "numbers": speed}
+            for each in BUILDERS
+        ),
+        {"part": "speed", "state": "ended after its limit of 90 s", "seconds": 90.0},
+    ]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_summary(folder)
+    return (folder / "summary.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return the files of the pages, by name: a page of each template, and another one of several runs."""
@@ -131,10 +153,8 @@ def written(tmp_path_factory):
         "evaluation": evaluation(),
         "runs": runs(folder / "one", ["icd_v1"]),
         "several_runs": runs(folder / "several", long_names),
+        "tables": acceptance(folder / "acceptance"),
         "review": worklist(),
-        "tables": pages.render_page(
-            "tables.html", title="Tables", lead="What they are of.", tables=[("One", ("name", "found"), [("a", "b")])]
-        ),
     }
     for name, source in sources.items():
         (folder / f"{name}.html").write_text(source, encoding="utf-8")
