@@ -17,6 +17,7 @@ RANKS = (1, 3, 5)  # k of precision at k
 TARGETS = (0.9, 0.95, 0.98, 0.99)  # shares of right main diagnoses
 
 _MOST_POINTS = 200  # of the coding curve
+_CHUNK = 4_000_000  # elements of a [B, N] array in memory at once
 
 
 def confidence_scores(
@@ -126,22 +127,28 @@ def coding_curve(main: Sequence[tuple[float, bool]], weights: np.ndarray) -> dic
     order = np.argsort(-chance, kind="stable")
     chance, right = chance[order], right[order]
     usable = np.append(chance[1:] < chance[:-1], True)  # the last stay of those with the same probability
-    weights = np.concatenate([np.ones((1, len(main)), weights.dtype), weights])[:, order]
-    unread = weights.cumsum(axis=1)[:, usable]
-    correct = (weights * right).cumsum(axis=1)[:, usable]
-    accuracy = np.divide(correct, unread, out=np.zeros_like(correct), where=unread > 0)
-    share = unread / np.maximum(unread[:, -1:], 1)
+
+    def curve(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return share and accuracy at each probability, for weightings of the stays."""
+        drawn = drawn[:, order].astype(float)
+        unread, correct = (part.cumsum(axis=1)[:, usable] for part in (drawn, drawn * right))
+        accuracy = np.divide(correct, unread, out=np.zeros_like(correct), where=unread > 0)
+        return unread / np.maximum(unread[:, -1:], 1), accuracy
+
+    share, accuracy = (rows[0] for rows in curve(np.ones((1, len(main)))))
+    rows = max(1, _CHUNK // len(main))
+    reached: list[np.ndarray] = []  # the share at each target, [.., targets]
+    for start in range(0, len(weights), rows):
+        shares, accuracies = curve(weights[start : start + rows])
+        reached.append(np.stack([np.where(accuracies >= target, shares, 0).max(axis=1) for target in TARGETS], axis=1))
     targets = {}
-    for target in TARGETS:
-        reached = np.where(accuracy >= target, share, 0).max(axis=1)
-        enough = np.flatnonzero(accuracy[0] >= target)
-        targets[str(target)] = {
-            "score": float(reached[0]),
-            "interval": interval(reached[1:], float(reached[0])),
-            "from": float(chance[usable][enough[-1]]) if len(enough) else None,
-        }
-    shown = np.unique(np.linspace(0, len(share[0]) - 1, _MOST_POINTS).round().astype(int))
-    points = [[round(float(x), 4), round(float(y), 4)] for x, y in zip(share[0][shown], accuracy[0][shown])]
+    for target, values in zip(TARGETS, np.concatenate(reached).T):
+        enough = np.flatnonzero(accuracy >= target)
+        score = float(share[enough[-1]]) if len(enough) else 0.0
+        lowest = float(chance[usable][enough[-1]]) if len(enough) else None
+        targets[str(target)] = {"score": score, "interval": interval(values, score), "from": lowest}
+    shown = np.unique(np.linspace(0, len(share) - 1, _MOST_POINTS).round().astype(int))
+    points = [[round(float(x), 4), round(float(y), 4)] for x, y in zip(share[shown], accuracy[shown])]
     return {"points": points, "targets": targets}
 
 
