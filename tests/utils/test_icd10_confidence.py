@@ -12,6 +12,7 @@ import pytest
 
 from model.errors import UserError
 from utils import calibrate_icd10, evaluate_icd10
+from utils.engines.marking import Marker
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.calibration import Calibration, fit, observations
 from utils.icd10.codes import Cim10Entry, Cim10Table
@@ -223,6 +224,14 @@ def test_coding_curve_is_the_largest_share_that_reaches_the_target():
     assert coding_curve([(0.5, False)], resample(1))["targets"]["0.9"] == {"score": 0, "interval": [0, 0], "from": None}
 
 
+def test_rows_that_a_person_edited_are_marked_too():
+    rule = Calibration("platt", {}, [(0.9, True)], {}).auto_rule(0.5)
+    row = {"id": "1", "codes": ["I10", {"role": "DP", "code": "I11"}], "decision": "auto", "reason": "before"}
+    assert Marker(None, rule).mark(row) == row | {
+        "decision": "to_review", "reason": "no main diagnosis whose confidence is known"}  # fmt: skip
+    assert Marker().mark(row) == {"id": "1", "codes": row["codes"]}
+
+
 @pytest.fixture
 def val(jsonl, tmp_path):
     """Answers to 60 stays whose probabilities are too low, of a checkpoint in a run."""
@@ -256,7 +265,7 @@ def test_calibrating_stores_the_result_with_the_run(val, tmp_path, run_command):
 
 
 def test_probabilities_that_are_none_are_refused(jsonl):
-    for value in (1.2, -0.1, "high", [1]):
+    for value in (1.2, -0.1, "high", [1], 10**400):
         path = jsonl("p.jsonl", [{"id": "1", "codes": [{"role": "DP", "code": "I10", "confidence": value}]}])
         with pytest.raises(UserError, match=r"line 1: a probability or confidence that is not a number from 0 to 1"):
             read_predictions(path)

@@ -33,13 +33,17 @@ class Marker:
 
     def mark(self, row: Row) -> Row:
         """Return a row of answers with what is known about its codes."""
-        marked = row | {"codes": [self._confident(str(item.get("role")), item) for item in row["codes"]]}
+        # A person may have replaced codes by others, as text.
+        codes = [
+            self._confident(str(item.get("role")), item) if isinstance(item, dict) else item for item in row["codes"]
+        ]
+        marked = row | {"codes": codes}
         if NOTHING_MORE in row:
             marked[NOTHING_MORE] = self._confident(NOTHING_MORE, row[NOTHING_MORE])
         marked = {key: value for key, value in marked.items() if key not in ("decision", "reason")}
         if self._rule is None:
             return marked
-        mains = [item.get("confidence") for item in marked["codes"] if item.get("role") == "DP"]
+        mains = [item.get("confidence") for item in codes if isinstance(item, dict) and item.get("role") == "DP"]
         decision, reason = self._rule.decide(mains[0] if len(mains) == 1 else None)
         self.decisions[decision] += 1
         return marked | {"decision": decision, "reason": reason}

@@ -223,7 +223,7 @@ def _chances(codes: Sequence[Any], nothing_more: Any, decision: Any) -> dict[str
 def _chance(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = -1.0
     if not 0 <= number <= 1:
         raise SkippedRowError("a probability or confidence that is not a number from 0 to 1")
