@@ -16,7 +16,6 @@ corrections.jsonl, rows to train on. Nothing is written outside of WORKLIST.
 
 import argparse
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,21 @@ from model.wording import counted
 from utils.engines.choice import EngineChoice, add_engine_options, parse_engine
 from utils.icd10.codes import Cim10Table
 from utils.icd10.confidence import ProbabilityReader
-from utils.icd10.decisions import Review, count_decisions, describe_counts, final_codes, read_decisions, training_rows
+from utils.icd10.decisions import (
+    Review,
+    add_corrections,
+    count_decisions,
+    describe_counts,
+    final_codes,
+    read_decisions,
+)
 from utils.icd10.journal import CODED, REVIEWED, Journal, Key, note_hash, open_journal
 from utils.icd10.mapping import read_mapping
 from utils.icd10.prompts import note_of
 from utils.icd10.review_items import StayToReview, doubt, proposals
 from utils.icd10.stays import LeftOut
 from utils.tables.csv_cells import CsvWriter
-from utils.tables.jsonl import Row, SkippedRowError, read_journal, require_own_names, save
+from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
 from utils.tables.read_table import FILE_TYPES, add_encoding_option
 
 JOURNAL, WORKLIST, PAGE, CORRECTIONS = "journal.jsonl", "worklist.csv", "review.html", "corrections.jsonl"
@@ -129,23 +135,6 @@ def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
     return len(new)
 
 
-def corrections(reviews: Mapping[Key, Review], notes: Mapping[Key, str], table: Cim10Table) -> tuple[list[Row], str]:
-    """Return reviewed stays as rows to train on, and a line on those that are left out."""
-    known = {key: review for key, review in reviews.items() if key in notes}
-    codes = {key.stay: final_codes(review.decisions) for key, review in known.items()}
-    rows, left_out = training_rows(codes, {key.stay: notes[key] for key in known}, table)
-    reasons = [f"{found.stay}: {found.role} {found.code} {found.reason}" for found in left_out if found.what == "code"]
-    reasons += [f"{found.stay}: {found.reason}" for found in left_out if found.what == "stay"]
-    reasons += [f"{key.stay}: not in this export with this note" for key in reviews.keys() - known.keys()]
-    return rows, f"left out of {CORRECTIONS}: {'; '.join(reasons[:5])}" if reasons else ""
-
-
-def merged_rows(path: Path, rows: Sequence[Row]) -> str:
-    """Return the lines of a file of rows with `id`, in which new rows replace those of the same id."""
-    merged = read_journal(path) | {row["id"]: row for row in rows}
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged.values())
-
-
 def _take_decisions(
     options: argparse.Namespace, journal: Journal, export: Mapping[Key, Any], table: Cim10Table
 ) -> None:
@@ -156,11 +145,9 @@ def _take_decisions(
     new = take_reviews(reviews, journal)
     print(f"{counted(new, 'new review')} of {counted(len(reviews), 'stay')}:")
     print(*describe_counts(count_decisions(review.decisions for review in reviews.values())), sep="\n")
-    notes = {key: note_of(prompt.messages) for key, prompt in export.items()}
-    rows, warning = corrections(reviews, notes, table)
-    path = options.out / CORRECTIONS
-    save({path: merged_rows(path, rows)})
-    print(f"{counted(len(rows), 'row')} to train on: {path}" + (f"\nwarning: {warning}" if warning else ""))
+    codes = {key.stay: final_codes(review.decisions) for key, review in reviews.items()}
+    notes = {key.stay: note_of(prompt.messages) for key, prompt in export.items() if key in reviews}
+    print(add_corrections(options.out / CORRECTIONS, codes, notes, table))
 
 
 def _require_own_folder(out: Path) -> None:

@@ -5,24 +5,27 @@ the model proposes (`proposed`, empty to remove the coder's), the `decision`, an
 (`final`, empty for none). The page writes stays of which every code is decided.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from model.errors import UserError
+from model.wording import counted
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.cells import optional_text
 from utils.icd10.codes import ROLES, Cim10Table, normalize_code, respell
 from utils.icd10.corpus import build_corpus
 from utils.icd10.journal import Key
 from utils.icd10.prompts import instruct_row
-from utils.icd10.stays import CodeRow, Document, LeftOut, StayNotes, read_header
-from utils.tables.jsonl import Row, SkippedRowError
+from utils.icd10.stays import CodeRow, Document, StayNotes, read_header
+from utils.tables.jsonl import Row, SkippedRowError, file_errors, read_journal, save
 from utils.tables.read_table import counts_lines, read_table
 
 ACCEPTED, REFUSED, REPLACED, ADDED = "accepted", "refused", "replaced", "added"
 DECISIONS = (ACCEPTED, REFUSED, REPLACED, ADDED)
+_SHOWN = 5  # stays and codes that a warning names
 COLUMNS = ("stay", "note", "role", "coded", "proposed", "decision", "final", "reviewer", "time")
 
 
@@ -123,20 +126,34 @@ def final_codes(decisions: Iterable[Decision], coded: Iterable[Diagnosis] = ()) 
     return [*kept, *(Diagnosis(found.role, found.final) for found in decisions if found.final)]
 
 
-def training_rows(
-    codes: Mapping[str, Sequence[Diagnosis]], notes: Mapping[str, str], table: Cim10Table
-) -> tuple[list[Row], list[LeftOut]]:
-    """Return reviewed stays as rows to train on, as preparation would write them, and what is left out.
+def add_corrections(
+    path: Path, codes: Mapping[str, Sequence[Diagnosis]], notes: Mapping[str, str], table: Cim10Table
+) -> str:
+    """Add reviewed stays to a file of rows to train on, as preparation would write them; return what was done.
+
+    Rows of the same stays are replaced.
 
     Args:
-        codes: of each stay, with roles.
-        notes: of each of these stays.
+        path: .jsonl file, created if missing.
+        codes: of each reviewed stay, with roles.
+        notes: of the stays that can be trained on.
         table: labels of the codes.
+
+    Raises:
+        UserError: the file is something else.
     """
     texts = StayNotes()
-    for stay in codes:
+    for stay in codes.keys() & notes.keys():
         texts.add(Document(stay, notes[stay]))
-    rows = {stay: [CodeRow(item.role or "", item.code) for item in found] for stay, found in codes.items()}
+    rows = {stay: [CodeRow(item.role or "", item.code) for item in codes[stay]] for stay in codes if stay in texts}
     corpus = build_corpus(texts, rows, lambda stay: table, unit="first")
-    trained = [instruct_row(texts[stay.id], build_answer(stay.diagnoses), stay.id) for stay in corpus.stays]
-    return trained, corpus.left_out
+    added = {stay.id: instruct_row(texts[stay.id], build_answer(stay.diagnoses), stay.id) for stay in corpus.stays}
+    with file_errors():
+        merged = read_journal(path) | added
+    save({path: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged.values())})
+    reasons = [f"{stay}: no note, or not the one that was reviewed" for stay in codes if stay not in texts]
+    reasons += [
+        " ".join(filter(None, (f"{found.stay}:", found.role, found.code, found.reason))) for found in corpus.left_out
+    ]
+    warning = f"\nwarning: left out of it: {'; '.join(reasons[:_SHOWN])}" if reasons else ""
+    return f"{counted(len(added), 'row')} to train on, {len(merged):,} in all: {path}{warning}"

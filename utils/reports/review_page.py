@@ -4,7 +4,7 @@ The page has the data in it as JSON and needs nothing else. Its policy (CSP) for
 writes text only as text, never as HTML.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from utils.icd10.codes import Cim10Table
@@ -17,7 +17,12 @@ ORDERS = {WORKLIST: "least sure main diagnosis first", SECOND_READING: "confiden
 
 
 def review_page(
-    title: str, kind: str, stays: Iterable[StayToReview], about: dict[str, str], table: Cim10Table | None
+    title: str,
+    kind: str,
+    stays: Iterable[StayToReview],
+    about: dict[str, str],
+    table: Cim10Table | None,
+    groups: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {},
 ) -> str:
     """Return the page.
 
@@ -27,6 +32,7 @@ def review_page(
         stays: to review, the first one on top.
         about: facts to show above.
         table: codes and labels to choose replacements from; None accepts every code.
+        groups: tables to show closed above the stays: header and rows by title.
     """
     rows = [
         found._asdict()
@@ -39,6 +45,7 @@ def review_page(
         about=about,
         order=ORDERS[kind],
         facts=_facts(rows),
+        groups=groups,
         data={"kind": kind, "columns": COLUMNS, "stays": rows},
         words={"accepted": ACCEPTED, "refused": REFUSED, "replaced": REPLACED, "added": ADDED},
         codes=[[entry.code, entry.label] for entry in table] if table is not None else [],
