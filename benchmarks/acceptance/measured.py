@@ -21,7 +21,7 @@ _KERNELS = 25
 _GIB = 1 << 30
 # Of the peak. Memory that a CPU's process uses has parts that are not tensors, and matter for a tiny model.
 _PLAN_LIMITS = {"cuda": 0.05, "cpu": 0.5}
-_REPORTED = ("tokens_per_second", "mfu", "peak_bytes", "seconds", "first_loss", "last_loss", "attention", "recomputed")
+REPORTED = ("tokens_per_second", "mfu", "peak_bytes", "seconds", "first_loss", "last_loss", "attention", "recomputed")
 
 
 def measured(setting: Setting, impl: str, preset: str, **changes: Any) -> Iterator[Check]:
@@ -45,7 +45,7 @@ def measured(setting: Setting, impl: str, preset: str, **changes: Any) -> Iterat
             raise
         yield Check(name, None, case, message=f"out of memory: {first_line(error)}")
         return
-    yield Check(name, None, case | {key: numbers[key] for key in _REPORTED})
+    yield Check(name, None, case | {key: numbers[key] for key in REPORTED})
     if impl == "ours":
         yield _planned(setting, case, numbers)
 

@@ -22,7 +22,7 @@ class Part:
 CORRECTNESS = [
     Part("environment", environment, 60),
     Part("kernels", kernels, 60),
-    Part("gradients", gradients, 90),
+    Part("gradients", gradients, 120),
     Part("resuming", resuming, 60),
     Part("precisions", precisions, 60),
     Part("sharding", sharding, 60),
@@ -35,19 +35,19 @@ _FOUR = "num_microbatches=4"
 _PLAIN = {"checkpoint": "true", "set": [_FOUR, "compile=false"]}  # as the peer
 SPEED = {
     "full": [
-        Part("speed A", functools.partial(_A, impl="ours", set=[_FOUR]), 90),
+        Part("speed A", functools.partial(_A, impl="ours", set=[_FOUR]), 120),
         Part("speed A, transformers + PEFT", functools.partial(_A, impl="peft", checkpoint="true", set=[_FOUR]), 75),
         Part("speed A, recomputed, not compiled", functools.partial(_A, impl="ours", **_PLAIN), 60),
-        Part("speed B", functools.partial(measured, impl="ours", preset="B"), 90),
+        Part("speed B", functools.partial(measured, impl="ours", preset="B"), 100),
         Part(
             "speed B, transformers + PEFT", functools.partial(measured, impl="peft", preset="B", checkpoint="true"), 75
         ),
+        Part("profile A", functools.partial(profile, preset="A"), 60),
         Part("speed A, fp8", functools.partial(_A, impl="ours", set=[_FOUR, "base_dtype=fp8"]), 75),
         Part("speed A, nf4", functools.partial(_A, impl="ours", set=[_FOUR, "base_dtype=nf4"]), 75),
         Part(
             "memory B, recomputed", functools.partial(measured, impl="ours", preset="B", checkpoint="true", steps=1), 45
         ),
-        Part("profile A", functools.partial(profile, preset="A"), 60),
         Part(
             "memory 8x7B, nf4",
             functools.partial(

@@ -50,7 +50,7 @@ def run_parts(parts: Sequence[Part], device: str, preset: str, out: Path, total_
         start = time.monotonic()
         limit = min(part.limit_s, end - start)
         if limit <= 0:
-            state = "not run: no time left"
+            state = "not run: no time left; --parts runs it alone"
         else:
             with tempfile.TemporaryDirectory(prefix="acceptance-") as folder:
                 arguments = (part, device, preset, Path(folder), out)

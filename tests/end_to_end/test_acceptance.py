@@ -1,6 +1,7 @@
 """benchmarks.acceptance on a CPU: every check of the GPU run, small; parts that fail or hang do not end the others."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,12 @@ from benchmarks.acceptance import __main__ as acceptance
 from benchmarks.acceptance import measured
 from benchmarks.acceptance.check import Check, Setting, within
 from benchmarks.acceptance.kernels import kernels
-from benchmarks.acceptance.parts import Part, all_parts
+from benchmarks.acceptance.parts import SPEED, Part, all_parts
 from benchmarks.acceptance.runner import run_parts
 from benchmarks.acceptance.summary import read_findings, write_summary
+from benchmarks.plan import estimated_bytes
+from benchmarks.training import session
+from benchmarks.training.presets import PRESETS
 from model.attention import ENGINES
 from tests.support.patience import PATIENCE_S
 
@@ -107,13 +112,15 @@ def test_parts_that_fail_crash_or_hang_do_not_end_the_others(tmp_path):
 
 def test_no_part_starts_after_the_limit_of_the_whole_run(tmp_path):
     [ending] = run_parts([Part("late", works, PATIENCE_S)], "cpu", "tiny", tmp_path, total_s=0)
-    assert ending["state"] == "not run: no time left"
+    assert ending["state"] == "not run: no time left; --parts runs it alone"
     assert read_findings(tmp_path).unfinished == [ending]
 
 
 def test_a_wrong_engine_fails_its_check(tmp_path, monkeypatch):
     monkeypatch.setitem(ENGINES, "sdpa", lambda q, k, v, documents: q * 1.0 + 0 * (k.sum() + v.sum()))
-    failed = [check.name for check in kernels(Setting(torch.device("cpu"), "tiny", tmp_path)) if check.passed is False]
+    checks = kernels(Setting(torch.device("cpu"), "tiny", tmp_path))
+    engines = itertools.takewhile(lambda check: check.name.startswith("attention"), checks)
+    failed = [check.name for check in engines if check.passed is False]
     assert failed == [f"attention sdpa, {dtype}, head_dim 16" for dtype in ("float32", "bfloat16", "float16")]
 
 
@@ -123,6 +130,29 @@ def test_a_model_that_does_not_fit_is_not_a_failure(tmp_path, monkeypatch):
     checks = [*measured.measured(setting, "ours", "tiny"), *measured.profile(setting, "tiny")]
     assert [check.passed for check in checks] == [None, None]
     assert all(re.fullmatch(r"needs about 0\.\d GiB, of which 0\.0 are free", check.message) for check in checks)
+
+
+@pytest.mark.parametrize(
+    "part", [part for part in SPEED["full"] if part.run.func is measured.measured], ids=lambda part: part.name
+)
+def test_settings_of_the_full_run_are_valid(part, tmp_path, monkeypatch):
+    """A CPU cannot train these models, but can read their YAML and plan their memory."""
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    monkeypatch.setattr(session, "rows_file", lambda kind, megabytes: rows)
+    monkeypatch.setattr(measured, "free_bytes", lambda device, processes: 1 << 40)
+
+    def plan(impl: str, case: dict[str, Any]) -> dict[str, Any]:
+        args = session.train_args(PRESETS[case["preset"]], case)
+        recomputed = "false" if args.checkpoint == "auto" else str(args.checkpoint).lower()
+        peak = estimated_bytes(case | {"checkpoint": recomputed}, 1.0)
+        numbers = dict.fromkeys(measured.REPORTED, 1.0) | {"peak_bytes": peak, "trained_share": 1.0}
+        return numbers | {"recomputed": recomputed}
+
+    monkeypatch.setattr(measured, "measure_training", plan)
+    first, *planned = part.run(Setting(torch.device("cpu"), "full", tmp_path))
+    assert first.passed is None and not first.message
+    assert [check.passed for check in planned] == ([] if first.name.endswith("peft") else [True])
 
 
 def test_nan_is_not_within_a_limit():
