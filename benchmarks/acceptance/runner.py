@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -20,9 +21,11 @@ import torch
 
 from benchmarks.acceptance.check import Check, Setting, failure
 from benchmarks.acceptance.parts import Part
+from model.errors import first_line
 
 RESULTS, LOG = "results.jsonl", "log.txt"
 FINISHED = "finished"
+_TO_DIE_S = 10  # a process that a driver holds does not die
 # Imported once, in a server that the processes of all parts are forked from.
 _SHARED = [
     "benchmarks.acceptance.runner",
@@ -73,7 +76,11 @@ def _context(device: str) -> BaseContext:
 
 
 def _use(device: str) -> None:
-    torch.zeros(1, device=device)
+    """End with exit code 0 if this process can use the device."""
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # no CUDA in this build; initialized before the fork
+        sys.exit(first_line(error))
 
 
 def _ended(process: BaseProcess, limit: float) -> str:
@@ -94,7 +101,7 @@ def _kill_with_children(process: BaseProcess) -> None:
     for kill in (lambda: os.killpg(process.pid, signal.SIGKILL), process.kill):
         with contextlib.suppress(ProcessLookupError):  # it has ended, or has not made its group yet
             kill()
-    process.join()
+    process.join(_TO_DIE_S)
 
 
 def _run(part: Part, device: str, preset: str, folder: Path, out: Path) -> None:
