@@ -20,6 +20,7 @@ class ChatServer(ThreadingHTTPServer):
         requests: JSON of the requests so far.
         location: where to redirect all requests to, if anywhere.
         headers: of the last request, in lower case.
+        error_code: in its refusals.
         listed: body of the list of models, if it is not that of `models`.
     """
 
@@ -33,6 +34,7 @@ class ChatServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.location: str | None = None
         self.listed: bytes | None = None
+        self.error_code: str | int = "context_length"
         self.headers: dict[str, str] = {}
 
     def handle_error(self, *_: object) -> None:
@@ -57,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         answer = self.server.answer(request)
         if isinstance(answer, int):
-            self._reply(answer, {"error": {"message": f"bad: {request['messages']}", "code": "context_length"}})
+            self._reply(answer, {"error": {"message": f"bad: {request['messages']}", "code": self.server.error_code}})
             return
         if isinstance(answer, bytes):
             self._reply(200, answer)

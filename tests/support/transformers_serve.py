@@ -14,15 +14,20 @@ from tests.support.patience import wait_until
 
 
 @contextlib.contextmanager
-def transformers_serve(folder: Path, log: Path) -> Iterator[str]:
+def transformers_serve(folder: Path, log: Path, *options: str) -> Iterator[str]:
     """Serve the model of a folder on the CPU, and yield the address of the API once it answers.
+
+    Args:
+        folder: of the model.
+        log: what the server writes.
+        options: more options of `transformers serve`.
 
     Raises:
         AssertionError: the server ends, with what it wrote to `log`.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu"]
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu", *options]
     address = ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -97,6 +97,13 @@ def test_a_server_that_refuses_every_prompt_is_soon_not_asked_again(notes: Path,
     assert "refused it (HTTP 400, context_length)" in output and "secret" not in output and "Traceback" not in output
 
 
+def test_how_to_start_vllm_is_said_if_it_refuses_the_grammar(notes: Path, cim10: Path, run_command: RunCommand) -> None:
+    with chat_server(lambda _: 400) as server:
+        server.error_code = 400
+        code, output, _ = predict(run_command, notes, server.url, "--cim10", cim10)
+    assert code == 1 and "refused it (HTTP 400), like all before. For --cim10, start vLLM with" in output
+
+
 def test_a_first_prompt_that_the_server_refuses_does_not_stop_the_others(notes: Path, run_command: RunCommand) -> None:
     with chat_server(lambda request: 400 if note_of(request) == 0 else ANSWER) as server:
         code, output, rows = predict(run_command, notes, server.url, "--concurrency", 1)

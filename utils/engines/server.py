@@ -27,6 +27,9 @@ _TIMEOUT_S = 600.0  # of one answer
 _RETRIES = 6
 _FIRST_REFUSALS = 3  # replies without any answer, after which the fault is not in the prompts
 _REFUSALS = (400, 413, 422)  # HTTP statuses that concern one prompt, such as one that is too long
+_GRAMMAR_HINT = (
+    "For --cim10, start vLLM with --structured-outputs-config.backend guidance and without --tokenizer-mode mistral."
+)
 # What a JSON document of another layout raises; openai does not check what it parses.
 _NOT_OPENAI = (AttributeError, LookupError, TypeError, ValueError)
 
@@ -138,7 +141,8 @@ class ServerEngine:
                     refused += isinstance(reply, SkippedRowError)
                     answered = answered or not isinstance(reply, SkippedRowError)
                     if isinstance(reply, SkippedRowError) and refused == _FIRST_REFUSALS and not answered:
-                        raise UserError(f"Prompt {prompt.id}: {reply.reason}, like all before. Its log may say why.")
+                        hint = _GRAMMAR_HINT if self._grammar else "Its log may say why."
+                        raise UserError(f"Prompt {prompt.id}: {reply.reason}, like all before. {hint}")
                     yield prompt, reply
 
     async def _answer(self, client: Any, prompt: Prompt) -> Reply | SkippedRowError | UserError:
@@ -151,8 +155,9 @@ class ServerEngine:
             return error
         except self._openai.APIStatusError as error:
             if error.status_code in _REFUSALS:
-                code = f", {error.code}" if error.code and is_identifier(error.code) else ""
-                return SkippedRowError(f"the server refused it (HTTP {error.status_code}{code})")
+                status, code = str(error.status_code), str(error.code or "")  # vLLM repeats the status
+                named = f", {code}" if code != status and is_identifier(code) else ""
+                return SkippedRowError(f"the server refused it (HTTP {status}{named})")
             return self._unavailable(error)
         except (self._openai.OpenAIError, *_NOT_OPENAI) as error:
             return self._unavailable(error)
