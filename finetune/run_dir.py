@@ -66,7 +66,9 @@ def find_checkpoint(path: Path, step: int | str | None = None) -> Path:
             f"--step selects a checkpoint of a run, but {path} is not a run folder (it has no {ARGS_NAME})."
         )
     if not ((path / WEIGHTS_NAME).is_dir() or (path / PARAMS_NAME).is_file() or any(path.glob("*.safetensors"))):
-        raise UserError(f"{path} is not a run folder (with {ARGS_NAME}), a checkpoint or a model folder.")
+        inside = [file.parent for file in sorted(path.glob(f"*/{ARGS_NAME}"))]
+        hint = f" Did you mean {inside[0]}?" if inside else ""
+        raise UserError(f"{path} is not a run folder (with {ARGS_NAME}), a checkpoint or a model folder.{hint}")
     absolute = Path(os.path.abspath(path))
     return absolute.parent if absolute.name == WEIGHTS_NAME else path
 

@@ -122,7 +122,10 @@ def test_sampled_answers_depend_on_the_seed(run_dir: Path, run_command: RunChat)
         (["--prompt", "a", "--temperature", "nan"], "--temperature must be 0, or between 0.001 and 100"),
         (["--prompt", "a", "--temperature", 1e-300], "--temperature must be 0, or between 0.001 and 100"),
         (["--prompt", "a", "--temperature", 1, "--seed", 2**63], "--seed must be at least 0 and less than 2**63."),
-        (["--prompt", "a", "--server", "http://127.0.0.1:1/v1"], "--server is for --engine server."),
+        (
+            ["--prompt", "a", "--server", "http://127.0.0.1:1/v1"],
+            "--server needs --engine server, and the engine is local.",
+        ),
         (["--prompt", "a", "--concurrency", 3], "and --concurrency are for --engine server."),
         (["--prompt", "a\udce9"], "The prompt is not UTF-8; convert it"),
         (["--prompt", "a", "--system", "\udce9"], "The prompt is not UTF-8; convert it"),

@@ -208,6 +208,11 @@ def test_after_a_lost_server_the_same_command_answers_the_rest_once(notes: Path,
     assert sorted(row["id"] for row in rows) == [f"s{n}" for n in range(6)] and len(asked) == 3
 
 
+def test_the_folder_of_a_run_is_not_for_a_server(notes: Path, run_command: RunCommand) -> None:
+    code, output, _ = predict(run_command, notes, "http://127.0.0.1:9/v1", "--run", notes.parent)
+    assert code == 1 and f"--engine server runs the server's own model: leave out {notes.parent}" in output
+
+
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8000/v1", "http://hospital.example/v1", "http://127.0.0.1.example/"])
 def test_notes_leave_the_machine_only_if_allowed(url: str, notes: Path, run_command: RunCommand) -> None:
     code, output, rows = predict(run_command, notes, url)

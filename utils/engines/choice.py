@@ -49,11 +49,16 @@ class EngineChoice:
 
     def __post_init__(self) -> None:
         if self.name == "server":
-            if self.server is None or self.folder is not None:
-                raise UserError("--engine server needs --server URL, and takes --model NAME instead of a folder.")
+            if self.server is None:
+                raise UserError("--engine server needs --server URL, such as http://127.0.0.1:8000/v1.")
+            if self.folder is not None:
+                raise UserError(
+                    f"--engine server runs the server's own model: leave out {self.folder}; --model NAME chooses among "
+                    "several models of the server."
+                )
             self.server.require_allowed()
         elif self.server is not None:
-            raise UserError("--server is for --engine server.")
+            raise UserError(f"--server needs --engine server, and the engine is {self.name}.")
         elif self.folder is None:
             raise UserError(f"--engine {self.name} needs the folder of a model.")
         else:

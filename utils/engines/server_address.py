@@ -35,7 +35,7 @@ class ServerAddress(NamedTuple):
         if not (self.allow_remote or _is_this_machine(host)):
             raise UserError(
                 f"--server {self.url} is another machine, and notes would be sent there. Give --allow_remote if they "
-                "may leave this one."
+                "may leave this machine."
             )
 
     def _host(self) -> str | None:
