@@ -32,7 +32,6 @@ from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
 
 VOCABULARY = 32_768  # of the v3 tokenizer, the demo's
-_EVERY_TOKENIZATION = '%llguidance {"no_forcing": true}\n'  # as ours; by default, one is chosen where bytes are forced
 COLUMNS = {
     "constraint": lambda result: result["library"],
     "build, s": lambda result: spread(result["build_seconds"]),
@@ -55,8 +54,7 @@ class LlguidanceFactory:
         self.special_token_ids = [token for token, piece in enumerate(pieces) if piece is None]
         self.tokens = [f"<control {token}>".encode() if piece is None else piece for token, piece in enumerate(pieces)]
         wrapped = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self))
-        lark = _EVERY_TOKENIZATION + as_lark(answer_grammar(table, [prefix]))
-        self._matcher = llguidance.LLMatcher(wrapped, lark)
+        self._matcher = llguidance.LLMatcher(wrapped, as_lark(answer_grammar(table, [prefix])))
         if self._matcher.is_error():
             sys.exit(self._matcher.get_error())
 

@@ -58,6 +58,12 @@ def judged(matcher: llguidance.LLMatcher, text: bytes) -> tuple[int, bool]:
     return accepted, accepted == len(text) and matcher.is_accepting()
 
 
+def test_the_model_chooses_the_tokens_of_what_the_grammar_determines() -> None:
+    lark = as_lark(answer_grammar(TABLE))
+    assert judge(lark).compute_ff_tokens() == []
+    assert judge(lark.partition("\n")[2]).compute_ff_tokens() != []
+
+
 def ours(grammar: AnswerGrammar, text: bytes) -> tuple[int, bool]:
     states = grammar.start
     for position, byte in enumerate(text):

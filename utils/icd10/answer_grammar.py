@@ -12,6 +12,8 @@ from utils.icd10.codes import ROLES, Cim10Table
 from utils.icd10.prompts import ANSWER, CODE_ITEM, ITEM_SEPARATOR, NOTHING
 
 START, END = "opening", "end"
+# Else llguidance chooses the tokens of what the grammar determines, and a model can continue otherwise than here.
+_ALL_TOKENIZATIONS = '%llguidance {"no_forcing": true}'
 
 
 class Node(NamedTuple):
@@ -62,7 +64,7 @@ def _fixed_parts() -> Sequence[str]:
 
 def as_lark(grammar: Grammar) -> str:
     """Return the grammar in llguidance's variant of Lark, which vLLM and SGLang pass on to it."""
-    lines = [f"start: {START}"]
+    lines = [_ALL_TOKENIZATIONS, f"start: {START}"]
     for name, node in grammar.items():
         following = [other for other in node.following if other != END]
         rest = f" ({' | '.join(following)}){'?' * (END in node.following)}" if following else ""
