@@ -8,6 +8,7 @@ after an interruption, the same command continues. WORKLIST is a folder, for all
     journal.jsonl       each proposal and each review, with time, hash of the note, and versions; only appended to
     worklist.csv        the proposals for stays of EXPORT that are not reviewed yet, a line per code
     review.html         the same stays, to accept, refuse and replace codes in a browser; it downloads decisions.csv
+    drift.html          with --train: confidence, acceptance and codes by week, compared with the training stays
     worklist.left_out.csv  rows of EXPORT that cannot be coded, and why; the exit code is then 1
 
 `--decisions decisions.csv` takes what was reviewed into the journal, and adds the reviewed stays of EXPORT to
@@ -34,8 +35,10 @@ from utils.icd10.decisions import (
     final_codes,
     read_decisions,
 )
+from utils.icd10.drift import Training, by_week, coded_once, reference, shifts
 from utils.icd10.journal import CODED, REVIEWED, Journal, Key, note_hash, open_journal
 from utils.icd10.mapping import read_mapping
+from utils.icd10.predictions import read_gold
 from utils.icd10.prompts import note_of
 from utils.icd10.review_items import StayToReview, doubt, proposals
 from utils.icd10.stays import LeftOut
@@ -44,6 +47,7 @@ from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
 from utils.tables.read_table import FILE_TYPES, add_encoding_option
 
 JOURNAL, WORKLIST, PAGE, CORRECTIONS = "journal.jsonl", "worklist.csv", "review.html", "corrections.jsonl"
+DRIFT = "drift.html"
 COLUMNS = ("stay", "note", "decision", "reason", "role", "code", "label", "confidence", "evidence")
 
 
@@ -113,6 +117,23 @@ def _page(
     return review_page("Stays to review", KIND, stays, about, table)
 
 
+def _drift(journal: Journal, options: argparse.Namespace, known: Mapping[str, float], table: Cim10Table) -> str:
+    """Return the page that compares the weeks of the journal with the training stays.
+
+    Raises:
+        UserError: the training rows cannot be read.
+    """
+    from utils.reports.drift_page import drift_page  # loads matplotlib and jinja2
+
+    trained = read_gold(options.train).values()
+    diagnoses = [coding.diagnoses for coding in trained]
+    mains = [next((item.code for item in found if item.role == "DP"), None) for found in diagnoses]
+    training = Training.of((dp, [item.code for item in found]) for dp, found in zip(mains, diagnoses))
+    stays = coded_once(journal)
+    about = {"Journal": str(options.out / JOURNAL), "Training": str(options.train)}
+    return drift_page(by_week(stays, training), reference(training, known), shifts(stays, training), about, table)
+
+
 def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
     """Append reviews to the journal, except those that it has; return the number of new ones.
 
@@ -152,7 +173,7 @@ def _take_decisions(
 
 def _require_own_folder(out: Path) -> None:
     """Raise UserError if the folder has files with our names that are not ours."""
-    foreign = [name for name in (WORKLIST, PAGE, CORRECTIONS) if (out / name).exists()]
+    foreign = [name for name in (WORKLIST, PAGE, CORRECTIONS, DRIFT) if (out / name).exists()]
     if foreign and not (out / JOURNAL).exists():
         raise UserError(f"{out} has {', '.join(foreign)} but no {JOURNAL}: choose another --out.")
 
@@ -167,6 +188,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
     parser.add_argument("--decisions", type=Path, nargs="+", default=[], metavar="CSV", help="of the review page")
+    parser.add_argument("--train", type=Path, metavar="JSONL", help="the rows that the model was trained on")
     add_encoding_option(parser)
     add_engine_options(parser)
     return parser.parse_args()
@@ -191,8 +213,8 @@ def main() -> None:
     marker = open_marker(choice, options.calibration, options.auto)
     worklist = options.out / WORKLIST
     listed = worklist.with_suffix(LEFT_OUT_SUFFIX)
-    outputs = [options.out / name for name in (JOURNAL, WORKLIST, PAGE, CORRECTIONS)]
-    require_own_names([*outputs, listed], [options.stays, options.cim10, *options.decisions])
+    outputs = [options.out / name for name in (JOURNAL, WORKLIST, PAGE, CORRECTIONS, DRIFT)]
+    require_own_names([*outputs, listed], [options.stays, options.cim10, options.train, *options.decisions])
     _require_own_folder(options.out)
     prompts, left_out = read_prompts(options.stays, options.encoding, read_mapping(options.columns))
     export = {Key(prompt.id, note_hash(note_of(prompt.messages))): prompt for prompt in prompts}
@@ -205,6 +227,8 @@ def main() -> None:
         left_out += code_new(choice, marker, export, journal, versions)
         stays = to_review(export, journal)
         save({worklist: worklist_csv(stays), options.out / PAGE: _page(stays, export, journal, choice, table)})
+        if options.train and journal.coded:
+            save({options.out / DRIFT: _drift(journal, options, marker.reference(), table)})
         save_left_out(left_out, listed)
         coded = len(export.keys() & journal.coded.keys())
     summary = f"{counted(coded - earlier, 'stay')} coded now, {earlier:,} before; {len(stays):,} to review: {worklist}"

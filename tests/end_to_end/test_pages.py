@@ -19,9 +19,11 @@ from tests.support.chromium import Browser, find_chromium
 from utils.evaluate_icd10 import evaluate
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import CHAPTER_NAMES, Cim10Entry, Cim10Table, chapter
+from utils.icd10.drift import Period, Shift
 from utils.icd10.predictions import Prediction
 from utils.icd10.review_items import Item, StayToReview
 from utils.reports import pages
+from utils.reports.drift_page import drift_page
 from utils.reports.evaluation_page import html_page
 from utils.reports.review_page import WORKLIST, review_page
 from utils.reports.run_page import html_report, read_runs
@@ -103,6 +105,15 @@ def worklist():
     return review_page("Stays to review", WORKLIST, stays, {"Model": "runs/icd_v1"}, None)
 
 
+def drift():
+    """Return a page of five weeks, the first without reviews."""
+    weeks = {f"2026-W{number}": Period(90, 3.1, 0.8, 0.7 + number / 1000, 0.2, 0.01, 0.1) for number in range(44, 48)}
+    shifted = [Shift(entry.code, 0.1, 0.2, 4.2) for entry in (Cim10Entry("I10", 0, ""), Cim10Entry("J90", 0, ""))]
+    weeks = {"2026-W43": Period(5, 2.0, 0.6)} | weeks
+    table = Cim10Table([Cim10Entry("I10", 0, "Hypertension essentielle (primitive) " * 3)])
+    return drift_page(weeks, Period(9000, 3.4, 0.85, 0.8), shifted, {"Journal": "worklist/journal.jsonl"}, table)
+
+
 def runs(folder, names):
     """Return the page of runs of 120 steps that were evaluated twice, at most."""
     for number, name in enumerate(names):
@@ -155,6 +166,7 @@ def written(tmp_path_factory):
         "several_runs": runs(folder / "several", long_names),
         "tables": acceptance(folder / "acceptance"),
         "review": worklist(),
+        "drift": drift(),
     }
     for name, source in sources.items():
         (folder / f"{name}.html").write_text(source, encoding="utf-8")
@@ -230,7 +242,7 @@ def test_every_template_is_opened(written):
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("name", ["evaluation", "runs", "several_runs", "review", "tables"])
+@pytest.mark.parametrize("name", ["evaluation", "runs", "several_runs", "review", "drift", "tables"])
 def test_page_is_readable(name, width, written, browser, screenshots):
     colors = {}
     for scheme in ("light", "dark"):

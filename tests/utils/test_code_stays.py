@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import stat
 import time
@@ -139,6 +140,20 @@ def test_reviews_are_kept_and_become_rows_to_train_on(week, tmp_path):
     # A note that changes is to be coded and reviewed again; the row to train on stays.
     assert "1 stay coded now, 1 before; 1 to review" in week(notes | {"s1": "Dyspnée, œdèmes."})[1]
     assert len(list(read_table(tmp_path / "list/corrections.jsonl"))) == 1
+
+
+def test_the_drift_page_compares_with_training(week, tmp_path):
+    answer = build_answer(parse_answer("DP I10 : a (I10). DAS : b (E119)"))
+    row = {"id": "t", "messages": [*prompt_messages("x"), {"role": "assistant", "content": answer}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert week({f"s{number}": f"Note {number}." for number in range(9)}, "--train", tmp_path / "train.jsonl")[0] == 0
+    page = tmp_path / "list/drift.html"
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page.read_text(encoding="utf-8"))
+    assert cells[:3] == ["training", "1", "2.0"] and cells[9:11] == ["9", "2.0"]
+    assert cells[14] == "50.0%"  # I500 is unknown to training
+    code, output = week({"s1": "Note 1."}, "--train", tmp_path / "nothing.jsonl")
+    assert code == 1 and "nothing.jsonl does not exist" in output
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,14 @@ class Marker:
             record["auto"] = self._rule._asdict() | {"marked": auto, "accuracy_interval": interval}
         return record
 
+    def reference(self) -> dict[str, float]:
+        """Return what is known of the validation stays: mean `confidence` of the DP, share `right` and `to_review`."""
+        if self._calibration is None or not self._calibration.main_diagnoses:
+            return {}
+        pairs = [(self._calibration.confidence("DP", p), right) for p, right in self._calibration.main_diagnoses]
+        means = {"confidence": sum(p for p, _ in pairs) / len(pairs), "right": sum(r for _, r in pairs) / len(pairs)}
+        return means if self._rule is None else means | {"to_review": 1 - self._rule.stays / self._rule.validation}
+
     def summary(self) -> str:
         """Return how many stays are `auto`, and how many of their main diagnoses are expected to be right."""
         auto, stays = self.decisions[AUTO], counted(self.decisions.total(), "stay")

@@ -91,7 +91,13 @@ def number_text(value: float) -> str:
 
 
 def line_chart(
-    name: str, title: str, lines: Sequence[Line], from_zero: bool = False, smooth: bool = False, height: int = 250
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    from_zero: bool = False,
+    smooth: bool = False,
+    height: int = 250,
+    unit: str = "step",
 ) -> Markup:
     """Return curves over steps as an SVG element.
 
@@ -102,17 +108,18 @@ def line_chart(
         from_zero: start the value axis at 0 and keep it linear; otherwise it is logarithmic for a wide range of values.
         smooth: draw long lines thin under a moving average.
         height: in units of `WIDTH`.
+        unit: what a step is called.
     """
     with _drawing(name, height) as figure:
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
         tips: dict[str, list[str]] = {}
         for number, line in enumerate(lines):
-            _draw_line(axes, line, smooth and len(line.points) > SMOOTH_FROM, f"tip{number}", tips)
+            _draw_line(axes, line, smooth and len(line.points) > SMOOTH_FROM, f"tip{number}", tips, unit)
         values = [value for line in lines for _, value in line.points if value is not None]
         _scale_values(axes, min(values), max(values), from_zero)
         _mark_not_finite(axes, lines, tips)
-        _scale_steps(axes, max(step for line in lines for step, _ in line.points))
+        _scale_steps(axes, max(step for line in lines for step, _ in line.points), unit)
         _tidy(axes, "y", kept_spine="bottom")
         return _svg(figure, name, title, tips)
 
@@ -136,7 +143,7 @@ def _tidy(axes: Axes, grid: Literal["x", "y"], kept_spine: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_line(axes: Axes, line: Line, smooth: bool, tip: str, tips: dict[str, list[str]]) -> None:
+def _draw_line(axes: Axes, line: Line, smooth: bool, tip: str, tips: dict[str, list[str]], unit: str) -> None:
     steps = np.array([step for step, _ in line.points], dtype=float)
     values = np.array([math.nan if value is None else value for _, value in line.points], dtype=float)
     color = _SERIES[line.series % len(_SERIES)]
@@ -149,7 +156,7 @@ def _draw_line(axes: Axes, line: Line, smooth: bool, tip: str, tips: dict[str, l
         axes.plot(steps, values, color=color, linewidth=1.3 if line.marked else 2, linestyle=dash, gid=tip)
     if line.marked or len(values) == 1:
         finite = [(step, value) for step, value in line.points if value is not None]
-        tips[f"{tip}dots"] = [f"{line.name}, step {step:,.0f}: {number_text(value)}" for step, value in finite]
+        tips[f"{tip}dots"] = [f"{line.name}, {unit} {step:,.0f}: {number_text(value)}" for step, value in finite]
         axes.plot(
             *zip(*finite), color=color, linestyle="none", marker="o", markersize=5.5, clip_on=False, gid=f"{tip}dots"
         )
@@ -184,13 +191,13 @@ def _scale_values(axes: Axes, low: float, high: float, from_zero: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
 
 
-def _scale_steps(axes: Axes, last: float) -> None:
+def _scale_steps(axes: Axes, last: float, unit: str) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_xlim(0, max(1, last) * 1.02)  # room for a dot at the last step
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("step", color=_MUTED)
+    axes.set_xlabel(unit, color=_MUTED)
 
 
 class Curve(NamedTuple):
