@@ -11,6 +11,7 @@ after an interruption, the same command continues. WORKLIST is a folder, for all
     drift.html          with --train: confidence, acceptance and codes by week, compared with the training stays
     worklist.left_out.csv  rows of EXPORT that cannot be coded, and why; the exit code is then 1
 
+`--evidence` adds the sentences that support each code, as `utils.explain_icd10` finds them.
 `--decisions decisions.csv` takes what was reviewed into the journal, and adds the reviewed stays of EXPORT to
 corrections.jsonl, rows to train on. Nothing is written outside of WORKLIST.
 """
@@ -36,11 +37,11 @@ from utils.icd10.decisions import (
     read_decisions,
 )
 from utils.icd10.drift import Training, by_week, coded_once, reference, shifts
-from utils.icd10.journal import CODED, REVIEWED, Journal, Key, note_hash, open_journal
+from utils.icd10.journal import CODED, EXPLAINED, REVIEWED, Journal, Key, note_hash, open_journal
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import read_gold
 from utils.icd10.prompts import note_of
-from utils.icd10.review_items import StayToReview, doubt, proposals
+from utils.icd10.review_items import Item, StayToReview, doubt, proposals
 from utils.icd10.stays import LeftOut
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
@@ -80,17 +81,56 @@ def code_new(
     return left_out
 
 
+def explain_new(choice: EngineChoice, export: Mapping[Key, Any], journal: Journal) -> None:
+    """Find the sentences that support the codes of stays to review, unless the journal has them, by their places."""
+    to_do = [key for key in export if key in journal.coded and key not in {*journal.explained, *journal.reviewed}]
+    if not to_do:
+        return
+    assert choice.folder is not None, "checked by the command"
+    from utils.engines.evidence import EvidenceFinder  # imports torch
+    from utils.explain_icd10 import explain
+
+    print(f"Finding the evidence of {counted(len(to_do), 'stay')} ...", flush=True)
+    finder = EvidenceFinder(choice.folder)
+    for key in to_do:
+        try:
+            codes = explain(finder, export[key], journal.coded[key])["codes"]
+        except SkippedRowError:  # codes that are not one answer
+            codes = []
+        places = [[_without_text(row) for row in code["evidence"]] for code in codes]
+        found = [{"code": code["code"], "evidence": rows} for code, rows in zip(codes, places)]
+        journal.append(EXPLAINED, key, {"codes": found})
+
+
+def _without_text(sentence: Row) -> Row:
+    return {name: value for name, value in sentence.items() if name != "sentence"}
+
+
+def _with_evidence(key: Key, text: str, journal: Journal) -> list[Row]:
+    """Return the codes of a stay, with the sentences that the journal has by their places in the note."""
+    places = {code["code"]: code["evidence"] for code in journal.explained.get(key, {"codes": []})["codes"]}
+    return [
+        code
+        | {"evidence": [row | {"sentence": text[row["start"] : row["end"]]} for row in places.get(code["code"], ())]}
+        for code in journal.coded[key]["codes"]
+    ]
+
+
 def to_review(export: Mapping[Key, Any], journal: Journal) -> list[StayToReview]:
     """Return the stays of the export that are coded and not reviewed, the least sure main diagnosis first."""
     stays = []
     for key, prompt in export.items():
         if key in journal.coded and key not in journal.reviewed:
             coded = journal.coded[key]
-            items = proposals(coded["codes"])
-            decided = (coded.get("decision") or "", coded.get("reason") or "")
             text = note_of(prompt.messages)
+            items = proposals(_with_evidence(key, text, journal))
+            decided = (coded.get("decision") or "", coded.get("reason") or "")
             stays.append(StayToReview(*key, text, doubt(items), items, decision=decided[0], reason=decided[1]))
     return sorted(stays, key=lambda found: (-found.priority, found.stay))
+
+
+def _quoted(item: Item) -> str:
+    return " | ".join(sentence.text for sentence in item.evidence)
 
 
 def worklist_csv(stays: Iterable[StayToReview]) -> str:
@@ -100,7 +140,7 @@ def worklist_csv(stays: Iterable[StayToReview]) -> str:
     for found in stays:
         about = (found.stay, found.note, found.decision, found.reason)
         for item in found.items:
-            writer.write(*about, item.role, item.proposed, item.label, item.confidence, " ".join(item.evidence))
+            writer.write(*about, item.role, item.proposed, item.label, item.confidence, _quoted(item))
         if not found.items:
             writer.write(*about, *[""] * (len(COLUMNS) - len(about)))
     return buffer.getvalue()
@@ -187,6 +227,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
     parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
+    parser.add_argument("--evidence", action="store_true", help="find the sentences that support each code")
     parser.add_argument("--decisions", type=Path, nargs="+", default=[], metavar="CSV", help="of the review page")
     parser.add_argument("--train", type=Path, metavar="JSONL", help="the rows that the model was trained on")
     add_encoding_option(parser)
@@ -198,6 +239,8 @@ def main() -> None:
     options = _arguments()
     if options.run is None and options.engine != "server":
         raise UserError("--run is missing: give the folder of a run, a checkpoint or a model.")
+    if options.evidence and options.engine != "local":
+        raise UserError(f"--evidence is for --engine local, which scores answers; found {options.engine}.")
     table = Cim10Table.from_file(options.cim10)
     choice = parse_engine(options, options.run, table)
     from utils.engines.answer_file import (  # imports mistral_common
@@ -225,6 +268,8 @@ def main() -> None:
             _take_decisions(options, journal, export, table)
         earlier = len(export.keys() & journal.coded.keys())
         left_out += code_new(choice, marker, export, journal, versions)
+        if options.evidence:
+            explain_new(choice, export, journal)
         stays = to_review(export, journal)
         save({worklist: worklist_csv(stays), options.out / PAGE: _page(stays, export, journal, choice, table)})
         if options.train and journal.coded:

@@ -36,12 +36,12 @@ from utils.icd10.journal import note_hash
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import Prediction, read_gold, read_predictions
 from utils.icd10.prompts import note_of
-from utils.icd10.review_items import Item, StayToReview
+from utils.icd10.review_items import Evidence, Item, StayToReview, evidence_of
 from utils.icd10.second_reading import SecondReader, agreed, count_by_fact, read_complications, read_facts, score
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
-from utils.tables.read_table import FILE_TYPES, add_encoding_option
-from utils.tables.rows_by_id import match_ids
+from utils.tables.read_table import FILE_TYPES, add_encoding_option, has_fixed_columns
+from utils.tables.rows_by_id import match_ids, read_by_id
 
 DISAGREEMENTS, PAGE, CORRECTIONS = "disagreements.csv", "review.html", "corrections.jsonl"
 _COLUMNS = ("role", "coded", "proposed", "label", "confidence", "effect", "score")
@@ -54,11 +54,14 @@ def compare(
     reader: SecondReader,
     facts: Mapping[str, Mapping[str, str]],
     notes: Mapping[str, str],
+    evidence: Mapping[str, Mapping[str, tuple[Evidence, ...]]],
 ) -> list[StayToReview]:
     """Return the stays on which coder and model disagree, by their most important disagreement."""
     stays = []
     for stay in coded.keys() & predicted.keys():
-        items = reader.disagreements(coded[stay], predicted[stay])
+        quoted = evidence.get(stay, {})
+        found = reader.disagreements(coded[stay], predicted[stay])
+        items = [item._replace(evidence=quoted.get(item.proposed, ())) for item in found]
         if items:
             text = notes.get(stay, "")
             known = (agreed(coded[stay], items), predicted[stay].decision or "", "", facts.get(stay, {}))
@@ -77,6 +80,17 @@ def disagreements_csv(stays: Sequence[StayToReview]) -> str:
         what = (item.role, item.coded, item.proposed, item.label, item.confidence, item.effect)
         writer.write(*about, *what, "" if item.confidence is None else round(score(item), 4))
     return buffer.getvalue()
+
+
+def read_evidence(predictions: Path) -> dict[str, dict[str, tuple[Evidence, ...]]]:
+    """Return the sentences that support each code of each stay, where `utils.explain_icd10` wrote the predictions."""
+    if has_fixed_columns(predictions):
+        return {}
+    rows = read_by_id(predictions, lambda row: row.get("codes") or [])
+    return {
+        stay: {item["code"]: evidence_of(item) for item in codes if isinstance(item, dict)}
+        for stay, codes in rows.items()
+    }
 
 
 def _read_notes(options: argparse.Namespace) -> dict[str, str]:
@@ -154,7 +168,9 @@ def main() -> None:
     if options.decisions:
         assert table is not None, "checked above"
         _take_decisions(options, coded, notes, table)
-    stays = compare(coded, predicted, SecondReader(complications, table), facts, notes)
+    stays = compare(
+        coded, predicted, SecondReader(complications, table), facts, notes, read_evidence(options.predictions)
+    )
     save({outputs[0]: disagreements_csv(stays), outputs[1]: _page(options, stays, len(facts), facts, table)})
     print(f"{counted(len(facts), 'stay')} compared, {len(stays):,} with a disagreement: {outputs[1]} and {outputs[0]}")
     roles = [item.role for found in stays for item in found.items]

@@ -21,7 +21,7 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import CHAPTER_NAMES, Cim10Entry, Cim10Table, chapter
 from utils.icd10.drift import Period, Shift
 from utils.icd10.predictions import Prediction
-from utils.icd10.review_items import Item, StayToReview
+from utils.icd10.review_items import Evidence, Item, StayToReview
 from utils.reports import pages
 from utils.reports.drift_page import drift_page
 from utils.reports.evaluation_page import html_page
@@ -94,7 +94,7 @@ def evaluation():
 
 def worklist():
     """Return a page to review two stays: every kind of item, broken rules, facts, and a note with evidence."""
-    items = [Item("DP", "", "I500", "Insuffisance cardiaque " * 4, 0.4, evidence=("Dyspnée.",))]
+    items = [Item("DP", "", "I500", "Insuffisance cardiaque " * 4, 0.4, evidence=(Evidence("Dyspnée.", "CRH"),))]
     items += [Item("DAS", "I10", "", "Hypertension", None), Item("", "E119", "E110", "Diabète", 0.9)]
     about = {"decision": "to_review", "reason": "DP confidence 0.400, below 0.900", "broken": ("DR without a DP",)}
     stays = [

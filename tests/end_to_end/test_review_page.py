@@ -9,7 +9,7 @@ from tests.support.patience import wait_until
 from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.decisions import ACCEPTED, ADDED, REFUSED, REPLACED, Decision, read_decisions
 from utils.icd10.journal import Key, note_hash
-from utils.icd10.review_items import Item, StayToReview
+from utils.icd10.review_items import Evidence, Item, StayToReview
 from utils.reports.review_page import WORKLIST, review_page
 
 CHROMIUM = find_chromium()
@@ -29,7 +29,14 @@ def stays():
     found = []
     for number in range(STAYS):
         items = [
-            Item("DP", "", "I500", "Insuffisance cardiaque", number / STAYS, evidence=(EVIDENCE,)),
+            Item(
+                "DP",
+                "",
+                "I500",
+                "Insuffisance cardiaque",
+                number / STAYS,
+                evidence=(Evidence(EVIDENCE, "CRH, negation"),),
+            ),
             Item("DAS", "", "I100", HOSTILE if not number else "Hypertension", 0.9),
         ]
         text = f"Séjour {number}. {EVIDENCE} " + "Le patient est suivi depuis dix ans. " * 80
@@ -101,6 +108,7 @@ def test_texts_are_never_markup(opened):
 
 def test_evidence_is_marked_in_the_note(opened):
     assert opened.evaluate("[...document.querySelectorAll('.note mark')].map(m => m.textContent)") == [EVIDENCE]
+    assert opened.evaluate("document.querySelector('.items q').textContent") == f"{EVIDENCE} (CRH, negation)"
 
 
 def test_filters_and_orders(opened):

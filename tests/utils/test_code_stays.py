@@ -21,8 +21,9 @@ from utils.engines.prompts import Prompt
 from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.decisions import COLUMNS
-from utils.icd10.journal import Key, note_hash, open_journal
+from utils.icd10.journal import CODED, EXPLAINED, Key, note_hash, open_journal
 from utils.icd10.prompts import note_of, prompt_messages
+from utils.icd10.review_items import Evidence
 from utils.tables.jsonl import read_lines
 from utils.tables.read_table import read_table
 
@@ -140,6 +141,21 @@ def test_reviews_are_kept_and_become_rows_to_train_on(week, tmp_path):
     # A note that changes is to be coded and reviewed again; the row to train on stays.
     assert "1 stay coded now, 1 before; 1 to review" in week(notes | {"s1": "Dyspnée, œdèmes."})[1]
     assert len(list(read_table(tmp_path / "list/corrections.jsonl"))) == 1
+
+
+def test_evidence_is_kept_by_its_place_and_shown_as_text(tmp_path):
+    text = "Dyspnée. Pas de fièvre."
+    key, prompt = Key("s1", note_hash(text)), Prompt("s1", {"messages": prompt_messages(text)})
+    codes = [item._asdict() for item in parse_answer(ANSWER)]
+    sentence = {"start": 9, "end": 23, "document": "CRH", "date": "", "drop": 1.5, "marks": ["negation"]}
+    with open_journal(tmp_path / "journal.jsonl") as journal:
+        journal.append(CODED, key, {"codes": codes})
+        assert [item.evidence for item in code_stays.to_review({key: prompt}, journal)[0].items] == [(), ()]
+        journal.append(EXPLAINED, key, {"codes": [{"code": "I10", "evidence": [sentence]}]})
+        stays = code_stays.to_review({key: prompt}, journal)
+    assert [item.evidence for item in stays[0].items] == [(), (Evidence("Pas de fièvre.", "CRH, negation"),)]
+    assert code_stays.worklist_csv(stays).splitlines()[2].endswith(",Pas de fièvre.")
+    assert "fièvre" not in (tmp_path / "journal.jsonl").read_text(encoding="utf-8")
 
 
 def test_the_drift_page_compares_with_training(week, tmp_path):

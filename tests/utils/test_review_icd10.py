@@ -75,7 +75,8 @@ def second_reading(tmp_path, run_command):
     answers = {"s1": ("I500", 0.8), "s2": ("J90", 0.9), "s3": ("I10", 0.99)}
     with (tmp_path / "p.jsonl").open("w", encoding="utf-8") as file:
         for stay, (dp, chance) in answers.items():
-            codes = [{"role": "DP", "code": dp, "label": "", "confidence": chance}]
+            evidence = [{"sentence": "Une phrase.", "document": "CRH", "date": "", "marks": ["family"]}]
+            codes = [{"role": "DP", "code": dp, "label": "", "confidence": chance, "evidence": evidence}]
             codes += [{"role": "DAS", "code": "J90", "label": ""}] if stay == "s1" else []
             file.write(json.dumps({"id": stay, "codes": codes, NOTHING_MORE: {"confidence": 0.7}}) + "\n")
 
@@ -102,7 +103,13 @@ def test_csv_and_counts(second_reading, tmp_path):
     assert rows[0]["month"] == "2026-12" and rows[0]["specialty"] == "cardio"
     assert rows[0]["coder"] == "'=cmd()"  # no formula in a spreadsheet
     page = (tmp_path / "out/review.html").read_text(encoding="utf-8")
-    for text in ("By coder", "By month", "By specialty", "chirurgie"):
+    for text in (
+        '{"about": "CRH, family", "text": "Une phrase."}',
+        "By coder",
+        "By month",
+        "By specialty",
+        "chirurgie",
+    ):
         assert text in page
     code, output = second_reading("--by", "service")
     assert "By service" in (tmp_path / "out/review.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The journal of a worklist: what a model proposed for each stay, and what was decided, in the order of time.
+"""The journal of a worklist: what a model proposed for each stay, why, and what was decided, in the order of time.
 
 Each line of the jsonl file is an event, with the `time`, the `stay` and the hash of its `note`; no line has text of a
 note. Lines are only appended, each in one piece and flushed to the disk. A line that a killed process left incomplete
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from model.errors import UserError
 from utils.tables.jsonl import Row, file_errors
 
-CODED, REVIEWED = "coded", "reviewed"  # events
+CODED, EXPLAINED, REVIEWED = EVENTS = ("coded", "explained", "reviewed")
 _HASH_LENGTH = 16  # hexadecimal digits
 
 
@@ -40,6 +40,7 @@ class Journal:
     Attributes:
         events: every line, in the order of time.
         coded: the latest event CODED of each stay and note.
+        explained: the latest event EXPLAINED of each stay and note.
         reviewed: the latest event REVIEWED of each stay and note.
     """
 
@@ -47,6 +48,7 @@ class Journal:
         self._descriptor = descriptor
         self.events: list[Row] = []
         self.coded: dict[Key, Row] = {}
+        self.explained: dict[Key, Row] = {}
         self.reviewed: dict[Key, Row] = {}
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -69,8 +71,8 @@ class Journal:
 
     def _remember(self, row: Row) -> None:
         self.events.append(row)
-        latest = self.coded if row["event"] == CODED else self.reviewed
-        latest[Key(row["stay"], row["note"])] = row
+        latest = {CODED: self.coded, EXPLAINED: self.explained, REVIEWED: self.reviewed}
+        latest[row["event"]][Key(row["stay"], row["note"])] = row
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def _event(path: Path, number: int, line: bytes) -> Row:
     """Parse a line of a journal."""
     try:
         row: Any = json.loads(line)
-        if row["event"] in (CODED, REVIEWED) and isinstance(row["stay"], str) and isinstance(row["codes"], list):
+        if row["event"] in EVENTS and isinstance(row["stay"], str) and isinstance(row["codes"], list):
             row["time"], row["note"]
             return row
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -7,6 +7,13 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import ROLES
 
 
+class Evidence(NamedTuple):
+    """A sentence of the note, and its document, date and cues such as "negation"."""
+
+    text: str
+    about: str
+
+
 class Item(NamedTuple):
     """A code to decide on.
 
@@ -26,7 +33,7 @@ class Item(NamedTuple):
     label: str
     confidence: float | None
     effect: float = 1.0
-    evidence: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
 
 
 class StayToReview(NamedTuple):
@@ -62,11 +69,13 @@ def confidence_of(code: Mapping[str, Any]) -> float | None:
     return code.get("confidence", code.get("probability"))
 
 
-def evidence_of(code: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the sentences that support a code, if the answer has any: strings, or rows with a `text`."""
-    found = code.get("evidence") or []
-    sentences = (item.get("text") if isinstance(item, dict) else item for item in found)
-    return tuple(sentence for sentence in sentences if isinstance(sentence, str))
+def evidence_of(code: Mapping[str, Any]) -> tuple[Evidence, ...]:
+    """Return the sentences that support a code, if the row of `utils.explain_icd10` has any."""
+    found = []
+    for row in code.get("evidence") or ():
+        about = (row.get("document"), row.get("date"), *row.get("marks", ()))
+        found.append(Evidence(row["sentence"], ", ".join(filter(None, about))))
+    return tuple(found)
 
 
 def proposals(codes: Iterable[Mapping[str, Any]]) -> list[Item]:

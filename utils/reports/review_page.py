@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.icd10.codes import Cim10Table
 from utils.icd10.decisions import ACCEPTED, ADDED, COLUMNS, REFUSED, REPLACED
-from utils.icd10.review_items import StayToReview
+from utils.icd10.review_items import Item, StayToReview
 from utils.reports.pages import render_page
 
 WORKLIST, SECOND_READING = "worklist", "second_reading"
@@ -35,8 +35,7 @@ def review_page(
         groups: tables to show closed above the stays: header and rows by title.
     """
     rows = [
-        found._asdict()
-        | {"items": [item._asdict() for item in found.items], "agreed": [code._asdict() for code in found.agreed]}
+        found._asdict() | {"items": list(map(_item, found.items)), "agreed": [code._asdict() for code in found.agreed]}
         for found in stays
     ]
     return render_page(
@@ -50,6 +49,10 @@ def review_page(
         words={"accepted": ACCEPTED, "refused": REFUSED, "replaced": REPLACED, "added": ADDED},
         codes=[[entry.code, entry.label] for entry in table] if table is not None else [],
     )
+
+
+def _item(item: Item) -> dict[str, Any]:
+    return item._asdict() | {"evidence": [sentence._asdict() for sentence in item.evidence]}
 
 
 def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

@@ -123,7 +123,8 @@ function drawItem(stay, item) {
   const replaced = item.decision === words.replaced ? " → " + item.final : "";
   const name = element("div", { className: "name" },
     element("b", { textContent: (item.role || "?") + " " + nameOf(item) + replaced }), " " + label + " ",
-    item.decision === words.added ? null : element("small", { textContent: "confidence " + percent(item.confidence) }));
+    item.decision === words.added ? null : element("small", { textContent: "confidence " + percent(item.confidence) }),
+    ...item.evidence.map(sentence => element("q", { textContent: sentence.text + (sentence.about ? " (" + sentence.about + ")" : "") })));
   name.onmouseenter = () => highlight(stay, item);
   const actions = element("div", { className: "actions" });
   if (item.decision === words.added) {
@@ -203,9 +204,9 @@ function draw() {
 
 function marked(stay) {
   const spans = [];
-  stay.items.forEach((item, number) => (item.evidence || []).forEach(sentence => {
-    const start = sentence ? stay.text.indexOf(sentence) : -1;
-    if (start >= 0) spans.push({ start, end: start + sentence.length, number, code: item.proposed });
+  stay.items.forEach(item => item.evidence.forEach(sentence => {
+    const start = sentence.text ? stay.text.indexOf(sentence.text) : -1;
+    if (start >= 0) spans.push({ start, end: start + sentence.text.length, code: item.proposed });
   }));
   spans.sort((one, other) => one.start - other.start);
   const parts = [];
@@ -225,7 +226,7 @@ function marked(stay) {
 
 function highlight(stay, item) {
   for (const mark of document.querySelectorAll(".note mark"))
-    mark.classList.toggle("shown", (item.evidence || []).includes(mark.dataset.sentence));
+    mark.classList.toggle("shown", item.evidence.some(sentence => sentence.text === mark.dataset.sentence));
 }
 
 // --- The file of decisions ----------------------------------------------------------------------------------------
