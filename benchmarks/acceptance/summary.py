@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.acceptance.runner import FINISHED, RESULTS
+from model.wording import counted
 from utils.reports.pages import render_page
 
 _GIB = 1 << 30
@@ -57,14 +58,16 @@ def write_summary(out: Path) -> str:
 
 def _lead(found: Findings) -> str:
     passed = sum(check["passed"] is True for check in found.checks)
-    where = next((check["numbers"] for check in found.checks if check["name"] == "versions"), {})
-    device = where.get("gpu") or where.get("cpu", "unknown device")
     seconds = sum(ending["seconds"] for ending in found.endings)
-    return (
-        f"{passed} checks passed, {len(found.failed)} failed; {len(found.endings) - len(found.unfinished)} of "
-        f"{len(found.endings)} parts finished, in {seconds:.0f} s. {device}, torch {where.get('torch', 'unknown')}, "
-        f"transformers {where.get('transformers', 'not installed')}."
+    done = len(found.endings) - len(found.unfinished)
+    counts = (
+        f"{counted(passed, 'check')} passed, {len(found.failed)} failed; {done} of {len(found.endings)} parts finished"
     )
+    where = next((check["numbers"] for check in found.checks if check["name"] == "versions"), None)
+    if where is None:  # without the part that records them
+        return f"{counts}, in {seconds:.0f} s."
+    device, transformers = where.get("gpu", where["cpu"]), where.get("transformers", "not installed")
+    return f"{counts}, in {seconds:.0f} s. {device}, torch {where['torch']}, transformers {transformers}."
 
 
 def _tables(found: Findings) -> Iterator[Table]:
