@@ -91,6 +91,7 @@ ELSEWHERE = {
     "python -m utils.explain_icd10": "test_explain_icd10.py::test_documents_dates_and_marks_of_the_evidence",
     "python -m utils.calibrate_icd10": "test_icd10_confidence.py::test_calibrating_stores_the_result_with_the_run",
     "python -m utils.code_stays": "test_code_stays.py::test_reviews_are_kept_and_become_rows_to_train_on",
+    "python -m tests.end_to_end.kill_worklist": "as test_code_stays.py does with fewer stays",
     "python -m utils.review_icd10": "test_review_icd10.py::test_decisions_are_counted_and_become_rows_to_train_on",
     "python -m utils.predict_icd10 --engine server": "test_serving.py::test_a_served_export_answers_as_we_do",
     "python -m utils.plan": "test_plan.py::test_printed_plan",

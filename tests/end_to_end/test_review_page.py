@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from docs import draw_pages
 from tests.support.chromium import Browser, find_chromium
 from tests.support.patience import wait_until
 from utils.icd10.codes import Cim10Entry, Cim10Table
@@ -168,3 +169,9 @@ def test_decisions_are_downloaded_and_read_back(opened, tmp_path):
     assert by_stay["=s1"].time[:7] == today[:7]
     choose(opened, "#state", "done")
     assert listed(opened) == [HOSTILE, "=s1", "=s2"]
+
+
+def test_pictures_of_pages(page, tmp_path, run_command):
+    code, output = run_command(draw_pages, page, tmp_path / "review.png")
+    assert code == 0, output
+    assert (tmp_path / "review.png").read_bytes().startswith(b"\x89PNG")

@@ -191,7 +191,7 @@ function draw() {
     small(about),
     ...stay.broken.map(rule => element("p", { className: "problem", textContent: rule })),
     element("ul", { className: "items" }, ...stay.items.map(item => drawItem(stay, item))),
-    small(stay.agreed.length ? "Both: " + stay.agreed.map(code => `${code.role} ${code.code} ${code.label}`).join(", ") : ""),
+    small(stay.agreed.length ? "Both: " + stay.agreed.map(code => [code.role, code.code, code.label || labelOf(code.code)].filter(Boolean).join(" ")).join(", ") : ""),
     element("div", { className: "actions" }, acceptAll, next,
       action("Add a code", false, () => { stay.adding = !stay.adding; draw(); })),
     stay.adding ? adder(stay) : null,
