@@ -49,7 +49,7 @@ from utils.tables.read_table import FILE_TYPES, add_encoding_option
 
 JOURNAL, WORKLIST, PAGE, CORRECTIONS = "journal.jsonl", "worklist.csv", "review.html", "corrections.jsonl"
 DRIFT = "drift.html"
-COLUMNS = ("stay", "note", "decision", "reason", "role", "code", "label", "confidence", "evidence")
+COLUMNS = ("stay", "note", "decision", "reason", "rules", "role", "code", "label", "confidence", "evidence")
 
 
 def code_new(
@@ -124,8 +124,9 @@ def to_review(export: Mapping[Key, Any], journal: Journal) -> list[StayToReview]
             coded = journal.coded[key]
             text = note_of(prompt.messages)
             items = proposals(_with_evidence(key, text, journal))
-            decided = (coded.get("decision") or "", coded.get("reason") or "")
-            stays.append(StayToReview(*key, text, doubt(items), items, decision=decided[0], reason=decided[1]))
+            marked = {"decision": coded.get("decision") or "", "reason": coded.get("reason") or ""}
+            broken = tuple(coded.get("rules", ()))
+            stays.append(StayToReview(*key, text, doubt(items), items, broken=broken, **marked))
     return sorted(stays, key=lambda found: (-found.priority, found.stay))
 
 
@@ -138,7 +139,7 @@ def worklist_csv(stays: Iterable[StayToReview]) -> str:
     buffer = io.StringIO()
     writer = CsvWriter(buffer, COLUMNS)
     for found in stays:
-        about = (found.stay, found.note, found.decision, found.reason)
+        about = (found.stay, found.note, found.decision, found.reason, ", ".join(found.broken))
         for item in found.items:
             writer.write(*about, item.role, item.proposed, item.label, item.confidence, _quoted(item))
         if not found.items:

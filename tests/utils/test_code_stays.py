@@ -149,12 +149,13 @@ def test_evidence_is_kept_by_its_place_and_shown_as_text(tmp_path):
     codes = [item._asdict() for item in parse_answer(ANSWER)]
     sentence = {"start": 9, "end": 23, "document": "CRH", "date": "", "drop": 1.5, "marks": ["negation"]}
     with open_journal(tmp_path / "journal.jsonl") as journal:
-        journal.append(CODED, key, {"codes": codes})
+        journal.append(CODED, key, {"codes": codes, "rules": ["a_rule"]})
         assert [item.evidence for item in code_stays.to_review({key: prompt}, journal)[0].items] == [(), ()]
         journal.append(EXPLAINED, key, {"codes": [{"code": "I10", "evidence": [sentence]}]})
         stays = code_stays.to_review({key: prompt}, journal)
     assert [item.evidence for item in stays[0].items] == [(), (Evidence("Pas de fièvre.", "CRH, negation"),)]
     assert code_stays.worklist_csv(stays).splitlines()[2].endswith(",Pas de fièvre.")
+    assert stays[0].broken == ("a_rule",) and ",a_rule,DAS,I10," in code_stays.worklist_csv(stays)
     assert "fièvre" not in (tmp_path / "journal.jsonl").read_text(encoding="utf-8")
 
 
