@@ -14,7 +14,7 @@ from model.errors import UserError
 from utils import calibrate_icd10, evaluate_icd10
 from utils.engines.marking import Marker
 from utils.icd10.answers import Diagnosis, build_answer
-from utils.icd10.calibration import Calibration, fit, observations
+from utils.icd10.calibration import Calibration, fit, main_diagnoses, observations
 from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.confidence import ProbabilityReader
 from utils.icd10.confidence_scores import calibration, coding_curve, confidence_scores
@@ -190,6 +190,8 @@ def test_a_code_is_right_in_its_role_and_the_end_if_nothing_is_missing():
         NOTHING_MORE: [(0.3, False), (0.7, True), (1.0, True)],
     }
     assert observations(GOLD, {"a": GIVEN["a"]._replace(edited=True)}, "confidence") == {}
+    assert main_diagnoses(GOLD, GIVEN, "confidence") == [(0.9, True), (0.4, False)], "gold has no DP of c"
+    assert main_diagnoses(GOLD, {}, "confidence") == [(0, False)] * 2
 
 
 def test_expected_calibration_error_is_that_of_a_loop():

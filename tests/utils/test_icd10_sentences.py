@@ -55,6 +55,7 @@ def test_every_letter_is_in_one_sentence(note: str) -> None:
         ("HTA, pas de thyroïdopathie, diabète traité par metformine.", []),
         ("Antécédents : diabète chez sa mère, HTA.", ["family"]),
         ("Antécédents : HTA chez sa mère, diabète.", []),
+        ("Antécédents : mère : diabète, HTA.", ["family"]),
         ("Ancien diabète gestationnel (guéri en 2011).", ["past"]),
         ("Découverte d'un diabète.", []),
         ("Glycémie à 3 g/L, sans acidose.", ["negation"]),  # no shared word: the whole sentence
