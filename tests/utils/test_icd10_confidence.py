@@ -295,7 +295,7 @@ def test_evaluation_shows_confidences_before_and_after(val, jsonl, tmp_path, run
     marked, scores, page = jsonl("m.jsonl", rows), tmp_path / "s.json", tmp_path / "s.html"
     arguments = ["--gold", gold, "--predictions", marked, "--json", scores, "--html", page]
     code, output = run_command(evaluate_icd10, *arguments)
-    assert code == 0 and "98% right main diagnoses" in output and "DP, calibrated" in output, output
+    assert code == 0 and "98% right main diagnoses" in output and "DP: calibrated" in output, output
     found = json.loads(scores.read_text())["confidence"]
     assert found["calibration"]["confidence"]["DP"]["ece"] < found["calibration"]["probability"]["DP"]["ece"]
     html = page.read_text()

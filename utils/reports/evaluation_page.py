@@ -243,7 +243,7 @@ def _confidence_tables(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the tables of calibration and of what a person need not read."""
     calibrated = [
         (
-            f"{CONFIDENCE_ROLES.get(role, role)}, {CONFIDENCE_KINDS[kind]}",
+            f"{CONFIDENCE_ROLES[role]}: {CONFIDENCE_KINDS[kind]}",
             f"{scores['codes']:,}",
             *(_number(scores[key]) for key in ("mean", "correct", "ece", "brier")),
         )
