@@ -124,9 +124,9 @@ def to_review(export: Mapping[Key, Any], journal: Journal) -> list[StayToReview]
             coded = journal.coded[key]
             text = note_of(prompt.messages)
             items = proposals(_with_evidence(key, text, journal))
-            marked = {"decision": coded.get("decision") or "", "reason": coded.get("reason") or ""}
+            decision, reason = coded.get("decision") or "", coded.get("reason") or ""
             broken = tuple(coded.get("rules", ()))
-            stays.append(StayToReview(*key, text, doubt(items), items, broken=broken, **marked))
+            stays.append(StayToReview(*key, text, doubt(items), items, decision=decision, reason=reason, broken=broken))
     return sorted(stays, key=lambda found: (-found.priority, found.stay))
 
 
