@@ -30,6 +30,7 @@ from utils.icd10.answer_grammar import answer_grammar, as_lark
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.rules import guide_rules
 
 VOCABULARY = 32_768  # of the v3 tokenizer, the demo's
 COLUMNS = {
@@ -112,14 +113,15 @@ def fictional_table(codes: int) -> Cim10Table:
 
 
 def random_answers(table: Cim10Table, count: int) -> list[str]:
-    """Return answers with one DP, perhaps a DR, and up to six DAS."""
-    rng = random.Random(1)
-    by_role = {role: [entry for entry in table if table.allows(role, entry.code)] for role in ("DP", "DR", "DAS")}
+    """Return answers with one DP, perhaps a DR, and up to six DAS, that break no forbidding rule."""
+    rng, rules = random.Random(1), guide_rules()
+    by_role = {role: [entry for entry in table if rules.allows(role, entry)] for role in ("DP", "DR", "DAS")}
 
     def answer() -> str:
         roles = ["DP", *["DR"] * rng.randrange(2), *["DAS"] * rng.randrange(7)]
         chosen = [(role, rng.choice(by_role[role])) for role in roles]
-        return build_answer([Diagnosis(role, entry.code, entry.label) for role, entry in chosen])
+        coding = [Diagnosis(role, entry.code, entry.label) for role, entry in chosen]
+        return build_answer(rules.repaired(coding, table)[0])
 
     return [answer() for _ in range(count)]
 

@@ -28,6 +28,7 @@ from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
 from utils.icd10.prompts import prompt_messages
+from utils.icd10.rules import guide_rules
 from utils.models.demo_model import demo_model_args
 
 NEW_TOKENS = 70  # a typical answer
@@ -90,7 +91,8 @@ def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict
             found = parse_answer(constraint.text)
             counts["codes"] += len(found)
             counts["without_code"] += not found
-            counts["not_allowed"] += sum(not (item.role and table.allows(item.role, item.code)) for item in found)
+            allowed = (item.role and guide_rules().allows(item.role, table.get(item.code)) for item in found)
+            counts["not_allowed"] += sum(not is_allowed for is_allowed in allowed)
     return {**counts, "seconds": time.perf_counter() - start}
 
 

@@ -49,7 +49,8 @@ from utils.icd10.predictions import (
     require_columns,
 )
 from utils.icd10.roles import parse_roles
-from utils.icd10.rules import ADVICE
+from utils.icd10.rules import RuleSet, add_rules_option, guide_rules, parse_rules
+from utils.icd10.rules_file import TO_CHECK
 from utils.reports.evaluation_page import LEVEL_NAMES, html_page, optional_tables, score_rows, uncertainty, warnings
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
@@ -72,17 +73,19 @@ def evaluate(
     seed: int = 0,
     second: Mapping[str, Prediction] | None = None,
     with_depth: bool = False,
+    rules: RuleSet | None = None,
 ) -> dict[str, Any]:
     """Return the scores of predictions; docs/evaluation.md documents the keys.
 
     Args:
         gold: diagnoses by stay; their patients, if known, are what the bootstrap draws.
         predictions: predictions by stay; a missing one counts as no codes, an unknown id is ignored.
-        table: needed for broken rules and advice (empty without it) and the labels of `errors`.
+        table: needed for broken rules (empty without it) and the labels of `errors`.
         training: diagnoses of the training stays, for the frequency bands; None for the frequencies in gold.
         seed: seed of the bootstrap.
         second: diagnoses by stay of a second coder; None leaves `second_coder` out.
         with_depth: whether to add `cophe`, the depth-aware scores.
+        rules: coding rules; None for those of the guide.
     """
     given = [predictions.get(stay, Prediction([])) for stay in gold]
     expected = [stay.diagnoses for stay in gold.values()]
@@ -107,22 +110,30 @@ def evaluate(
         **optional,
         "confidence": confidence_scores(gold, predictions, weights),
         "by_stay": _by_stay(gold, codings, weights),
-        **_rule_counts(gold, codings, table),
+        **_rule_counts(gold, codings, table, rules or guide_rules()),
         "errors": _most_frequent_errors(expected, codings, table),
         "per_stay": _per_stay(gold, predictions),
     }
 
 
 def _rule_counts(
-    gold: Mapping[str, Prediction], codings: Sequence[Sequence[Diagnosis]], table: Cim10Table | None
+    gold: Mapping[str, Prediction],
+    codings: Sequence[Sequence[Diagnosis]],
+    table: Cim10Table | None,
+    rules: RuleSet,
 ) -> dict[str, Any]:
-    """Return `rates` and `advice` of the predictions, and `gold_rates` and `gold_advice`; empty without a table."""
-    found = {}
+    """Return `rates` and `to_check` of the predictions, `gold_rates` and `gold_to_check`; empty without a table.
+
+    `rules` has the version of the rules, and the title, with its reference, of each.
+    """
+    titles = {name: f"{rule.title} ({rule.reference})" for name, rule in rules.rules.items()}
+    found: dict[str, Any] = {"rules": {"version": rules.version, "titles": titles}}
+    to_check = rules.of_severity(TO_CHECK)
     facts = [stay.facts for stay in gold.values()]
     for prefix, coded in (("", codings), ("gold_", [stay.diagnoses for stay in gold.values()])):
-        rates = rule_rates(coded, table, facts) if table else {}
-        found[f"{prefix}rates"] = {name: rate for name, rate in rates.items() if name not in ADVICE}
-        found[f"{prefix}advice"] = {name: rate for name, rate in rates.items() if name in ADVICE}
+        rates = rule_rates(coded, table, facts, rules) if table else {}
+        found[f"{prefix}rates"] = {name: rate for name, rate in rates.items() if name not in to_check}
+        found[f"{prefix}to_check"] = {name: rate for name, rate in rates.items() if name in to_check}
     return found
 
 
@@ -232,9 +243,13 @@ def _differences(gold: Sequence[Diagnosis], predicted: Sequence[Diagnosis]) -> t
 
 
 def note_rows(
-    gold: Mapping[str, Prediction], predictions: Mapping[str, Prediction], table: Cim10Table | None = None
+    gold: Mapping[str, Prediction],
+    predictions: Mapping[str, Prediction],
+    table: Cim10Table | None = None,
+    rules: RuleSet | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the codes and scores of each gold note, without its text; with a table, the rules that they break, too."""
+    rules = rules or guide_rules()
     for note_id, stay in gold.items():
         expected = stay.diagnoses
         given = predictions[note_id].diagnoses if note_id in predictions else []
@@ -261,13 +276,20 @@ def note_rows(
             "f1": f1,
             "f1_category": f1_category,
             "exact_match": int(codes == found),
-            **({"gold_rules": _broken(expected, stay, table), "rules": _broken(given, stay, table)} if table else {}),
+            **(
+                {
+                    f"{side}rules": _broken(coding, stay, table, rules)
+                    for side, coding in (("gold_", expected), ("", given))
+                }
+                if table
+                else {}
+            ),
         }
 
 
-def _broken(coding: Sequence[Diagnosis], stay: Prediction, table: Cim10Table) -> str:
-    """Return the names of the rules that a coding of a stay breaks, and of the advice that it does not follow."""
-    return " ".join(name for name, rate in rule_rates([coding], table, [stay.facts]).items() if rate["count"])
+def _broken(coding: Sequence[Diagnosis], stay: Prediction, table: Cim10Table, rules: RuleSet) -> str:
+    """Return the names of the rules that a coding of a stay breaks."""
+    return " ".join(name for name, rate in rule_rates([coding], table, [stay.facts], rules).items() if rate["count"])
 
 
 def _with_roles(diagnoses: Sequence[Diagnosis]) -> str:
@@ -313,6 +335,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="F", help="write a page with charts")
     parser.add_argument("--csv", type=Path, metavar="F", help="write one line per note")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="ATIH's table; count invalid and forbidden codes")
+    add_rules_option(parser)
     parser.add_argument("--train", type=Path, metavar="FILE", help="training rows (jsonl), to score by code frequency")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     parser.add_argument("--second", type=Path, metavar="FILE", help="a second coder's codes (jsonl, csv): agreement")
@@ -348,7 +371,8 @@ def _json_text(result: Mapping[str, Any]) -> str:
 def main() -> None:
     args = _arguments()
     outputs = (args.json, args.html, args.csv)
-    require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train, args.second))
+    require_own_names(outputs, (args.gold, args.predictions, args.cim10, args.train, args.second, args.rules))
+    rules = parse_rules(args.rules)
     if args.run:
         from utils.engines.answer_file import answers_to_gold  # imports mistral_common
 
@@ -365,13 +389,14 @@ def main() -> None:
     if not args.ignore_extra:
         require_same_ids(gold, predictions, args.predictions)
         require_same_ids(gold, second or gold, args.second)
-    result = evaluate(gold, predictions, table, training, args.seed, second, args.cophe)
+    result = evaluate(gold, predictions, table, training, args.seed, second, args.cophe, rules)
     contents = {args.json: _json_text(result)}
     if args.html:
         about = {"Predictions": args.predictions.name, "Gold": args.gold.name, **describe_origin(args.predictions)}
+        about |= {"Coding rules": rules.version} if table else {}
         contents[args.html] = html_page(result, about | {"Evaluated": f"{datetime.now():%Y-%m-%d %H:%M}"})
     if args.csv:
-        contents[args.csv] = _csv_text(note_rows(gold, predictions, table))
+        contents[args.csv] = _csv_text(note_rows(gold, predictions, table, rules))
     save(contents)
     print(summarize(result))
     print(next_commands({"compare": ("utils.compare_icd10", "other=OTHER.json", f"this={args.json}")}))

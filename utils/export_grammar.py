@@ -3,8 +3,10 @@
 python -m utils.export_grammar --cim10 TABLE --out answers.lark     llguidance, and vLLM and SGLang with it
 python -m utils.export_grammar --cim10 TABLE --out answers.gbnf     llama.cpp, and xgrammar
 
-It accepts exactly the answers that `utils.predict_icd10 --cim10 TABLE` can give, with a space in front or without: the
-first token of a SentencePiece model has one. The engines vllm and server use it without this command.
+It accepts every answer that `utils.predict_icd10 --cim10 TABLE` can give, with a space in front or without: the first
+token of a SentencePiece model has one. It enforces the forbidding rules on one code and on the DR, not those on two
+codes of a stay (repetitions, a code and its parent, pairs that exclude each other). The engines vllm and server use it
+without this command.
 """
 
 import argparse
@@ -13,8 +15,9 @@ from pathlib import Path
 from finetune.cli import run_cli
 from model.errors import UserError
 from model.wording import counted
-from utils.icd10.answer_grammar import OPTIONAL_SPACE, answer_grammar, as_gbnf, as_lark
-from utils.icd10.codes import Cim10Table
+from utils.icd10.answer_grammar import ITEM_NODES, OPTIONAL_SPACE, answer_grammar, as_gbnf, as_lark
+from utils.icd10.codes import ROLES, Cim10Table
+from utils.icd10.rules import add_rules_option, parse_rules
 from utils.tables.jsonl import require_own_names, save
 
 WRITERS = {".lark": as_lark, ".gbnf": as_gbnf}
@@ -24,14 +27,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="CIM-10 table of the allowed codes")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file that ends in .lark or .gbnf")
+    add_rules_option(parser)
     options = parser.parse_args()
     if options.out.suffix not in WRITERS:
         raise UserError(f"{options.out}: expected a name that ends in {' or '.join(WRITERS)}.")
-    require_own_names([options.out], [options.cim10])
-    grammar = answer_grammar(Cim10Table.from_file(options.cim10), OPTIONAL_SPACE)
+    require_own_names([options.out], [options.cim10, options.rules])
+    grammar = answer_grammar(Cim10Table.from_file(options.cim10), OPTIONAL_SPACE, parse_rules(options.rules))
     text = WRITERS[options.out.suffix](grammar)
     save({options.out: text})
-    codes = ", ".join(f"{counted(len(grammar[role].texts), 'text')} of {role.upper()}" for role in ("dp", "dr", "das"))
+    texts = {role: sum(len(grammar[name].texts) for name in grammar if ITEM_NODES.get(name) == role) for role in ROLES}
+    codes = ", ".join(f"{counted(count, 'text')} of {role}" for role, count in texts.items())
     print(f"{options.out}: {codes}, {len(text.encode()) / 1e6:.1f} MB")
 
 

@@ -11,7 +11,8 @@ the years of discharge: `2024=TABLE 2025=TABLE`.
 
 Files in DIR: `*_instruct.jsonl` (conversations) and `*_text.jsonl` (pretraining texts) for train, val and test;
 `report.json`, which accounts for every stay and code; `left_out.csv`, which names those left out; `rules.csv`, which
-names the stays whose codes break coding rules. Stays of the same patient, or with the same text, are in the same split;
+names the stays whose codes break coding rules (`--rules FILE`: your own; `--repair` leaves out codes until no
+forbidding rule is broken). Stays of the same patient, or with the same text, are in the same split;
 splits are stratified by the chapter of the main diagnosis.
 """
 
@@ -29,14 +30,15 @@ from model.errors import UserError
 from model.wording import counted
 from utils.icd10.answers import build_answer, code_list, list_codes
 from utils.icd10.codes import Cim10Table, chapter
-from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus
+from utils.icd10.corpus import FIRST, LAST, OF_DROPPED_STAY, TWO_PATIENTS, CodedStay, Corpus, build_corpus, repair
 from utils.icd10.mapping import TableMapping, read_mapping
 from utils.icd10.near_duplicates import Survey, find_near_duplicates, survey
 from utils.icd10.note_text import quoted_codes, quotes_label
 from utils.icd10.prompts import instruct_row, pretrain_row
 from utils.icd10.roles import parse_roles
+from utils.icd10.rule_kinds import Case
 from utils.icd10.rule_report import BrokenRule, check_stays, summarize_rules
-from utils.icd10.rules import Case
+from utils.icd10.rules import RuleSet, add_rules_option, parse_rules
 from utils.icd10.splits import SPLITS, split_stays
 from utils.icd10.stays import (
     CodeRow,
@@ -148,6 +150,7 @@ def describe(
     texts: Sequence[str],
     surveyed: Survey,
     splits: Sequence[int],
+    version: str,
     rules: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the report: stays and codes kept and left out, broken rules, splits, near-duplicates across splits."""
@@ -172,7 +175,8 @@ def describe(
         "unreadable_rows": _examples(by_kind["row"]),
         "changes": source.changes,
         "warnings": source.warnings,
-        **rules,
+        "rules_version": version,
+        "rules": rules,
         "splits": {
             name: _describe_split([stay for stay, split in zip(corpus.stays, splits) if split == number], patients)
             for number, name in enumerate(SPLITS[: max(splits) + 1])
@@ -218,7 +222,7 @@ def summarize(report: dict[str, Any]) -> str:
         lines.append("Unusable rows and documents:")
         lines += [_line("dropped, ", reason, found) for reason, found in report["unreadable_rows"].items()]
     lines += report["changes"]
-    lines += [*summarize_rules(report), *(f"warning: {warning}." for warning in report["warnings"])]
+    lines += [*summarize_rules(report["rules"]), *(f"warning: {warning}." for warning in report["warnings"])]
     for name, split in report["splits"].items():
         patients = f" of {counted(split['patients'], 'patient')}" if split["patients"] is not None else ""
         roles = ", ".join(f"{role} {count:,}" for role, count in split["codes"].items())
@@ -288,18 +292,31 @@ def leave_out_leaks(corpus: Corpus, source: Source, keep: bool) -> Corpus:
     return corpus._replace(stays=[stay for stay in corpus.stays if stay.id not in codes], left_out=left_out)
 
 
-def check_rules(
-    stays: Sequence[CodedStay], tables: TableYears, source: Source
-) -> tuple[dict[str, Any], list[BrokenRule]]:
-    """Return the counts of the rules that stays break, each by the table of its year, and the broken rules."""
+class YearRules:
+    """The CIM-10 table and the coding rules of each stay, by its date of discharge."""
 
-    def cases() -> Iterator[tuple[str, Case]]:
-        for stay in stays:
-            table = tables.of(stay.id, source.notes.discharges)
-            assert isinstance(table, Cim10Table)  # other stays are not in the corpus
-            yield stay.id, Case.build(stay.diagnoses, table, source.known_facts(stay.id))
+    def __init__(self, tables: TableYears, rules: RuleSet, source: Source) -> None:
+        self._tables, self._rules, self._source = tables, rules, source
 
-    return check_stays(cases())
+    def table(self, stay: str) -> Cim10Table | str:
+        """Return the table of a stay, or why there is none."""
+        return self._tables.of(stay, self._source.notes.discharges)
+
+    def rules(self, stay: str) -> RuleSet:
+        """Return the rules of a stay."""
+        return self._rules.in_year(self._source.notes.discharges.get(stay, "")[:4])
+
+    def check(self, stays: Sequence[CodedStay]) -> tuple[dict[str, Any], list[BrokenRule]]:
+        """Return the counts of the rules that stays break, and the broken rules."""
+
+        def cases() -> Iterator[tuple[str, RuleSet, Case]]:
+            for stay in stays:
+                table = self.table(stay.id)
+                assert isinstance(table, Cim10Table)  # other stays are not in the corpus
+                case = Case.build(stay.diagnoses, table, self._source.known_facts(stay.id))
+                yield stay.id, self.rules(stay.id), case
+
+        return check_stays(cases(), self._rules)
 
 
 class Outputs(NamedTuple):
@@ -380,6 +397,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: %(default)s)")
     parser.add_argument("--format", choices=(SENTENCE, LIST), default=SENTENCE, help="of answers; list: [C509, I10]")
     parser.add_argument("--leaks", choices=("keep", "drop"), default="keep", help="notes that quote their own codes")
+    add_rules_option(parser)
+    parser.add_argument("--repair", action="store_true", help="leave out codes that break forbidding rules")
     add_encoding_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser.parse_args()
@@ -403,23 +422,21 @@ def _next_steps(folder: Path, has_val: bool) -> str:
 def main() -> None:
     args = _arguments()
     fractions = parse_fractions(args.ratios, "--ratios")
-    tables = TableYears(args.cim10)
-    inputs = [args.text, args.codes, *tables.paths]
+    tables, rules = TableYears(args.cim10), parse_rules(args.rules)
+    inputs = [args.text, args.codes, *tables.paths, args.rules]
     require_own_names([args.out / name for name in (*_FILES, REPORT, *_LISTS)], inputs)
     source = read_source(args.text, args.codes, _mapping(args), args.encoding)
-    corpus = build_corpus(
-        source.notes,
-        source.codes,
-        lambda stay: tables.of(stay, source.notes.discharges),
-        args.several_dp,
-        stays_of_two_patients(source),
-    )
+    of_year = YearRules(tables, rules, source)
+    refused = stays_of_two_patients(source)
+    corpus = build_corpus(source.notes, source.codes, of_year.table, args.several_dp, refused, of_year.rules)
+    if args.repair:
+        corpus = repair(corpus, of_year.table, of_year.rules, source.known_facts)
     corpus = leave_out_leaks(corpus, source, args.leaks == "keep")
     if not corpus.stays:
         counts = Counter(found.reason for found in corpus.left_out)
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
         raise UserError(f"No stay of {args.text} and {args.codes} is usable with {' '.join(args.cim10)} ({reasons}).")
-    rules, broken = check_rules(corpus.stays, tables, source)
+    rule_counts, broken = of_year.check(corpus.stays)
     known = {stay.id: patient for stay in corpus.stays if (patient := source.patient(stay.id))}
     texts = NoteSequence(source.notes, corpus.stays)
     surveyed = survey(texts)
@@ -429,7 +446,7 @@ def main() -> None:
             "the tables do not name patients: a patient's stays may be in train and in test, and scores too good; "
             "--patient COLUMN keeps them together"
         )
-    report = describe(corpus, source, known, texts, surveyed, splits, rules)
+    report = describe(corpus, source, known, texts, surveyed, splits, rules.version, rule_counts)
     outputs = Outputs(args.out, args.format, args.overwrite)
     save(
         corpus.stays,

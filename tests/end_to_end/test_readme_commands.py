@@ -94,6 +94,7 @@ ELSEWHERE = {
     "python -m tests.end_to_end.kill_worklist": "as test_code_stays.py does with fewer stays",
     "python -m utils.review_icd10": "test_review_icd10.py::test_decisions_are_counted_and_become_rows_to_train_on",
     "python -m utils.predict_icd10 --engine server": "test_serving.py::test_a_served_export_answers_as_we_do",
+    "python -m utils.check_icd10": "test_check_icd10.py::test_the_checker_names_the_stays_that_break_rules",
     "python -m utils.plan": "test_plan.py::test_printed_plan",
     "python -m utils.reformat_data": "test_reformat.py::test_reformat_data_matches_the_original_and_keeps_tool_calls",
     "python -m docs.draw_images": "test_documentation_images.py::test_all_images_are_drawn",

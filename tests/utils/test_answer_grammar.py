@@ -141,12 +141,17 @@ def test_both_accept_the_same_strings_over_the_complete_cim10() -> None:
 
 def test_command_writes_both_formats(tmp_path: Path, run_command) -> None:
     table = tmp_path / "cim10.tsv"
-    table.write_text('code\ttype_mco\tlabel\nI10\t0\tHTA\nX59\t2\tChute "grave"\n', encoding="utf-8")
+    lines = ["code\ttype_mco\tlabel", "I10\t0\tHTA", 'X59\t2\tChute "grave"', "Z511\t0\tChimio"]
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     code, output = run_command(export_grammar, "--cim10", table, "--out", tmp_path / "a.lark")
-    assert code == 0 and "1 text of DP, 2 texts of DR, 2 texts of DAS" in output
-    assert 'DAS: "HTA (I10)" | "Chute \\"grave\\" (X59)"' in (tmp_path / "a.lark").read_text(encoding="utf-8")
+    assert code == 0 and "2 texts of DP, 2 texts of DR, 3 texts of DAS" in output
+    assert 'DAS: "HTA (I10)" | "Chute \\"grave\\" (X59)" | "Chimio (Z511)"' in (tmp_path / "a.lark").read_text(
+        encoding="utf-8"
+    )
     assert run_command(export_grammar, "--cim10", table, "--out", tmp_path / "a.gbnf")[0] == 0
-    assert 'dp ::= ("HTA (I10)") (before-dr)' in (tmp_path / "a.gbnf").read_text(encoding="utf-8")
+    assert 'dp-without-dr ::= ("HTA (I10)") (before-dr-of-dp-without-dr)' in (tmp_path / "a.gbnf").read_text(
+        encoding="utf-8"
+    )
     code, output = run_command(export_grammar, "--cim10", table, "--out", tmp_path / "a.txt")
     assert code == 1 and "expected a name that ends in .lark or .gbnf" in output
 

@@ -588,6 +588,6 @@ def test_original_stays_score_one_against_themselves(evaluate, monkeypatch, tmp_
     assert result["exact"]["gold"] == 902 and result["rates"] == result["gold_rates"]
     # Twelve stays have diabetes both with insulin (E1190) and without (E1198).
     assert {name: rate["count"] for name, rate in result["rates"].items() if rate["count"]} == {"excluded_pair": 12}
-    assert not any(rate["count"] for rate in result["advice"].values())
+    assert not any(rate["count"] for rate in result["to_check"].values())
     assert result["counts"]["repeated_codes"] == 0
     assert sum(len(parse_answer(row["messages"][2]["content"])) for row in rows) == 902

@@ -1,4 +1,4 @@
-"""Each coding rule and each advice, broken and followed; sex and age from tables; what reports show of them."""
+"""Each coding rule, broken and followed; sex and age from tables; what reports show of them."""
 
 import csv
 import json
@@ -10,7 +10,8 @@ from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.metrics import rule_rates
 from utils.icd10.people import People, age_at, parse_age, parse_sex
-from utils.icd10.rules import ADVICE, RULES, Case
+from utils.icd10.rule_kinds import Case
+from utils.icd10.rules import guide_rules
 
 LABELS = {"G632": "Polynévrite diabétique (E10-E14 avec le quatrième chiffre .4)", "F001": "Démence (G30.1)"}
 CODES = (
@@ -18,6 +19,7 @@ CODES = (
     "I639 J181 K358 N40 O800 P220 R05 R060 R568 S7200 T814 W019 Z038 Z21 Z380 Z511"
 )
 TABLE = Cim10Table(Cim10Entry(code, 0, LABELS.get(code, code)) for code in CODES.split())
+RULES = guide_rules().rules
 WITHOUT_CHAPTER_XX = Cim10Table(entry for entry in TABLE if entry.code != "W019")
 
 
@@ -28,9 +30,9 @@ def coding(text):
 
 
 def broken(text, table=TABLE, **facts):
-    """Return the names of the rules and of the advice that a stay breaks."""
+    """Return the names of the rules that a stay breaks."""
     rates = rule_rates([coding(text)], table, [facts])
-    found = [name for name in (*RULES, *ADVICE) if rates[name]["count"]]
+    found = [name for name in RULES if rates[name]["count"]]
     assert all(rates[name]["of"] == 1 for name in found)
     return found
 
@@ -46,6 +48,7 @@ def broken(text, table=TABLE, **facts):
         ("DP:C509 DR:C509", ["DR_without_Z", "DR_is_DP"]),
         ("DP:J181 DAS:J181", ["DAS_is_DP_or_DR"]),
         ("DP:Z511 DR:C509 DAS:C509", ["DAS_is_DP_or_DR"]),
+        ("DP:J181 DAS:I10 DAS:I10", ["repeated_DAS"]),
         ("DP:J181 DAS:C169 DAS:C169+0", ["parent_and_child"]),
         ("DP:J181 DAS:C169+0", []),
         ("DP:B200 DAS:Z21", ["excluded_pair"]),
@@ -69,7 +72,7 @@ def broken(text, table=TABLE, **facts):
         ("DP:J181 DAS:F03 DAS:P220", ["contradiction"]),
         ("DP:O800 DAS:Z380", ["contradiction"]),
         ("DP:P220 DAS:Z380", []),
-        # Advice.
+        # Cause and effect.
         ("DP:S7200", ["injury_without_cause"]),
         ("DP:S7200 DAS:W019", []),
         ("DP:J181 DAS:T814", []),  # a complication of care
@@ -77,11 +80,11 @@ def broken(text, table=TABLE, **facts):
         ("DP:R568 DAS:G400", ["symptom_with_cause"]),
         ("DP:I10 DAS:R060", []),
         ("DP:I5010 DAS:R05", []),
-        # Codes that are not in the table or are malformed break no rule but that.
-        ("DP:I5010 DAS:C61X DAS:O9Z DAS:PP", []),
+        # Malformed codes are not in the table, and break no other rule.
+        ("DP:I5010 DAS:C61X DAS:O9Z DAS:PP", ["unknown_code"]),
         ("DP:I5010 DAS:I10", []),
-        ("?:I10", []),
-        ("", []),
+        ("?:I10", ["no_DP"]),
+        ("", ["no_DP"]),
     ],
 )
 def test_each_rule_is_counted(text, expected):
@@ -128,9 +131,9 @@ def test_a_rule_is_out_of_the_stays_to_which_it_applies():
 
 def test_rules_name_the_codes_that_break_them():
     case = Case.build(coding("DP:E1140 DAS:E1198 DAS:C169 DAS:C169+0 DAS:I10"), TABLE)
-    assert RULES["excluded_pair"].check(case) == ["E1140", "E1198"]
-    assert RULES["parent_and_child"].check(case) == ["C169", "C169+0"]
-    assert RULES["wrong_sex"].check(case) is None
+    assert RULES["excluded_pair"].condition.check(case) == ["E1140", "E1198"]
+    assert RULES["parent_and_child"].condition.check(case) == ["C169", "C169+0"]
+    assert RULES["wrong_sex"].condition.check(case) is None
 
 
 # --- Sex and age ------------------------------------------------------------------------------------------------------
@@ -193,18 +196,20 @@ def test_preparation_counts_and_names_the_stays(prepared):
     output, folder = prepared
     assert "sex: sexe; birth: date_naissance" in output
     report = json.loads((folder / "data/report.json").read_text(encoding="utf-8"))
-    assert report["rules"]["wrong_sex"] == {"count": 2, "of": 3, "examples": ["a", "b"]}
-    assert report["rules"]["wrong_age"] == {"count": 1, "of": 3, "examples": ["b"]}
-    assert report["advice"]["symptom_with_cause"] == {"count": 1, "of": 1, "examples": ["c"]}
+    rules = {name: (rule["count"], rule["of"], rule["examples"]) for name, rule in report["rules"].items()}
+    assert rules["wrong_sex"] == (2, 3, ["a", "b"])
+    assert rules["wrong_age"] == (1, 3, ["b"])
+    assert rules["symptom_with_cause"] == (1, 1, ["c"])
+    assert report["rules_version"] == guide_rules().version
     with (folder / "data/rules.csv").open(encoding="utf-8", newline="") as file:
         assert [tuple(row.values()) for row in csv.DictReader(file)] == [
-            ("a", "rules", "wrong_sex", "O800"),
-            ("b", "rules", "wrong_sex", "C61"),
-            ("b", "rules", "wrong_age", "P220"),
-            ("c", "advice", "symptom_with_cause", "R060"),
+            ("a", "to check", "wrong_sex", "O800"),
+            ("b", "to check", "wrong_sex", "C61"),
+            ("b", "to check", "wrong_age", "P220"),
+            ("c", "to check", "symptom_with_cause", "I5010 R060"),
         ]
-    rules, advice = output.index("Coding rules broken"), output.index("Advice on these codes")
-    assert rules < output.index("a code of the other sex") < advice < output.index("stays with a symptom")
+    assert "Broken coding rules" not in output
+    assert output.index("To check (not forbidden)") < output.index("a code of the other sex")
     rows = [json.loads(line) for line in (folder / "data/train_instruct.jsonl").open(encoding="utf-8")]
     assert [(row["sex"], row["age"]) for row in rows] == [("M", 34), ("F", 74), ("F", 24)]
 
@@ -219,17 +224,18 @@ def test_evaluation_shows_rules_of_predictions_and_gold(prepared, run_command):
     code, output = run_command(evaluate_icd10, *arguments)
     assert code == 0, output
     result = json.loads((folder / "s.json").read_text(encoding="utf-8"))
-    assert result["rates"]["wrong_sex"] == {"count": 1, "of": 2, "rate": 0.5}
-    assert result["gold_rates"]["wrong_sex"] == {"count": 2, "of": 3, "rate": 2 / 3}
-    assert result["gold_advice"]["symptom_with_cause"]["count"] == 1 and "symptom_with_cause" not in result["rates"]
-    assert "a code of the other sex (our list, after volume 2): 1 of 2, in gold 2 of 3" in output
-    assert output.index("Broken coding rules:") < output.index("Advice (not rules):")
+    assert result["to_check"]["wrong_sex"] == {"count": 1, "of": 2, "rate": 0.5}
+    assert result["gold_to_check"]["wrong_sex"] == {"count": 2, "of": 3, "rate": 2 / 3}
+    assert result["rates"]["no_DP"]["count"] == 3 and "no_DP" not in result["to_check"]
+    assert "a code of the other sex (ours, after volume 2): 1 of 2, in gold 2 of 3" in output
+    assert output.index("Broken coding rules:") < output.index("To check (not forbidden):")
     with (folder / "s.csv").open(encoding="utf-8", newline="") as file:
         lines = {line["id"]: line for line in csv.DictReader(file)}
     assert lines["a"]["gold_rules"] == "wrong_sex" and lines["a"]["rules"] == "no_DP"
     assert lines["b"]["rules"] == "no_DP wrong_sex wrong_age" and lines["c"]["gold_rules"] == "symptom_with_cause"
     page = (folder / "s.html").read_text(encoding="utf-8")
-    assert "Broken coding rules" in page and "Advice (not rules)" in page and "2 of 3" in page
+    assert "Broken coding rules" in page and "To check (not forbidden)" in page and "2 of 3" in page
+    assert guide_rules().version in page
 
 
 def test_tables_of_gold_have_sex_and_age(run_command, tmp_path):
@@ -241,5 +247,5 @@ def test_tables_of_gold_have_sex_and_age(run_command, tmp_path):
     code, output = run_command(evaluate_icd10, *arguments)
     assert code == 0, output
     result = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
-    assert result["rates"]["wrong_sex"] == {"count": 1, "of": 2, "rate": 0.5}
-    assert result["rates"]["wrong_age"]["of"] == 2
+    assert result["to_check"]["wrong_sex"] == {"count": 1, "of": 2, "rate": 0.5}
+    assert result["to_check"]["wrong_age"]["of"] == 2

@@ -1,5 +1,6 @@
 """The diagnoses of fictional stays and the wordings that clinicians use for them (`common_codes.toml`)."""
 
+import functools
 import re
 import tomllib
 from dataclasses import dataclass, replace
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from utils.icd10.codes import ALLOWED_TYPES, Cim10Entry, Cim10Table, category, chapter
+from utils.icd10.codes import Cim10Entry, Cim10Table, category, chapter
+from utils.icd10.rules import guide_rules
 
 _COMMON_CODES = Path(__file__).with_name("common_codes.toml")
 
@@ -48,7 +50,12 @@ class Condition:
 
     def may_be(self, role: str) -> bool:
         """Return whether the PMSI accepts its type as DP, DR or DAS."""
-        return self.type in ALLOWED_TYPES[role]
+        return _is_allowed(role, self.code, self.type)
+
+
+@functools.cache
+def _is_allowed(role: str, code: str, kind: int) -> bool:
+    return guide_rules().allows(role, Cim10Entry(code, kind, code))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The CIM-10 table that ATIH publishes each year, and the roles in which the PMSI accepts each code.
+"""The CIM-10 table that ATIH publishes each year.
 
 A line is `code|type MCO/HAD|type SSR|type PSY|short label|long label`; codes are padded with spaces. The same table is
-passed on as csv or xlsx, with a header and fewer or more columns. The type restricts the role of a code: 0 any role; 1
-and 2 (external cause) neither DP nor DR; 3 none (a category with children, or a closed code); 4 not DP.
+passed on as csv or xlsx, with a header and fewer or more columns. The type says in which roles the PMSI accepts a code
+(`guide_rules.toml`); codes of type 3, categories with children and closed codes, have none.
 """
 
 import csv
@@ -20,7 +20,6 @@ from utils.tables.encodings import detect_encoding
 from utils.tables.read_table import xlsx_cells
 
 ROLES = ("DP", "DR", "DAS")
-ALLOWED_TYPES = {"DP": frozenset({0}), "DR": frozenset({0, 4}), "DAS": frozenset({0, 1, 2, 4})}
 
 # The dot is optional. French extensions are digits, or `+` and digits: I10, E1198, C189+0, F03+00.
 CODE_PATTERN = r"[A-Z]\d{2}\.?\d{0,3}(?:\+\d{1,2})?"
@@ -204,11 +203,6 @@ class Cim10Table:
         }
         return Cim10Table((self._entries | reopened).values()) if reopened else self
 
-    @functools.cached_property
-    def has_external_causes(self) -> bool:
-        """Whether chapter XX is in the table; ATIH publishes it with and without."""
-        return any(code >= "V01" and code[:3] <= "Y98" for code in self._entries)
-
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -244,11 +238,6 @@ class Cim10Table:
     def children(self, code: str) -> tuple[str, ...]:
         """Return the codes whose parent is this code."""
         return tuple(self._children.get(normalize_code(code), ()))
-
-    def allows(self, role: str, code: str) -> bool:
-        """Return whether the PMSI accepts this code as DP, DR or DAS; False if it is not in the table."""
-        entry = self.get(code)
-        return entry is not None and entry.type in ALLOWED_TYPES[role]
 
 
 _Places = tuple[int, int, int, int]  # of code, type MCO, short label (-1: none) and long label among the columns

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.icd10.answer_grammar import END, START, answer_grammar
+from utils.icd10.answer_grammar import END, ITEM_NODES, START, answer_grammar
 from utils.icd10.codes import Cim10Table
 
 
@@ -44,7 +44,8 @@ class AnswerGrammar:
         self._strings = {name: sorted({text.encode() for text in node.texts}) for name, node in nodes.items()}
         self._next_nodes = {name: node.following for name, node in nodes.items()}
         self.start = self._enter(START)
-        self._item_ends = frozenset().union(*map(self._enter, ("before_dr", "before_das", "separator", END)))
+        after_items = {name for node in ITEM_NODES if node in nodes for name in nodes[node].following}
+        self._item_ends = frozenset().union(*map(self._enter, after_items))
 
     def _enter(self, node: str) -> States:
         return frozenset([_State(node, 0, len(self._strings.get(node, ())), 0)])

@@ -7,14 +7,15 @@ name; the others become DAS. Labels come from the CIM-10 table.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model.errors import UserError
 from model.wording import counted
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import ROLES, Cim10Table, normalize_code
 from utils.icd10.roles import DOCUMENTARY, UNIT_DP
-from utils.icd10.rules import may_have_dr
+from utils.icd10.rules import RuleSet, guide_rules
+from utils.icd10.rules_file import FORBIDDEN
 from utils.icd10.stays import CodeRow, LeftOut, StayNotes
 
 NO_TEXT = "without text"
@@ -27,6 +28,7 @@ FIRST, LAST = "first", "last"  # unit whose DP is the stay's
 _FALSE = ("", "0", "n", "non", "no", "false", "faux")
 
 TableOf = Callable[[str], Cim10Table | str]  # the CIM-10 table of a stay, or why there is none
+RulesOf = Callable[[str], RuleSet]
 
 
 class CodedStay(NamedTuple):
@@ -56,6 +58,7 @@ def build_corpus(
     table_of: TableOf,
     unit: str | None = None,
     refused: Mapping[str, str] | None = None,
+    rules_of: RulesOf = lambda stay: guide_rules(),
 ) -> Corpus:
     """Build the corpus from the notes and the codes of each stay.
 
@@ -67,11 +70,12 @@ def build_corpus(
         table_of: returns the CIM-10 table of a stay, or the reason why there is none.
         unit: "first" or "last": the unit whose DP is the stay's, where the table does not say it.
         refused: reasons by stay, for stays that are not to be used.
+        rules_of: returns the coding rules of a stay's year.
 
     Raises:
         UserError: stays have several DP or DR, and nothing says which one is the stay's.
     """
-    builder = _Builder(table_of, unit)
+    builder = _Builder(table_of, unit, rules_of)
     for stay in dict.fromkeys((*notes, *codes)):
         rows = codes.get(stay, ())
         reason = (refused or {}).get(stay) or (NO_CODES if not rows else None if notes.has_text(stay) else NO_TEXT)
@@ -81,11 +85,12 @@ def build_corpus(
 
 
 class _Builder:
-    def __init__(self, table_of: TableOf, unit: str | None) -> None:
+    def __init__(self, table_of: TableOf, unit: str | None, rules_of: RulesOf) -> None:
         self.left_out: list[LeftOut] = []
         self.moved: defaultdict[str, list[str]] = defaultdict(list)
         self._table_of = table_of
         self._unit = unit
+        self._rules_of = rules_of
         self._usable: dict[str, dict[str, list[str]]] = {}
         self._undecided: dict[str, list[str]] = {}  # what several units have, by stay
 
@@ -98,7 +103,7 @@ class _Builder:
         rows = self._settle_units(stay, rows)
         by_role: dict[str, list[str]] = {role: [] for role in ROLES}
         for row in rows:
-            problem = rejection_reason(row.role, row.code, table)
+            problem = rejection_reason(row.role, row.code, table, self._rules_of(stay))
             if problem is None and row.code in by_role[row.role]:
                 problem = f"duplicate {row.role}"
             if problem:
@@ -133,7 +138,7 @@ class _Builder:
                 role = "DP" if row.code == main.code else "DAS"
             elif role == "DR" and dr is not None and row.code not in (dr.code, main.code if main else None):
                 role = "DAS"
-            if role == "DR" and main is not None and not may_have_dr(main.code):
+            if role == "DR" and main is not None and not self._rules_of(stay).may_have_dr(main.code):
                 self._move(stay, row, "DR beside a DP that takes none (guide MCO), kept as DAS")
                 role = "DAS"
             elif role == "DAS" and row.role != "DAS":
@@ -214,7 +219,7 @@ def _flags(row: CodeRow) -> tuple[str, ...]:
     return () if len(flag) >= 3 and flag[1:3].isdecimal() else (flag,)
 
 
-def rejection_reason(role: str, code: str, table: Cim10Table) -> str | None:
+def rejection_reason(role: str, code: str, table: Cim10Table, rules: RuleSet) -> str | None:
     """Return why a code is not accepted in a role, or None if it is."""
     entry = table.get(code)
     if role == DOCUMENTARY:
@@ -227,4 +232,31 @@ def rejection_reason(role: str, code: str, table: Cim10Table) -> str | None:
         return f"closed in {entry.closed_in} (valid for stays discharged before: --columns discharge=COLUMN)"
     if entry.type == 3:
         return "a category with children or a closed code"
-    return None if table.allows(role, code) else f"forbidden as {role}"
+    return None if rules.allows(role, entry) else f"forbidden as {role}"
+
+
+def repair(
+    corpus: Corpus, table_of: TableOf, rules_of: RulesOf, facts_of: Callable[[str], Mapping[str, Any]]
+) -> Corpus:
+    """Return a corpus without the codes that break a forbidding rule; a stay that still breaks one is left out.
+
+    Args:
+        corpus: coded stays.
+        table_of: returns the CIM-10 table of a stay.
+        rules_of: returns the coding rules of a stay's year.
+        facts_of: returns `sex` and `age` of a stay, where known.
+    """
+    stays, left_out = [], list(corpus.left_out)
+    for stay in corpus.stays:
+        table, rules, facts = table_of(stay.id), rules_of(stay.id), facts_of(stay.id)
+        assert isinstance(table, Cim10Table)  # other stays are not in the corpus
+        kept, removed = rules.repaired(stay.diagnoses, table, facts)
+        for item, rule in removed:
+            left_out.append(LeftOut("code", f"breaks the rule {rule} (--repair)", stay.id, str(item.role), item.code))
+        forbidding = rules.of_severity(FORBIDDEN)
+        if broken := [name for name in rules.broken(kept, table, facts) if name in forbidding]:
+            left_out.append(LeftOut("stay", f"breaks the rule {broken[0]} (--repair)", stay.id))
+            left_out += [LeftOut("code", OF_DROPPED_STAY, stay.id, str(item.role), item.code) for item in kept]
+        else:
+            stays.append(stay._replace(diagnoses=kept))
+    return corpus._replace(stays=stays, left_out=left_out)

@@ -28,7 +28,8 @@ from utils.icd10.headline import (
     resample,
     scored,
 )
-from utils.icd10.rules import ADVICE, RULES, Case
+from utils.icd10.rule_kinds import Case
+from utils.icd10.rules import RuleSet, guide_rules
 
 DEPTHS: dict[str, Callable[[str], str]] = {
     "code": str,
@@ -278,41 +279,36 @@ def depth_aware(gold: Sequence[Coding], predicted: Sequence[Coding], weights: np
 
 
 def rule_rates(
-    codings: Sequence[Coding], table: Cim10Table, facts: Sequence[Mapping[str, Any]] | None = None
+    codings: Sequence[Coding],
+    table: Cim10Table,
+    facts: Sequence[Mapping[str, Any]] | None = None,
+    rules: RuleSet | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Count codes that do not exist or that the PMSI does not accept, and stays that break rules or against advice.
+    """Count codes that do not exist or are too general, and stays that break rules.
 
     Out of all codes: `unknown` (not in the table), `category` (a type-3 code with children), `closed` (a type-3 code
-    without children). Out of the codes in the role: `forbidden_DP`, `forbidden_DR`, `forbidden_DAS` (in the table, but
-    not accepted in this role). Out of the stays: `no_DP`, `several_DP`, `several_DR`. Out of the stays to which they
-    apply: RULES and ADVICE of `utils.icd10.rules`.
+    without children). Out of the stays to which they apply: the rules, by name.
 
     Args:
         codings: diagnoses of each stay.
         table: CIM-10 table.
-        facts: `sex` and `age` of each stay, where known; None if they are not.
+        facts: `sex`, `age` and `year` of discharge of each stay, where known; None if they are not.
+        rules: of a file; None for those of the guide.
 
     Returns:
         {count, of, rate} for each rule; rate is 0 if `of` is 0.
     """
-    items = [item for coding in codings for item in dict.fromkeys((found.role, found.code) for found in coding)]
+    rules = rules or guide_rules()
     codes = [code for coding in codings for code in {item.code for item in coding}]
     unusable = [code for code in codes if (entry := table.get(code)) and entry.type == 3]
     counts = {
-        "unknown": (sum(code not in table for code in codes), len(codes)),
-        "category": (sum(bool(table.children(code)) for code in unusable), len(codes)),
-        "closed": (sum(not table.children(code) for code in unusable), len(codes)),
+        "unknown": [sum(code not in table for code in codes), len(codes)],
+        "category": [sum(bool(table.children(code)) for code in unusable), len(codes)],
+        "closed": [sum(not table.children(code) for code in unusable), len(codes)],
+        **{name: [0, 0] for name in rules.rules},
     }
-    for role in ROLES:
-        given = [code for found, code in items if found == role]
-        forbidden = sum(code in table and not table.allows(role, code) for code in given)
-        counts[f"forbidden_{role}"] = (forbidden, len(given))
-    per_stay = [Counter(role for role, _ in {(item.role, item.code) for item in coding}) for coding in codings]
-    counts["no_DP"] = (sum(roles["DP"] == 0 for roles in per_stay), len(per_stay))
-    for role in ("DP", "DR"):
-        counts[f"several_{role}"] = (sum(roles[role] > 1 for roles in per_stay), len(per_stay))
-    cases = [Case.build(coding, table, known) for coding, known in zip(codings, facts or [{}] * len(codings))]
-    for name, rule in (RULES | ADVICE).items():
-        checked = [broken for case in cases if (broken := rule.check(case)) is not None]
-        counts[name] = (sum(map(bool, checked)), len(checked))
+    for coding, known in zip(codings, facts or [{}] * len(codings)):
+        for rule, broken in rules.in_year(known.get("year")).check(Case.build(coding, table, known)):
+            counts[rule.name][0] += bool(broken)
+            counts[rule.name][1] += 1
     return {name: {"count": count, "of": of, "rate": count / of if of else 0.0} for name, (count, of) in counts.items()}

@@ -8,25 +8,19 @@ from utils.icd10.codes import CHAPTER_NAMES
 from utils.icd10.headline import HEADLINE
 from utils.icd10.metrics import FREQUENCY_BANDS, NO_CHAPTER
 from utils.icd10.predictions import NOTHING_MORE
-from utils.icd10.rules import ADVICE, RULES
+from utils.icd10.rule_report import TITLES
+from utils.icd10.rules_file import FORBIDDEN, TO_CHECK
 
 if TYPE_CHECKING:
     from utils.reports.charts import Figure
 
 LEVEL_NAMES = {"exact": "exact code", "category": "category (3 characters)"}
-RULE_NAMES = {
+_CODE_RATES = {
     "unknown": "codes that are not in the table",
     "category": "codes with children, which must be more specific",
     "closed": "codes that are closed",
-    "forbidden_DP": "main diagnoses that are not allowed as DP",
-    "forbidden_DR": "related diagnoses that are not allowed as DR",
-    "forbidden_DAS": "associated diagnoses that are not allowed as DAS",
-    "no_DP": "stays without a DP",
-    "several_DP": "stays with several DP",
-    "several_DR": "stays with several DR",
-    **{name: f"{rule.title} ({rule.source})" for name, rule in (RULES | ADVICE).items()},
 }
-RULE_KINDS = {"rates": "Broken coding rules", "advice": "Advice (not rules)"}
+RULE_KINDS = {"rates": TITLES[FORBIDDEN], "to_check": TITLES[TO_CHECK]}
 COUNT_NAMES = {
     "notes": "notes",
     "missing_predictions": "notes without a prediction (scored as no codes)",
@@ -103,12 +97,18 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {counts[key]:,}" for key, name in COUNT_NAMES.items() if key != "notes" and counts[key]]
     if counts["missing_ids"]:
         lines.append(f"without a prediction: {', '.join(counts['missing_ids'][:_NAMED])}")
+    titles = _rule_titles(result)
     for kind, title in RULE_KINDS.items():
         rates, of_gold = result[kind], result[f"gold_{kind}"]
         broken = [name for name in rates if rates[name]["count"] or of_gold[name]["count"]]
-        found = [f"  {RULE_NAMES[name]}: {_share(rates[name])}, in gold {_share(of_gold[name])}" for name in broken]
+        found = [f"  {titles[name]}: {_share(rates[name])}, in gold {_share(of_gold[name])}" for name in broken]
         lines += [f"{title}:", *found] if found else []
     return lines
+
+
+def _rule_titles(result: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return what each rate counts."""
+    return {**_CODE_RATES, **result["rules"]["titles"]}
 
 
 def _share(rate: Mapping[str, Any]) -> str:
@@ -162,7 +162,10 @@ def html_page(result: Mapping[str, Any], about: Mapping[str, str]) -> str:
             {
                 "title": title,
                 "rows": [
-                    (RULE_NAMES[name], *(cell for found in (rate, of_gold[name]) for cell in _rate_cells(found)))
+                    (
+                        _rule_titles(result)[name],
+                        *(cell for found in (rate, of_gold[name]) for cell in _rate_cells(found)),
+                    )
                     for of_gold in [result[f"gold_{kind}"]]
                     for name, rate in result[kind].items()
                 ],
