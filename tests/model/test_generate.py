@@ -156,6 +156,7 @@ TABLE = Cim10Table(
         Cim10Entry("E119", 0, "Diabète sucré de type 2, sans complication"),
         Cim10Entry("E1190", 0, "Diabète sucré de type 2 insulinotraité, sans complication"),
         Cim10Entry("Z511", 4, "Séance de chimiothérapie pour tumeur"),
+        Cim10Entry("Z515", 0, "Soins palliatifs"),
         Cim10Entry("X59", 2, "Exposition à des facteurs sans précision"),
     ]
 )
@@ -208,7 +209,7 @@ def test_hundreds_of_sampled_answers_are_valid_and_diverse(vocabulary: Vocabular
     assert sum(output[-1] == vocabulary.eos_id for output in outputs) > 30
     found = [parse_answer(constraint.text) for constraint in constraints]
     assert all(found)
-    assert {item.code for items in found for item in items} == {"I10", "E119", "E1190", "Z511", "X59"}
+    assert {item.code for items in found for item in items} == {"I10", "E119", "E1190", "Z511", "Z515", "X59"}
     for constraint in constraints:
         assert_allowed(constraint.text, TABLE)
 
@@ -221,7 +222,8 @@ def test_grammar_accepts_every_answer_of_data_preparation(vocabulary: Vocabulary
         Diagnosis("DAS", "E119", "Diabète sucré de type 2, sans complication"),
         Diagnosis("DAS", "X59", TABLE.label("X59")),
     ]
-    for diagnoses in ([dp], [dp, dr], [dp, *das], [dp, dr, *das]):
+    care = Diagnosis("DP", "Z515", "Soins palliatifs")
+    for diagnoses in ([dp], [care], [care, dr], [dp, *das], [care, dr, *das]):
         states = grammar.start
         for byte in build_answer(diagnoses).encode():
             states = grammar.following(states)[byte]

@@ -24,6 +24,7 @@ TABLE = Cim10Table(
         Cim10Entry("E119", 0, "Diabète sucré de type 2, sans complication"),
         Cim10Entry("E1190", 0, "Diabète sucré de type 2 insulinotraité, sans complication"),
         Cim10Entry("Z511", 4, 'Séance de "chimiothérapie" pour tumeur \\ autre'),
+        Cim10Entry("Z515", 0, "Soins palliatifs"),
         Cim10Entry("X59", 2, "Exposition à des facteurs sans précision"),
     ]
 )

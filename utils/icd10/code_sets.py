@@ -32,9 +32,13 @@ class CodeSet:
             else:
                 self._ranges.append((found[1], found[2] or found[1]))
         self._pattern = re.compile("|".join(patterns)) if patterns else None
+        ends = [*((first, last) for first, last in self._ranges), *((part, part) for part in self._text.split())]
+        self._letters = {chr(letter) for first, last in ends for letter in range(ord(first[0]), ord(last[0]) + 1)}
         self._known: dict[str, bool] = {}
 
     def __contains__(self, code: str) -> bool:
+        if code[:1] not in self._letters:
+            return False
         if code not in self._known:
             self._known[code] = re.fullmatch(CODE_PATTERN, code) is not None and (
                 any(first <= code[: len(first)] and code[: len(last)] <= last for first, last in self._ranges)

@@ -60,6 +60,11 @@ class Condition:
         """Return the codes that cannot have a role in a stay with a chosen code in its role."""
         return ()
 
+    @classmethod
+    def defines(cls, method: str) -> bool:
+        """Return whether this kind has a method of its own."""
+        return getattr(cls, method) is not getattr(Condition, method)
+
 
 @dataclass(frozen=True, eq=False)
 class Listed(Condition):

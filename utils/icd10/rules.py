@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Entry, Cim10Table
-from utils.icd10.rule_kinds import Case, Condition, Needs
+from utils.icd10.rule_kinds import Case, Needs
 from utils.icd10.rules_file import FORBIDDEN, GUIDE, Rule, read_rules
 
 
@@ -31,6 +31,10 @@ class RuleSet:
         self.version = version
         self.rules = {rule.name: rule for rule in rules}
         self._forbidding = [rule for rule in self.rules.values() if rule.severity == FORBIDDEN]
+        conditions = [rule.condition for rule in self._forbidding]
+        self._of_codes = [condition for condition in conditions if condition.defines("allows")]
+        self._of_pairs = [condition for condition in conditions if condition.defines("excluded")]
+        self._needs = [condition for condition in conditions if isinstance(condition, Needs)]
         self._final = [rule for rule in self._forbidding if rule.condition.is_final]
         self._by_year: dict[int | None, RuleSet] = {}
 
@@ -98,23 +102,20 @@ class RuleSet:
 
     def allows(self, role: str, entry: Cim10Entry | None) -> bool:
         """Return whether an entry of the table can have a role; False if there is none."""
-        return entry is not None and all(condition.allows(role, entry) for condition in self._conditions())
+        return entry is not None and all(condition.allows(role, entry) for condition in self._of_codes)
 
     def may_have_dr(self, dp: str) -> bool:
         """Return whether a stay with this DP can have a DR."""
-        return not any(isinstance(found, Needs) and found.forbids_dr(dp) for found in self._conditions())
+        return not any(needs.forbids_dr(dp) for needs in self._needs)
 
     def must_have_dr(self, dp: str) -> bool:
         """Return whether a stay with this DP cannot be without a DR."""
-        return any(isinstance(found, Needs) and found.requires_dr(dp) for found in self._conditions())
+        return any(needs.requires_dr(dp) for needs in self._needs)
 
     def excluded(self, chosen_role: str, chosen: str, role: str, table: Cim10Table) -> frozenset[str]:
         """Return the codes that cannot have a role in a stay with a chosen code in its role."""
-        found = (condition.excluded(chosen_role, chosen, role, table) for condition in self._conditions())
+        found = (condition.excluded(chosen_role, chosen, role, table) for condition in self._of_pairs)
         return frozenset(code for codes in found for code in codes)
-
-    def _conditions(self) -> Iterator[Condition]:
-        return (rule.condition for rule in self._forbidding)
 
 
 @functools.cache
