@@ -42,6 +42,7 @@ from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import read_gold
 from utils.icd10.prompts import note_of
 from utils.icd10.review_items import Item, StayToReview, doubt, proposals
+from utils.icd10.rules import add_rules_option, parse_rules
 from utils.icd10.stays import LeftOut
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
@@ -72,7 +73,9 @@ def code_new(
     keys = {prompt.id: key for key, prompt in export.items()}
     print(f"Coding {len(to_do)} of {counted(len(export), 'stay')} with {choice.model} ...", flush=True)
     left_out = []
-    for prompt, row in answered_rows(choice.open(), to_do, ProbabilityReader(choice.table)):
+    for prompt, row in answered_rows(
+        choice.open(), to_do, ProbabilityReader(choice.table, choice.rules), choice.broken_rules
+    ):
         if isinstance(row, SkippedRowError):
             left_out.append(LeftOut("row", row.reason, prompt.id))
         else:
@@ -225,6 +228,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stays", type=Path, required=True, metavar="EXPORT", help=f"this week's notes ({FILE_TYPES})")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the worklist, the same every week")
     parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="allow only codes of this table")
+    add_rules_option(parser)
     parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
     parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
@@ -243,7 +247,7 @@ def main() -> None:
     if options.evidence and options.engine != "local":
         raise UserError(f"--evidence is for --engine local, which scores answers; found {options.engine}.")
     table = Cim10Table.from_file(options.cim10)
-    choice = parse_engine(options, options.run, table)
+    choice = parse_engine(options, options.run, table, parse_rules(options.rules))
     from utils.engines.answer_file import (  # imports mistral_common
         LEFT_OUT_SUFFIX,
         Answered,

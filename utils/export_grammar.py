@@ -15,8 +15,8 @@ from pathlib import Path
 from finetune.cli import run_cli
 from model.errors import UserError
 from model.wording import counted
-from utils.icd10.answer_grammar import ITEM_NODES, OPTIONAL_SPACE, answer_grammar, as_gbnf, as_lark
-from utils.icd10.codes import ROLES, Cim10Table
+from utils.icd10.answer_grammar import OPTIONAL_SPACE, answer_grammar, as_gbnf, as_lark, item_texts
+from utils.icd10.codes import Cim10Table
 from utils.icd10.rules import add_rules_option, parse_rules
 from utils.tables.jsonl import require_own_names, save
 
@@ -35,8 +35,7 @@ def main() -> None:
     grammar = answer_grammar(Cim10Table.from_file(options.cim10), OPTIONAL_SPACE, parse_rules(options.rules))
     text = WRITERS[options.out.suffix](grammar)
     save({options.out: text})
-    texts = {role: sum(len(grammar[name].texts) for name in grammar if ITEM_NODES.get(name) == role) for role in ROLES}
-    codes = ", ".join(f"{counted(count, 'text')} of {role}" for role, count in texts.items())
+    codes = ", ".join(f"{counted(len(texts), 'text')} of {role}" for role, texts in item_texts(grammar).items())
     print(f"{options.out}: {codes}, {len(text.encode()) / 1e6:.1f} MB")
 
 

@@ -7,6 +7,8 @@ of their dates, and coded once; `--columns` names the columns. Without a column 
 `id` or its number. Rows with `messages` are conversations, answered from their last question. Each line of P.jsonl is
 `{"id", "answer", "codes"}` with codes as `[{"role", "code", "label"}]`; P.csv has one line per code. Rows without a
 note are listed in P.left_out.csv, and the exit code is 1. After an interruption, the same command continues.
+With `--cim10`, answers have codes of the table and break no forbidding rule (`--rules FILE`: your own) as far as that
+can be decided while they are written; `rules` of a line are those that the answer breaks, or that ask to check it.
 Codes have a `probability` and, after `utils.calibrate_icd10`, a calibrated `confidence`; `--auto 0.98` marks each stay
 `auto` or `to_review`, so that 98 % of the main diagnoses of `auto` stays are right.
 P.about.json records the model and the settings; answers of different models are not mixed.
@@ -27,6 +29,7 @@ from model.errors import UserError
 from utils.engines.choice import add_engine_options, add_shard_option, parse_engine
 from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
+from utils.icd10.rules import add_rules_option, parse_rules
 from utils.tables.read_table import FILE_TYPES, add_encoding_option, read_table
 
 
@@ -36,6 +39,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--notes", type=Path, required=True, metavar="FILE", help=f"notes or questions ({FILE_TYPES})")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="jsonl, or csv (written with a jsonl)")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="allow only codes of this CIM-10 table")
+    add_rules_option(parser)
     parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
     parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
@@ -50,7 +54,9 @@ def main() -> None:
     if options.run is None and options.engine != "server":
         raise UserError("--run is missing: give the folder of a run, a checkpoint or a model.")
     table = Cim10Table.from_file(options.cim10) if options.cim10 else None
-    choice = parse_engine(options, options.run, table)
+    if options.rules and table is None:
+        raise UserError("--rules needs --cim10: without a table of codes, answers are free.")
+    choice = parse_engine(options, options.run, table, parse_rules(options.rules))
     from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
     from utils.engines.marking import open_marker
     from utils.engines.shards import parse_shard
@@ -80,6 +86,7 @@ def _evaluation(options: argparse.Namespace) -> list[str | Path]:
     answered = isinstance(last, dict) and last.get("role") == "assistant"
     command = ["utils.evaluate_icd10", "--gold", options.notes if answered else "GOLD.jsonl"]
     command += ["--predictions", options.out, *(("--cim10", options.cim10) if options.cim10 else ())]
+    command += ["--rules", options.rules] if options.rules else []
     return [*command, *(part for kind in ("json", "html") for part in (f"--{kind}", _scores(options.out, kind)))]
 
 

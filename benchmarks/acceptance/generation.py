@@ -12,6 +12,7 @@ from model.transformer import Transformer
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.generate_notes import table_of
 from utils.icd10.answers import parse_answer
+from utils.icd10.rules import guide_rules
 
 _NO_END = -1  # of an answer: every answer has all tokens
 _NOTES, _TOKENS = 8, 12
@@ -47,5 +48,5 @@ def _constrained(model: Transformer, prompts: list[list[int]]) -> Check:
     prompts = prompts[: len(constraints)]
     collect_tokens(stream(model, prompts, _CONSTRAINED_TOKENS, new_constraint.eos_id, constraints=constraints))
     codes = [item for constraint in constraints for item in parse_answer(constraint.text)]
-    wrong = sum(not (item.role and table.allows(item.role, item.code)) for item in codes)
+    wrong = sum(not (item.role and guide_rules().allows(item.role, table.get(item.code))) for item in codes)
     return Check("constrained answers have codes of the table only", not wrong, {"codes": len(codes), "wrong": wrong})

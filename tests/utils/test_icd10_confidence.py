@@ -21,6 +21,8 @@ from utils.icd10.confidence_scores import calibration, coding_curve, confidence_
 from utils.icd10.constrained_decoding import AnswerGrammar
 from utils.icd10.headline import resample
 from utils.icd10.predictions import NOTHING_MORE, Prediction, read_predictions
+from utils.icd10.rule_kinds import Types
+from utils.icd10.rules import RuleSet, guide_rules
 
 LABELS = {
     "I10": "Hypertension",
@@ -30,7 +32,9 @@ LABELS = {
     "Z511": "Été",
 }
 TABLE = Cim10Table([Cim10Entry(code, 4 if code == "Z511" else 0, label) for code, label in LABELS.items()])
-GRAMMAR = AnswerGrammar(TABLE)
+# Any DP with any DR, as in lists of codes.
+RULES = RuleSet("types", [rule for rule in guide_rules().rules.values() if isinstance(rule.condition, Types)])
+GRAMMAR = AnswerGrammar(TABLE, rules=RULES)
 END = -1
 
 
@@ -61,7 +65,7 @@ def written(answer: str, start: str) -> float:
 
 def test_a_code_is_as_probable_as_all_that_leads_to_it():
     """With one token per byte, a code has one spelling: its probability is that of its complete text."""
-    reader = ProbabilityReader(TABLE)
+    reader = ProbabilityReader(TABLE, RULES)
     roles = {"I11": "DP", "Z511": "DR", "E1190": "DAS", "I10": "DAS"}
     items = [f"{LABELS[code]} ({code})" for code in roles]
     opening = build_answer([Diagnosis("DP", "?", "?")]).partition("? (?)")[0]
@@ -245,7 +249,12 @@ def val(jsonl, tmp_path):
         rows.append({"id": str(number), "codes": [code], "nothing_more": {"probability": chance}})
         gold.append({"id": str(number), "codes": [{"role": "DP", "code": "I10" if right else "I11"}]})
     answers = jsonl("p.jsonl", rows)
-    origin = {"checkpoint": str(tmp_path / "run/checkpoints/checkpoint_000300"), "cim10": "x", "sampling": None}
+    origin = {
+        "checkpoint": str(tmp_path / "run/checkpoints/checkpoint_000300"),
+        "cim10": "x",
+        "rules": "y",
+        "sampling": None,
+    }
     (tmp_path / "p.about.json").write_text(json.dumps(origin))
     return jsonl("gold.jsonl", gold), answers
 
@@ -257,7 +266,7 @@ def test_calibrating_stores_the_result_with_the_run(val, tmp_path, run_command):
     assert code == 0 and f"Calibrated on 60 stays: {stored}" in output and "--auto 0.95" in output, output
     found = Calibration.from_file(stored)
     assert found.confidence("DP", 0.5) > 0.7 and found.maps.keys() == {"DP", NOTHING_MORE}
-    assert found.conditions == {"cim10": "x", "sampling": None}
+    assert found.conditions == {"cim10": "x", "rules": "y", "sampling": None}
     assert stored.stat().st_mode & 0o777 == 0o600
     shutil.rmtree(tmp_path / "run")
     code, output = run_command(calibrate_icd10, "--gold", gold, "--predictions", answers)

@@ -31,7 +31,7 @@ from utils.engines.token_codec import TokenCodec
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.icd10.answers import build_answer, parse_answer
-from utils.icd10.calibration import Calibration
+from utils.icd10.calibration import CONDITIONS, Calibration
 from utils.icd10.codes import Cim10Table
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import describe_origin
@@ -148,7 +148,7 @@ def test_answers_of_different_origins_are_not_mixed(other: str, run_dir: Path, n
         notes.write_text(notes.read_text(encoding="utf-8").replace("Le ", "La "), encoding="utf-8")
     else:
         settings[{"cim10": "table"}.get(other, other)] = load_table(tmp_path) if other == "cim10" else 4
-    with pytest.raises(UserError, match=f"was written with a different {other}; delete it"):
+    with pytest.raises(UserError, match=f"was written with a different {other}(, rules)?; delete it"):
         predict_file(run, notes, out, **settings)
     assert out.read_bytes() == before
 
@@ -217,7 +217,7 @@ def test_codes_have_confidences_and_stays_decisions(
     rows = read(tmp_path / "p.jsonl")
     codes = [code for row in rows for code in row["codes"]]
     assert all(0 < code["probability"] <= 1 and code["confidence"] == code["probability"] for code in codes)
-    conditions = {"cim10": json.loads((tmp_path / "p.about.json").read_text())["cim10"], "sampling": None}
+    conditions = {key: json.loads((tmp_path / "p.about.json").read_text())[key] for key in CONDITIONS}
     halves = {"DP": {"x": [0, 1], "y": [0.5, 0.5], "codes": 9, "correct": 9}}
     calibration = run_dir / "calibration/checkpoint_000001.json"
     calibration.parent.mkdir()

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from utils.engines.engine import Engine, Reply
 from utils.engines.marking import Marker, open_marker
 from utils.engines.prompts import Prompt, count_reasons, read_prompts
 from utils.engines.shards import Shard, shard_files
-from utils.icd10.answers import parse_answer
+from utils.icd10.answers import Diagnosis, parse_answer
 from utils.icd10.confidence import ProbabilityReader
 from utils.icd10.mapping import TableMapping
 from utils.icd10.predictions import NOTHING_MORE, origin_path, read_origin
@@ -30,6 +30,8 @@ from utils.tables.jsonl import Row, SkippedRowError, file_errors, read_journal, 
 CSV_COLUMNS = ("id", "role", "code", "label", "confidence")
 DECISION_COLUMNS = ("decision", "reason")  # with --auto
 LEFT_OUT_SUFFIX = ".left_out.csv"
+
+BrokenRules = Callable[[Sequence[Diagnosis]], list[str]]  # names of the rules that a coding breaks
 
 
 class Answered(NamedTuple):
@@ -82,7 +84,7 @@ def answer_file(
         answers = out
     require_own_names({out, answers, origin_path(answers), answers.with_suffix(LEFT_OUT_SUFFIX)}, [rows])
     _require_own_csv(out)
-    reader = ProbabilityReader(choice.table) if with_codes else None
+    reader = ProbabilityReader(choice.table, choice.rules) if with_codes else None
     identity = choice.identity() | {"notes": sha256(rows.read_bytes())}
     with file_errors():
         answers.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def answer_file(
             engine = choice.open()
             save({origin_path(answers): json.dumps(identity | choice.origin(), ensure_ascii=False, indent=1)})
             print(f"Answering {len(to_do)} of {len(prompts)} rows with {choice.model} ...", file=sys.stderr, flush=True)
-            left_out += _write_answers(engine, to_do, answers, reader)
+            left_out += _write_answers(engine, to_do, answers, reader, choice)
         if marker and not shard:
             _mark(answers, marker)
         if out.suffix == ".csv":
@@ -140,12 +142,12 @@ def _collect_shards(answers: Path, done: Mapping[str, Row], identity: dict[str, 
 
 
 def _write_answers(
-    engine: Engine, prompts: Sequence[Prompt], path: Path, reader: ProbabilityReader | None
+    engine: Engine, prompts: Sequence[Prompt], path: Path, reader: ProbabilityReader | None, choice: EngineChoice
 ) -> list[LeftOut]:
     """Append the answers to a journal as they arrive; return the prompts that got none."""
     left_out = []
     with open(path, "a", encoding="utf-8", opener=owner_only) as file:
-        for prompt, row in answered_rows(engine, prompts, reader):
+        for prompt, row in answered_rows(engine, prompts, reader, choice.broken_rules):
             if isinstance(row, SkippedRowError):
                 left_out.append(LeftOut("row", row.reason, prompt.id))
             else:
@@ -155,22 +157,23 @@ def _write_answers(
 
 
 def answered_rows(
-    engine: Engine, prompts: Sequence[Prompt], reader: ProbabilityReader | None
+    engine: Engine, prompts: Sequence[Prompt], reader: ProbabilityReader | None, broken_rules: BrokenRules
 ) -> Iterator[tuple[Prompt, Row | SkippedRowError]]:
     """Yield each prompt with the row of its answer, or why it has none, as soon as it is known; show the progress."""
     with tqdm(total=len(prompts), unit="row", disable=None) as bar:
         for prompt, reply in engine.answers(prompts):
-            yield prompt, reply if isinstance(reply, SkippedRowError) else _row(prompt, reply, reader)
+            yield prompt, reply if isinstance(reply, SkippedRowError) else _row(prompt, reply, reader, broken_rules)
             bar.update()
 
 
-def _row(prompt: Prompt, reply: Reply, reader: ProbabilityReader | None) -> dict[str, Any]:
+def _row(prompt: Prompt, reply: Reply, reader: ProbabilityReader | None, broken_rules: BrokenRules) -> dict[str, Any]:
     row: dict[str, Any] = {"id": prompt.id, "answer": reply.text}
     if reader:
         found = reader.read(reply.text, reply.pieces, reply.log_probabilities)
-        row["codes"] = [
-            item._asdict() | _probability(chance) for item, chance in zip(parse_answer(reply.text), found.codes)
-        ]
+        coding = parse_answer(reply.text)
+        row["codes"] = [item._asdict() | _probability(chance) for item, chance in zip(coding, found.codes)]
+        if broken := broken_rules(coding):
+            row["rules"] = broken
         if found.nothing_more is not None:
             row[NOTHING_MORE] = _probability(found.nothing_more)
     if reply.log_probabilities:

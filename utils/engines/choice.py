@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from model.errors import UserError
 from model.sampling import Sampling
 from utils.engines.engine import DEFAULT_GENERATION, Engine, Generation
 from utils.engines.server_address import DEFAULT_CONCURRENCY, ServerAddress
+from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table
+from utils.icd10.rules import RuleSet, guide_rules
 
 ENGINES = ("local", "transformers", "vllm", "server")
 _UNBATCHED = ("vllm", "server")
@@ -34,6 +37,7 @@ class EngineChoice:
         table: codes that answers may contain; None for unconstrained answers.
         generation: length and sampling of the answers.
         batch_size: prompts per batch, for engines that do not form their own.
+        rules: coding rules that answers with a table follow.
 
     Raises:
         UserError: the settings do not fit together, or there is no such folder.
@@ -46,6 +50,7 @@ class EngineChoice:
     table: Cim10Table | None = None
     generation: Generation = DEFAULT_GENERATION
     batch_size: int = DEFAULT_BATCH_SIZE
+    rules: RuleSet = dataclasses.field(default_factory=guide_rules)
 
     def __post_init__(self) -> None:
         if self.name == "server":
@@ -86,10 +91,15 @@ class EngineChoice:
             "run": fingerprint(self.folder) if self.folder else None,
             "max_tokens": self.generation.max_tokens,
             "cim10": None if self.table is None else sha256(repr(list(self.table)).encode()),
+            "rules": None if self.table is None else self.rules.digest,
             "engine": None if self.name == "local" else self.name,
             "model": self.server.model if self.server else None,
             "sampling": dataclasses.asdict(sampling) if sampling.temperature else None,
         }
+
+    def broken_rules(self, coding: Sequence[Diagnosis]) -> list[str]:
+        """Return the names of the rules that an answer breaks, if a table was given."""
+        return [] if self.table is None else self.rules.in_year(None).broken(coding, self.table)
 
     def open(self) -> Engine:
         """Load the model, or connect to the server.
@@ -100,19 +110,19 @@ class EngineChoice:
         if self.server is not None:
             from utils.engines.server import ServerEngine
 
-            return ServerEngine(self.server, self.generation, self.table)
+            return ServerEngine(self.server, self.generation, self.table, self.rules)
         assert self.folder is not None, "checked above"
         if self.name == "vllm":
             from utils.engines.vllm_engine import VllmEngine
 
-            return VllmEngine(self.folder, self.generation, self.table)
+            return VllmEngine(self.folder, self.generation, self.table, self.rules)
         if self.name == "transformers":
             from utils.engines.transformers_engine import TransformersEngine
 
-            return TransformersEngine(self.folder, self.generation, self.table, self.batch_size)
+            return TransformersEngine(self.folder, self.generation, self.table, self.batch_size, self.rules)
         from utils.engines.local import LocalEngine
 
-        return LocalEngine(self.folder, self.generation, self.table, self.batch_size)
+        return LocalEngine(self.folder, self.generation, self.table, self.batch_size, self.rules)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +177,9 @@ def parse_generation(options: argparse.Namespace) -> Generation:
     return Generation(options.max_tokens, sampling)
 
 
-def parse_engine(options: argparse.Namespace, folder: Path | None, table: Cim10Table | None = None) -> EngineChoice:
+def parse_engine(
+    options: argparse.Namespace, folder: Path | None, table: Cim10Table | None = None, rules: RuleSet | None = None
+) -> EngineChoice:
     """Return the choice of `add_engine_options`.
 
     Raises:
@@ -188,9 +200,8 @@ def parse_engine(options: argparse.Namespace, folder: Path | None, table: Cim10T
         flags = (options.allow_remote, options.log_probabilities)
         server = ServerAddress(options.server, options.model, concurrency or DEFAULT_CONCURRENCY, *flags)
     generation = parse_generation(options)
-    return EngineChoice(
-        options.engine, folder, options.step, server, table, generation, batch_size or DEFAULT_BATCH_SIZE
-    )
+    size = batch_size or DEFAULT_BATCH_SIZE
+    return EngineChoice(options.engine, folder, options.step, server, table, generation, size, rules or guide_rules())
 
 
 def given_options(options: argparse.Namespace) -> list[str]:

@@ -7,6 +7,7 @@ from utils.engines.engine import Reply
 from utils.icd10.answer_grammar import OPTIONAL_SPACE, Grammar, answer_grammar, as_gbnf, as_lark
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerGrammar
+from utils.icd10.rules import RuleSet
 from utils.tables.jsonl import SkippedRowError
 
 # Fields of a request by the kind of server, which is the owner of the models that it lists.
@@ -22,11 +23,12 @@ class TableGrammar:
 
     Args:
         table: allowed codes.
+        rules: coding rules; None for those of the guide.
     """
 
-    def __init__(self, table: Cim10Table) -> None:
-        self._grammar = answer_grammar(table, OPTIONAL_SPACE)
-        self._automaton = AnswerGrammar(table)
+    def __init__(self, table: Cim10Table, rules: RuleSet | None = None) -> None:
+        self._grammar = answer_grammar(table, OPTIONAL_SPACE, rules)
+        self._automaton = AnswerGrammar(table, rules=rules)
 
     def lark(self) -> str:
         """Return it in llguidance's format."""
@@ -42,6 +44,6 @@ class TableGrammar:
         return fields and fields(self._grammar)
 
     def check(self, reply: Reply) -> Reply | SkippedRowError:
-        """Return the reply without an incomplete last code, or why it is refused."""
+        """Return the reply without an incomplete last code and codes that rules exclude, or why it is refused."""
         text = self._automaton.accepted(reply.text, reply.is_complete)
         return SkippedRowError(_NOT_ALLOWED) if text is None else reply._replace(text=text)

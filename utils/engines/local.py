@@ -9,6 +9,7 @@ from utils.engines.engine import DEFAULT_GENERATION, Generation, Reply, seed_of
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
+from utils.icd10.rules import RuleSet
 from utils.tables.jsonl import SkippedRowError
 
 
@@ -20,6 +21,7 @@ class LocalEngine:
         generation: length and sampling of the answers.
         table: codes that answers may contain; None for unconstrained answers.
         batch_size: prompts per batch.
+        rules: coding rules that answers with a table follow; None for those of the guide.
 
     Raises:
         UserError: the folder cannot be used.
@@ -31,11 +33,12 @@ class LocalEngine:
         generation: Generation = DEFAULT_GENERATION,
         table: Cim10Table | None = None,
         batch_size: int = 16,
+        rules: RuleSet | None = None,
     ) -> None:
         self._model, tokenizer = load_trained(folder)
         self._generation = generation
         self._batch_size = batch_size
-        self._codec = TokenCodec(tokenizer, table)
+        self._codec = TokenCodec(tokenizer, table, rules)
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Reply | SkippedRowError]]:
         """Answer prompts, those of similar length together; see `Engine`."""

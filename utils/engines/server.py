@@ -19,6 +19,7 @@ from utils.engines.grammar import TableGrammar
 from utils.engines.prompts import Prompt
 from utils.engines.server_address import ServerAddress
 from utils.icd10.codes import Cim10Table
+from utils.icd10.rules import RuleSet
 from utils.tables.jsonl import SkippedRowError
 
 KEY_VARIABLE = "SERVER_API_KEY"
@@ -48,6 +49,7 @@ class ServerEngine:
         address: where it is.
         generation: length and sampling of the answers.
         table: codes that answers may contain; None for unconstrained answers.
+        rules: coding rules that such answers follow; None for those of the guide.
 
     Attributes:
         model: its name.
@@ -56,7 +58,13 @@ class ServerEngine:
         UserError: the server is not there, does not have the model, takes no grammar, or must not be used.
     """
 
-    def __init__(self, address: ServerAddress, generation: Generation, table: Cim10Table | None = None) -> None:
+    def __init__(
+        self,
+        address: ServerAddress,
+        generation: Generation,
+        table: Cim10Table | None = None,
+        rules: RuleSet | None = None,
+    ) -> None:
         address.require_allowed()
         try:
             import openai
@@ -73,7 +81,7 @@ class ServerEngine:
         self._direct: dict[str, Any] = {"trust_env": False, "follow_redirects": False, "auth": self._bare}
         listed = self._listed_models() if table is not None or not address.model else {}
         self.model = address.model or self._only_model(list(listed))
-        self._grammar = None if table is None else TableGrammar(table)
+        self._grammar = None if table is None else TableGrammar(table, rules)
         self._grammar_fields = self._grammar and self._grammar.request_fields(next(iter(listed.values()), None))
         if self._grammar and self._grammar_fields is None:
             raise UserError(

@@ -12,6 +12,7 @@ from utils.engines.engine import Reply, by_length
 from utils.engines.prompts import Prompt
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.rules import RuleSet
 from utils.tables.jsonl import SkippedRowError
 
 Refused = tuple[Prompt, SkippedRowError]
@@ -23,12 +24,15 @@ class TokenCodec:
     Args:
         tokenizer: of the model.
         table: codes that answers may contain; None for unconstrained answers.
+        rules: coding rules that such answers follow; None for those of the guide.
 
     Attributes:
         eos_id: id of the token that ends an answer.
     """
 
-    def __init__(self, tokenizer: InstructTokenizerBase, table: Cim10Table | None) -> None:
+    def __init__(
+        self, tokenizer: InstructTokenizerBase, table: Cim10Table | None, rules: RuleSet | None = None
+    ) -> None:
         self._encoder = SampleEncoder(tokenizer)
         self._tokenizer = tokenizer.tokenizer
         self.eos_id = self._tokenizer.eos_id
@@ -38,7 +42,7 @@ class TokenCodec:
             self._vocabulary = Vocabulary(self._pieces, self.eos_id)
             # SentencePiece starts a string with a space, which decoding removes.
             space = " " if self._tokenizer.encode("a", bos=False, eos=False) != [self._pieces.index(b"a")] else ""
-            self._grammar = AnswerGrammar(table, prefix=space)
+            self._grammar = AnswerGrammar(table, prefix=space, rules=rules)
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]], list[Refused]]:
         """Return exactly the tokens that precede the answers in training.

@@ -15,6 +15,7 @@ from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint
+from utils.icd10.rules import RuleSet
 from utils.tables.jsonl import SkippedRowError
 
 
@@ -28,6 +29,7 @@ class TransformersEngine:
         generation: length and sampling of the answers.
         table: codes that answers may contain; None for unconstrained answers.
         batch_size: prompts per batch.
+        rules: coding rules that answers with a table follow; None for those of the guide.
 
     Raises:
         UserError: transformers is not installed, or the folder has another format.
@@ -39,6 +41,7 @@ class TransformersEngine:
         generation: Generation = DEFAULT_GENERATION,
         table: Cim10Table | None = None,
         batch_size: int = 16,
+        rules: RuleSet | None = None,
     ) -> None:
         if not (folder / CONFIG_NAME).is_file():
             raise UserError(
@@ -52,7 +55,7 @@ class TransformersEngine:
         self._device = choose_device(0)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         self._model = model.to(self._device).eval()
-        self._codec = TokenCodec(load_instruct_tokenizer(folder, model.config.vocab_size), table)
+        self._codec = TokenCodec(load_instruct_tokenizer(folder, model.config.vocab_size), table, rules)
         self._generation = generation
         self._batch_size = batch_size
 

@@ -14,6 +14,7 @@ from utils.engines.grammar import TableGrammar
 from utils.engines.prompts import Prompt
 from utils.engines.token_codec import TokenCodec
 from utils.icd10.codes import Cim10Table
+from utils.icd10.rules import RuleSet
 from utils.tables.jsonl import SkippedRowError
 
 _CHUNK = 512  # prompts between two writes of answers; vLLM forms its own batches
@@ -27,13 +28,18 @@ class VllmEngine:
         folder: what `utils.export --to hf --merged` wrote.
         generation: length and sampling of the answers.
         table: codes that answers may contain; None for unconstrained answers.
+        rules: coding rules that such answers follow; None for those of the guide.
 
     Raises:
         UserError: vLLM is not installed, or the folder has another format.
     """
 
     def __init__(
-        self, folder: Path, generation: Generation = DEFAULT_GENERATION, table: Cim10Table | None = None
+        self,
+        folder: Path,
+        generation: Generation = DEFAULT_GENERATION,
+        table: Cim10Table | None = None,
+        rules: RuleSet | None = None,
     ) -> None:
         if not (folder / CONFIG_NAME).is_file():
             raise UserError(
@@ -52,7 +58,7 @@ class VllmEngine:
         self._context = params.get("max_position_embeddings", DEFAULT_MAX_POSITIONS)
         self._codec = TokenCodec(load_instruct_tokenizer(folder, params["vocab_size"]), None)
         self._generation = generation
-        self._grammar = None if table is None else TableGrammar(table)
+        self._grammar = None if table is None else TableGrammar(table, rules)
         self._constraint = self._grammar and StructuredOutputsParams(grammar=self._grammar.lark())
         # Its other library for grammars, xgrammar, does not finish with the complete CIM-10.
         backend = {"structured_outputs_config": {"backend": "guidance"}} if table else {"skip_tokenizer_init": True}

@@ -43,9 +43,9 @@ def answer_grammar(table: Cim10Table, prefixes: Sequence[str] = ("",), rules: Ru
     Args:
         table: allowed codes.
         prefixes: what an answer can start with; OPTIONAL_SPACE for engines whose tokenizer is not known.
-        rules: coding rules; None for those of the guide.
+        rules: coding rules, of which those without an end count; None for those of the guide.
     """
-    rules = rules or guide_rules()
+    rules = (rules or guide_rules()).in_year(None)
     entries = {role: [entry for entry in table if rules.allows(role, entry)] for role in ROLES}
     mains: dict[str, list[Cim10Entry]] = {name: [] for name in _DR_AFTER}
     for entry in entries["DP"]:
@@ -63,6 +63,12 @@ def answer_grammar(table: Cim10Table, prefixes: Sequence[str] = ("",), rules: Ru
         "separator": Node([ITEM_SEPARATOR], ("das",)),
     }
     return _without_unused(nodes)
+
+
+def item_texts(grammar: Grammar) -> dict[str, list[str]]:
+    """Return the texts of codes in each role."""
+    nodes = {role: [name for name in grammar if ITEM_NODES.get(name) == role] for role in ROLES}
+    return {role: [text for name in names for text in grammar[name].texts] for role, names in nodes.items()}
 
 
 def _dp_node(dp: str, related: Sequence[Cim10Entry], table: Cim10Table, rules: RuleSet) -> str:

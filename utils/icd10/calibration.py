@@ -22,7 +22,7 @@ from utils.tables.jsonl import file_errors
 
 METHODS = ("platt", "isotonic")
 AUTO, TO_REVIEW = "auto", "to_review"
-CONDITIONS = ("cim10", "sampling")  # of answers: others have other probabilities
+CONDITIONS = ("cim10", "rules", "sampling")  # of answers: others have other probabilities
 
 _FEWEST = 20  # codes of a role to calibrate it
 _NEAREST = 1e-6  # to 0 and to 1

@@ -15,10 +15,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from utils.icd10.answer_grammar import answer_grammar
+from utils.icd10.answer_grammar import answer_grammar, item_texts
 from utils.icd10.answers import Diagnosis, parse_answer
-from utils.icd10.codes import ROLES, Cim10Table
+from utils.icd10.codes import Cim10Table
 from utils.icd10.prompts import CODE_ITEM
+from utils.icd10.rules import RuleSet
 
 _BETWEEN_CHARACTERS = r"[.\s]?"  # in codes that are not written as the table does
 
@@ -47,11 +48,12 @@ class ProbabilityReader:
 
     Args:
         table: the table to whose codes the answers were restricted; None if they were not.
+        rules: coding rules that the answers followed; None for those of the guide.
     """
 
-    def __init__(self, table: Cim10Table | None) -> None:
-        grammar = answer_grammar(table) if table is not None else {}
-        self._items = {role: sorted(grammar[role.lower()].texts) for role in ROLES if grammar}
+    def __init__(self, table: Cim10Table | None, rules: RuleSet | None = None) -> None:
+        texts = item_texts(answer_grammar(table, rules=rules)) if table is not None else {}
+        self._items = {role: sorted(found) for role, found in texts.items()}
 
     def read(self, text: str, pieces: Sequence[bytes], log_probabilities: Sequence[float]) -> Probabilities:
         """Return the probabilities of an answer.

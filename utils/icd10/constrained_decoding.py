@@ -55,10 +55,10 @@ class AnswerGrammar:
         Args:
             table: allowed codes.
             prefix: start of every answer (SentencePiece starts a string with a space).
-            rules: coding rules; None for those of the guide.
+            rules: coding rules, of which those without an end count; None for those of the guide.
         """
         self._table = table
-        self._rules = rules or guide_rules().in_year(None)
+        self._rules = (rules or guide_rules()).in_year(None)
         self._strings: dict[str, list[bytes]] = {}
         self._next_nodes: dict[str, tuple[str, ...]] = {}
         self._nodes: dict[str, list[str]] = {END: [END]}  # of this automaton, by node of the grammar

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,12 @@ class RuleSet:
     Attributes:
         version: of the file, as it says.
         rules: by name.
+        digest: of the file's content.
     """
 
-    def __init__(self, version: str, rules: Iterable[Rule]) -> None:
+    def __init__(self, version: str, rules: Iterable[Rule], digest: str = "") -> None:
         self.version = version
+        self.digest = digest
         self.rules = {rule.name: rule for rule in rules}
         self._forbidding = [rule for rule in self.rules.values() if rule.severity == FORBIDDEN]
         conditions = [rule.condition for rule in self._forbidding]
@@ -45,14 +48,18 @@ class RuleSet:
         Raises:
             UserError: an entry is wrong, or an example is not what it is an example of.
         """
-        return cls(*read_rules(path))
+        version, rules = read_rules(path)
+        return cls(version, rules, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def in_year(self, year: str | int | None) -> "RuleSet":
         """Return the rules that are valid in a year; for an unknown one, those that have no end."""
         key = int(text) if (text := str(year)).isdecimal() else None
         if key not in self._by_year:
-            self._by_year[key] = RuleSet(self.version, (rule for rule in self.rules.values() if rule.is_valid(key)))
+            self._by_year[key] = RuleSet(self.version, self._valid(key), self.digest)
         return self._by_year[key]
+
+    def _valid(self, year: int | None) -> Iterator[Rule]:
+        return (rule for rule in self.rules.values() if rule.is_valid(year))
 
     def of_severity(self, severity: str) -> Mapping[str, Rule]:
         """Return the rules with a severity."""
