@@ -1,8 +1,9 @@
 """Speed of batched and constrained generation: `python -m benchmarks.generate [--threads 1] [--answers 10000]`.
 
 An untrained model of the demo's size codes fictional notes, one and 16 at a time, without constraints and constrained
-to the generator's CIM-10 table (or --cim10). With --answers N, it samples N constrained answers instead and counts the
-codes that the table does not allow.
+to the generator's CIM-10 table (or --cim10). With --answers N, a smaller model samples N constrained answers instead,
+with and without the forbidding rules of the guide, and the codes that the table does not allow and the answers that
+break a rule are counted.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from model.transformer import Transformer
 from utils.fictional_notes.catalogue import load_catalogue
 from utils.fictional_notes.notes import write_notes
 from utils.generate_notes import table_of
-from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.predictions import Prediction
 from utils.icd10.prompts import prompt_messages
-from utils.icd10.rules import guide_rules
+from utils.icd10.rule_kinds import Types
+from utils.icd10.rules import RuleSet, guide_rules
+from utils.icd10.rules_file import FORBIDDEN
 from utils.models.demo_model import demo_model_args
 
 NEW_TOKENS = 70  # a typical answer
@@ -36,9 +39,9 @@ LONGEST_ANSWER = 200  # sampled answers spell their words in twice as many token
 BATCH_SIZE = 250  # of sampled answers
 
 
-def untrained_model() -> Transformer:
+def untrained_model(dim: int = 128) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(demo_model_args(dim=128, n_layers=2)).eval()
+    model = Transformer(demo_model_args(dim=dim, n_layers=2)).eval()
     return model.requires_grad_(False)
 
 
@@ -52,10 +55,10 @@ def prompts_of(count: int) -> list[list[int]]:
 class ConstraintFactory:
     """Creates constraints from a table."""
 
-    def __init__(self, table: Cim10Table) -> None:
+    def __init__(self, table: Cim10Table, rules: RuleSet | None = None) -> None:
         tokenizer = MistralTokenizer.v3().instruct_tokenizer
         self.eos_id = tokenizer.tokenizer.eos_id
-        self._grammar = AnswerGrammar(table, prefix=" ")
+        self._grammar = AnswerGrammar(table, prefix=" ", rules=rules)
         self._vocabulary = Vocabulary(token_bytes(tokenizer), self.eos_id)
 
     def __call__(self) -> AnswerConstraint:
@@ -74,10 +77,19 @@ def speed(
     return {"notes_per_second": len(prompts) / (time.perf_counter() - start)}
 
 
-def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict[str, float]:
-    """Sample constrained answers and count the codes that `table` does not allow in their role."""
-    new_constraint, sampling = ConstraintFactory(table), Sampling(temperature=1.0)
-    counts: Counter[str] = Counter(codes=0, not_allowed=0, without_code=0, cut_short=0)
+def sampled_answers(model: Transformer, answers: int, table: Cim10Table, rules: RuleSet) -> dict[str, float]:
+    """Sample constrained answers; count codes that are not allowed in their role, and answers that break the guide.
+
+    Args:
+        model: untrained.
+        answers: their number.
+        table: allowed codes.
+        rules: that constrain the answers.
+    """
+    new_constraint, sampling = ConstraintFactory(table, rules), Sampling(temperature=1.0)
+    guide = guide_rules().in_year(None)
+    forbidding = guide.of_severity(FORBIDDEN)
+    counts: Counter[str] = Counter(codes=0, not_allowed=0, without_code=0, cut_short=0, breaking=0)
     start = time.perf_counter()
     for first in tqdm(range(0, answers, BATCH_SIZE), desc="Answering", disable=None):
         constraints = [new_constraint() for _ in range(min(BATCH_SIZE, answers - first))]
@@ -88,11 +100,15 @@ def sampled_answers(model: Transformer, answers: int, table: Cim10Table) -> dict
         )
         counts["cut_short"] += sum(tokens[-1] != new_constraint.eos_id for tokens in outputs)
         for constraint in constraints:
-            found = parse_answer(constraint.text)
-            counts["codes"] += len(found)
-            counts["without_code"] += not found
-            allowed = (item.role and guide_rules().allows(item.role, table.get(item.code)) for item in found)
+            found = Prediction.of_answer(constraint.text)
+            counts["codes"] += len(found.diagnoses)
+            counts["without_code"] += not found.diagnoses
+            allowed = (item.role and guide.allows(item.role, table.get(item.code)) for item in found.diagnoses)
             counts["not_allowed"] += sum(not is_allowed for is_allowed in allowed)
+            broken = [name for name in guide.broken(found.diagnoses, table) if name in forbidding]
+            counts.update(f"breaking {name}" for name in broken)
+            counts["breaking repeated"] += found.repeated > 0
+            counts["breaking"] += bool(broken or found.repeated)
     return {**counts, "seconds": time.perf_counter() - start}
 
 
@@ -101,16 +117,30 @@ def main() -> None:
     parser.add_argument("--notes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--answers", type=int, help="sample this many answers and count forbidden codes")
+    parser.add_argument("--answers", type=int, help="sample this many answers, count what is forbidden")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="table to constrain answers to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, prompts = untrained_model(), prompts_of(options.notes)
     table = Cim10Table.from_file(options.cim10) if options.cim10 else table_of(load_catalogue())
     if options.answers:
-        case = {"answers": options.answers, "codes_in_table": len(list(table))}
-        record = measure("sampled_answers", [case], 1, lambda _: sampled_answers(model, options.answers, table))
-        print(record["results"][0])
+        model = untrained_model(dim=64)
+        guide = guide_rules()
+        types = RuleSet("types", [rule for rule in guide.rules.values() if isinstance(rule.condition, Types)])
+        settings = {"codes_in_table": len(table), "dim": 64}
+        some = max(1, options.answers // 20)  # enough to see what the rules prevent
+        cases = [
+            settings | {"rules": rules.version, "answers": count}
+            for rules, count in ((guide, options.answers), (types, some))
+        ]
+        of_case = {rules.version: rules for rules in (guide, types)}
+        record = measure(
+            "sampled_answers",
+            cases,
+            1,
+            lambda case: sampled_answers(model, case["answers"], table, of_case[case["rules"]]),
+        )
+        print(*record["results"], sep="\n")
         return
     cases = [
         {"threads": options.threads, "constrained": constrained, "batch": batch}

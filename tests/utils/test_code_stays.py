@@ -24,6 +24,7 @@ from utils.icd10.decisions import COLUMNS
 from utils.icd10.journal import CODED, EXPLAINED, Key, note_hash, open_journal
 from utils.icd10.prompts import note_of, prompt_messages
 from utils.icd10.review_items import Evidence
+from utils.icd10.rules import guide_rules
 from utils.tables.jsonl import read_lines
 from utils.tables.read_table import read_table
 
@@ -236,7 +237,7 @@ def test_stays_are_coded_once_although_the_process_is_killed_ten_times(tmp_path,
     path = tmp_path / "journal.jsonl"
     choice = EngineChoice.__new__(EngineChoice)
     monkeypatch.setattr(EngineChoice, "model", "stand-in")
-    choice.table = None
+    choice.table, choice.rules = None, guide_rules()
 
     def code():
         with open_journal(path) as journal:
