@@ -2,7 +2,8 @@
 
 `python -m benchmarks.constraint [--codes 15750] [--answers 50] [--rounds 3]` writes random answers with codes of a
 fictional table, and measures at each of their tokens the CPU time for the ids of the tokens that may come next, as
-generation uses them, and for taking the token. `--same NOTES` counts instead the notes that an untrained model answers
+generation uses them, and for taking the token. `--before CHECKOUT` measures the automaton of another checkout, too, and
+`--cim10 TABLE` uses this table. `--same NOTES` counts instead the notes that an untrained model answers
 alike under either constraint. `--show` prints the table of the last results. Needs llguidance.
 """
 
@@ -11,7 +12,10 @@ import itertools
 import json
 import random
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -21,7 +25,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from benchmarks.generate import prompts_of, untrained_model
-from benchmarks.measure import last_record, measure, peak_rss, print_table, run_json, spread
+from benchmarks.measure import ROOT, last_record, measure, peak_rss, print_table, run_json, spread
 from finetune.inference import token_bytes
 from model.generate import collect_tokens, stream
 from utils.fictional_notes.catalogue import load_catalogue
@@ -30,12 +34,12 @@ from utils.icd10.answer_grammar import answer_grammar, as_lark
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.codes import Cim10Entry, Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
-from utils.icd10.rules import guide_rules
 
 VOCABULARY = 32_768  # of the v3 tokenizer, the demo's
 COLUMNS = {
     "constraint": lambda result: result["library"],
     "build, s": lambda result: spread(result["build_seconds"]),
+    "ms per answer": lambda result: spread(result["ms_per_answer"]),
     "µs per token, mean": lambda result: spread(result["mean_us"], digits=1),
     "median": lambda result: spread(result["median_us"], digits=1),
     "99 %": lambda result: spread(result["p99_us"], digits=0),
@@ -114,6 +118,8 @@ def fictional_table(codes: int) -> Cim10Table:
 
 def random_answers(table: Cim10Table, count: int) -> list[str]:
     """Return answers with one DP, perhaps a DR, and up to six DAS, that break no forbidding rule."""
+    from utils.icd10.rules import guide_rules  # another checkout may not have it
+
     rng, rules = random.Random(1), guide_rules()
     by_role = {role: [entry for entry in table if rules.allows(role, entry)] for role in ("DP", "DR", "DAS")}
 
@@ -126,12 +132,11 @@ def random_answers(table: Cim10Table, count: int) -> list[str]:
     return [answer() for _ in range(count)]
 
 
-def cost(library: str, codes: int, answers: int) -> dict[str, float]:
+def cost(library: str, table: Cim10Table, answers: Sequence[str]) -> dict[str, float]:
     """Measure one library in this process; memory is what its peak grows by."""
     tokenizer = MistralTokenizer.v3().instruct_tokenizer
-    table = fictional_table(codes)
     inner = tokenizer.tokenizer
-    rows = [inner.encode(text, bos=False, eos=True) for text in random_answers(table, answers)]
+    rows = [inner.encode(text, bos=False, eos=True) for text in answers]
     before, start = peak_rss(), time.process_time()
     factory = FACTORIES[library](tokenizer, table, " ")  # SentencePiece starts a string with a space
     build = time.process_time() - start
@@ -149,7 +154,8 @@ def cost(library: str, codes: int, answers: int) -> dict[str, float]:
             seconds[-1] += time.process_time() - start
     micro = np.array(seconds) * 1e6
     quantiles = {"median_us": np.median(micro), "p99_us": np.quantile(micro, 0.99), "worst_us": micro.max()}
-    found = {"build_seconds": build, "tokens": len(micro), "mean_us": micro.mean(), **quantiles}
+    per_answer = {"ms_per_answer": micro.sum() / 1000 / len(rows)}
+    found = {"build_seconds": build, "tokens": len(micro), **per_answer, "mean_us": micro.mean(), **quantiles}
     return {name: float(value) for name, value in found.items()} | {"bytes": peak_rss() - before}
 
 
@@ -168,28 +174,41 @@ def same_answers(notes: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", type=int, default=15_750)
+    parser.add_argument("--cim10", type=Path, metavar="TABLE", help="in place of a fictional table")
     parser.add_argument("--answers", type=int, default=50, help="number of random answers")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case", choices=("ours", "llguidance"), help="measure this in the process itself")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure the automaton of this checkout, too")
+    parser.add_argument("--case", nargs=2, metavar=("LIBRARY", "ANSWERS"), help="measure this in the process itself")
     parser.add_argument("--same", type=int, metavar="NOTES", help="compare the answers to this many notes instead")
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
     options = parser.parse_args()
-    if options.case:
-        print(json.dumps(cost(options.case, options.codes, options.answers)))
-        return
     if options.same:
         print(same_answers(options.same))
         return
-    sizes = ["--codes", str(options.codes), "--answers", str(options.answers)]
-    command = [sys.executable, "-m", "benchmarks.constraint", *sizes, "--case"]
-    cases = [{"library": library, "vocabulary": VOCABULARY, "codes": options.codes} for library in FACTORIES]
+    if options.show:
+        print_table(last_record("constraint"), COLUMNS)
+        return
+    table = Cim10Table.from_file(options.cim10) if options.cim10 else fictional_table(options.codes)
+    if options.case:
+        library, path = options.case
+        print(json.dumps(cost(library, table, json.loads(Path(path).read_text(encoding="utf-8")))))
+        return
+    libraries = [*FACTORIES, *(["before"] if options.before else [])]
+    cases = [{"library": library, "vocabulary": VOCABULARY, "codes": len(table)} for library in libraries]
+    of_table = ["--cim10", str(options.cim10.resolve())] if options.cim10 else ["--codes", str(options.codes)]
+    # Run by its path, so that another checkout measures the same.
+    start = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
 
-    def run(case: dict[str, Any]) -> dict[str, Any]:
-        return run_json(*command, case["library"])
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as answers:
+        json.dump(random_answers(table, options.answers), answers)
+        answers.flush()
 
-    print_table(
-        last_record("constraint") if options.show else measure("constraint", cases, options.rounds, run), COLUMNS
-    )
+        def run(case: dict[str, Any]) -> dict[str, Any]:
+            library = "ours" if case["library"] == "before" else case["library"]
+            command = [sys.executable, "-c", start, *of_table, "--case", library, answers.name]
+            return run_json(*command, root=options.before.resolve() if case["library"] == "before" else ROOT)
+
+        print_table(measure("constraint", cases, options.rounds, run), COLUMNS)
 
 
 if __name__ == "__main__":

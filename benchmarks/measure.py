@@ -36,9 +36,10 @@ def _kilobytes(file: str, key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def run_json(*command: str) -> dict[str, Any]:
-    """Run a command of the project and return the JSON object in its last line of output."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run_json(*command: str, root: Path = ROOT) -> dict[str, Any]:
+    """Run a command of the project, or of another checkout; return the JSON object in its last line of output."""
+    environment = os.environ | ({} if root == ROOT else {"PYTHONPATH": str(root)})
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
