@@ -1,6 +1,7 @@
 """Constrained answers break no forbidding rule, and every answer that breaks none can be given."""
 
 import random
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,10 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.generate import collect_tokens, stream
+from model.sampling import Sampling
+from tests.model.test_generate import tiny_model
+from utils.icd10.answer_grammar import answer_grammar
 from utils.icd10.answers import Diagnosis, build_answer, list_codes, parse_answer
 from utils.icd10.codes import ROLES, Cim10Entry, Cim10Table
 from utils.icd10.constrained_decoding import AnswerConstraint, AnswerGrammar, Vocabulary
+from utils.icd10.predictions import Prediction
 from utils.icd10.prompts import ANSWER
+from utils.icd10.rule_kinds import Types
 from utils.icd10.rules import RuleSet, guide_rules
 from utils.icd10.rules_file import FORBIDDEN, GUIDE
 
@@ -193,3 +200,22 @@ def test_answers_of_other_engines_are_repaired() -> None:
     assert grammar.accepted(expected, is_complete=True) == expected
     assert grammar.accepted(expected[:-3], is_complete=False) == expected.removesuffix(", aucun apport (E43)")
     assert grammar.accepted(text_of(items([Diagnosis("DP", "I10"), Diagnosis("DR", "E43")])), is_complete=True) is None
+
+
+def test_sampled_answers_of_an_untrained_model_break_no_forbidding_rule() -> None:
+    """`python -m benchmarks.generate --answers 10000` does the same with the demo's table and tokenizer."""
+    table = Cim10Table(entry for entry in TABLE if entry.code != "I119")
+    texts = {text for node in answer_grammar(table).values() for text in node.texts}
+    words = {word for text in texts for word in re.findall(r"\S+ ?", text)}
+    vocabulary = Vocabulary([*[None] * EOS, None, *(word.encode() for word in sorted(words | {" "}))], EOS)
+    types = RuleSet("types", [rule for rule in RULES.values() if isinstance(rule.condition, Types)])
+    model, sampling = tiny_model(vocab_size=len(vocabulary.pieces)), Sampling(30.0)
+    breaking = {}
+    for rules, count in ((guide_rules(), 500), (types, 100)):
+        grammar = AnswerGrammar(table, rules=rules)
+        constraints = [AnswerConstraint(grammar, vocabulary) for _ in range(count)]
+        collect_tokens(stream(model, [[1]] * count, 40, EOS, sampling, range(count), constraints))
+        found = [Prediction.of_answer(constraint.text) for constraint in constraints]
+        assert len({constraint.text for constraint in constraints}) > count // 2
+        breaking[rules.version] = sum(bool(breaks_forbidding(answer.diagnoses) or answer.repeated) for answer in found)
+    assert breaking[guide_rules().version] == 0 < breaking["types"]
