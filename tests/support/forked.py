@@ -64,6 +64,14 @@ def fork(command: Callable[[], object], stdout: Path, stderr: Path) -> int:
     os._exit(code)
 
 
+def finished(command: Callable[[], object]) -> subprocess.CompletedProcess[str]:
+    """Call a function in a forked process and wait for its end."""
+    with tempfile.TemporaryDirectory() as outside:
+        outputs = [Path(outside, name) for name in ("stdout", "stderr")]
+        code = os.waitstatus_to_exitcode(os.waitpid(fork(command, *outputs), 0)[1])
+        return subprocess.CompletedProcess([], code, *(path.read_text(encoding="utf-8") for path in outputs))
+
+
 def run_forked(
     module: ModuleType, *arguments: object, folder: Path = ROOT, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -82,7 +90,4 @@ def run_forked(
         os.environ.update(environment or {})
         run_cli(module.main)
 
-    with tempfile.TemporaryDirectory() as outside:
-        outputs = [Path(outside, name) for name in ("stdout", "stderr")]
-        code = os.waitstatus_to_exitcode(os.waitpid(fork(command, *outputs), 0)[1])
-        return subprocess.CompletedProcess([], code, *(path.read_text(encoding="utf-8") for path in outputs))
+    return finished(command)

@@ -15,7 +15,7 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import train  # noqa: F401
-from tests.support.forked import import_before_forking
+from tests.support.documents import ROOT
 
 
 class _Worker:
@@ -52,10 +52,8 @@ def _work(command: Sequence[str], environment: dict[str, str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    import_before_forking()
+    """Run torchrun in this process, which should be a forked one."""
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
     SubprocessHandler._popen = lambda self, command, environment: _Worker(command, environment)
     torch.distributed.run.main(arguments)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 -m tests.support.run_trajectories CONFIG.yaml CONFIG
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from finetune.args import load_train_args
 from finetune.cli import run_cli
 from finetune.distributed import init_world
 from finetune.monitoring.utils import set_up_logging
+from tests.support import forking_torchrun
+from tests.support.forked import finished
 from tests.support.golden import fixture, load_json_gz
-from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 INPUTS = fixture("inputs")
@@ -71,16 +71,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --nproc-per-node 2 -m MODULE ARGUMENT ...` in the root folder of the project."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    arguments = ["--standalone", "--nproc-per-node", "2", "-m", *map(str, command)]
+    return finished(lambda: forking_torchrun.main(arguments))
 
 
 def main(configs: list[str]) -> None:
