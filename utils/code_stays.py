@@ -212,7 +212,7 @@ def _take_decisions(
     print(*describe_counts(count_decisions(review.decisions for review in reviews.values())), sep="\n")
     codes = {key.stay: final_codes(review.decisions) for key, review in reviews.items()}
     notes = {key.stay: note_of(prompt.messages) for key, prompt in export.items() if key in reviews}
-    print(add_corrections(options.out / CORRECTIONS, codes, notes, table))
+    print(add_corrections(options.out / CORRECTIONS, codes, notes, table, parse_rules(options.rules)))
 
 
 def _require_own_folder(out: Path) -> None:

@@ -37,6 +37,7 @@ from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import Prediction, read_gold, read_predictions
 from utils.icd10.prompts import note_of
 from utils.icd10.review_items import Evidence, Item, StayToReview, evidence_of
+from utils.icd10.rules import add_rules_option, parse_rules
 from utils.icd10.second_reading import SecondReader, agreed, count_by_fact, read_complications, read_facts, score
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import require_own_names, save
@@ -117,7 +118,7 @@ def _take_decisions(
     print(*describe_counts(counts), sep="\n")
     codes = {key.stay: final_codes(found.decisions, coded[key.stay].diagnoses) for key, found in reviews.items()}
     reviewed = {key.stay: text for key in reviews if note_hash(text := notes.get(key.stay, "")) == key.note}
-    print(add_corrections(options.out / CORRECTIONS, codes, reviewed, table))
+    print(add_corrections(options.out / CORRECTIONS, codes, reviewed, table, parse_rules(options.rules)))
 
 
 def _page(
@@ -142,6 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--notes", type=Path, metavar="NOTES", help="to show on the page, and to train on")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="labels, and codes to choose from")
+    add_rules_option(parser)
     parser.add_argument("--complications", type=Path, metavar="LIST", help="table of codes and levels 1 to 4 (CMA)")
     parser.add_argument("--by", nargs="+", default=[], metavar="COLUMN", help="count by these columns of CODES")
     parser.add_argument("--decisions", type=Path, nargs="+", default=[], metavar="CSV", help="of the review page")
@@ -155,7 +157,7 @@ def main() -> None:
     if options.decisions and not (options.notes and options.cim10):
         raise UserError("--decisions needs --notes and --cim10: rows to train on have the note and the labels.")
     outputs = [options.out / name for name in (DISAGREEMENTS, PAGE, CORRECTIONS)]
-    inputs = [options.coded, options.predictions, options.notes, options.cim10, options.complications]
+    inputs = [options.coded, options.predictions, options.notes, options.cim10, options.rules, options.complications]
     require_own_names(outputs, [*inputs, *options.decisions])
     table = Cim10Table.from_file(options.cim10) if options.cim10 else None
     complications = read_complications(options.complications, options.encoding) if options.complications else {}

@@ -95,7 +95,12 @@ def test_only_new_and_changed_notes_are_coded(week, tmp_path):
     ]
     first = journal[0]
     assert first["codes"] == [item._asdict() for item in parse_answer(ANSWER)] and first["time"][:2] == "20"
-    assert first["versions"]["model"] == "m" and first["versions"]["cim10"] and first["versions"]["calibrated"] is False
+    assert (
+        first["versions"]["model"] == "m"
+        and first["versions"]["cim10"]
+        and first["versions"]["rules"]
+        and first["versions"]["calibrated"] is False
+    )
     rows = [row for _, row in read_table(tmp_path / "list/worklist.csv")]
     assert [(row["stay"], row["role"], row["code"]) for row in rows][:2] == [("s1", "DP", "I500"), ("s1", "DAS", "I10")]
     assert len(rows) == 6

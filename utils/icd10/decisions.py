@@ -19,6 +19,7 @@ from utils.icd10.codes import ROLES, Cim10Table, normalize_code, respell
 from utils.icd10.corpus import build_corpus
 from utils.icd10.journal import Key
 from utils.icd10.prompts import instruct_row
+from utils.icd10.rules import RuleSet
 from utils.icd10.stays import CodeRow, Document, StayNotes, read_header
 from utils.tables.jsonl import Row, SkippedRowError, file_errors, read_journal, save
 from utils.tables.read_table import counts_lines, read_table
@@ -127,7 +128,11 @@ def final_codes(decisions: Iterable[Decision], coded: Iterable[Diagnosis] = ()) 
 
 
 def add_corrections(
-    path: Path, codes: Mapping[str, Sequence[Diagnosis]], notes: Mapping[str, str], table: Cim10Table
+    path: Path,
+    codes: Mapping[str, Sequence[Diagnosis]],
+    notes: Mapping[str, str],
+    table: Cim10Table,
+    rules: RuleSet,
 ) -> str:
     """Add reviewed stays to a file of rows to train on, as preparation would write them; return what was done.
 
@@ -138,6 +143,7 @@ def add_corrections(
         codes: of each reviewed stay, with roles.
         notes: of the stays that can be trained on.
         table: labels of the codes.
+        rules: coding rules.
 
     Raises:
         UserError: the file is something else.
@@ -146,7 +152,7 @@ def add_corrections(
     for stay in codes.keys() & notes.keys():
         texts.add(Document(stay, notes[stay]))
     rows = {stay: [CodeRow(item.role or "", item.code) for item in codes[stay]] for stay in codes if stay in texts}
-    corpus = build_corpus(texts, rows, lambda stay: table, unit="first")
+    corpus = build_corpus(texts, rows, lambda stay: table, unit="first", rules_of=lambda stay: rules)
     added = {stay.id: instruct_row(texts[stay.id], build_answer(stay.diagnoses), stay.id) for stay in corpus.stays}
     with file_errors():
         merged = read_journal(path) | added
