@@ -141,8 +141,9 @@ def main() -> None:
         save({args.out: _violations(broken)})
     print(table_of_rules(report))
     stays = {severity: len({found.stay for found in broken if found.severity == severity}) for severity in SEVERITIES}
-    found = " and ".join(f"{count:,} a rule {severity!r}" for severity, count in stays.items())
-    print(f"Of {counted(len(cases), 'stay')}, {found} (rules {rules.version}).")
+    breaking, to_check = (f"{stays[severity]:,}" for severity in SEVERITIES)
+    checked = counted(len(cases), "stay")
+    print(f"{checked} checked: {breaking} with a broken rule, {to_check} to check (rules {rules.version}).")
     if stays[FORBIDDEN]:
         sys.exit(1)
 

@@ -120,7 +120,7 @@ def check(run_command, tmp_path: Path):
 def test_exit_code_is_zero_unless_a_forbidding_rule_is_broken(check) -> None:
     code, output, found = check("stay;DP;DR;DAS1;DAS2\n1;Z511;;I10;\n2;J189;;;\n")
     assert code == 0 and found == [("1", "to check", "session_without_DR", "Z511")]
-    assert "Of 2 stays, 0 a rule 'forbidden' and 1 a rule 'to check'" in output
+    assert "2 stays checked: 0 with a broken rule, 1 to check" in output
     code, output, found = check("stay;DP;DR;DAS1;DAS2\n1;E440;;E43;I10\n2;J189;;;\n")
     assert code == 1 and found == [("1", "forbidden", "excluded_pair", "E43 E440")]
     row = next(line for line in output.splitlines() if line.startswith("excluded_pair"))
