@@ -179,10 +179,20 @@ def initial_lora_tensors(model: nn.Module, seed: int, dtype: torch.dtype) -> Ite
     """
     generator = torch.Generator().manual_seed(seed)
     for name, layer in lora_layers(model):
-        weight_a = torch.empty(layer.lora_A.weight.shape, dtype=dtype, device="cpu")
-        nn.init.kaiming_uniform_(weight_a, a=math.sqrt(5), generator=generator)
-        yield f"{name}.lora_A.weight", weight_a
+        yield f"{name}.lora_A.weight", _kaiming_uniform(layer.lora_A.weight.shape, dtype, generator)
         yield f"{name}.lora_B.weight", torch.zeros(layer.lora_B.weight.shape, dtype=dtype, device="cpu")
+
+
+def _kaiming_uniform(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Return a matrix [R, in] as `nn.init.kaiming_uniform_` with a = sqrt 5 draws it from torch 2.12 on.
+
+    torch 2.11 draws other numbers in bf16 and fp16. Later versions round those of fp32, and replace the upper bound of
+    the half-open interval, to which some are rounded, by the lower one.
+    """
+    bound = math.sqrt(3) * (nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(shape[1]))
+    exact = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    rounded, upper = exact.to(dtype), torch.tensor(bound, dtype=dtype, device="cpu")
+    return torch.where(rounded == upper, -upper, rounded)
 
 
 def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
