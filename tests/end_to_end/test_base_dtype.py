@@ -21,6 +21,7 @@ from model.lora import quantizable_linears
 from tests.end_to_end.kill_runs import train_forked
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.run_trajectories import INPUTS, read_jsonl, write_config
+from tests.support.versions import shards_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
@@ -96,6 +97,7 @@ def test_compile_applies_to_the_quantization_of_inputs(compiles, models, tmp_pat
     assert len(formats) == 14 and {each.compiled for each in formats} == {compiles}
 
 
+@shards_bytes
 def test_two_processes_share_a_quantized_base(models, tmp_path):
     configs = [
         config(tmp_path, "nf4", models["same"], "nf4"),
@@ -107,6 +109,13 @@ def test_two_processes_share_a_quantized_base(models, tmp_path):
         train_forked(path, 2)
     torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
     torch.testing.assert_close(outcome(tmp_path / "moe_nf4"), outcome(tmp_path / "moe"))
+
+
+def test_a_torch_that_cannot_shard_a_quantized_base_is_named(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    path = config(tmp_path, "run", models["same"], "nf4", cpu_offload=True)
+    with pytest.raises(UserError, match=r"with `cpu_offload` needs PyTorch 2\.12 or later, this is 2\.11\.0"):
+        train.train(str(path))
 
 
 def test_run_on_a_quantized_base_resumes(models, tmp_path):

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from model import frozen_weights
 from model.errors import UserError
 from model.frozen_weights import FORMATS, DenseWeight, FP8Weight, FrozenWeight, NF4Weight
+from tests.support.versions import TORCH, shards_bytes
 
 E4M3_CODES = torch.tensor([code for code in range(256) if code % 128 != 127], dtype=torch.uint8)  # 127: NaN
 E4M3 = E4M3_CODES.view(torch.float8_e4m3fn).double()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -326,7 +326,7 @@ def one_of_two_ranks(rank: int, rendezvous: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(TORCH < (2, 12), reason="FSDP2 of torch 2.11 shards floating parameters only")
+@shards_bytes
 def test_fsdp_shards_the_bytes_without_changing_them(tmp_path: Path):
     torch.multiprocessing.spawn(one_of_two_ranks, args=(str(tmp_path / "rendezvous"),), nprocs=2)
 

@@ -1,6 +1,7 @@
 """The transformer and its adapters: against a naive float64 model, invariances, and mistral-finetune's results."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from model.rope import rotary_phases
 from model.transformer import FeedForward, Transformer
 from tests.support.checkpoints import TEKKEN_SHAPES, make_tiny_adapter, make_tiny_checkpoint
 from tests.support.golden import GOLDEN, fixture
+from tests.support.versions import TORCH
 
 SMALL = {"dim": 32, "hidden_dim": 48, "vocab_size": 96, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
 LENGTHS = [5, 1, 6]
@@ -316,6 +318,17 @@ def test_new_adapter_equals_mistral_finetunes(tmp_path, name, shapes, lora, seed
     actual = lora_init(base, lora, seed, next(iter(expected.values())).dtype)
     assert actual.keys() == expected.keys()
     assert all(tensor.equal(expected[name]) for name, tensor in actual.items())
+
+
+@pytest.mark.skipif(TORCH < (2, 12), reason="torch 2.11 draws other numbers in bf16 and fp16; ours are those of 2.12")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_new_adapters_are_torchs_kaiming_uniform(tmp_path, dtype):
+    base = make_tiny_checkpoint(tmp_path, dim=96, vocab_size=8)
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in lora_init(base, LoraArgs(rank=64), 3, dtype).items():
+        if name.endswith("lora_A.weight"):
+            expected = torch.nn.init.kaiming_uniform_(torch.empty_like(tensor), a=math.sqrt(5), generator=generator)
+            assert tensor.equal(expected), name
 
 
 @pytest.fixture(scope="module")
