@@ -186,6 +186,12 @@ def assert_saves_like_the_original(run, run_dir: Path) -> None:
             assert_same_tensors(run, saved, load_file(folder / saved["safetensors_file"]))
 
 
+def recorded_weights(saved) -> Path | None:
+    """Return the file with the adapter that the original saved, if it was kept."""
+    file = (GOLDEN or fixture("")) / "expected/train" / saved.get("file", "none kept")
+    return file if file.is_file() and file.name.endswith("_lora.safetensors") else None
+
+
 def assert_same_tensors(run, saved, tensors) -> None:
     exact = run["param_dtype"] == "float32"
     assert tensors.keys() == saved["tensors"].keys()
@@ -193,8 +199,7 @@ def assert_same_tensors(run, saved, tensors) -> None:
         tensor = tensors[name]
         assert (list(tensor.shape), str(tensor.dtype)) == (facts["shape"], f"torch.{facts['dtype']}"), name
         assert tensor.double().norm().item() == pytest.approx(facts["l2"], rel=1e-4 if exact else 2e-2), name
-    file = (GOLDEN or fixture("")) / "expected/train" / saved.get("file", "none kept")
-    if file.is_file() and file.name.endswith("_lora.safetensors"):
+    if file := recorded_weights(saved):
         for name, expected in load_file(file).items():
             error = (tensors[name].double() - expected.double()).norm() / expected.double().norm()
             assert error < (1e-3 if exact else 0.1), name
