@@ -29,11 +29,11 @@ def release(config: Path) -> None:
 
 
 def hold(config: Path) -> Callable[[Run, StopRequest], None]:
-    """Return a `train.finish_step` that waits at HELD_STEP until `release` is called, on every rank."""
+    """Return a `train.finish_step` that waits at HELD_STEP for `release`, or for a signal to this rank."""
     original = train.finish_step
 
     def finish_step(run: Run, stop: StopRequest) -> None:
-        while run.state.step == HELD_STEP and not _released(config).exists():
+        while run.state.step == HELD_STEP and not (stop or _released(config).exists()):
             time.sleep(0.01)
         original(run, stop)
 
