@@ -8,13 +8,14 @@ BIN := .venv/bin
 EXTRAS := test,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
 comma := ,
 
-.PHONY: help setup demo sample-data test test-fast notebooks kill-test fuzz check format docs constraints gpu-bundle clean
+.PHONY: help setup demo sample-data test test-fast test-oldest notebooks kill-test fuzz check format docs constraints gpu-bundle clean
 help:
 	@echo "make setup        create .venv with the versions of constraints.txt"
 	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
 	@echo "make sample-data  write 1,000 fictional notes and their codes to sample_data: train, eval and test"
 	@echo "make notebooks    run the tutorials and save their outputs in them; replaces runs/tutorials"
 	@echo "make test         run all tests;  make test-fast  skip the slow ones"
+	@echo "make test-oldest  run all tests with the lowest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
 	@echo "make fuzz         10,000 random inputs per fuzz target"
 	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
@@ -71,6 +72,17 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --ignore=tests/end_to_end # whose tests are all slow
+
+# uv installs the lowest versions, pip has no such option. UV_TORCH_BACKEND=cpu chooses PyTorch's smaller CPU build.
+OLDEST := .venv-oldest/bin
+test-oldest: .venv-oldest/installed
+	$(OLDEST)/python -m pytest -n $(WORKERS) --durations=15
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --resolution lowest-direct -e ".[test]"
+	touch $@
 
 # Without a key, so that running a tutorial is never charged.
 notebooks: setup

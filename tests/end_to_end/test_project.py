@@ -53,9 +53,23 @@ def test_constraints_lie_within_the_ranges_of_pyproject() -> None:
             assert requirement.specifier.contains(tested[name], prereleases=True), requirement
 
 
+def planned(target: str) -> str:
+    """Return the commands that make would run."""
+    return subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_setup_uses_the_constraints() -> None:
-    planned = subprocess.run(["make", "-n", "-B", "setup"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "-c constraints.txt" in planned
+    assert "-c constraints.txt" in planned("setup")
+
+
+def test_both_ends_of_the_supported_versions_are_documented() -> None:
+    assert '--resolution lowest-direct -e ".[test]"' in planned("test-oldest")
+    needed = map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["transformers"]])
+    lowest = {one.name: next(bound.version for bound in one.specifier if bound.operator == ">=") for one in needed}
+    for name in ("torch", "transformers"):
+        for version in (lowest[name], constraints()[name]):
+            short = ".".join(version.split(".")[:2])
+            assert f"{name} {short}" in read("CONTRIBUTING.md"), (name, short)
 
 
 def test_every_address_of_the_project_is_the_same() -> None:
