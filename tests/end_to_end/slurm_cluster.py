@@ -67,7 +67,10 @@ PartitionName=high Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 # Instead of torchrun: the same, with workers that are forked and wait at a step.
 TORCHRUN = """#!/bin/sh
 for word; do shift; [ "$word" = train ] && word=tests.support.held_run; set -- "$@" "$word"; done
-exec {python} -m tests.support.forking_torchrun "$@"
+exec {python} -c 'import sys
+from tests.support import forked, forking_torchrun
+forked.import_before_forking()
+forking_torchrun.main(sys.argv[1:])' "$@"
 """
 
 
