@@ -1,6 +1,5 @@
 """Systems and interpreters other than the one the tests run on, simulated: what they lack is taken away."""
 
-import ast
 import subprocess
 import sys
 import warnings
@@ -106,4 +105,4 @@ def test_sources_compile_without_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for file in source_files():
-            compile(file.read_text(encoding="utf-8"), str(file), "exec", ast.PyCF_ONLY_AST)
+            compile(file.read_text(encoding="utf-8"), str(file), "exec", dont_inherit=True)

@@ -5,13 +5,12 @@ not permit namespaces.
 """
 
 import contextlib
-import ctypes
-import faulthandler
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +20,9 @@ import psutil
 
 from finetune.manifest import MANIFEST_NAME
 from tests.end_to_end.kill_runs import curve, kill_test_config, train_forked
-from tests.support import forking_torchrun
-from tests.support.forked import fork
 from tests.support.held_run import release
 from tests.support.patience import PATIENCE_S, wait_until
+from tests.support.run_trajectories import ROOT
 
 # torchrun detects a lost node within seconds instead of 15, and waits 3 seconds for it instead of 30.
 RENDEZVOUS_TIMES = "keep_alive_interval=1,last_call_timeout=3"
@@ -43,14 +41,6 @@ class Network:
     def enter(self, node: int, *command: str) -> list[str]:
         """Return a command line that runs `command` on a node."""
         return [*_enter(self._namespace_pids[node]), *command] if self._namespace_pids else list(command)
-
-    def join(self, node: int) -> None:
-        """Move this process, which must have a single thread, to a node."""
-        if self._namespace_pids:
-            for kind in ("user", "net"):
-                with open(f"/proc/{self._namespace_pids[node]}/ns/{kind}") as namespace:
-                    if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
-                        raise OSError(ctypes.get_errno(), "cannot enter a namespace")
 
     def set_link(self, state: str) -> None:
         """Disconnect the nodes ("down") or reconnect them ("up"), without closing connections, as a power failure."""
@@ -103,21 +93,19 @@ class Node:
         self._log = config.with_suffix(f".{number}.log")
         common = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "3"]
         common += ["--local-addr", where.addresses[number]]
-
-        def launch() -> None:
-            # A restarted node finds the others only if torchrun creates a new store for each attempt.
-            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-            os.environ["GLOO_SOCKET_IFNAME"] = where.interface
-            faulthandler.cancel_dump_traceback_later()  # which has a thread
-            where.join(number)
-            forking_torchrun.main([*common, *options, "-m", module, str(config)])
-
-        self._launcher = psutil.Process(fork(launch, self._log, self._log))
+        launcher = [sys.executable, "-m", "tests.support.forking_torchrun", *common, *options]
+        command = where.enter(number, *launcher, "-m", module, str(config))
+        # A restarted node finds the others only if torchrun creates a new store for each attempt.
+        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment["GLOO_SOCKET_IFNAME"] = where.interface
+        with self._log.open("a") as log:
+            self._launcher = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """Kill all its processes at once."""
         if self.is_up:
-            for process in [self._launcher, *self._launcher.children(recursive=True)]:
+            launcher = psutil.Process(self._launcher.pid)
+            for process in [launcher, *launcher.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
         self._launcher.wait()
@@ -126,17 +114,13 @@ class Node:
         """Return the exit code of its torchrun."""
         try:
             return self._launcher.wait(PATIENCE_S)
-        except psutil.TimeoutExpired:
+        except subprocess.TimeoutExpired:
             self.kill()
             raise
 
     @property
     def is_up(self) -> bool:
-        try:
-            self._launcher.wait(0)
-        except psutil.TimeoutExpired:
-            return True
-        return False
+        return self._launcher.poll() is None
 
     @property
     def log(self) -> str:

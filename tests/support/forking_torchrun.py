@@ -17,6 +17,7 @@ from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 import train  # noqa: F401
 from tests.support.documents import ROOT
+from tests.support.forked import import_before_forking
 
 
 class _Worker:
@@ -53,7 +54,8 @@ def _work(command: Sequence[str], environment: dict[str, str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run torchrun in this process, which should be a forked one."""
+    """Run torchrun in this process, which should be a new or a forked one."""
+    import_before_forking()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     # Rendezvous records events with the name of the calling function, for which it searches all modules, of which there
@@ -61,3 +63,7 @@ def main(arguments: list[str]) -> None:
     dynamic_rendezvous.get_method_name = lambda depth=2: "not searched"
     SubprocessHandler._popen = lambda self, command, environment: _Worker(command, environment)
     torch.distributed.run.main(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
