@@ -25,7 +25,7 @@ from typing import Any
 from finetune.cli import run_cli
 from model.errors import UserError
 from model.wording import counted
-from utils.engines.choice import EngineChoice, add_engine_options, parse_engine
+from utils.engines.choice import EngineChoice, add_coding_options, parse_coding_engine
 from utils.icd10.codes import Cim10Table
 from utils.icd10.confidence import ProbabilityReader
 from utils.icd10.decisions import (
@@ -42,7 +42,7 @@ from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import read_gold
 from utils.icd10.prompts import note_of
 from utils.icd10.review_items import Item, StayToReview, doubt, proposals
-from utils.icd10.rules import add_rules_option, parse_rules
+from utils.icd10.rules import RuleSet
 from utils.icd10.stays import LeftOut
 from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
@@ -201,7 +201,7 @@ def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
 
 
 def _take_decisions(
-    options: argparse.Namespace, journal: Journal, export: Mapping[Key, Any], table: Cim10Table
+    options: argparse.Namespace, journal: Journal, export: Mapping[Key, Any], table: Cim10Table, rules: RuleSet
 ) -> None:
     """Take the files of decisions into the journal and into the corrections, and print what they are."""
     reviews: dict[Key, Review] = {}
@@ -212,7 +212,7 @@ def _take_decisions(
     print(*describe_counts(count_decisions(review.decisions for review in reviews.values())), sep="\n")
     codes = {key.stay: final_codes(review.decisions) for key, review in reviews.items()}
     notes = {key.stay: note_of(prompt.messages) for key, prompt in export.items() if key in reviews}
-    print(add_corrections(options.out / CORRECTIONS, codes, notes, table, parse_rules(options.rules)))
+    print(add_corrections(options.out / CORRECTIONS, codes, notes, table, rules))
 
 
 def _require_own_folder(out: Path) -> None:
@@ -224,30 +224,24 @@ def _require_own_folder(out: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run, a checkpoint or a model")
     parser.add_argument("--stays", type=Path, required=True, metavar="EXPORT", help=f"this week's notes ({FILE_TYPES})")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the worklist, the same every week")
     parser.add_argument("--cim10", type=Path, required=True, metavar="TABLE", help="allow only codes of this table")
-    add_rules_option(parser)
-    parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
-    parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
     parser.add_argument("--evidence", action="store_true", help="find the sentences that support each code")
     parser.add_argument("--decisions", type=Path, nargs="+", default=[], metavar="CSV", help="of the review page")
     parser.add_argument("--train", type=Path, metavar="JSONL", help="the rows that the model was trained on")
     add_encoding_option(parser)
-    add_engine_options(parser)
+    add_coding_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = _arguments()
-    if options.run is None and options.engine != "server":
-        raise UserError("--run is missing: give the folder of a run, a checkpoint or a model.")
     if options.evidence and options.engine != "local":
         raise UserError(f"--evidence is for --engine local, which scores answers; found {options.engine}.")
-    table = Cim10Table.from_file(options.cim10)
-    choice = parse_engine(options, options.run, table, parse_rules(options.rules))
+    choice = parse_coding_engine(options)
+    table = choice.table
+    assert table is not None, "--cim10 is required"
     from utils.engines.answer_file import (  # imports mistral_common
         LEFT_OUT_SUFFIX,
         Answered,
@@ -270,7 +264,7 @@ def main() -> None:
     versions = {name: value for name, value in versions.items() if value is not None}
     with open_journal(options.out / JOURNAL) as journal:
         if options.decisions:
-            _take_decisions(options, journal, export, table)
+            _take_decisions(options, journal, export, table, choice.rules)
         earlier = len(export.keys() & journal.coded.keys())
         left_out += code_new(choice, marker, export, journal, versions)
         if options.evidence:

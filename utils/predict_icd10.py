@@ -26,37 +26,25 @@ from pathlib import Path
 from finetune.cli import run_cli
 from finetune.next_commands import next_commands
 from model.errors import UserError
-from utils.engines.choice import add_engine_options, add_shard_option, parse_engine
-from utils.icd10.codes import Cim10Table
+from utils.engines.choice import add_coding_options, add_shard_option, parse_coding_engine
 from utils.icd10.mapping import read_mapping
-from utils.icd10.rules import add_rules_option, parse_rules
 from utils.tables.read_table import FILE_TYPES, add_encoding_option, read_table
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run, a checkpoint or a model")
     parser.add_argument("--notes", type=Path, required=True, metavar="FILE", help=f"notes or questions ({FILE_TYPES})")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="jsonl, or csv (written with a jsonl)")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="allow only codes of this CIM-10 table")
-    add_rules_option(parser)
-    parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
-    parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
     add_encoding_option(parser)
     add_shard_option(parser)
-    add_engine_options(parser)
+    add_coding_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = _arguments()
-    if options.run is None and options.engine != "server":
-        raise UserError("--run is missing: give the folder of a run, a checkpoint or a model.")
-    table = Cim10Table.from_file(options.cim10) if options.cim10 else None
-    if options.rules and table is None:
-        raise UserError("--rules needs --cim10: without a table of codes, answers are free.")
-    choice = parse_engine(options, options.run, table, parse_rules(options.rules))
+    choice = parse_coding_engine(options)
     from utils.engines.answer_file import answer_file, report_answered  # imports mistral_common
     from utils.engines.marking import open_marker
     from utils.engines.shards import parse_shard
@@ -64,8 +52,6 @@ def main() -> None:
     shard = parse_shard(options.shard)
     if shard and options.auto is not None:
         raise UserError("--auto is for the command without --shard, which collects the answers.")
-    if options.auto is not None and not 0 < options.auto < 1:
-        raise UserError("--auto must be above 0 and below 1, such as 0.98 for 98 % right main diagnoses.")
     marker = open_marker(choice, options.calibration, options.auto)
     mapping = read_mapping(options.columns)
     answered = answer_file(choice, options.notes, options.out, options.encoding, mapping, shard=shard, marker=marker)

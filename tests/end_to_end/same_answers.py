@@ -108,7 +108,7 @@ class _Ours:
         ours = self._answers[index]
         at = next((at for at, (own, other) in enumerate(zip(ours, theirs)) if own != other), None)
         if at is None:
-            return math.inf  # one goes on where the other ends
+            return math.inf  # one continues where the other ends
         context = torch.tensor(self.encoded[index] + ours[:at])
         logits = self._model(context, [len(context)])[-1]
         return float(logits[ours[at]] - logits[theirs[at]])

@@ -204,6 +204,13 @@ def test_decisions_of_another_folder_are_refused(week, tmp_path):
     assert code == 1 and "stay 's9'" in output and "give the decisions of this folder's page" in output
 
 
+@pytest.mark.parametrize("share", ["0", "1", "98"])
+def test_a_share_out_of_range_is_refused(share, week, tmp_path):
+    code, output = week({"s1": "Dyspnée."}, "--auto", share)
+    assert code == 1 and "--auto must be above 0 and below 1, such as 0.98" in output and not week.engine.asked
+    assert not (tmp_path / "list").exists()
+
+
 def test_a_folder_with_other_files_is_refused(week, tmp_path):
     (tmp_path / "list").mkdir()
     (tmp_path / "list/worklist.csv").write_text("mine")

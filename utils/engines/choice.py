@@ -17,7 +17,7 @@ from utils.engines.engine import DEFAULT_GENERATION, Engine, Generation
 from utils.engines.server_address import DEFAULT_CONCURRENCY, ServerAddress
 from utils.icd10.answers import Diagnosis
 from utils.icd10.codes import Cim10Table
-from utils.icd10.rules import RuleSet, guide_rules
+from utils.icd10.rules import RuleSet, add_rules_option, guide_rules, parse_rules
 
 ENGINES = ("local", "transformers", "vllm", "server")
 _UNBATCHED = ("vllm", "server")
@@ -139,6 +139,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(group)
 
 
+def add_coding_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that code stays, except `--cim10`; `parse_coding_engine` makes an EngineChoice."""
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run, a checkpoint or a model")
+    add_rules_option(parser)
+    parser.add_argument("--columns", metavar="MAPPING", help="FIELD=COLUMN,... or a YAML file")
+    parser.add_argument("--auto", type=float, metavar="SHARE", help="mark stays that need no reading: 0.98 right DPs")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: the run's")
+    add_engine_options(parser)
+
+
 def add_shard_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that `utils.engines.shards.parse_shard` reads."""
     parser.add_argument("--shard", metavar="I/N", help="answer every N-th row from row I on; then run without --shard")
@@ -202,6 +212,20 @@ def parse_engine(
     generation = parse_generation(options)
     size = batch_size or DEFAULT_BATCH_SIZE
     return EngineChoice(options.engine, folder, options.step, server, table, generation, size, rules or guide_rules())
+
+
+def parse_coding_engine(options: argparse.Namespace) -> EngineChoice:
+    """Return the choice of `add_coding_options` and `--cim10`.
+
+    Raises:
+        UserError: the settings do not fit together, or a file cannot be read.
+    """
+    if options.run is None and options.engine != "server":
+        raise UserError("--run is missing: give the folder of a run, a checkpoint or a model.")
+    table = Cim10Table.from_file(options.cim10) if options.cim10 else None
+    if options.rules and table is None:
+        raise UserError("--rules needs --cim10: without a table of codes, answers are free.")
+    return parse_engine(options, options.run, table, parse_rules(options.rules))
 
 
 def given_options(options: argparse.Namespace) -> list[str]:

@@ -99,8 +99,10 @@ def open_marker(choice: EngineChoice, given: Path | None = None, target: float |
         target: share of right main diagnoses among the `auto` stays; None for no decisions.
 
     Raises:
-        UserError: the calibration cannot be used, or is missing while `target` is given.
+        UserError: `target` is out of range, or the calibration cannot be used, or is missing while `target` is given.
     """
+    if target is not None and not 0 < target < 1:
+        raise UserError("--auto must be above 0 and below 1, such as 0.98 for 98 % right main diagnoses.")
     stored = calibration_path(choice.folder) if choice.folder else None
     path = given or (stored if stored and stored.is_file() else None)
     calibration = Calibration.from_file(path) if path else None
