@@ -258,7 +258,7 @@ def main() -> None:
     outputs = [options.out / name for name in (JOURNAL, WORKLIST, PAGE, CORRECTIONS, DRIFT)]
     require_own_names([*outputs, listed], [options.stays, options.cim10, options.train, *options.decisions])
     _require_own_folder(options.out)
-    prompts, left_out = read_prompts(options.stays, options.encoding, read_mapping(options.columns))
+    prompts, left_out = read_prompts(options.stays, options.encoding, read_mapping(options.columns), numbered=False)
     export = {Key(prompt.id, note_hash(note_of(prompt.messages))): prompt for prompt in prompts}
     versions = {"checkpoint": choice.model, **choice.identity(), "calibrated": marker.record()["calibrated"]}
     versions = {name: value for name, value in versions.items() if value is not None}

@@ -43,13 +43,13 @@ class StandIn:
     """An engine with the same answer for every note, which records what it is asked."""
 
     def __init__(self, pause=0.0):
-        self.asked, self.pause = [], pause
+        self.asked, self.pause, self.answer = [], pause, ANSWER
 
     def answers(self, prompts):
         for prompt in prompts:
             time.sleep(self.pause)
             self.asked.append(prompt.id)
-            yield prompt, Reply(ANSWER, (), True)
+            yield prompt, Reply(self.answer, (), True)
 
 
 @pytest.fixture
@@ -119,6 +119,42 @@ def test_files_are_the_owners_and_text_stays_in_the_folder(week, tmp_path, monke
     with (tmp_path / "list/worklist.csv").open(encoding="utf-8", newline="") as file:
         assert {row["stay"] for row in csv.DictReader(file)} == {"'=s1", "s3"}
     assert "</script><b>" not in (tmp_path / "list/review.html").read_text(encoding="utf-8")
+
+
+def test_rules_of_sex_and_age_read_the_columns_of_the_export(week, tmp_path):
+    (tmp_path / "cim10.txt").write_text(TABLE + "N40|0|OOOO|0|PROSTATE|Hyperplasie de la prostate\n", encoding="utf-8")
+    week.engine.answer = ANSWER.replace(
+        "Hypertension essentielle (primitive) (I10)", "Hyperplasie de la prostate (N40)"
+    )
+    rows = [
+        ("NDA", "SEXE", "DDN", "DATE_SORTIE", "CR"),
+        ("s1", "2", "15/03/1950", "20/11/2026", "Dyspnée."),
+        ("s2", "1", "15/03/1950", "20/11/2026", "Toux."),
+        ("s3", "1", "15/03/2020", "46346", "Chute."),  # as Excel stores a date
+        ("", "1", "15/03/1950", "20/11/2026", "Un document sans séjour."),
+    ]
+    text = "".join(";".join(row) + "\r\n" for row in rows)
+    (tmp_path / "week.csv").write_bytes(text.encode("cp1252"))
+    code, output = week({}, "--stays", tmp_path / "week.csv")
+    assert code == 1 and "stay: NDA; text: CR; discharge: DATE_SORTIE; sex: SEXE; birth: DDN" in output
+    assert "1 row was not used" in output and "without an identifier of the stay: 1" in output
+    found = {row["stay"]: row.get("rules") for row in events(tmp_path / "list")}
+    assert found == {"s1": ["wrong_sex"], "s2": None, "s3": ["wrong_age"]}
+    rules = {row["stay"]: row["rules"] for _, row in read_table(tmp_path / "list/worklist.csv")}
+    assert rules == {"s1": "wrong_sex", "s2": "", "s3": "wrong_age"}
+
+
+def test_an_export_without_a_column_of_the_stay_is_refused(week, tmp_path):
+    (tmp_path / "week.csv").write_text("NUMERO_X;CR\r\n1;Dyspnée.\r\n", encoding="utf-8")
+    code, output = week({}, "--stays", tmp_path / "week.csv")
+    assert code == 1 and "no column for stay; found 'NUMERO_X', 'CR'" in output and "--columns stay=COLUMN" in output
+    assert not (tmp_path / "list").exists()
+    assert week({}, "--stays", tmp_path / "week.csv", "--columns", "stay=NUMERO_X")[0] == 0
+    rows = [{"messages": prompt_messages("Dyspnée.")}, {"id": "s2", "messages": prompt_messages("Toux.")}]
+    (tmp_path / "week.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, output = week({}, "--stays", tmp_path / "week.jsonl")
+    assert code == 1 and "without an identifier of the stay: 1" in output
+    assert [row["stay"] for row in events(tmp_path / "list")] == ["1", "s2"]
 
 
 def test_reviews_are_kept_and_become_rows_to_train_on(week, tmp_path):

@@ -429,6 +429,24 @@ def test_documents_of_a_stay_are_coded_together_as_they_are_prepared(tmp_path: P
     assert read_prompts(renamed, mapping=read_mapping("stay=x,text=y"))[0] == prompts
 
 
+def test_sex_and_age_come_from_columns_or_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "notes.csv"
+    table.write_text("nda;sexe;ddn;cr\ns1;H;01/02/1950;Toux.\n;H;;Rien.\ns2;F;;Toux.\n", encoding="utf-8")
+    prompts, left_out = read_prompts(table)
+    assert [(prompt.id, prompt.person) for prompt in prompts] == [("s1", {"sex": "M"}), ("s2", {"sex": "F"})]
+    assert [row.reason for row in left_out] == ["without an identifier of the stay"]
+    shown = capsys.readouterr()
+    assert "(notes) stay: nda; text: cr; sex: sexe; birth: ddn" in shown.out
+    assert "1 stay has a date of birth but no date of discharge" in shown.err and "--columns discharge=" in shown.err
+    table.write_text("sexe;age;cr\nH;67 ans;Toux.\n", encoding="utf-8")
+    assert [(prompt.id, prompt.person) for prompt in read_prompts(table)[0]] == [("2", {"sex": "M", "age": 67})]
+    assert "no column of the stay" in capsys.readouterr().err
+    row = {"id": "s1", "sex": "F", "age": 3, "messages": [{"role": "user", "content": "Toux."}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (prompt,) = read_prompts(tmp_path / "rows.jsonl")[0]
+    assert prompt.person == {"sex": "F", "age": 3}
+
+
 def test_notes_that_cannot_be_used_do_not_stop_the_others(
     run_dir: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str]]
 ) -> None:

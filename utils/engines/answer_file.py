@@ -31,7 +31,8 @@ CSV_COLUMNS = ("id", "role", "code", "label", "confidence")
 DECISION_COLUMNS = ("decision", "reason")  # with --auto
 LEFT_OUT_SUFFIX = ".left_out.csv"
 
-BrokenRules = Callable[[Sequence[Diagnosis]], list[str]]  # names of the rules that a coding breaks
+# Names of the rules that a coding breaks, given the sex and the age of the patient.
+BrokenRules = Callable[[Sequence[Diagnosis], Mapping[str, Any]], list[str]]
 
 
 class Answered(NamedTuple):
@@ -172,7 +173,7 @@ def _row(prompt: Prompt, reply: Reply, reader: ProbabilityReader | None, broken_
         found = reader.read(reply.text, reply.pieces, reply.log_probabilities)
         coding = parse_answer(reply.text)
         row["codes"] = [item._asdict() | _probability(chance) for item, chance in zip(coding, found.codes)]
-        if broken := broken_rules(coding):
+        if broken := broken_rules(coding, prompt.person):
             row["rules"] = broken
         if found.nothing_more is not None:
             row[NOTHING_MORE] = _probability(found.nothing_more)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,9 @@ class EngineChoice:
             "sampling": dataclasses.asdict(sampling) if sampling.temperature else None,
         }
 
-    def broken_rules(self, coding: Sequence[Diagnosis]) -> list[str]:
-        """Return the names of the rules that an answer breaks, if a table was given."""
-        return [] if self.table is None else self.rules.in_year(None).broken(coding, self.table)
+    def broken_rules(self, coding: Sequence[Diagnosis], person: Mapping[str, Any]) -> list[str]:
+        """Return the names of the rules that an answer breaks, if a table was given; `person` has sex and age."""
+        return [] if self.table is None else self.rules.in_year(None).broken(coding, self.table, person)
 
     def open(self) -> Engine:
         """Load the model, or connect to the server.

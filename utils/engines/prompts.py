@@ -1,13 +1,16 @@
 """Read what a model is to answer: documents of stays, or conversations up to their last answer."""
 
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from finetune.data.conversation import parse_conversation
 from finetune.data.exceptions import RowError
 from model.errors import UserError
+from utils.icd10.cells import WITHOUT_IDENTIFIER
 from utils.icd10.mapping import NOTE_FIELDS, Columns, TableMapping, find_columns, read_mapping
 from utils.icd10.note_text import note_text
 from utils.icd10.prompts import prompt_messages
@@ -20,11 +23,19 @@ ID_COLUMNS = ("id", "visit_occurence_id")  # of conversations
 
 
 class Prompt(NamedTuple):
-    """A row without its answer; `documents` are those of the note, if it was joined from a table's."""
+    """A row without its answer.
+
+    Attributes:
+        id: of the stay or the conversation.
+        row: its `messages`, and a conversation's other keys.
+        documents: those of the note, if it was joined from a table's.
+        person: `sex` and `age` of the patient, if known, for the rules.
+    """
 
     id: str
     row: dict[str, Any]
     documents: tuple[DocumentPart, ...] = ()
+    person: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -32,25 +43,35 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    path: Path, encoding: str = AUTO, mapping: TableMapping | None = None
+    path: Path, encoding: str = AUTO, mapping: TableMapping | None = None, numbered: bool = True
 ) -> tuple[list[Prompt], list[LeftOut]]:
-    """Return the prompts of a file, and the rows that have none.
+    """Return the prompts of a file, and the rows that have none; print which columns of a table are used.
 
     A row has a document of a stay, as in `utils.prepare_icd10_data`: one prompt per stay; or the `messages` of a
     conversation, answered from its last question.
 
+    Args:
+        path: the file.
+        encoding: of text formats.
+        mapping: columns that the user gave.
+        numbered: whether rows have their number as id where the file has no column of the stay, or no `id`.
+
     Raises:
-        UserError: the file cannot be read, has no usable row, or two conversations have the same id.
+        UserError: the file cannot be read, has no usable row or no column of the stay, or two conversations have the
+            same id.
     """
     mapping = mapping or read_mapping(None)
     header = read_header(path, encoding)
     if not header:
         raise UserError(f"{path} has no rows; expected a header and a note or a question per row.")
     if "messages" in header:
-        prompts, left_out = _conversations(path, encoding)
+        prompts, left_out = _conversations(path, encoding, numbered)
     else:
         columns = find_columns(path, "notes", header, mapping, rows_are_stays=True)
+        if "stay" not in columns.names and not numbered:
+            find_columns(path, "notes", header, mapping)  # raises the error that names the columns
         require_used(mapping, {path: columns}, NOTE_FIELDS)
+        print(columns.describe(path), flush=True)
         prompts, left_out = _notes(path, columns, encoding, joined="stay" in mapping.of("notes"))
     if not prompts:
         raise UserError(f"{path} has no note or question that can be answered: {count_reasons(left_out)}.")
@@ -59,20 +80,31 @@ def read_prompts(
 
 def _notes(path: Path, columns: Columns, encoding: str, joined: bool) -> tuple[list[Prompt], list[LeftOut]]:
     left_out: list[LeftOut] = []
-    notes = read_notes(path, columns, encoding, left_out, numbered=True)
-    if columns.names.get("stay") == ["id"] and not joined:
+    names = columns.names.get("stay")
+    if names is None:
+        print(
+            f"warning: {path} has no column of the stay, so that each row is a stay, named by its number. "
+            "Name the column with --columns stay=COLUMN.",
+            file=sys.stderr,
+        )
+    notes = read_notes(path, columns, encoding, left_out, numbered=names is None or (names == ["id"] and not joined))
+    if names == ["id"] and not joined:
         for row_id in notes:
             if notes.count_documents(row_id) > 1:
                 raise UserError(
                     f"{path}: duplicate id {row_id}; give --columns stay=id to join the documents of an id."
                 )
     stays = [stay for stay in notes if notes.has_text(stay)]
+    people = {stay: notes.people.facts(stay, notes.discharges.get(stay)) for stay in stays}
+    for warning in notes.people.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
     return [
-        Prompt(stay, {"messages": prompt_messages(notes[stay])}, tuple(notes.documents(stay))) for stay in stays
+        Prompt(stay, {"messages": prompt_messages(notes[stay])}, tuple(notes.documents(stay)), people[stay])
+        for stay in stays
     ], left_out
 
 
-def _conversations(path: Path, encoding: str) -> tuple[list[Prompt], list[LeftOut]]:
+def _conversations(path: Path, encoding: str, numbered: bool) -> tuple[list[Prompt], list[LeftOut]]:
     prompts: dict[str, Prompt] = {}
     left_out: list[LeftOut] = []
     for number, row in read_table(path, encoding):
@@ -80,10 +112,14 @@ def _conversations(path: Path, encoding: str) -> tuple[list[Prompt], list[LeftOu
         try:
             if not isinstance(row, dict):
                 raise row
-            row_id = str(next((row[key] for key in ID_COLUMNS if row.get(key) not in (None, "")), number))
+            row_id = str(next((row[key] for key in ID_COLUMNS if row.get(key) not in (None, "")), ""))
+            if not row_id and not numbered:
+                raise SkippedRowError(WITHOUT_IDENTIFIER)
+            row_id = row_id or str(number)
             if row_id in prompts:
                 raise UserError(f"{path}, row {number}: duplicate id {row_id}; each conversation needs its own.")
-            prompts[row_id] = Prompt(row_id, _question(row))
+            person = {name: row[name] for name in ("sex", "age") if row.get(name) not in (None, "")}
+            prompts[row_id] = Prompt(row_id, _question(row), person=person)
         except SkippedRowError as skip:
             left_out.append(LeftOut("row", skip.reason, row_id, where=f"{path}, row {number}"))
     return list(prompts.values()), left_out

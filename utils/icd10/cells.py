@@ -8,6 +8,8 @@ from typing import Any
 
 from utils.tables.jsonl import SkippedRowError
 
+WITHOUT_IDENTIFIER = "without an identifier of the stay"
+
 _SCIENTIFIC = re.compile(r"\d(?:[.,]\d+)?[eE]\+\d+")
 _DATE = re.compile(r"(\d{4})[-/.]?(\d{2})[-/.]?(\d{2})(?:[ T]?(\d{2}):?(\d{2})(?::?(\d{2}))?)?.*")
 _EXCEL_DATE = re.compile(r"[2-7]\d{4}(?:[.,]\d+)?")  # days since 1899-12-30, from 1954 on
@@ -31,7 +33,7 @@ def identifier(value: Any) -> str:
     if _SCIENTIFIC.fullmatch(text):
         raise SkippedRowError("an identifier in scientific notation, which has lost digits", text)
     if text.casefold() in ("", "null", "nan", "none", "<na>"):
-        raise SkippedRowError("without an identifier of the stay")
+        raise SkippedRowError(WITHOUT_IDENTIFIER)
     return text
 
 

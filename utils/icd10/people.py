@@ -49,11 +49,13 @@ class People:
     Attributes:
         unreadable: values that are not a sex, an age or a date, by field and value.
         contradictory: stays with two sexes or two dates of birth, of which none is used.
+        undated: stays whose age was asked for, with a date of birth but no date of discharge.
     """
 
     def __init__(self) -> None:
         self.unreadable: Counter[tuple[str, str]] = Counter()
         self.contradictory: dict[str, None] = {}  # an ordered set
+        self.undated: dict[str, None] = {}
         self._found: dict[str, dict[str, str | int]] = {field: {} for field in PERSON_FIELDS}
 
     def add(self, stay: str, person: Mapping[str, str]) -> None:
@@ -80,6 +82,8 @@ class People:
             return {}
         found = {field: values[stay] for field, values in self._found.items() if stay in values}
         birth = found.pop("birth", None)
+        if birth and not date and "age" not in found:
+            self.undated[stay] = None
         age = found.get("age", age_at(str(birth), date) if birth and date else None)
         return found if age is None else found | {"age": age}
 
@@ -93,6 +97,12 @@ class People:
         if self.contradictory:
             stays = counted(len(self.contradictory), "stay has", "stays have")
             found.append(f"{stays} two sexes or dates of birth; none is used (e.g. {next(iter(self.contradictory))})")
+        if self.undated:
+            stays = counted(len(self.undated), "stay has", "stays have")
+            found.append(
+                f"{stays} a date of birth but no date of discharge, so that the age is not known (e.g. "
+                f"{next(iter(self.undated))}): name a column, --columns discharge=COLUMN or age=COLUMN"
+            )
         return found
 
 
