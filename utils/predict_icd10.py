@@ -4,7 +4,8 @@
 
 The rows of --notes are documents of stays, as for `utils.prepare_icd10_data`: those of a stay are joined in the order
 of their dates, and coded once; `--columns` names the columns. Without a column of the stay, each row is one, with its
-`id` or its number; sex and age, where the table has them, are for the rules. Rows with `messages` are conversations, answered from their last question. Each line of P.jsonl is
+`id` or its number; sex and age, where the table has them, are for the rules. Rows with `messages` are conversations,
+answered from their last question. Each line of P.jsonl is
 `{"id", "answer", "codes"}` with codes as `[{"role", "code", "label"}]`; P.csv has one line per code. Rows without a
 note are listed in P.left_out.csv, and the exit code is 1. After an interruption, the same command continues.
 With `--cim10`, answers have codes of the table and break no forbidding rule (`--rules FILE`: your own) as far as that
