@@ -28,6 +28,7 @@ from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.forked import fork, import_before_forking
 from tests.support.run_trajectories import INPUTS, write_config
 
+STEPS = 8  # of a run, unless set otherwise; its last checkpoints are those of steps 6 and 8
 COMPARED = {"train": ("step", "loss", "lr", "grad_norm"), "eval": ("step", "eval_loss", "train_loss")}
 
 
@@ -43,7 +44,7 @@ def kill_test_config(folder: Path, name: str, **settings: object) -> Path:
         "resume": "auto",
         "lora": {"rank": 4, "dropout": 0.1},
         "seq_len": 512,
-        "max_steps": 16,
+        "max_steps": STEPS,
         "optim": {"lr": 0.01},
         "ckpt_freq": 2,
         "eval_freq": 4,
@@ -99,12 +100,12 @@ def train_forked(config: Path, ranks: int) -> Path:
 
 
 @functools.cache
-def uninterrupted(folder: Path, ranks: int, steps: int) -> tuple[dict[str, list[list[float]]], float]:
-    """Return the metrics of an uninterrupted run, and its duration in seconds."""
+def uninterrupted(folder: Path, ranks: int, steps: int) -> tuple[Path, float]:
+    """Return the run folder of an uninterrupted run, and its duration in seconds."""
     import_before_forking()
     start = time.monotonic()
     run_dir = train_forked(kill_test_config(folder, f"uninterrupted_{ranks}_{steps}", max_steps=steps), ranks)
-    return curve(run_dir), time.monotonic() - start
+    return run_dir, time.monotonic() - start
 
 
 def curve(run_dir: Path) -> dict[str, list[list[float]]]:
@@ -146,9 +147,10 @@ def trial(folder: Path, name: str, ranks: int, steps: int, delay: float, expecte
     return stage
 
 
-def run_trials(folder: Path, ranks: int, kills: int, seed: int, steps: int = 16) -> dict[str, int]:
+def run_trials(folder: Path, ranks: int, kills: int, seed: int, steps: int = STEPS) -> dict[str, int]:
     """Run `kills` trials of runs of `steps` steps. Return the number of kills per stage of the run."""
-    expected, seconds = uninterrupted(folder, ranks, steps)
+    run_dir, seconds = uninterrupted(folder, ranks, steps)
+    expected = curve(run_dir)
     assert [row[0] for row in expected["train"]] == list(range(1, steps + 1))
     generator = random.Random(seed)
     return collections.Counter(
@@ -164,7 +166,7 @@ def main() -> None:
     options = parser.parse_args()
     for ranks in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            stages = run_trials(Path(folder), ranks, options.kills // 2, options.seed)
+            stages = run_trials(Path(folder), ranks, options.kills // 2, options.seed, steps=16)
         print(json.dumps({"ranks": ranks, "kills": sum(stages.values()), "while": stages, "all_curves_equal": True}))
 
 

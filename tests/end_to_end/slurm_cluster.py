@@ -282,7 +282,7 @@ def main() -> int:
         cluster = Cluster(folder)
         for way, (run, *_) in WAYS.items():
             began = time.monotonic()
-            config = kill_test_config(folder, way.replace(" ", "_"))
+            config = kill_test_config(folder, way.replace(" ", "_"), max_steps=16)
             job = cluster.wait(run(cluster, config))
             text, found = logs(folder, job["JobId"]), curve(config.with_suffix(""))
             expected = expected or found

@@ -174,8 +174,8 @@ def test_cpu_offload_with_the_8_bit_optimizer_is_refused(folder):
 
 def test_a_restarted_node_finishes_the_run(folder):
     """Two nodes with two processes each are bit-identical to one node with four."""
-    reference = train_forked(kill_test_config(folder, "reference", max_steps=8), 4)
-    config = kill_test_config(folder, "restarted", max_steps=8)
+    reference = train_forked(kill_test_config(folder, "reference"), 4)
+    config = kill_test_config(folder, "restarted")
     nodes = two_nodes(config)
     assert any("Resuming from" in node.log for node in nodes)
     assert curve(config.with_suffix("")) == curve(reference)

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,10 @@ import psutil
 
 from finetune.manifest import MANIFEST_NAME
 from tests.end_to_end.kill_runs import curve, kill_test_config, train_forked
+from tests.support import forking_torchrun, namespaces
+from tests.support.forked import fork
 from tests.support.held_run import release
-from tests.support.patience import PATIENCE_S, wait_until
-from tests.support.run_trajectories import ROOT
+from tests.support.patience import wait_until
 
 # torchrun detects a lost node within seconds instead of 15, and waits 3 seconds for it instead of 30.
 RENDEZVOUS_TIMES = "keep_alive_interval=1,last_call_timeout=3"
@@ -38,14 +38,20 @@ class Network:
         with socket.create_server(("", 0)) as free:
             self.port = str(free.getsockname()[1])
 
-    def enter(self, node: int, *command: str) -> list[str]:
-        """Return a command line that runs `command` on a node."""
-        return [*_enter(self._namespace_pids[node]), *command] if self._namespace_pids else list(command)
+    def enter(self, node: int) -> None:
+        """Continue this process, a forked one, on a node."""
+        if self._namespace_pids:
+            namespaces.enter(self._namespace_pids[node])
+        os.environ["GLOO_SOCKET_IFNAME"] = self.interface
+
+    def command(self, node: int, *command: str) -> list[str]:
+        """Return a command line that runs `command` in the namespace of a node."""
+        return [*_enter(self._namespace_pids[node]), *command]
 
     def set_link(self, state: str) -> None:
         """Disconnect the nodes ("down") or reconnect them ("up"), without closing connections, as a power failure."""
         assert self._namespace_pids, "loopback cannot be disconnected"
-        subprocess.run(self.enter(0, "ip", "link", "set", self.interface, state), check=True)
+        subprocess.run(self.command(0, "ip", "link", "set", self.interface, state), check=True)
 
 
 def _enter(pid: int) -> list[str]:
@@ -77,10 +83,10 @@ def _namespaces(stack: contextlib.ExitStack) -> Network:
     first = hold("unshare", "--user", "--map-root-user", "--net")
     made = Network(["10.77.0.1", "10.77.0.2"], "eth0", [first, hold(*_enter(first), "unshare", "--net")])
     pair = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(made._namespace_pids[1])]
-    subprocess.run(made.enter(0, *pair), check=True, capture_output=True)
+    subprocess.run(made.command(0, *pair), check=True, capture_output=True)
     for node, address in enumerate(made.addresses):
         for words in (f"address add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
-            subprocess.run(made.enter(node, "ip", *words.split()), check=True, capture_output=True)
+            subprocess.run(made.command(node, "ip", *words.split()), check=True, capture_output=True)
     return made
 
 
@@ -91,36 +97,37 @@ class Node:
         self, where: Network, number: int, config: Path, *options: str, nodes: str = "2", module: str = "train"
     ) -> None:
         self._log = config.with_suffix(f".{number}.log")
-        common = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "3"]
-        common += ["--local-addr", where.addresses[number]]
-        launcher = [sys.executable, "-m", "tests.support.forking_torchrun", *common, *options]
-        command = where.enter(number, *launcher, "-m", module, str(config))
-        # A restarted node finds the others only if torchrun creates a new store for each attempt.
-        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        environment["GLOO_SOCKET_IFNAME"] = where.interface
-        with self._log.open("a") as log:
-            self._launcher = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
+        arguments = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "3"]
+        arguments += ["--local-addr", where.addresses[number], *options, "-m", module, str(config)]
+
+        def launch() -> None:
+            where.enter(number)
+            # A restarted node finds the others only if torchrun creates a new store for each attempt.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+            forking_torchrun.main(arguments)
+
+        self._pid, self._code = fork(launch, self._log, self._log), None
 
     def kill(self) -> None:
         """Kill all its processes at once."""
         if self.is_up:
-            launcher = psutil.Process(self._launcher.pid)
+            launcher = psutil.Process(self._pid)
             for process in [launcher, *launcher.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
-        self._launcher.wait()
+            wait_until(lambda: not self.is_up, "a killed node does not end")
 
-    def wait(self) -> int:
+    def wait(self) -> int | None:
         """Return the exit code of its torchrun."""
-        try:
-            return self._launcher.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        wait_until(lambda: not self.is_up, "a node does not end")
+        return self._code
 
     @property
     def is_up(self) -> bool:
-        return self._launcher.poll() is None
+        if self._code is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code is None
 
     @property
     def log(self) -> str:
@@ -198,7 +205,7 @@ def one_node_left(config: Path) -> Node:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        expected = curve(train_forked(kill_test_config(folder, "reference"), 4))
+        expected = curve(train_forked(kill_test_config(folder, "reference", max_steps=16), 4))
         ways: dict[str, Callable[[Path], object]] = {
             "static_uninterrupted": lambda config: two_nodes(config, static=True, kill=False),
             "c10d_killed": two_nodes,
@@ -208,7 +215,7 @@ def main() -> None:
         }
         for way, run in ways.items():
             began = time.monotonic()
-            config = kill_test_config(folder, way)
+            config = kill_test_config(folder, way, max_steps=16)
             run(config)
             found = curve(config.with_suffix(""))
             facts = {"way": way, "steps": len(found["train"]), "curve_equal": found == expected}

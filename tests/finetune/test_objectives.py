@@ -178,9 +178,9 @@ def test_a_run_resumes_with_schedule_targets_and_normalization(name, ranks, tmp_
 
 def test_these_settings_must_not_change_but_may_be_missing_in_an_old_state(tmp_path):
     """A run saved before the settings existed has none of them in its state."""
-    config = kill_test_config(tmp_path, "run", ckpt_freq=14)
+    config = kill_test_config(tmp_path, "run", ckpt_freq=6)
     assert ForkedRun(config, 1).wait() == [0]
-    checkpoint = config.with_suffix("") / "checkpoints" / "checkpoint_000014"
+    checkpoint = config.with_suffix("") / "checkpoints" / "checkpoint_000006"
     changed = {
         "optim": {"lr": 0.01, "schedule": "linear"},
         "lora": {"rank": 4, "dropout": 0.1, "targets": ["wq"]},
@@ -200,4 +200,4 @@ def test_these_settings_must_not_change_but_may_be_missing_in_an_old_state(tmp_p
     later = kill_test_config(tmp_path, "later", resume=str(checkpoint))
     run = ForkedRun(later, 1)
     assert run.wait() == [0], run.log
-    assert [row[0] for row in curve(later.with_suffix(""))["train"]] == [15, 16]
+    assert [row[0] for row in curve(later.with_suffix(""))["train"]] == [7, 8]

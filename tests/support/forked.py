@@ -3,7 +3,6 @@
 import faulthandler
 import functools
 import gc
-import io
 import os
 import subprocess
 import sys
@@ -22,17 +21,19 @@ from tests.support.patience import PATIENCE_S
 @functools.cache
 def import_before_forking() -> None:
     """Import and cache once what every run needs, so that the forked processes share it: half of a short run's time."""
-    import matplotlib.pyplot as plt
     import torch._dynamo  # by the first optimizer
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
     import torch.utils.tensorboard  # noqa: F401
 
-    from finetune.args import known_settings
+    from finetune.args import known_settings, settings_adapter
+    from finetune.monitoring.plot import draw_loss_curve
 
     known_settings()
-    plt.figure().savefig(io.BytesIO())  # reads the fonts
-    plt.close()
+    settings_adapter()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "metrics.train.jsonl").write_text('{"step": 1, "loss": 1.0, "lr": 0.1}\n')
+        draw_loss_curve(Path(folder))  # reads the fonts
 
 
 def fork(command: Callable[[], object], stdout: Path, stderr: Path) -> int:
