@@ -18,6 +18,7 @@ corrections.jsonl, rows to train on. Nothing is written outside of WORKLIST.
 
 import argparse
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,18 @@ from utils.engines.choice import EngineChoice, add_coding_options, parse_coding_
 from utils.icd10.codes import Cim10Table
 from utils.icd10.confidence import ProbabilityReader
 from utils.icd10.decisions import (
+    ADDED,
     Review,
     add_corrections,
     count_decisions,
     describe_counts,
     final_codes,
-    read_decisions,
+    is_earlier,
+    plain_code,
+    read_reviews,
 )
 from utils.icd10.drift import Training, by_week, coded_once, reference, shifts
-from utils.icd10.journal import CODED, EXPLAINED, REVIEWED, Journal, Key, note_hash, open_journal
+from utils.icd10.journal import CODED, EXPLAINED, JOURNAL, REVIEWED, Journal, Key, note_hash, open_journal
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import read_gold
 from utils.icd10.prompts import note_of
@@ -48,8 +52,7 @@ from utils.tables.csv_cells import CsvWriter
 from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
 from utils.tables.read_table import FILE_TYPES, add_encoding_option
 
-JOURNAL, WORKLIST, PAGE, CORRECTIONS = "journal.jsonl", "worklist.csv", "review.html", "corrections.jsonl"
-DRIFT = "drift.html"
+WORKLIST, PAGE, CORRECTIONS, DRIFT = "worklist.csv", "review.html", "corrections.jsonl", "drift.html"
 COLUMNS = ("stay", "note", "decision", "reason", "rules", "role", "code", "label", "confidence", "evidence")
 
 
@@ -182,7 +185,7 @@ def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
     """Append reviews to the journal, except those that it has; return the number of new ones.
 
     Raises:
-        UserError: a review is of a stay or a note that the journal does not have.
+        UserError: a review is of a stay or a note that the journal does not have, or not of the codes proposed for it.
     """
     if unknown := [key for key in reviews if key not in journal.coded]:
         stay, note = unknown[0]
@@ -190,6 +193,8 @@ def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
             f"Decisions on {counted(len(unknown), 'stay')} that {JOURNAL} does not have with this note (stay {stay!r}, "
             f"note {note!r}): give the decisions of this folder's page."
         )
+    for key, review in reviews.items():
+        _require_whole(key, review, journal.coded[key])
     new = {}
     for key, review in reviews.items():
         facts, known = review.facts(), journal.reviewed.get(key, {})
@@ -200,19 +205,40 @@ def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
     return len(new)
 
 
+def _require_whole(key: Key, review: Review, coded: Row) -> None:
+    """Raise UserError unless a review has one decision on each proposed code: a lost line would drop its code."""
+    proposed = Counter((code["role"] or "", "", plain_code(code["code"])) for code in coded["codes"])
+    decided = Counter(found.subject for found in review.decisions if found.decision != ADDED)
+    if decided != proposed:
+        found, expected = (
+            ", ".join(sorted(" ".join(filter(None, subject)) for subject in subjects)) or "none"
+            for subjects in (decided, proposed)
+        )
+        raise UserError(
+            f"Decisions on stay {key.stay!r}, note {key.note!r}: found decisions on {found}; expected one on each of "
+            f"{expected}. Give the file as the page downloaded it."
+        )
+
+
 def _take_decisions(
     options: argparse.Namespace, journal: Journal, export: Mapping[Key, Any], table: Cim10Table, rules: RuleSet
 ) -> None:
     """Take the files of decisions into the journal and into the corrections, and print what they are."""
-    reviews: dict[Key, Review] = {}
-    for path in options.decisions:
-        reviews |= read_decisions(path, options.encoding)
+    given = read_reviews(options.decisions, options.encoding, table)
+    reviews = {key: found for key, found in given.items() if not _is_outdated(found, journal.reviewed.get(key))}
     new = take_reviews(reviews, journal)
     print(f"{counted(new, 'new review')} of {counted(len(reviews), 'stay')}:")
     print(*describe_counts(count_decisions(review.decisions for review in reviews.values())), sep="\n")
-    codes = {key.stay: final_codes(review.decisions) for key, review in reviews.items()}
+    if outdated := len(given) - len(reviews):
+        print(f"warning: {counted(outdated, 'review')} not taken: {JOURNAL} has a later one of the same note")
+    # Of a stay that was reviewed with two notes, the codes are those of the export's note.
+    codes = {key.stay: final_codes(reviews[key].decisions) for key in sorted(reviews, key=lambda key: key in export)}
     notes = {key.stay: note_of(prompt.messages) for key, prompt in export.items() if key in reviews}
     print(add_corrections(options.out / CORRECTIONS, codes, notes, table, rules))
+
+
+def _is_outdated(review: Review, known: Row | None) -> bool:
+    return known is not None and is_earlier(review.time, str(known.get("reviewed_at")))
 
 
 def _require_own_folder(out: Path) -> None:

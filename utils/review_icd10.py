@@ -26,13 +26,15 @@ from model.wording import counted
 from utils.icd10.codes import ROLES, Cim10Table
 from utils.icd10.decisions import (
     ACCEPTED,
+    Review,
     add_corrections,
     count_decisions,
     describe_counts,
     final_codes,
-    read_decisions,
+    plain_code,
+    read_reviews,
 )
-from utils.icd10.journal import note_hash
+from utils.icd10.journal import JOURNAL, Key, note_hash
 from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import Prediction, read_gold, read_predictions
 from utils.icd10.prompts import note_of
@@ -40,7 +42,7 @@ from utils.icd10.review_items import Evidence, Item, StayToReview, evidence_of
 from utils.icd10.rules import add_rules_option, parse_rules
 from utils.icd10.second_reading import SecondReader, agreed, count_by_fact, read_complications, read_facts, score
 from utils.tables.csv_cells import CsvWriter
-from utils.tables.jsonl import require_own_names, save
+from utils.tables.jsonl import Row, SkippedRowError, require_own_names, save
 from utils.tables.read_table import FILE_TYPES, add_encoding_option, has_fixed_columns
 from utils.tables.rows_by_id import match_ids, read_by_id
 
@@ -85,13 +87,15 @@ def disagreements_csv(stays: Sequence[StayToReview]) -> str:
 
 def read_evidence(predictions: Path) -> dict[str, dict[str, tuple[Evidence, ...]]]:
     """Return the sentences that support each code of each stay, where `utils.explain_icd10` wrote the predictions."""
-    if has_fixed_columns(predictions):
-        return {}
-    rows = read_by_id(predictions, lambda row: row.get("codes") or [])
-    return {
-        stay: {item["code"]: evidence_of(item) for item in codes if isinstance(item, dict)}
-        for stay, codes in rows.items()
-    }
+    return {} if has_fixed_columns(predictions) else read_by_id(predictions, _evidence_row)
+
+
+def _evidence_row(row: Row) -> dict[str, tuple[Evidence, ...]]:
+    codes = row.get("codes")
+    try:
+        return {plain_code(item["code"]): evidence_of(item) for item in codes or () if isinstance(item, dict)}
+    except (AttributeError, KeyError, TypeError):
+        raise SkippedRowError("`evidence` that is not a list of sentences as utils.explain_icd10 writes them") from None
 
 
 def _read_notes(options: argparse.Namespace) -> dict[str, str]:
@@ -103,22 +107,36 @@ def _read_notes(options: argparse.Namespace) -> dict[str, str]:
     return {prompt.id: note_of(prompt.messages) for prompt in prompts}
 
 
+def _require_same_codes(reviews: Mapping[Key, Review], coded: Mapping[str, Prediction], path: Path) -> None:
+    """Raise UserError if a decision is about a stay, or a code of it, that the coder's table does not have."""
+    for key, review in reviews.items():
+        if key.stay not in coded:
+            raise UserError(f"--decisions: stay {key.stay!r} is not in {path}; give the file of its page.")
+        codes = {(item.role or "DAS", item.code) for item in coded[key.stay].diagnoses}
+        for found in review.decisions:
+            if found.coded and (found.role, found.coded) not in codes:
+                raise UserError(
+                    f"--decisions: stay {key.stay!r} has no {found.role} {found.coded} in {path}; give the file of a "
+                    "page of these codes."
+                )
+
+
 def _take_decisions(
     options: argparse.Namespace, coded: Mapping[str, Prediction], notes: Mapping[str, str], table: Cim10Table
 ) -> None:
     """Print what was decided, and write the reviewed stays as rows to train on."""
-    reviews = {
-        key: review for path in options.decisions for key, review in read_decisions(path, options.encoding).items()
-    }
-    if unknown := [key.stay for key in reviews if key.stay not in coded]:
-        raise UserError(f"--decisions: stay {unknown[0]!r} is not in {options.coded}; give the file of its page.")
+    reviews = read_reviews(options.decisions, options.encoding, table)
+    _require_same_codes(reviews, coded, options.coded)
     counts = count_decisions(review.decisions for review in reviews.values())
     corrected = sum(of_role[ACCEPTED] for of_role in counts.values())
     print(f"Decisions on {counted(len(reviews), 'stay')}, {counted(corrected, 'correction')} accepted:")
     print(*describe_counts(counts), sep="\n")
-    codes = {key.stay: final_codes(found.decisions, coded[key.stay].diagnoses) for key, found in reviews.items()}
-    reviewed = {key.stay: text for key in reviews if note_hash(text := notes.get(key.stay, "")) == key.note}
-    print(add_corrections(options.out / CORRECTIONS, codes, reviewed, table, parse_rules(options.rules)))
+    reviewed = {key: text for key in reviews if note_hash(text := notes.get(key.stay, "")) == key.note}
+    # Of a stay that was reviewed with two notes, the codes are those of the present note.
+    ordered = sorted(reviews, key=lambda key: key in reviewed)
+    codes = {key.stay: final_codes(reviews[key].decisions, coded[key.stay].diagnoses) for key in ordered}
+    texts = {key.stay: text for key, text in reviewed.items()}
+    print(add_corrections(options.out / CORRECTIONS, codes, texts, table, parse_rules(options.rules)))
 
 
 def _page(
@@ -159,6 +177,8 @@ def main() -> None:
     outputs = [options.out / name for name in (DISAGREEMENTS, PAGE, CORRECTIONS)]
     inputs = [options.coded, options.predictions, options.notes, options.cim10, options.rules, options.complications]
     require_own_names(outputs, [*inputs, *options.decisions])
+    if (options.out / JOURNAL).exists():
+        raise UserError(f"{options.out} is a worklist of utils.code_stays (it has {JOURNAL}): choose another --out.")
     table = Cim10Table.from_file(options.cim10) if options.cim10 else None
     complications = read_complications(options.complications, options.encoding) if options.complications else {}
     mapping = read_mapping(options.columns)

@@ -8,7 +8,7 @@ from docs import draw_pages
 from tests.support.chromium import Browser, find_chromium
 from tests.support.patience import wait_until
 from utils.icd10.codes import Cim10Entry, Cim10Table
-from utils.icd10.decisions import ACCEPTED, ADDED, REFUSED, REPLACED, Decision, read_decisions
+from utils.icd10.decisions import ACCEPTED, ADDED, REFUSED, REPLACED, Decision, read_reviews
 from utils.icd10.journal import Key, note_hash
 from utils.icd10.review_items import Evidence, Item, StayToReview
 from utils.reports.review_page import WORKLIST, review_page
@@ -154,7 +154,7 @@ def test_decisions_are_downloaded_and_read_back(opened, tmp_path):
     file = tmp_path / "decisions.csv"
     wait_until(file.exists, "nothing was downloaded")
     assert ",'=s1," not in file.read_text(encoding="utf-8") and "\n'=s1," in file.read_text(encoding="utf-8")
-    reviews = read_decisions(file, "utf-8")
+    reviews = read_reviews([file], "utf-8", TABLE)
     by_stay = {key.stay: review for key, review in reviews.items()}
     assert list(by_stay) == [HOSTILE, "=s1", "=s2"]
     assert Key("=s1", stays()[1].note) in reviews

@@ -222,6 +222,15 @@ def test_the_drift_page_compares_with_training(week, tmp_path):
         (("DQ", "", "I500", "refused", ""), "line 2: role 'DQ'; expected DP, DR, DAS or nothing."),
         (("DP", "", "I500", "accepted", "I10"), "line 2: accepted, with final code 'I10'; expected 'I500'."),
         (("DP", "", "I500", "replaced", ""), "line 2: replaced, with final code ''; expected 'a code'."),
+        (
+            ("DP", "", "I500", "replaced", "I501"),
+            "line 2: replaced, with final code 'I501', which is not in the CIM-10",
+        ),
+        (
+            ("DP", "", "I500", "accepted", "I500"),
+            "found decisions on DP I500; expected one on each of DAS I10, DP I500.",
+        ),
+        (("DP", "I10", "I500", "accepted", "I500"), "found decisions on DP I10 I500; expected one on each of DAS I10"),
     ],
 )
 def test_wrong_decisions_change_nothing(cells, message, week, tmp_path):
@@ -231,6 +240,51 @@ def test_wrong_decisions_change_nothing(cells, message, week, tmp_path):
     code, output = week({"s1": "Dyspnée."}, "--decisions", file)
     assert code == 1 and message in output and "Traceback" not in output
     assert (tmp_path / "list/journal.jsonl").read_bytes() == before
+
+
+def accepted(stay, text, dp, when):
+    """Return the lines of a review: the DP is `dp`, and the DAS is accepted."""
+    judged = ("accepted", "I500") if dp == "I500" else ("replaced", dp)
+    key = (stay, note_hash(text))
+    return [(*key, "DP", "", "I500", *judged, "AB", when), (*key, "DAS", "", "I10", "accepted", "I10", "AB", when)]
+
+
+def main_diagnosis(path):
+    ((_, row),) = read_table(path)
+    return parse_answer(row["messages"][-1]["content"])[0].code
+
+
+def test_a_code_is_decided_once(week, tmp_path):
+    week({"s1": "Dyspnée."})
+    file = decisions(tmp_path / "d.csv", *accepted("s1", "Dyspnée.", "I500", "") * 2)
+    code, output = week({"s1": "Dyspnée."}, "--decisions", file)
+    assert code == 1 and "line 4: a code that is decided twice; give each file of a page as it" in output
+
+
+def test_the_latest_review_counts_whatever_the_order_of_the_files(week, tmp_path):
+    """Browsers name a second download `decisions (1).csv`, which comes before `decisions.csv`."""
+    week({"s1": "Dyspnée."})
+    old = decisions(tmp_path / "decisions.csv", *accepted("s1", "Dyspnée.", "I500", "2026-11-27T10:00:00Z"))
+    new = decisions(tmp_path / "decisions (1).csv", *accepted("s1", "Dyspnée.", "E119", "2026-11-28T09:00:00Z"))
+    assert "1 new review of 1 stay:" in week({"s1": "Dyspnée."}, "--decisions", new, old)[1]
+    assert main_diagnosis(tmp_path / "list/corrections.jsonl") == "E119"
+    output = week({"s1": "Dyspnée."}, "--decisions", old)[1]
+    assert "0 new reviews of 0 stays:" in output
+    assert "warning: 1 review not taken: journal.jsonl has a later one of the same note" in output
+    assert [row["event"] for row in events(tmp_path / "list")] == ["coded", "reviewed"]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_codes_are_those_of_the_note_that_was_reviewed(order, week, tmp_path):
+    week({"s1": "Dyspnée."})
+    week({"s1": "Toux."})
+    files = [
+        decisions(tmp_path / "1.csv", *accepted("s1", "Dyspnée.", "E119", "2026-11-28T10:00:00Z")),
+        decisions(tmp_path / "2.csv", *accepted("s1", "Toux.", "I500", "2026-11-27T10:00:00Z")),
+    ]
+    code, output = week({"s1": "Toux."}, "--decisions", *(files[place] for place in order))
+    assert code == 0 and "2 new reviews of 2 stays:" in output
+    assert main_diagnosis(tmp_path / "list/corrections.jsonl") == "I500"
 
 
 def test_decisions_of_another_folder_are_refused(week, tmp_path):

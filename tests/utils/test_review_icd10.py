@@ -146,6 +146,47 @@ def test_decisions_are_counted_and_become_rows_to_train_on(second_reading, tmp_p
     assert sorted(answered) == sorted(codes) and build_answer(answered) == row["messages"][-1]["content"]
 
 
+@pytest.mark.parametrize(
+    ("stay", "coded", "message"),
+    [
+        ("s9", "I10", "stay 's9' is not in "),
+        ("s1", "Z511", "stay 's1' has no DP Z511 in "),  # coded again since the page was written
+    ],
+)
+def test_decisions_on_other_codes_are_refused(stay, coded, message, second_reading, tmp_path):
+    row = (stay, note_hash("Dyspnée."), "DP", coded, "I500", "accepted", "I500", "AB", "t")
+    (tmp_path / "d.csv").write_text("\n".join(map(",".join, (COLUMNS, row))), encoding="utf-8")
+    code, output = second_reading("--decisions", tmp_path / "d.csv")
+    assert code == 1 and message in output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("notes", [("Dyspnée.", "An earlier note."), ("An earlier note.", "Dyspnée.")])
+def test_codes_are_those_of_the_note_that_was_reviewed(notes, second_reading, tmp_path):
+    with (tmp_path / "d.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = [("s1", note_hash(note), "DP", "I10", "I500", "accepted", "I500", "AB", "") for note in notes]
+        rows = [row if row[1] == note_hash("Dyspnée.") else (*row[:5], "refused", "I10", *row[7:]) for row in rows]
+        csv.writer(file).writerows((COLUMNS, *rows))
+    assert second_reading("--decisions", tmp_path / "d.csv")[0] == 0
+    (row,) = (row for _, row in read_table(tmp_path / "out/corrections.jsonl"))
+    assert parse_answer(row["messages"][-1]["content"])[0].code == "I500"
+
+
+@pytest.mark.parametrize("evidence", [3, [{"document": "CRH"}], ["Une phrase."], [{"sentence": "x", "marks": 3}]])
+def test_evidence_of_another_tool_is_refused(evidence, second_reading, tmp_path):
+    row = {"id": "s1", "codes": [{"role": "DP", "code": "I500", "evidence": evidence}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    code, output = second_reading()
+    assert code == 1 and "p.jsonl, line 1: `evidence` that is not a list of sentences" in output
+
+
+def test_a_worklist_is_not_overwritten(second_reading, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/journal.jsonl").touch()
+    code, output = second_reading()
+    assert code == 1 and "is a worklist of utils.code_stays" in output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
+
+
 def test_decisions_need_notes(tmp_path, run_command):
     files = ("--coded", tmp_path / "c", "--predictions", tmp_path / "p", "--out", tmp_path / "o")
     code, output = run_command(review_icd10, *files, "--decisions", tmp_path / "d.csv")

@@ -8,6 +8,7 @@ the model proposes (`proposed`, empty to remove the coder's), the `decision`, an
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ class Decision(NamedTuple):
     decision: str
     final: str
 
+    @property
+    def subject(self) -> tuple[str, str, str]:
+        """What was decided on: the role, the coder's code and the proposed one."""
+        return self.role, self.coded, self.proposed
+
 
 class Review(NamedTuple):
     """The decisions about a stay, who took them and when, as the page wrote it."""
@@ -53,12 +59,34 @@ class Review(NamedTuple):
         return {"codes": codes, "reviewer": self.reviewer, "reviewed_at": self.time}
 
 
-def read_decisions(path: Path, encoding: str) -> dict[Key, Review]:
-    """Return the reviews of a file by stay and note.
+def read_reviews(paths: Iterable[Path], encoding: str, table: Cim10Table) -> dict[Key, Review]:
+    """Return the reviews of files by stay and note; where several have the same, the latest one by its `time`.
+
+    Args:
+        paths: files that a review page downloaded.
+        encoding: of the files.
+        table: from which a reviewer chose other codes.
 
     Raises:
-        UserError: the file is not one that a review page downloaded, or an entry is wrong.
+        UserError: a file is not one that a review page downloaded, or an entry is wrong.
     """
+    reviews: dict[Key, Review] = {}
+    for path in paths:
+        for key, review in _read_decisions(path, encoding, table).items():
+            if key not in reviews or not is_earlier(review.time, reviews[key].time):
+                reviews[key] = review
+    return reviews
+
+
+def is_earlier(one: str, other: str) -> bool:
+    """Return whether a time of a review is before another; False if one of them is not a time."""
+    try:
+        return datetime.fromisoformat(one).timestamp() < datetime.fromisoformat(other).timestamp()
+    except (ValueError, OverflowError):
+        return False
+
+
+def _read_decisions(path: Path, encoding: str, table: Cim10Table) -> dict[Key, Review]:
     header = read_header(path, encoding)
     if missing := [name for name in COLUMNS if name not in header]:
         raise UserError(f"{path}: no column {', '.join(missing)}; expected the decisions that a review page downloads.")
@@ -68,23 +96,31 @@ def read_decisions(path: Path, encoding: str) -> dict[Key, Review]:
             if isinstance(row, SkippedRowError):
                 raise row
             cells = {name: optional_text(row[name]) for name in COLUMNS}
-            review = Review([], cells["reviewer"], cells["time"])
             key = Key(cells["stay"], cells["note"])
-            reviews.setdefault(key, review).decisions.append(_decision(cells))
+            decisions = reviews.setdefault(key, Review([], cells["reviewer"], cells["time"])).decisions
+            decision = _decision(cells, table)
+            if decision.decision != ADDED and decision.subject in [found.subject for found in decisions]:
+                raise SkippedRowError("a code that is decided twice; give each file of a page as it was downloaded")
+            decisions.append(decision)
         except SkippedRowError as skip:
             where = f"{path}, {'line' if counts_lines(path) else 'row'} {number}"
             raise UserError(f"{where}: {skip.reason}.") from None
     return reviews
 
 
-def _decision(cells: Mapping[str, str]) -> Decision:
+def plain_code(text: str) -> str:
+    """Return a code as tables of codes have it."""
+    return normalize_code(respell(text))
+
+
+def _decision(cells: Mapping[str, str], table: Cim10Table) -> Decision:
     """Return the decision of a line.
 
     Raises:
         SkippedRowError: a cell is not what it should be.
     """
     role, decision = cells["role"], cells["decision"]
-    coded, proposed, final = (normalize_code(respell(cells[name])) for name in ("coded", "proposed", "final"))
+    coded, proposed, final = (plain_code(cells[name]) for name in ("coded", "proposed", "final"))
     if decision not in DECISIONS:
         raise SkippedRowError(f"decision {decision[:20]!r}; expected {', '.join(DECISIONS)}")
     if role not in (*ROLES, ""):
@@ -92,6 +128,8 @@ def _decision(cells: Mapping[str, str]) -> Decision:
     expected = {ACCEPTED: proposed, REFUSED: coded}.get(decision, final)
     if final != expected or (decision in (REPLACED, ADDED) and not final):
         raise SkippedRowError(f"{decision}, with final code {final[:20]!r}; expected {expected[:20] or 'a code'!r}")
+    if decision in (REPLACED, ADDED) and final not in table:
+        raise SkippedRowError(f"{decision}, with final code {final[:20]!r}, which is not in the CIM-10 table")
     return Decision(role, coded, proposed, decision, final)
 
 

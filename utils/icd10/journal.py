@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from model.errors import UserError
 from utils.tables.jsonl import Row, file_errors
 
+JOURNAL = "journal.jsonl"  # in the folder of a worklist
 CODED, EXPLAINED, REVIEWED = EVENTS = ("coded", "explained", "reviewed")
 _HASH_LENGTH = 16  # hexadecimal digits
 

@@ -74,7 +74,7 @@ def evidence_of(code: Mapping[str, Any]) -> tuple[Evidence, ...]:
     found = []
     for row in code.get("evidence") or ():
         about = (row.get("document"), row.get("date"), *row.get("marks", ()))
-        found.append(Evidence(row["sentence"], ", ".join(filter(None, about))))
+        found.append(Evidence(str(row["sentence"]), ", ".join(filter(None, about))))
     return tuple(found)
 
 
