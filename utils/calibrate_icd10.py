@@ -16,7 +16,16 @@ from finetune.cli import run_cli
 from finetune.next_commands import aligned
 from model.errors import UserError
 from utils.engines.marking import calibration_path
-from utils.icd10.calibration import CONDITIONS, METHODS, Calibration, fit_roles, main_diagnoses, observations
+from utils.icd10.calibration import (
+    CONDITIONS,
+    FEWEST,
+    METHODS,
+    ORIGIN,
+    Calibration,
+    fit_roles,
+    main_diagnoses,
+    observations,
+)
 from utils.icd10.codes import ROLES
 from utils.icd10.confidence_scores import TARGETS, calibration
 from utils.icd10.predictions import NOTHING_MORE, read_gold, read_origin, read_predictions
@@ -56,10 +65,12 @@ def _summary(pairs: Mapping[str, Pairs], fitted: Calibration) -> list[str]:
         else:
             after = "too few to calibrate"
         lines[role] = f"{before['codes']:,}, {before['correct']:.1%} right; ECE {before['ece']:.3f} before, {after}"
-    for target in TARGETS:
+    for target in TARGETS if "DP" in fitted.maps else ():
         rule = fitted.auto_rule(target)
         share = f"{rule.stays / rule.validation:.0%} of the stays" if rule.validation else "no stays"
         lines[f"--auto {target}"] = f"{share}, {rule.correct:,} of {rule.stays:,} main diagnoses right"
+    if "DP" not in fitted.maps:
+        lines["--auto"] = f"not possible: needs {FEWEST} main diagnoses with a probability"
     return aligned(lines)
 
 
@@ -80,7 +91,7 @@ def main() -> None:
             "with an engine that gives probabilities."
         )
     maps = fit_roles(pairs, options.method)
-    conditions = {key: origin.get(key) for key in CONDITIONS}
+    conditions = {key: origin.get(key) for key in (*CONDITIONS, *ORIGIN)}
     fitted = Calibration(options.method, maps, main_diagnoses(gold, predictions, "probability"), conditions)
     save({out: fitted.to_json()})
     print(f"Calibrated on {len(gold):,} stays: {out}", *_summary(pairs, fitted), sep="\n")

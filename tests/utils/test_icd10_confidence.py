@@ -135,12 +135,30 @@ def test_calibration_of_probabilities_that_say_nothing_or_are_all_right():
     assert 0.9 < right.confidence("DP", 0.9) < 1
 
 
+def test_probabilities_that_decide_everything_are_calibrated():
+    """A steep curve: the log odds of 0, where a stay has no DP, would overflow."""
+    steep = Calibration("platt", {"DP": fit([(0.5, False), (0.51, True)] * 500, "platt")}, [(0.0, False)], {})
+    assert steep.confidence("DP", 0.0) == 0 and steep.confidence("DP", 1.0) == 1
+    assert steep.auto_rule(0.9).threshold is None
+
+
 def test_a_calibration_file_is_read_as_it_was_written(tmp_path):
     path, found = tmp_path / "c.json", Calibration("platt", {"DP": fit(sampled(50, 1, 0), "platt")}, [(0.5, True)], {})
     path.write_text(found.to_json())
     read = Calibration.from_file(path)
     assert read.confidence("DP", 0.7) == found.confidence("DP", 0.7) and read.auto_rule(0.4) == found.auto_rule(0.4)
-    for text in ("", "[]", '{"method": "platt"}', found.to_json().replace("slope", "hope"), json.dumps({"x": 1})):
+    wrong = (
+        {"maps": []},
+        {"conditions": None},
+        {"main_diagnoses": [[5, True]]},
+        {"main_diagnoses": [[0.5, 7]]},
+        {"main_diagnoses": [[float("nan"), True]]},
+        {"maps": {"DP": {"x": [1, 0.4, 0], "y": [0, 0.5, 1]}}},
+        {"maps": {"DP": {"slope": -1, "intercept": 0}}},
+        {"maps": {"DP": {"slope": float("nan"), "intercept": 0}}},
+    )
+    edited = [json.dumps(found._asdict() | parts) for parts in wrong]
+    for text in ("", "[]", '{"method": "platt"}', found.to_json().replace("slope", "hope"), "[" * 100_000, *edited):
         path.write_text(text)
         with pytest.raises(UserError, match=r"c\.json is not a file that utils\.calibrate_icd10 wrote"):
             Calibration.from_file(path)
@@ -154,6 +172,7 @@ def test_auto_takes_the_stays_whose_mean_confidence_reaches_the_target():
     assert [rule.decide(c)[0] for c in (0.9, 0.95, 0.89, None)] == ["auto", "auto", "to_review", "to_review"]
     assert rule.decide(0.89)[1] == "DP confidence 0.890, below 0.900"
     assert known.auto_rule(0.941).stays == 2, "stays of the same confidence are not separated"
+    assert Calibration("platt", {}, [(0.7, True)] * 3, {}).auto_rule(0.7).stays == 3, "their computed mean is lower"
     never = known.auto_rule(0.995)
     assert never.decide(1.0) == ("to_review", "no confidence reaches 99.5% on the 6 validation stays")
 
@@ -254,6 +273,8 @@ def val(jsonl, tmp_path):
         "cim10": "x",
         "rules": "y",
         "sampling": None,
+        "run": "r",
+        "notes": "n",
     }
     (tmp_path / "p.about.json").write_text(json.dumps(origin))
     return jsonl("gold.jsonl", gold), answers
@@ -266,13 +287,22 @@ def test_calibrating_stores_the_result_with_the_run(val, tmp_path, run_command):
     assert code == 0 and f"Calibrated on 60 stays: {stored}" in output and "--auto 0.95" in output, output
     found = Calibration.from_file(stored)
     assert found.confidence("DP", 0.5) > 0.7 and found.maps.keys() == {"DP", NOTHING_MORE}
-    assert found.conditions == {"cim10": "x", "rules": "y", "sampling": None}
+    assert found.conditions == {"cim10": "x", "rules": "y", "sampling": None, "run": "r", "model": None, "notes": "n"}
     assert stored.stat().st_mode & 0o777 == 0o600
     shutil.rmtree(tmp_path / "run")
     code, output = run_command(calibrate_icd10, "--gold", gold, "--predictions", answers)
     assert code == 1 and "is not of a checkpoint of a run" in output and "--out FILE" in output
     code, output = run_command(calibrate_icd10, "--gold", gold, "--predictions", gold, "--out", tmp_path / "c.json")
     assert code == 1 and "has no probability of a code" in output
+
+
+def test_too_few_main_diagnoses_decide_nothing(val, jsonl, tmp_path, run_command):
+    """The model's probabilities, which nothing has compared with gold, do not mark stays."""
+    few = [jsonl(path.name, map(json.loads, path.read_text().splitlines()[:19])) for path in val]
+    code, output = run_command(calibrate_icd10, "--gold", few[0], "--predictions", few[1])
+    assert (
+        code == 0 and "  --auto        not possible: needs 20 main diagnoses" in output and "--auto 0.9" not in output
+    )
 
 
 def test_probabilities_that_are_none_are_refused(jsonl):

@@ -232,6 +232,15 @@ def test_codes_have_confidences_and_stays_decisions(
         assert {(line["decision"], line["reason"]) for line in lines} == {(decision, rows[0]["reason"])}
         assert lines[0]["confidence"] == "0.5"
     assert "auto: 5 of 5 stays, with a DP confidence from 0.500" in output and "from 9 of 9 validation stays" in output
+    conditions |= {"run": "another", "notes": json.loads((tmp_path / "p.about.json").read_text())["notes"]}
+    other, few = tmp_path / "other.json", tmp_path / "few.json"
+    other.write_text(Calibration("isotonic", halves, [(1.0, True)] * 9, conditions).to_json())
+    few.write_text(Calibration("platt", {}, [(1.0, True)] * 9, conditions).to_json())
+    code, output = run_command(*command, "--calibration", other)
+    assert code == 0 and "warning: the confidences were calibrated on these very stays" in output
+    assert f"warning: {other} was fitted to answers of another model" in output
+    code, output = run_command(*command, "--calibration", few, "--auto", 0.9)
+    assert code == 1 and "few.json has too few validation stays for it (9): calibrate with at least 20" in output
     free = [part for part in command if part not in ("--cim10", table)][:-3] + [tmp_path / "q.jsonl", "--max_tokens", 1]
     code, output = run_command(*free, "--auto", 0.4)
     assert code == 1 and "was fitted to answers with a different cim10" in output

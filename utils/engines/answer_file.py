@@ -191,6 +191,11 @@ def _mark(answers: Path, marker: Marker) -> None:
     rows, origin = read_journal(answers), read_origin(answers)
     marked = {name: marker.mark(row) for name, row in rows.items()}
     record = {key: value for key, value in origin.items() if key != "auto"} | marker.record()
+    if marker.was_fitted_to(origin.get("notes")):
+        print(
+            "warning: the confidences were calibrated on these very stays, and look better than on others.",
+            file=sys.stderr,
+        )
     if marked != rows or record != origin:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in marked.values()]
         save({answers: "".join(lines), origin_path(answers): json.dumps(record, ensure_ascii=False, indent=1)})

@@ -8,7 +8,7 @@ from finetune.run_dir import run_of
 from model.errors import UserError
 from model.wording import counted
 from utils.engines.choice import EngineChoice
-from utils.icd10.calibration import AUTO, CONDITIONS, AutoRule, Calibration
+from utils.icd10.calibration import AUTO, CONDITIONS, FEWEST, AutoRule, Calibration
 from utils.icd10.predictions import NOTHING_MORE
 from utils.tables.jsonl import Row
 
@@ -53,6 +53,12 @@ class Marker:
         if chance is None:
             return item
         return item | {"confidence": self._calibration.confidence(role, chance) if self._calibration else chance}
+
+    def was_fitted_to(self, notes: Any) -> bool:
+        """Return whether the calibration was fitted to the answers to notes, by the hash of their file."""
+        return (
+            self._calibration is not None and notes is not None and self._calibration.conditions.get("notes") == notes
+        )
 
     def record(self) -> dict[str, Any]:
         """Return what the record of the answers says about their marks."""
@@ -113,6 +119,8 @@ def open_marker(choice: EngineChoice, given: Path | None = None, target: float |
             raise UserError(f"{reason}: answer the validation notes with these options, and calibrate again.")
         print(f"warning: {reason}, and is not used.")
         calibration = None
+    if given and calibration and not _is_of_model(calibration, identity):
+        print(f"warning: {given} was fitted to answers of another model, or of a copy of this one: no other is right.")
     if target is None:
         return Marker(calibration)
     if calibration is None:
@@ -120,4 +128,13 @@ def open_marker(choice: EngineChoice, given: Path | None = None, target: float |
             "--auto needs a calibration: answer validation notes with the same options, then "
             "python -m utils.calibrate_icd10 --gold VAL.jsonl --predictions VAL_PREDICTIONS.jsonl."
         )
+    if "DP" not in calibration.maps:
+        raise UserError(
+            f"--auto needs a calibrated DP, and {path} has too few validation stays for it "
+            f"({len(calibration.main_diagnoses)}): calibrate with at least {FEWEST} main diagnoses."
+        )
     return Marker(calibration, calibration.auto_rule(target))
+
+
+def _is_of_model(calibration: Calibration, identity: dict[str, Any]) -> bool:
+    return all(calibration.conditions.get(key) in (None, identity[key]) for key in ("run", "model"))

@@ -23,9 +23,12 @@ from utils.tables.jsonl import file_errors
 METHODS = ("platt", "isotonic")
 AUTO, TO_REVIEW = "auto", "to_review"
 CONDITIONS = ("cim10", "rules", "sampling")  # of answers: others have other probabilities
+ORIGIN = ("run", "model", "notes")  # what answered the validation notes, and their hash
+FEWEST = 20  # codes of a role to calibrate it
 
-_FEWEST = 20  # codes of a role to calibrate it
 _NEAREST = 1e-6  # to 0 and to 1
+_STEEPEST = 700.0  # log odds; exp overflows soon after
+_ROUNDING = 1e-9  # of a mean of equal confidences
 _DRAWS = 100_000
 _QUANTILES = (0.025, 0.975)
 
@@ -76,7 +79,7 @@ class Calibration(NamedTuple):
         maps: by role, and NOTHING_MORE: `slope` and `intercept` on the scale of log odds (Platt), or points `x` and `y`
             (isotonic), with the numbers of `codes` and of `correct` ones. A role that is missing is not calibrated.
         main_diagnoses: probability of the DP of each validation stay, and whether it is right; 0 without a DP.
-        conditions: CONDITIONS of the answers.
+        conditions: CONDITIONS and ORIGIN of the answers.
     """
 
     method: str
@@ -91,7 +94,8 @@ class Calibration(NamedTuple):
             return probability
         if "x" in found:
             return round(float(np.interp(probability, found["x"], found["y"])), 6)
-        return round(1 / (1 + math.exp(-(found["slope"] * _log_odds(probability) + found["intercept"]))), 6)
+        odds = found["slope"] * _log_odds(probability) + found["intercept"]
+        return round(1 / (1 + math.exp(-min(max(odds, -_STEEPEST), _STEEPEST))), 6)
 
     def auto_rule(self, target: float) -> AutoRule:
         """Return the rule with which the share of right main diagnoses is expected to be `target`."""
@@ -99,7 +103,7 @@ class Calibration(NamedTuple):
         confidences = np.array([confidence for confidence, _ in pairs])
         means = np.cumsum(confidences) / np.arange(1, len(pairs) + 1)
         is_last = np.append(confidences[1:] < confidences[:-1], True)  # of those with the same confidence
-        enough = np.flatnonzero(is_last & (means >= target))
+        enough = np.flatnonzero(is_last & (means >= target - _ROUNDING))
         if not len(enough):
             return AutoRule(target, None, 0, 0, len(pairs))
         stays = int(enough[-1]) + 1
@@ -120,14 +124,22 @@ class Calibration(NamedTuple):
             text = path.read_text(encoding="utf-8", errors="replace")
         try:
             found = cls(**json.loads(text))
-            for probability in (0.0, 0.5, 1.0):
-                values = [found.confidence(role, probability) for role in (*ROLES, NOTHING_MORE)]
-                if not all(0 <= value <= 1 for value in values):
-                    raise ValueError
-            found.auto_rule(0.5)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
+            found._require_valid()
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             raise UserError(f"{path} is not a file that utils.calibrate_icd10 wrote.") from None
         return found
+
+    def _require_valid(self) -> None:
+        """Raise ValueError, or what a wrong type raises, if a confidence or a decision could not be computed."""
+        for role in (*ROLES, NOTHING_MORE):
+            values = [self.confidence(role, probability) for probability in (0.0, 0.5, 1.0)]
+            if not 0 <= values[0] <= values[1] <= values[2] <= 1:
+                raise ValueError
+        if not all(0 <= chance <= 1 and isinstance(right, bool) for chance, right in self.main_diagnoses):
+            raise ValueError
+        if any(points != sorted(points) for of_role in self.maps.values() for points in (of_role.get("x", []),)):
+            raise ValueError
+        self.conditions.keys()
 
 
 def observations(
@@ -205,7 +217,7 @@ def fit(pairs: Sequence[tuple[float, bool]], method: str) -> dict[str, Any]:
 
 def fit_roles(pairs: Mapping[str, Sequence[tuple[float, bool]]], method: str) -> dict[str, dict[str, Any]]:
     """Return the map of each role that has enough codes."""
-    return {role: fit(of_role, method) for role, of_role in pairs.items() if len(of_role) >= _FEWEST}
+    return {role: fit(of_role, method) for role, of_role in pairs.items() if len(of_role) >= FEWEST}
 
 
 def _log_odds(probability: float) -> float:
