@@ -267,6 +267,15 @@ KINDS = {
 }
 
 
+def test_a_rules_file_of_notepad_is_read_and_a_deep_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('version = "1"\r\n[rules]\r\n', encoding="utf-8-sig", newline="")
+    assert RuleSet.from_file(path).version == "1"
+    path.write_text("x = " + "[" * 50_000)
+    with pytest.raises(UserError, match=r"own\.toml is not a valid TOML file"):
+        RuleSet.from_file(path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_of_a_kind_are_checked(tmp_path: Path, kind: str) -> None:
     parameters, message = KINDS[kind]

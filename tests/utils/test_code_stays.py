@@ -1,8 +1,10 @@
 """The weekly worklist: every stay is coded once, whatever happens, and what reviewers decide is kept."""
 
 import csv
+import errno
 import json
 import os
+import pathlib
 import random
 import re
 import signal
@@ -25,7 +27,7 @@ from utils.icd10.journal import CODED, EXPLAINED, Key, note_hash, open_journal
 from utils.icd10.prompts import note_of, prompt_messages
 from utils.icd10.review_items import Evidence
 from utils.icd10.rules import guide_rules
-from utils.tables.jsonl import read_lines
+from utils.tables.jsonl import read_lines, save
 from utils.tables.read_table import read_table
 
 TABLE = """I10|0|OOOO|0|HYPERTENSION|Hypertension essentielle (primitive)
@@ -317,13 +319,78 @@ def test_a_torn_line_is_dropped_and_whole_ones_are_kept(week, tmp_path):
     path = tmp_path / "list/journal.jsonl"
     whole = path.read_bytes()
     first = whole[: whole.index(b"\n") + 1]
-    for kept in (5, len(first) - 1, len(first) + 12, len(whole) - 1):
+    for kept in (5, len(first) - 2, len(first) + 12, len(whole) - 2):
         path.write_bytes(whole[:kept])
         week.engine.asked.clear()
         assert week({"s1": "Dyspnée.", "s2": "Toux."})[0] == 0
         assert week.engine.asked == (["s1", "s2"] if kept < len(first) else ["s2"])
         assert [row["stay"] for row in events(tmp_path / "list")] == ["s1", "s2"]
         assert path.read_bytes().startswith(first) or kept < len(first)
+
+
+def test_a_whole_last_line_is_kept_without_its_line_end(week, tmp_path):
+    week({"s1": "Dyspnée.", "s2": "Toux."})
+    path = tmp_path / "list/journal.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert "0 stays coded now, 2 before" in week({"s1": "Dyspnée.", "s2": "Toux."})[1]
+    assert path.read_bytes() == content
+
+
+PLACE = {"start": 0, "end": 1, "document": "", "date": "", "drop": 1.0, "marks": []}
+
+
+def edited(event, /, **parts):
+    """Return an event of the journal with other parts; `code` has those of its first code."""
+    codes = [event["codes"][0] | parts.pop("code", {}), *event["codes"][1:]]
+    return event | {"codes": codes} | parts
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"note": []},
+        {"note": 5},
+        {"time": "yesterday"},
+        {"codes": [3]},
+        {"code": {"role": "DQ"}},
+        {"code": {"code": 5}},
+        {"code": {"label": None}},
+        {"code": {"confidence": "high"}},
+        {"code": {"probability": 7}},
+        {"rules": 3},
+        {"rules": [3]},
+        {"decision": ["auto"]},
+        {"event": "reviewed"},  # without decisions
+        {"event": "explained"},
+        {"event": "explained", "codes": [{"code": "I10", "evidence": [{"start": 0}]}]},
+        {"event": "explained", "codes": [{"code": "I10", "evidence": [PLACE | {"start": 2}]}]},
+        {"event": "explained", "codes": [{"code": "I10", "evidence": [PLACE | {"start": 0.5}]}]},
+        {"event": "forgotten"},
+    ],
+)
+def test_an_edited_event_is_named(parts, week, tmp_path):
+    week({"s1": "Dyspnée."})
+    path = tmp_path / "list/journal.jsonl"
+    (event,) = events(tmp_path / "list")
+    path.write_text("\n" + json.dumps(edited(event, **parts)) + "\n", encoding="utf-8")
+    before = path.read_bytes()
+    code, output = week({"s1": "Dyspnée."})
+    assert code == 1 and "journal.jsonl, line 2: expected an event of utils.code_stays; restore" in output, output
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_named(week, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    code, output = week({"s1": "Dyspnée."})
+    assert code == 1 and f"error: {tmp_path}/list/journal.jsonl: No space left on device." in output
+    monkeypatch.undo()
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(UserError, match=r"/a\.csv: No space left on device"):
+        save({tmp_path / "a.csv": "text"})
 
 
 def test_a_journal_is_used_by_one_process(tmp_path):

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.errors import UserError
-from utils.tables.jsonl import Row, file_errors
+from utils.icd10.codes import ROLES
+from utils.tables.jsonl import Row, file_errors, naming
 
 JOURNAL = "journal.jsonl"  # in the folder of a worklist
-CODED, EXPLAINED, REVIEWED = EVENTS = ("coded", "explained", "reviewed")
+CODED, EXPLAINED, REVIEWED = ("coded", "explained", "reviewed")
 _HASH_LENGTH = 16  # hexadecimal digits
 
 
@@ -46,29 +47,36 @@ class Journal:
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._path, self._descriptor = path, descriptor
         self.events: list[Row] = []
         self.coded: dict[Key, Row] = {}
         self.explained: dict[Key, Row] = {}
         self.reviewed: dict[Key, Row] = {}
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
-            self._remember(_event(path, number, line))
-        if whole < len(content):
-            if not whole and not content.startswith(b'{"event"'[: len(content)]):
+        *lines, rest = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                self._remember(_event(path, number, line))
+        if rest and (row := _parse(rest)):  # an editor, or a full disk, left out the line end
+            self._write(b"\n")
+            self._remember(row)
+        elif rest:
+            if not lines and not content.startswith(b'{"event"'[: len(content)]):
                 raise _foreign(path, 1)
-            os.ftruncate(descriptor, whole)
+            os.ftruncate(descriptor, len(content) - len(rest))
 
     def append(self, event: str, key: Key, facts: Row) -> None:
         """Add an event; it is on the disk when this returns."""
         time = datetime.now().astimezone().isoformat(timespec="seconds")
         row = {"event": event, "time": time, **key._asdict(), **facts}
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        self._write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         self._remember(row)
+
+    def _write(self, line: bytes) -> None:
+        with naming(self._path):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+            os.fsync(self._descriptor)
 
     def _remember(self, row: Row) -> None:
         self.events.append(row)
@@ -106,14 +114,51 @@ def _lock(descriptor: int, path: Path) -> None:
 
 def _event(path: Path, number: int, line: bytes) -> Row:
     """Parse a line of a journal."""
+    if row := _parse(line):
+        return row
+    raise _foreign(path, number)
+
+
+def _parse(line: bytes) -> Row | None:
+    """Return an event whose parts have the types that commands rely on, None for other lines."""
     try:
         row: Any = json.loads(line)
-        if row["event"] in EVENTS and isinstance(row["stay"], str) and isinstance(row["codes"], list):
-            row["time"], row["note"]
+        read = _CODES[row["event"]]
+        datetime.fromisoformat(row["time"])
+        texts = (row["stay"], row["note"], *row.get("rules", ()), row.get("decision") or "", row.get("reason") or "")
+        if all(isinstance(text, str) for text in texts) and all(map(read, row["codes"])):
             return row
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         pass
-    raise _foreign(path, number)
+    return None
+
+
+def _has_texts(row: Row, *names: str) -> bool:
+    return all(isinstance(row[name], str) for name in names)
+
+
+def _is_coded(code: Row) -> bool:
+    chances = (code.get(name) or 0.0 for name in ("probability", "confidence"))
+    return (
+        _has_texts(code, "code", "label") and (code["role"] or ROLES[0]) in ROLES and all(0 <= p <= 1 for p in chances)
+    )
+
+
+def _is_explained(code: Row) -> bool:
+    return _has_texts(code, "code") and all(
+        _has_texts(found, "document", "date")
+        and isinstance(found["start"], int)
+        and 0 <= found["start"] <= found["end"]
+        and all(isinstance(mark, str) for mark in found["marks"])
+        for found in code["evidence"]
+    )
+
+
+def _is_reviewed(code: Row) -> bool:
+    return _has_texts(code, "role", "coded", "proposed", "decision", "final")
+
+
+_CODES = {CODED: _is_coded, EXPLAINED: _is_explained, REVIEWED: _is_reviewed}  # what an entry of `codes` is
 
 
 def _foreign(path: Path, number: int) -> UserError:

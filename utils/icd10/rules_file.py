@@ -88,10 +88,10 @@ def read_rules(path: Path) -> tuple[str, list[Rule]]:
         UserError: the file cannot be read, an entry is wrong, or an example is not what it is an example of.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--rules {path}: cannot be read ({error.strerror}); check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeError, RecursionError) as error:
         raise UserError(f"--rules {path} is not a valid TOML file: {' '.join(str(error).split())[:200]}.") from None
     file = _Block(str(path), content, {})
     version = file.take("version", 'a text such as "2026.1"', _text)

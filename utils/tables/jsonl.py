@@ -158,12 +158,23 @@ def file_errors() -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.") from error
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the operating system name a file: those of writing, such as that of a full disk, do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def save(contents: Mapping[Path, str]) -> None:
     """Write files, all or none; new ones can be read by their owner only."""
     with file_errors(), new_files(contents) as temporaries:
         for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporaries[path].write_text(content, encoding="utf-8", newline="")
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporaries[path].write_text(content, encoding="utf-8", newline="")
 
 
 def require_own_names(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
