@@ -11,8 +11,13 @@ def next_commands(commands: Mapping[str, Sequence[str | Path]]) -> str:
     Args:
         commands: module and arguments by the purpose; arguments in capitals are for the user to replace.
     """
-    lines = {name: f"python -m {shlex.join(map(str, parts))}" for name, parts in commands.items()}
+    lines = {name: shell_command(parts) for name, parts in commands.items()}
     return "\n".join([f"Next command{'s' * (len(lines) != 1)}", *aligned(lines)])
+
+
+def shell_command(parts: Sequence[str | Path]) -> str:
+    """Return the command of a module and its arguments, quoted for a shell."""
+    return f"python -m {shlex.join(map(str, parts))}"
 
 
 def aligned(lines: Mapping[str, str]) -> list[str]:

@@ -143,7 +143,9 @@ def main() -> None:
     stays = {severity: len({found.stay for found in broken if found.severity == severity}) for severity in SEVERITIES}
     breaking, to_check = (f"{stays[severity]:,}" for severity in SEVERITIES)
     checked = counted(len(cases), "stay")
-    print(f"{checked} checked: {breaking} with a broken rule, {to_check} to check (rules {rules.version}).")
+    listed = f"See {args.out}" if args.out else "--out VIOLATIONS.csv names them" if broken else ""
+    summary = f"{checked} checked: {breaking} with a broken rule, {to_check} to check (rules {rules.version})."
+    print(f"{summary} {listed}".strip())
     if stays[FORBIDDEN]:
         sys.exit(1)
 

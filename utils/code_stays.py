@@ -161,7 +161,9 @@ def _page(
 
     reviewed = len(export.keys() & journal.reviewed.keys())
     about = {"Model": choice.model, "Stays of the export": f"{len(export):,}, {reviewed:,} of them reviewed"}
-    return review_page("Stays to review", KIND, stays, about, table)
+    titles = {name: f"{name}: {rule.title} ({rule.reference})" for name, rule in choice.rules.rules.items()}
+    shown = [found._replace(broken=tuple(titles.get(name, name) for name in found.broken)) for found in stays]
+    return review_page("Stays to review", KIND, shown, about, table)
 
 
 def _drift(journal: Journal, options: argparse.Namespace, known: Mapping[str, float], table: Cim10Table) -> str:
@@ -191,7 +193,8 @@ def take_reviews(reviews: Mapping[Key, Review], journal: Journal) -> int:
         stay, note = unknown[0]
         raise UserError(
             f"Decisions on {counted(len(unknown), 'stay')} that {JOURNAL} does not have with this note (stay {stay!r}, "
-            f"note {note!r}): give the decisions of this folder's page."
+            f"note {note!r}): give the decisions of this folder's page, as it downloaded them. A spreadsheet that "
+            "saves them changes identifiers: 000121 becomes 121."
         )
     for key, review in reviews.items():
         _require_whole(key, review, journal.coded[key])
@@ -293,6 +296,8 @@ def main() -> None:
             _take_decisions(options, journal, export, table, choice.rules)
         earlier = len(export.keys() & journal.coded.keys())
         left_out += code_new(choice, marker, export, journal, versions)
+        if options.auto is not None and marker.decisions:
+            print(marker.summary())
         if options.evidence:
             explain_new(choice, export, journal)
         stays = to_review(export, journal)

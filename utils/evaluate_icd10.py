@@ -375,8 +375,10 @@ def main() -> None:
     rules = parse_rules(args.rules)
     if args.run:
         from utils.engines.answer_file import answers_to_gold  # imports mistral_common
+        from utils.engines.marking import open_marker
 
-        args.predictions = answers_to_gold(EngineChoice(folder=args.run), args.gold)
+        choice = EngineChoice(folder=args.run)
+        args.predictions = answers_to_gold(choice, args.gold, marker=open_marker(choice))
     require_own_names(outputs, (args.predictions, origin_path(args.predictions)))
     table = Cim10Table.from_file(args.cim10) if args.cim10 else None
     training = [stay.diagnoses for stay in read_gold(args.train).values()] if args.train else None

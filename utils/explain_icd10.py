@@ -32,7 +32,7 @@ from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import origin_path
 from utils.tables.encodings import AUTO
 from utils.tables.jsonl import Row, SkippedRowError, file_errors, read_journal, require_own_names, save
-from utils.tables.read_table import FILE_TYPES, add_encoding_option
+from utils.tables.read_table import FILE_TYPES, add_encoding_option, has_fixed_columns
 from utils.tables.rows_by_id import read_by_id
 
 if TYPE_CHECKING:
@@ -85,6 +85,11 @@ def main() -> None:
         raise UserError("--most and --batch_tokens must be at least 1.")
     if options.out.suffix != ".jsonl":
         raise UserError(f"{options.out}: expected a name that ends in .jsonl.")
+    if has_fixed_columns(options.predictions):
+        raise UserError(
+            f"{options.predictions}: expected the jsonl that utils.predict_icd10 wrote; that of a csv is next to it, "
+            f"{options.predictions.with_suffix('.jsonl').name}."
+        )
     inputs = [options.notes, options.predictions]
     require_own_names([options.out, origin_path(options.out)], [*inputs, origin_path(options.predictions)])
     checkpoint = find_checkpoint(options.run, options.step)

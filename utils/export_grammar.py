@@ -36,7 +36,8 @@ def main() -> None:
     text = WRITERS[options.out.suffix](grammar)
     save({options.out: text})
     codes = ", ".join(f"{counted(len(texts), 'text')} of {role}" for role, texts in item_texts(grammar).items())
-    print(f"{options.out}: {codes}, {len(text.encode()) / 1e6:.1f} MB")
+    size = len(text.encode())
+    print(f"{options.out}: {codes}, {f'{size / 1e6:.1f} MB' if size >= 1e6 else f'{size / 1e3:.1f} kB'}")
 
 
 if __name__ == "__main__":

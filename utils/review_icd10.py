@@ -12,7 +12,7 @@ same stays. FOLDER gets
 
 Both have the specialty, the month of discharge and the coder where CODES does; --by names other columns.
 `--decisions decisions.csv` counts what was accepted and refused, and adds the reviewed stays to corrections.jsonl, rows
-to train on; it needs --notes and --cim10.
+to train on, which leave the page; it needs --notes and --cim10.
 """
 
 import argparse
@@ -123,8 +123,8 @@ def _require_same_codes(reviews: Mapping[Key, Review], coded: Mapping[str, Predi
 
 def _take_decisions(
     options: argparse.Namespace, coded: Mapping[str, Prediction], notes: Mapping[str, str], table: Cim10Table
-) -> None:
-    """Print what was decided, and write the reviewed stays as rows to train on."""
+) -> set[str]:
+    """Print what was decided, write the reviewed stays as rows to train on, and return those with the same note."""
     reviews = read_reviews(options.decisions, options.encoding, table)
     _require_same_codes(reviews, coded, options.coded)
     counts = count_decisions(review.decisions for review in reviews.values())
@@ -137,21 +137,24 @@ def _take_decisions(
     codes = {key.stay: final_codes(reviews[key].decisions, coded[key.stay].diagnoses) for key in ordered}
     texts = {key.stay: text for key, text in reviewed.items()}
     print(add_corrections(options.out / CORRECTIONS, codes, texts, table, parse_rules(options.rules)))
+    return set(texts)
 
 
 def _page(
     options: argparse.Namespace,
     stays: Sequence[StayToReview],
-    compared: int,
+    reviewed: set[str],
     facts: Mapping[str, Mapping[str, str]],
     table: Cim10Table | None,
 ) -> str:
     from utils.reports.review_page import SECOND_READING, review_page  # loads matplotlib and jinja2
 
     about = {"Coded": str(options.coded), "Predictions": str(options.predictions)}
-    about |= {"Stays": f"{compared:,} compared, {len(stays):,} with a disagreement"}
+    shown = [found for found in stays if found.stay not in reviewed]
+    done = f", {len(stays) - len(shown):,} of them reviewed" if reviewed else ""
+    about |= {"Stays": f"{len(facts):,} compared, {len(stays):,} with a disagreement{done}"}
     groups = {f"By {fact}": (("", *_COUNTED), rows) for fact, rows in count_by_fact(stays, facts).items()}
-    return review_page("Second reading", SECOND_READING, stays, about, table, groups)
+    return review_page("Second reading", SECOND_READING, shown, about, table, groups)
 
 
 def _arguments() -> argparse.Namespace:
@@ -187,13 +190,14 @@ def main() -> None:
     notes = _read_notes(options)
     known = read_facts(options.coded, options.encoding, mapping, options.by)
     facts = {stay: known.get(stay, {}) for stay in coded if stay in predicted}
+    reviewed: set[str] = set()
     if options.decisions:
         assert table is not None, "checked above"
-        _take_decisions(options, coded, notes, table)
+        reviewed = _take_decisions(options, coded, notes, table)
     stays = compare(
         coded, predicted, SecondReader(complications, table), facts, notes, read_evidence(options.predictions)
     )
-    save({outputs[0]: disagreements_csv(stays), outputs[1]: _page(options, stays, len(facts), facts, table)})
+    save({outputs[0]: disagreements_csv(stays), outputs[1]: _page(options, stays, reviewed, facts, table)})
     print(f"{counted(len(facts), 'stay')} compared, {len(stays):,} with a disagreement: {outputs[1]} and {outputs[0]}")
     roles = [item.role for found in stays for item in found.items]
     print("  " + ", ".join(f"{role} {roles.count(role):,}" for role in ROLES))

@@ -145,6 +145,7 @@ def test_command_writes_both_formats(tmp_path: Path, run_command) -> None:
     lines = ["code\ttype_mco\tlabel", "I10\t0\tHTA", 'X59\t2\tChute "grave"', "Z511\t0\tChimio"]
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     code, output = run_command(export_grammar, "--cim10", table, "--out", tmp_path / "a.lark")
+    assert f", {(tmp_path / 'a.lark').stat().st_size / 1e3:.1f} kB" in output
     assert code == 0 and "2 texts of DP, 2 texts of DR, 3 texts of DAS" in output
     assert 'DAS: "HTA (I10)" | "Chute \\"grave\\" (X59)" | "Chimio (Z511)"' in (tmp_path / "a.lark").read_text(
         encoding="utf-8"

@@ -117,12 +117,15 @@ def check(run_command, tmp_path: Path):
     return run
 
 
-def test_exit_code_is_zero_unless_a_forbidding_rule_is_broken(check) -> None:
+def test_exit_code_is_zero_unless_a_forbidding_rule_is_broken(check, run_command, tmp_path: Path) -> None:
     code, output, found = check("stay;DP;DR;DAS1;DAS2\n1;Z511;;I10;\n2;J189;;;\n")
     assert code == 0 and found == [("1", "to check", "session_without_DR", "Z511")]
     assert "2 stays checked: 0 with a broken rule, 1 to check" in output
     code, output, found = check("stay;DP;DR;DAS1;DAS2\n1;E440;;E43;I10\n2;J189;;;\n")
     assert code == 1 and found == [("1", "forbidden", "excluded_pair", "E43 E440")]
+    assert f"(rules 2026.1). See {tmp_path / 'v.csv'}" in output
+    output = run_command(check_icd10, tmp_path / "codes.csv", "--cim10", tmp_path / "cim10.txt")[1]
+    assert output.endswith("--out VIOLATIONS.csv names them\n")
     row = next(line for line in output.splitlines() if line.startswith("excluded_pair"))
     assert row.split()[1:4] == ["forbidden", "1", "1"]
 

@@ -21,6 +21,7 @@ from utils.engines.engine import Reply
 from utils.engines.marking import Marker
 from utils.engines.prompts import Prompt
 from utils.icd10.answers import build_answer, parse_answer
+from utils.icd10.calibration import Calibration
 from utils.icd10.codes import Cim10Table
 from utils.icd10.decisions import COLUMNS
 from utils.icd10.journal import CODED, EXPLAINED, Key, note_hash, open_journal
@@ -144,6 +145,8 @@ def test_rules_of_sex_and_age_read_the_columns_of_the_export(week, tmp_path):
     assert found == {"s1": ["wrong_sex"], "s2": None, "s3": ["wrong_age"]}
     rules = {row["stay"]: row["rules"] for _, row in read_table(tmp_path / "list/worklist.csv")}
     assert rules == {"s1": "wrong_sex", "s2": "", "s3": "wrong_age"}
+    page = (tmp_path / "list/review.html").read_text(encoding="utf-8")
+    assert "wrong_sex: stays with a code of the other sex" in page, "a reviewer does not know the rules by name"
 
 
 def test_an_export_without_a_column_of_the_stay_is_refused(week, tmp_path):
@@ -173,7 +176,7 @@ def test_reviews_are_kept_and_become_rows_to_train_on(week, tmp_path):
     code, output = week(notes, "--decisions", file)
     assert code == 0 and "2 new reviews of 2 stays:" in output
     assert "  DP   1 accepted, 1 refused, 0 replaced, 0 added (50.0% of the proposals accepted)" in output.splitlines()
-    assert "s2: without a usable DP" in output and "; 0 to review" in output
+    assert "left out of it: s2: without a usable DP\n" in output and "; 0 to review" in output
     review = events(tmp_path / "list")[2]
     assert (review["event"], review["stay"], review["reviewer"]) == ("reviewed", "s1", "AB")
     assert review["codes"][1]["final"] == "E119"
@@ -294,6 +297,19 @@ def test_decisions_of_another_folder_are_refused(week, tmp_path):
     file = decisions(tmp_path / "d.csv", ("s9", "0" * 16, "DP", "", "I500", "accepted", "I500", "", ""))
     code, output = week({"s1": "Dyspnée."}, "--decisions", file)
     assert code == 1 and "stay 's9'" in output and "give the decisions of this folder's page" in output
+    assert "A spreadsheet that saves them changes identifiers" in output
+
+
+def test_what_is_expected_of_marked_stays_is_printed(week, tmp_path):
+    week({"s1": "Dyspnée."})
+    versions = events(tmp_path / "list")[0]["versions"]
+    conditions = {"cim10": versions["cim10"], "rules": versions["rules"], "sampling": None}
+    of_dp = {"DP": {"slope": 1.0, "intercept": 0.0, "codes": 30, "correct": 30}}
+    calibration = Calibration("platt", of_dp, [(0.9, True)] * 30, conditions)
+    (tmp_path / "c.json").write_text(calibration.to_json(), encoding="utf-8")
+    options = ("--auto", "0.8", "--calibration", tmp_path / "c.json")
+    assert "auto: 0 of 1 stay\n" in week({"s1": "Dyspnée.", "s2": "Toux."}, *options)[1]
+    assert "auto:" not in week({"s1": "Dyspnée.", "s2": "Toux."}, *options)[1], "nothing was marked"
 
 
 @pytest.mark.parametrize("share", ["0", "1", "98"])

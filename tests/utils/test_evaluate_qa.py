@@ -18,6 +18,7 @@ from tests.support.chat_server import chat_server
 from tests.support.checkpoints import make_tiny_checkpoint
 from utils import evaluate_qa
 from utils.evaluate_qa import contains, evaluate, normalize_text, word_recall
+from utils.icd10.calibration import Calibration
 
 
 def question(answer, name=None):
@@ -154,7 +155,11 @@ def test_run_answers_the_questions(jsonl, command, tmp_path, capsys):
     )
     train.run_training(args, World(0, 1, torch.device("cpu")))
     capsys.readouterr()  # log lines of training, if other tests have configured logging
+    calibration = tmp_path / "run/calibration/checkpoint_000001.json"  # of codes, with a table
+    calibration.parent.mkdir()
+    calibration.write_text(Calibration("platt", {}, [], {"cim10": "x"}).to_json(), encoding="utf-8")
     code, output = command("--gold", gold, "--run", tmp_path / "run")
+    assert "calibrat" not in output and "--cim10" not in output
     (answers,) = (tmp_path / "run" / "predictions").glob("*.jsonl")
     assert code == 0 and "without a prediction" not in output
     assert command("--gold", gold, "--predictions", answers)[1] in output and "Answering 2 of 2 rows" in output

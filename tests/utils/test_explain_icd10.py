@@ -116,3 +116,5 @@ def test_predictions_of_other_notes_are_refused(model: Path, notes: Path, jsonl,
     assert code == 1 and "has no id of" in output
     code, output = run_command(*command, jsonl("q.jsonl", [{"id": "s1", "answer": "I10"}]))
     assert code == 1 and "line 1: no `codes`; expected a line of utils.predict_icd10" in output
+    code, output = run_command(*command, tmp_path / "p.csv")
+    assert code == 1 and "expected the jsonl that utils.predict_icd10 wrote" in output and "it, p.jsonl" in output

@@ -37,6 +37,7 @@ from utils.icd10.mapping import read_mapping
 from utils.icd10.predictions import describe_origin
 from utils.icd10.prompts import instruct_row
 from utils.icd10.rules import guide_rules
+from utils.icd10.rules_file import GUIDE
 from utils.tables.read_table import read_table
 
 pytestmark = pytest.mark.slow
@@ -243,8 +244,20 @@ def test_codes_have_confidences_and_stays_decisions(
     assert code == 1 and "few.json has too few validation stays for it (9): calibrate with at least 20" in output
     free = [part for part in command if part not in ("--cim10", table)][:-3] + [tmp_path / "q.jsonl", "--max_tokens", 1]
     code, output = run_command(*free, "--auto", 0.4)
-    assert code == 1 and "was fitted to answers with a different cim10" in output
-    assert "and is not used" in run_command(*free)[1]
+    assert (
+        code == 1 and "was fitted to answers with different codes (--cim10), coding rules (--rules). Answer" in output
+    )
+    assert (
+        f"python -m utils.predict_icd10 --run {run_dir}" in output and "TABLE" not in output and "RULES" not in output
+    )
+    assert "python -m utils.calibrate_icd10 --gold VAL.jsonl --predictions VAL_PREDICTIONS.jsonl\n" in output
+    shown = run_command(*free)[1]
+    assert "and is not used" in shown and "python -m utils.calibrate_icd10 --gold VAL.jsonl" in shown
+    own = tmp_path / "rules.toml"
+    own.write_text(GUIDE.read_text(encoding="utf-8") + "# ours\n", encoding="utf-8")
+    code, output = run_command(*command, "--auto", 0.4, "--rules", own, "--calibration", calibration)
+    assert code == 1 and "with different coding rules (--rules)" in output
+    assert "--out VAL_PREDICTIONS.jsonl --cim10 TABLE --rules RULES\n" in output and f"--out {calibration}" in output
     for wrong in (("--auto", 1.5), ("--auto", 0.4, "--shard", "1/2")):
         assert "error: --auto" in run_command(*command, *wrong)[1]
     shutil.rmtree(calibration.parent)

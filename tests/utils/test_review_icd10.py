@@ -187,6 +187,26 @@ def test_a_worklist_is_not_overwritten(second_reading, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
 
 
+def test_reviewed_stays_leave_the_page_unless_their_note_changed(second_reading, tmp_path):
+    def page():
+        return (tmp_path / "out/review.html").read_text(encoding="utf-8")
+
+    assert second_reading()[0] == 0 and '"s1"' in page() and '"s2"' in page()
+    lines = [("s1", note_hash("Dyspnée."), "DP", "I10", "I500", "accepted", "I500", "AB", "t")]
+    lines += [("s2", note_hash("Another note."), "DP", "I10", "J90", "refused", "I10", "AB", "t")]
+    with (tmp_path / "d.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *lines])
+    assert second_reading("--decisions", tmp_path / "d.csv")[0] == 0
+    assert '"s1"' not in page() and '"s2"' in page() and "2 with a disagreement, 1 of them reviewed" in page()
+    assert "s1," in (tmp_path / "out/disagreements.csv").read_text(encoding="utf-8")
+
+
+def test_a_list_of_complications_without_levels_is_named(second_reading, tmp_path):
+    (tmp_path / "cma.csv").write_text("code;severite_x\nJ90;4\n", encoding="utf-8")
+    code, output = second_reading("--complications", tmp_path / "cma.csv")
+    assert code == 0 and "cma.csv has no column of levels" in output and "Found code, severite_x." in output
+
+
 def test_decisions_need_notes(tmp_path, run_command):
     files = ("--coded", tmp_path / "c", "--predictions", tmp_path / "p", "--out", tmp_path / "o")
     code, output = run_command(review_icd10, *files, "--decisions", tmp_path / "d.csv")

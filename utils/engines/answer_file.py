@@ -15,7 +15,7 @@ from model.errors import UserError
 from model.wording import counted
 from utils.engines.choice import EngineChoice, sha256
 from utils.engines.engine import Engine, Reply
-from utils.engines.marking import Marker, open_marker
+from utils.engines.marking import Marker
 from utils.engines.prompts import Prompt, count_reasons, read_prompts
 from utils.engines.shards import Shard, shard_files
 from utils.icd10.answers import Diagnosis, parse_answer
@@ -253,13 +253,14 @@ def require_same_origin(answers: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def answers_to_gold(choice: EngineChoice, rows: Path, out: Path | None = None) -> Path:
+def answers_to_gold(choice: EngineChoice, rows: Path, out: Path | None = None, marker: Marker | None = None) -> Path:
     """Answer the rows of a file that is to be scored, unless done before.
 
     Args:
         choice: the engine and its settings.
         rows: the gold file.
         out: .jsonl file of the answers; None for one in the `predictions` folder of the run.
+        marker: what it knows about the codes of the answers is written into the rows; None for answers without codes.
 
     Returns:
         The file of the answers.
@@ -268,7 +269,7 @@ def answers_to_gold(choice: EngineChoice, rows: Path, out: Path | None = None) -
         UserError: `out` is None and the model is not in a run, or the rows cannot be answered.
     """
     answers = out or _predictions_in_run(choice.folder, rows)
-    answered = answer_file(choice, rows, answers, marker=open_marker(choice))
+    answered = answer_file(choice, rows, answers, marker=marker)
     print(answered.summary, file=sys.stderr)
     if answered.warning:
         print(f"warning: {answered.warning}", file=sys.stderr)

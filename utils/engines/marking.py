@@ -1,16 +1,21 @@
 """Give answered rows their confidence, and decide which stays need no reading."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from finetune.next_commands import aligned, shell_command
 from finetune.run_dir import run_of
 from model.errors import UserError
 from model.wording import counted
 from utils.engines.choice import EngineChoice
 from utils.icd10.calibration import AUTO, CONDITIONS, FEWEST, AutoRule, Calibration
 from utils.icd10.predictions import NOTHING_MORE
+from utils.icd10.rules import guide_rules
 from utils.tables.jsonl import Row
+
+_WORDS = {"cim10": "codes (--cim10)", "rules": "coding rules (--rules)", "sampling": "sampling"}  # of CONDITIONS
 
 
 class Marker:
@@ -96,6 +101,20 @@ def calibration_path(checkpoint: Path) -> Path | None:
     return run_dir / "calibration" / f"{checkpoint.resolve().name}.json" if run_dir else None
 
 
+def _how_to_calibrate(choice: EngineChoice, given: Path | None) -> str:
+    """Return the commands that calibrate a choice, with capitals in place of what it does not know."""
+    answers, stored = "VAL_PREDICTIONS.jsonl", calibration_path(choice.folder) if choice.folder else None
+    run = ("--run", choice.folder) if choice.folder else ()
+    predict: list[str | Path] = ["utils.predict_icd10", *run, "--notes", "VAL.jsonl", "--out", answers]
+    predict += ["--cim10", "TABLE"] if choice.table is not None else []
+    predict += ["--rules", "RULES"] if choice.rules.digest != guide_rules().digest else []
+    calibrate: list[str | Path] = ["utils.calibrate_icd10", "--gold", "VAL.jsonl", "--predictions", answers]
+    calibrate += ["--out", given or "CALIBRATION.json"] if given or not stored else []
+    return "Answer validation notes with the options of this command, and calibrate:\n" + "\n".join(
+        aligned({"answer": shell_command(predict), "calibrate": shell_command(calibrate)})
+    )
+
+
 def open_marker(choice: EngineChoice, given: Path | None = None, target: float | None = None) -> Marker:
     """Return the marker of an engine's answers.
 
@@ -114,20 +133,17 @@ def open_marker(choice: EngineChoice, given: Path | None = None, target: float |
     calibration = Calibration.from_file(path) if path else None
     identity = choice.identity()
     if calibration and (different := [key for key in CONDITIONS if calibration.conditions.get(key) != identity[key]]):
-        reason = f"{path} was fitted to answers with a different {', '.join(different)}"
+        reason = f"{path} was fitted to answers with different {', '.join(_WORDS[key] for key in different)}"
         if given or target is not None:
-            raise UserError(f"{reason}: answer the validation notes with these options, and calibrate again.")
-        print(f"warning: {reason}, and is not used.")
+            raise UserError(f"{reason}. {_how_to_calibrate(choice, given)}")
+        print(f"warning: {reason}, and is not used. {_how_to_calibrate(choice, given)}", file=sys.stderr)
         calibration = None
     if given and calibration and not _is_of_model(calibration, identity):
         print(f"warning: {given} was fitted to answers of another model, or of a copy of this one: no other is right.")
     if target is None:
         return Marker(calibration)
     if calibration is None:
-        raise UserError(
-            "--auto needs a calibration: answer validation notes with the same options, then "
-            "python -m utils.calibrate_icd10 --gold VAL.jsonl --predictions VAL_PREDICTIONS.jsonl."
-        )
+        raise UserError(f"--auto needs a calibration. {_how_to_calibrate(choice, given)}")
     if "DP" not in calibration.maps:
         raise UserError(
             f"--auto needs a calibrated DP, and {path} has too few validation stays for it "

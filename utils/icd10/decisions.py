@@ -17,7 +17,7 @@ from model.wording import counted
 from utils.icd10.answers import Diagnosis, build_answer
 from utils.icd10.cells import optional_text
 from utils.icd10.codes import ROLES, Cim10Table, normalize_code, respell
-from utils.icd10.corpus import build_corpus
+from utils.icd10.corpus import OF_DROPPED_STAY, build_corpus
 from utils.icd10.journal import Key
 from utils.icd10.prompts import instruct_row
 from utils.icd10.rules import RuleSet
@@ -197,7 +197,9 @@ def add_corrections(
     save({path: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged.values())})
     reasons = [f"{stay}: no note, or not the one that was reviewed" for stay in codes if stay not in texts]
     reasons += [
-        " ".join(filter(None, (f"{found.stay}:", found.role, found.code, found.reason))) for found in corpus.left_out
+        " ".join(filter(None, (f"{found.stay}:", found.role, found.code, found.reason)))
+        for found in corpus.left_out
+        if found.reason != OF_DROPPED_STAY  # the stay is named, too
     ]
     warning = f"\nwarning: left out of it: {'; '.join(reasons[:_SHOWN])}" if reasons else ""
     return f"{counted(len(added), 'row')} to train on, {len(merged):,} in all: {path}{warning}"

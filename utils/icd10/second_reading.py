@@ -4,6 +4,7 @@ Disagreements are ordered by confidence x effect. The effect is a rank and not a
 stay, a DR that of a stay with a Z code as DP, a DAS counts by its level in a list of complications, if one is given.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def read_complications(path: Path, encoding: str) -> dict[str, int]:
     if code is None:
         raise UserError(
             f"{path}: no column of codes; expected one named {', '.join(_LIST_CODE[:4])}, and one of levels."
+        )
+    if level is None:
+        print(
+            f"warning: {path} has no column of levels (niveau, level, severity, cma): every code counts as level "
+            f"{_LISTED}. Found {', '.join(header)}.",
+            file=sys.stderr,
         )
     levels = {}
     for number, row in read_table(path, encoding):
