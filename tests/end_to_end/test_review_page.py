@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from PIL import Image
 
 from docs import draw_pages
 from tests.support.chromium import Browser, find_chromium
@@ -178,3 +179,5 @@ def test_pictures_of_pages(page, tmp_path, run_command):
     code, output = run_command(draw_pages, page, tmp_path / "review.png")
     assert code == 0, output
     assert (tmp_path / "review.png").read_bytes().startswith(b"\x89PNG")
+    colors = Image.open(tmp_path / "review.png").convert("RGB").getcolors(1 << 24)
+    assert any(blue > red + 80 for _, (red, _, blue) in colors), "thin lines keep their color"
