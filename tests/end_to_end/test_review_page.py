@@ -116,6 +116,11 @@ def test_evidence_is_marked_in_the_note(opened):
     assert opened.evaluate("document.querySelector('.items q').textContent") == f"{EVIDENCE} (CRH, negation)"
 
 
+def test_a_number_and_its_percent_sign_stay_on_one_line(opened):
+    shown = "[...document.querySelectorAll('.items small')].map(s => s.textContent)"
+    assert opened.evaluate(shown) == ["confidence 0\u00a0%", "confidence 90\u00a0%"]
+
+
 def test_filters_and_orders(opened):
     choose(opened, "#search", "séjour 77.")
     assert listed(opened) == ["=s77"]

@@ -28,7 +28,7 @@ function labelOf(code) {
   return found ? found[1] : "";
 }
 
-const percent = chance => chance === null ? "not known" : (100 * chance).toFixed(0) + " %";
+const percent = chance => chance === null ? "not known" : (100 * chance).toFixed(0) + "\u00a0%";
 
 function nameOf(item) {
   if (item.decision === words.added) return item.final;
