@@ -41,9 +41,9 @@ from utils.icd10.decisions import (
     read_reviews,
 )
 from utils.icd10.drift import Training, by_week, coded_once, reference, shifts
-from utils.icd10.journal import CODED, EXPLAINED, JOURNAL, REVIEWED, Journal, Key, note_hash, open_journal
+from utils.icd10.journal import CODED, EXPLAINED, JOURNAL, MARKED, REVIEWED, Journal, Key, note_hash, open_journal
 from utils.icd10.mapping import read_mapping
-from utils.icd10.predictions import read_gold
+from utils.icd10.predictions import NOTHING_MORE, read_gold
 from utils.icd10.prompts import note_of
 from utils.icd10.review_items import Item, StayToReview, doubt, proposals
 from utils.icd10.rules import RuleSet
@@ -87,6 +87,28 @@ def code_new(
     return left_out
 
 
+def mark_again(marker: Any, export: Mapping[Key, Any], journal: Journal, versions: Row) -> None:
+    """Mark stays to review with this call's calibration and share, if the same model coded them."""
+    marker.decisions.clear()  # of the stays that were just coded, which follow once more
+    for key in export:
+        if key not in journal.coded or key in journal.reviewed or not _same_model(journal.coded[key], versions):
+            continue
+        before = journal.proposal(key)
+        after = marker.mark(before)
+        names = [name for name in ("codes", NOTHING_MORE, "decision", "reason") if before.get(name) != after.get(name)]
+        if names:
+            facts = {"codes": after["codes"]} | {name: after.get(name) for name in names}
+            journal.append(MARKED, key, {"versions": versions} | facts)
+
+
+def _same_model(coded: Row, versions: Row) -> bool:
+    return _without_calibration(coded.get("versions") or {}) == _without_calibration(versions)
+
+
+def _without_calibration(versions: Row) -> Row:
+    return {name: value for name, value in versions.items() if name != "calibrated"}
+
+
 def explain_new(choice: EngineChoice, export: Mapping[Key, Any], journal: Journal) -> None:
     """Find the sentences that support the codes of stays to review, unless the journal has them, by their places."""
     to_do = [key for key in export if key in journal.coded and key not in {*journal.explained, *journal.reviewed}]
@@ -118,7 +140,7 @@ def _with_evidence(key: Key, text: str, journal: Journal) -> list[Row]:
     return [
         code
         | {"evidence": [row | {"sentence": text[row["start"] : row["end"]]} for row in places.get(code["code"], ())]}
-        for code in journal.coded[key]["codes"]
+        for code in journal.proposal(key)["codes"]
     ]
 
 
@@ -127,7 +149,7 @@ def to_review(export: Mapping[Key, Any], journal: Journal) -> list[StayToReview]
     stays = []
     for key, prompt in export.items():
         if key in journal.coded and key not in journal.reviewed:
-            coded = journal.coded[key]
+            coded = journal.proposal(key)
             text = note_of(prompt.messages)
             items = proposals(_with_evidence(key, text, journal))
             decision, reason = coded.get("decision") or "", coded.get("reason") or ""
@@ -296,6 +318,7 @@ def main() -> None:
             _take_decisions(options, journal, export, table, choice.rules)
         earlier = len(export.keys() & journal.coded.keys())
         left_out += code_new(choice, marker, export, journal, versions)
+        mark_again(marker, export, journal, versions)
         if options.auto is not None and marker.decisions:
             print(marker.summary())
         if options.evidence:

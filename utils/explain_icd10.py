@@ -116,9 +116,14 @@ def main() -> None:
 
 def _predicted(row: Mapping[str, Any]) -> Row:
     codes = row.get("codes")
-    if not isinstance(codes, list) or not all(isinstance(item, dict) and "code" in item for item in codes):
+    if not isinstance(codes, list) or not all(map(_is_code, codes)):
         raise SkippedRowError("no `codes`; expected a line of utils.predict_icd10")
     return dict(row)
+
+
+def _is_code(item: Any) -> bool:
+    texts = (item.get("code"), item.get("label") or "") if isinstance(item, dict) else (None,)
+    return all(isinstance(text, str) for text in texts)
 
 
 def _write(

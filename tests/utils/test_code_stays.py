@@ -24,6 +24,7 @@ from utils.icd10.answers import build_answer, parse_answer
 from utils.icd10.calibration import Calibration
 from utils.icd10.codes import Cim10Table
 from utils.icd10.decisions import COLUMNS
+from utils.icd10.drift import coded_once
 from utils.icd10.journal import CODED, EXPLAINED, Key, note_hash, open_journal
 from utils.icd10.prompts import note_of, prompt_messages
 from utils.icd10.review_items import Evidence
@@ -206,6 +207,33 @@ def test_evidence_is_kept_by_its_place_and_shown_as_text(tmp_path):
     assert "fièvre" not in (tmp_path / "journal.jsonl").read_text(encoding="utf-8")
 
 
+def test_stays_are_marked_by_the_present_calibration_and_share(tmp_path):
+    """A worklist with --auto 0.98 shows no decision of an earlier call with --auto 0.5."""
+    key, prompt = Key("s1", note_hash("Toux.")), Prompt("s1", {"messages": prompt_messages("Toux.")})
+    codes = [item._asdict() | {"probability": 0.9} for item in parse_answer(ANSWER)]
+    calibration = Calibration("platt", {"DP": {"slope": 0, "intercept": 1}}, [(0.9, True)] * 30, {})
+    versions = {"run": "r", "calibrated": True}
+    with open_journal(tmp_path / "journal.jsonl") as journal:
+        journal.append(CODED, key, {"versions": versions | {"calibrated": False}} | Marker().mark({"codes": codes}))
+
+        def marks(marker, **more):
+            code_stays.mark_again(marker, {key: prompt}, journal, versions | more)
+            (stay,) = code_stays.to_review({key: prompt}, journal)
+            drift = coded_once(journal)[0]
+            assert (drift.marked or "", drift.confidence) == (stay.decision, stay.items[0].confidence)
+            return stay.decision, stay.items[0].confidence
+
+        sure = 0.731059
+        assert marks(Marker(calibration, calibration.auto_rule(0.5))) == ("auto", sure)
+        assert marks(Marker(calibration, calibration.auto_rule(0.9)), run="another model") == ("auto", sure)
+        assert marks(Marker(calibration, calibration.auto_rule(0.9))) == ("to_review", sure)
+        assert marks(Marker(calibration, calibration.auto_rule(0.9))) == ("to_review", sure)
+        assert marks(Marker()) == ("", 0.9)
+    assert [row["event"] for _, row in read_table(tmp_path / "journal.jsonl")] == ["coded", *["marked"] * 3]
+    with open_journal(tmp_path / "journal.jsonl") as journal:
+        assert code_stays.to_review({key: prompt}, journal)[0].decision == ""
+
+
 def test_the_drift_page_compares_with_training(week, tmp_path):
     answer = build_answer(parse_answer("DP I10 : a (I10). DAS : b (E119)"))
     row = {"id": "t", "messages": [*prompt_messages("x"), {"role": "assistant", "content": answer}]}
@@ -308,8 +336,11 @@ def test_what_is_expected_of_marked_stays_is_printed(week, tmp_path):
     calibration = Calibration("platt", of_dp, [(0.9, True)] * 30, conditions)
     (tmp_path / "c.json").write_text(calibration.to_json(), encoding="utf-8")
     options = ("--auto", "0.8", "--calibration", tmp_path / "c.json")
-    assert "auto: 0 of 1 stay\n" in week({"s1": "Dyspnée.", "s2": "Toux."}, *options)[1]
-    assert "auto:" not in week({"s1": "Dyspnée.", "s2": "Toux."}, *options)[1], "nothing was marked"
+    for _ in range(2):
+        assert "auto: 0 of 2 stays\n" in week({"s1": "Dyspnée.", "s2": "Toux."}, *options)[1]
+    notes = [("s1", "Dyspnée."), ("s2", "Toux.")]
+    file = decisions(tmp_path / "d.csv", *(line for note in notes for line in accepted(*note, "I500", "")))
+    assert "auto:" not in week(dict(notes), *options, "--decisions", file)[1], "nothing is to be reviewed"
 
 
 @pytest.mark.parametrize("share", ["0", "1", "98"])

@@ -116,5 +116,9 @@ def test_predictions_of_other_notes_are_refused(model: Path, notes: Path, jsonl,
     assert code == 1 and "has no id of" in output
     code, output = run_command(*command, jsonl("q.jsonl", [{"id": "s1", "answer": "I10"}]))
     assert code == 1 and "line 1: no `codes`; expected a line of utils.predict_icd10" in output
+    for number, wrong in enumerate(({"code": 5}, {"code": "I10", "label": 3}, "I10")):
+        codes = [CODES[0] | wrong] if isinstance(wrong, dict) else [wrong]
+        code, output = run_command(*command, jsonl(f"r{number}.jsonl", [{"id": "s1", "codes": codes}]))
+        assert code == 1 and f"r{number}.jsonl, line 1: no `codes`; expected a line" in output
     code, output = run_command(*command, tmp_path / "p.csv")
     assert code == 1 and "expected the jsonl that utils.predict_icd10 wrote" in output and "it, p.jsonl" in output

@@ -91,7 +91,8 @@ class Training(NamedTuple):
 def coded_once(journal: Journal) -> list[CodedOnce]:
     """Return the stays of a journal, each note as it was coded and reviewed last."""
     stays = []
-    for key, coded in journal.coded.items():
+    for key in journal.coded:
+        coded = journal.proposal(key)
         year, week, _ = datetime.fromisoformat(coded["time"]).isocalendar()
         mains = [item for item in coded["codes"] if item["role"] == "DP"]
         found, decisions = [item["code"] for item in coded["codes"]], None

@@ -20,7 +20,7 @@ from utils.icd10.codes import ROLES
 from utils.tables.jsonl import Row, file_errors, naming
 
 JOURNAL = "journal.jsonl"  # in the folder of a worklist
-CODED, EXPLAINED, REVIEWED = ("coded", "explained", "reviewed")
+CODED, MARKED, EXPLAINED, REVIEWED = ("coded", "marked", "explained", "reviewed")
 _HASH_LENGTH = 16  # hexadecimal digits
 
 
@@ -42,6 +42,7 @@ class Journal:
     Attributes:
         events: every line, in the order of time.
         coded: the latest event CODED of each stay and note.
+        marked: the latest event MARKED of each stay and note: other confidences and decisions about the same codes.
         explained: the latest event EXPLAINED of each stay and note.
         reviewed: the latest event REVIEWED of each stay and note.
     """
@@ -50,6 +51,7 @@ class Journal:
         self._path, self._descriptor = path, descriptor
         self.events: list[Row] = []
         self.coded: dict[Key, Row] = {}
+        self.marked: dict[Key, Row] = {}
         self.explained: dict[Key, Row] = {}
         self.reviewed: dict[Key, Row] = {}
         content = path.read_bytes()
@@ -64,6 +66,11 @@ class Journal:
             if not lines and not content.startswith(b'{"event"'[: len(content)]):
                 raise _foreign(path, 1)
             os.ftruncate(descriptor, len(content) - len(rest))
+
+    def proposal(self, key: Key) -> Row:
+        """Return the event CODED of a stay and note, as it was marked last."""
+        coded = self.coded[key]
+        return coded | self.marked.get(key, {}) | {name: coded[name] for name in ("event", "time")}
 
     def append(self, event: str, key: Key, facts: Row) -> None:
         """Add an event; it is on the disk when this returns."""
@@ -80,7 +87,7 @@ class Journal:
 
     def _remember(self, row: Row) -> None:
         self.events.append(row)
-        latest = {CODED: self.coded, EXPLAINED: self.explained, REVIEWED: self.reviewed}
+        latest = {CODED: self.coded, MARKED: self.marked, EXPLAINED: self.explained, REVIEWED: self.reviewed}
         latest[row["event"]][Key(row["stay"], row["note"])] = row
 
 
@@ -158,7 +165,12 @@ def _is_reviewed(code: Row) -> bool:
     return _has_texts(code, "role", "coded", "proposed", "decision", "final")
 
 
-_CODES = {CODED: _is_coded, EXPLAINED: _is_explained, REVIEWED: _is_reviewed}  # what an entry of `codes` is
+_CODES = {
+    CODED: _is_coded,
+    MARKED: _is_coded,
+    EXPLAINED: _is_explained,
+    REVIEWED: _is_reviewed,
+}  # what an entry of `codes` is
 
 
 def _foreign(path: Path, number: int) -> UserError:
