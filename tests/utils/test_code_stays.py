@@ -191,6 +191,12 @@ def test_reviews_are_kept_and_become_rows_to_train_on(week, tmp_path):
     assert len(list(read_table(tmp_path / "list/corrections.jsonl"))) == 1
 
 
+def test_no_hash_of_a_note_is_a_number():
+    """A spreadsheet would change 12345678901234e5, and the decisions that it saves would be of no note."""
+    assert all(note_hash(str(number)).isalpha() for number in range(100))
+    assert len({note_hash(str(number)) for number in range(100)}) == 100
+
+
 def test_evidence_is_kept_by_its_place_and_shown_as_text(tmp_path):
     text = "Dyspnée. Pas de fièvre."
     key, prompt = Key("s1", note_hash(text)), Prompt("s1", {"messages": prompt_messages(text)})

@@ -22,6 +22,7 @@ from utils.tables.jsonl import Row, file_errors, naming
 JOURNAL = "journal.jsonl"  # in the folder of a worklist
 CODED, MARKED, EXPLAINED, REVIEWED = ("coded", "marked", "explained", "reviewed")
 _HASH_LENGTH = 16  # hexadecimal digits
+_LETTERS = str.maketrans("0123456789", "ghijklmnop")  # spreadsheets would read one hash in 800 as a number
 
 
 class Key(NamedTuple):
@@ -33,7 +34,7 @@ class Key(NamedTuple):
 
 def note_hash(note: str) -> str:
     """Return what tells a stay's notes apart: another hash, another note."""
-    return hashlib.sha256(note.encode("utf-8", "replace")).hexdigest()[:_HASH_LENGTH]
+    return hashlib.sha256(note.encode("utf-8", "replace")).hexdigest()[:_HASH_LENGTH].translate(_LETTERS)
 
 
 class Journal:
