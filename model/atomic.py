@@ -1,13 +1,14 @@
 """Write files, folders and symlinks atomically: under a temporary name first, then renamed.
 
 Readers see the old content or the new, never a part. On an exception the temporary is removed and the old content
-stays; what a killed process has written remains under a name that no command reads.
+stays; what a killed process has written remains under a name that no command reads, until `remove_temporaries`.
 
 File contents are flushed to disk (fsync) before the rename, so a power failure cannot leave an empty or partial file
 under the final name. The rename itself is flushed only by `replace_folder`, whose callers delete older folders next.
 """
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,13 @@ from .errors import UserError
 def temporary_path(path: Path) -> Path:
     """Return the name under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `path`; no other process may be writing it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left.name.split(".")[-2].isdecimal() and left.is_file():
+            left.unlink()
 
 
 def shared_temporary_path(path: Path, owner: str = "") -> Path:

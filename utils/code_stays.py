@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cli import run_cli
+from model.atomic import remove_temporaries
 from model.errors import UserError
 from model.wording import counted
 from utils.engines.choice import EngineChoice, add_coding_options, parse_coding_engine
@@ -314,6 +315,8 @@ def main() -> None:
     versions = {"checkpoint": choice.model, **choice.identity(), "calibrated": marker.record()["calibrated"]}
     versions = {name: value for name, value in versions.items() if value is not None}
     with open_journal(options.out / JOURNAL) as journal:
+        for path in (*outputs, listed):
+            remove_temporaries(path)  # they may quote notes
         if options.decisions:
             _take_decisions(options, journal, export, table, choice.rules)
         earlier = len(export.keys() & journal.coded.keys())

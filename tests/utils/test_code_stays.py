@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from model.atomic import temporary_path
 from model.errors import UserError
 from tests.support.patience import wait_until
 from utils import code_stays
@@ -444,6 +445,18 @@ def test_a_full_disk_is_named(week, tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "write_text", full)
     with pytest.raises(UserError, match=r"/a\.csv: No space left on device"):
         save({tmp_path / "a.csv": "text"})
+
+
+def test_what_a_killed_process_left_of_notes_is_removed(week, tmp_path):
+    folder = tmp_path / "list"
+    folder.mkdir()
+    left = folder / ".review.html.1.tmp"  # named as by model.atomic
+    assert temporary_path(folder / "review.html").name == left.name.replace("1", str(os.getpid()))
+    others = [folder / ".review.html.mine.tmp", folder / ".mine.csv.12.tmp"]
+    for path in (left, *others):
+        path.write_text("Dyspnée.")
+    assert week({"s1": "Dyspnée."})[0] == 0
+    assert not left.exists() and all(path.exists() for path in others)
 
 
 def test_a_journal_is_used_by_one_process(tmp_path):

@@ -166,7 +166,15 @@ def test_a_person_is_read_from_rows_that_agree():
     assert people.warnings() == [
         "2 values of sex, age or birth are not understood (sex 'X', birth '02/03/57'): expected M or F, years, a date",
         "1 stay has two sexes or dates of birth; none is used (e.g. c)",
+        "1 stay has a date of birth but no date of discharge, so that the age is not known (e.g. b): name a column, "
+        "--columns discharge=COLUMN or age=COLUMN",
     ]
+
+
+def test_a_note_in_the_column_of_the_age_is_not_quoted():
+    people = People()
+    people.add("a", {"age": "Patiente de 80 ans adressée pour chute."})
+    assert "(age a text of 39 characters)" in people.warnings()[0]
 
 
 # --- Reports ----------------------------------------------------------------------------------------------------------

@@ -204,6 +204,15 @@ def test_known_statuses(status, role):
     assert read_statuses({status: 1}, {}, False) == {status: role}
 
 
+def test_a_note_in_the_column_of_the_status_is_not_quoted():
+    note = "Patiente de 80 ans adressée par son médecin traitant pour chute."
+    with pytest.raises(UserError, match=r"A text of 64 characters as a code's status.*--columns role=COLUMN") as found:
+        read_statuses({note: 1, "CMA": 2}, {}, False)
+    assert "Patiente" not in str(found.value)
+    with pytest.raises(UserError, match=r"'Diagnostic associé très significatif' .* --roles Diagnostic associé très"):
+        read_statuses({"Diagnostic associé très significatif": 1}, {}, False)
+
+
 def test_unknown_statuses_stop_with_counts_and_are_mapped_by_the_user(prepare):
     codes = [*CODES, "a1,CMA,J189", "b2,CMA,Z511", "c3,,I10", "c3,DA,I10"]
     code, output, found = prepare(NOTES, codes)

@@ -20,6 +20,7 @@ _SEXES = {
 _AGE = re.compile(r"(\d{1,3})(?:[.,]\d*)?\s*(?:ans?|années?|years?|y|a)?\.?", re.IGNORECASE)
 _YOUNG = re.compile(r"(\d{1,3})(?:[.,]\d*)?\s*(?:(mois|months?)|jours?|j|days?|semaines?|sem|weeks?)\.?", re.IGNORECASE)
 _OLDEST = 130
+_LONGEST_CELL = 12  # characters of a sex, an age or a date
 
 
 def parse_sex(text: str) -> str | None:
@@ -91,7 +92,7 @@ class People:
         """Return what is not used."""
         found = []
         if self.unreadable:
-            examples = ", ".join(f"{field} {text[:20]!r}" for field, text in list(self.unreadable)[:3])
+            examples = ", ".join(f"{field} {_shown(text)}" for field, text in list(self.unreadable)[:3])
             rows = counted(self.unreadable.total(), "value of sex, age or birth is", "values of sex, age or birth are")
             found.append(f"{rows} not understood ({examples}): expected M or F, years, a date")
         if self.contradictory:
@@ -104,6 +105,11 @@ class People:
                 f"{next(iter(self.undated))}): name a column, --columns discharge=COLUMN or age=COLUMN"
             )
         return found
+
+
+def _shown(text: str) -> str:
+    """Return a cell for a message; a longer one may be a note."""
+    return repr(text) if len(text) <= _LONGEST_CELL else f"a text of {len(text)} characters"
 
 
 def _parse_birth(text: str) -> str:

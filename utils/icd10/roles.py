@@ -26,6 +26,7 @@ _NAMES = {
 }
 _ROLE_OF_NAME = {name: role for role, names in _NAMES.items() for name in names.split()}
 _NUMBERS = {"1": "DP", "2": "DR", "3": "DAS"}
+_LONGEST_STATUS = 40  # characters; more may be a note
 
 
 def _key(status: str) -> str:
@@ -76,10 +77,15 @@ def read_statuses(counts: Mapping[str, int], given: Mapping[str, str], numbers_a
         known = _NUMBERS | known
     found = {status: exact.get(status.strip().casefold()) or known.get(_key(status)) for status in counts}
     unknown = sorted((status for status, role in found.items() if role is None), key=lambda status: -counts[status])
+    if longest := [status for status in unknown if len(status) > _LONGEST_STATUS]:
+        raise UserError(
+            f"A text of {len(longest[0])} characters as a code's status; expected a short one such as DAS: name "
+            "its column with --columns role=COLUMN."
+        )
     if unknown:
-        shown = ", ".join(f"{status[:30] or '(blank)'!r} ({counts[status]:,})" for status in unknown[:10])
+        shown = ", ".join(f"{status or '(blank)'!r} ({counts[status]:,})" for status in unknown[:10])
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        example = ",".join(f"{status[:30]}=ROLE" for status in unknown[:2])
+        example = ",".join(f"{status}=ROLE" for status in unknown[:2])
         codes = counted(sum(counts[status] for status in unknown), "code has", "codes have")
         raise UserError(
             f"{codes} a status whose role is not known: {shown}{more}. Give the role of each: --roles {example} with "
