@@ -4,7 +4,8 @@
 
 CODES is a table of codes as `utils.prepare_icd10_data` reads them (csv, tsv, xlsx, parquet, jsonl): a row per code, or
 per stay or unit with columns for DP, DR and DAS. A stay in which each unit (RUM) has a DP is checked by unit. TABLE is
-ATIH's CIM-10 table, or several with the years of discharge: `2024=TABLE 2025=TABLE`; each rule counts in its years.
+ATIH's CIM-10 table, or several with the years of discharge: `2024=TABLE 2025=TABLE`; each rule counts in its years,
+and stays without a table of their year are not checked, with a warning.
 
 Prints for each rule how many stays break it, out of those to which it applies. `--out` writes a line for each stay and
 rule: stay, severity, rule, codes. The exit code is 1 if a forbidding rule is broken, and 0 otherwise.
@@ -66,22 +67,31 @@ def read_cases(
     """Return identifier, rules of its year and case of each stay of a table of codes.
 
     Raises:
-        UserError: the table cannot be read, or a stay has no CIM-10 table.
+        UserError: the table cannot be read, or no stay has a CIM-10 table.
     """
     columns = recognize(path, "codes", mapping, encoding)
     print(columns.describe(path), flush=True)
     left_out: list[LeftOut] = []
     people = People()
     codes, _, facts = read_codes(path, columns, mapping.roles, encoding, left_out, people)
-    cases = []
+    cases: list[tuple[str, RuleSet, Case]] = []
+    unchecked: dict[str, list[str]] = {}  # stays by reason
     for stay, rows in codes.items():
         table = tables.of(stay, facts.discharges)
         if not isinstance(table, Cim10Table):
-            raise UserError(f"{path}: stay {stay!r} is {table}.")
+            unchecked.setdefault(table, []).append(stay)
+            continue
         date = facts.discharges.get(stay)
         person = people.facts(stay, date)
         valid = rules.in_year((date or "")[:4])
         cases += [(name, valid, Case.build(coding, table, person)) for name, coding in coded_stays(stay, rows)]
+    not_checked = [
+        f"{counted(len(stays), 'stay')} not checked, {reason} (e.g. {stays[0]})" for reason, stays in unchecked.items()
+    ]
+    if not_checked and not cases:
+        raise UserError(f"{path}: {'; '.join(not_checked)}.")
+    for warning in not_checked:
+        print(f"warning: {warning}", file=sys.stderr)
     for reason, count in Counter(found.reason for found in left_out).items():
         print(f"warning: {counted(count, 'row')} left out, {reason}", file=sys.stderr)
     for warning in people.warnings():

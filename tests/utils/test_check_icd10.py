@@ -152,6 +152,18 @@ def test_tables_and_rules_of_years_are_chosen_by_discharge(check, tmp_path: Path
     assert not rules.in_year("2008").rules
 
 
+def test_stays_without_a_table_of_their_year_do_not_stop_the_others(check, tmp_path: Path) -> None:
+    header = "stay;DP;DAS1;sortie\n"
+    years = ("--cim10", *(f"{year}={tmp_path / 'cim10.txt'}" for year in (2024, 2025)), "--columns", "discharge=sortie")
+    rows = "1;E440;E43;01/02/2062\n2;E440;E43;\n3;E440;E43;2023-12-31\n4;E440;E43;demain\n"
+    code, output, found = check(header + rows, *years)
+    assert code == 1 and found == [("1", "forbidden", "excluded_pair", "E43 E440")]
+    assert "warning: 2 stays not checked, without a date of discharge" in output and "(e.g. 2)" in output
+    assert "warning: 1 stay not checked, discharged before 2024-01-01" in output and "1 stay checked" in output
+    code, output, _ = check(header + "2;E440;E43;\n", *years)
+    assert code == 1 and "1 stay not checked, without a date of discharge" in output and "checked:" not in output
+
+
 def test_sex_and_age_are_read_from_the_table(check) -> None:
     code, _, found = check("stay,sexe,age,DP\n1,H,40,O800\n2,F,40,O800\n3,F,70,O800\n")
     assert code == 0
