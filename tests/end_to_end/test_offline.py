@@ -13,28 +13,15 @@ from tests.support.no_network import without_network
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# One process runs all commands as `python -m` would, so that torch is imported once.
-DRIVER = """
-import json, runpy, sys
-for module, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [module, *arguments]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-        assert not stop.code, (module, arguments, stop.code)
-"""
-
 
 @pytest.fixture
 def python(tmp_path):
     """A function that runs Python without sockets; it returns the finished process and the recorded attempts."""
     environment, record = without_network(tmp_path, ROOT)
 
-    def run(code, *arguments):
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(
-            command, env=environment | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True
-        )
+    def run(*arguments, stdin=""):
+        command, environ = [sys.executable, *arguments], environment | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, input=stdin, env=environ, cwd=tmp_path, capture_output=True, text=True)
         return done, record.read_text(encoding="utf-8") if record.exists() else ""
 
     return run
@@ -44,7 +31,7 @@ def python(tmp_path):
     "attempt", ["socket.create_connection(('127.0.0.1', 9), 1)", "socket.getaddrinfo('localhost', 80)"]
 )
 def test_attempts_are_recorded_even_if_their_error_is_caught(python, attempt):
-    done, tried = python(f"import socket\ntry: {attempt}\nexcept OSError as error: print(error)")
+    done, tried = python("-c", f"import socket\ntry: {attempt}\nexcept OSError as error: print(error)")
     assert "no network here" in done.stdout
     assert tried
 
@@ -73,8 +60,9 @@ def test_pipeline_opens_no_socket(python, tmp_path):
         ["utils.evaluate_icd10", "--gold", gold, "--predictions", answers, "--json", f"{data}/a.json", *outputs],
         ["utils.evaluate_icd10", "--gold", gold, "--run", run_dir, "--json", f"{data}/b.json"],
     ]
-    done, tried = python(DRIVER, json.dumps(commands))
+    done, tried = python("-m", "tests.support.in_turn", stdin=json.dumps(commands))  # a new process, with its imports
     assert done.returncode == 0, done.stderr
+    assert [code for code, _ in json.loads(done.stdout)] == [0] * len(commands), done.stdout
     assert not tried
     scores = [json.loads(Path(f"{data}/{name}.json").read_text(encoding="utf-8")) for name in "ab"]
     assert all(score["counts"]["notes"] == 3 and not score["counts"]["missing_predictions"] for score in scores)

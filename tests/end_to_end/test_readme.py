@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_readme_commands import DRIVER, ELSEWHERE, with_places
+from tests.end_to_end.test_readme_commands import ELSEWHERE, with_places
 from tests.support.documents import PAGES, ROOT, TEXT, command_starting_with
-from tests.support.no_network import without_network
-from tests.support.patience import PATIENCE_S
+from tests.support.in_turn import run_in_turn
 from tests.support.run_module import run_module
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -166,20 +165,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = subprocess.run(make, cwd=folder, capture_output=True, text=True, check=True).stdout
     commands = {line: with_places(line, {}) for line in printed.splitlines() if line.startswith("bin/")}
     assert len(commands) == 13
-    environment, _ = without_network(folder, ROOT, loopback=True)
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(commands),
-        cwd=folder,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
-    outcomes = json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))
-    output = result.stdout + result.stderr + "".join(text for _, text in outcomes.values())
-    assert all(code == 0 for code, _ in outcomes.values()), output[-4000:]
+    outcomes = run_in_turn(commands, folder, loopback=True, forking=False).values()
+    output = "".join(text for _, text in outcomes)
+    assert all(code == 0 for code, _ in outcomes), output[-4000:]
     (folder / "output.txt").write_text(output, encoding="utf-8")
     return folder
 

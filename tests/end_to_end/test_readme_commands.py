@@ -7,7 +7,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import yaml
 
 from tests.support.checkpoints import SMALL, make_tiny_checkpoint
 from tests.support.documents import COMMANDS, ROOT, TEXT, command_starting_with, starts_with
-from tests.support.no_network import without_network
-from tests.support.patience import PATIENCE_S
+from tests.support.in_turn import TORCHRUN, run_in_turn
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -130,26 +128,6 @@ ELSEWHERE = {
     "ollama": "another project's command",
 }
 
-# One process runs all commands in turn, as `python -m` would, so that torch is imported once.
-DRIVER = """
-import contextlib, io, json, runpy, sys, traceback
-
-outcomes = {}
-for command, (module, *arguments) in json.load(sys.stdin).items():
-    sys.argv = [module, *arguments]
-    output, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = -1
-    outcomes[command] = code, output.getvalue()
-json.dump(outcomes, open("outcomes.json", "w", encoding="utf-8"))
-"""
-
 
 def with_places(command: str, places: dict[str, str]) -> list[str]:
     """Return a module and its arguments, with placeholders replaced."""
@@ -159,7 +137,7 @@ def with_places(command: str, places: dict[str, str]) -> list[str]:
     replaced = re.sub(rf"(?<![\w.])(?:{words})(?!\w)", lambda match: places[match[0]], command)
     path, *arguments = shlex.split(replaced)
     program = Path(path).name
-    return ["torch.distributed.run", *arguments] if program == "torchrun" else arguments[1:]
+    return [TORCHRUN, *arguments] if program == "torchrun" else arguments[1:]
 
 
 def shrunken(config: Path, run_dir: str, **changes: object) -> str:
@@ -196,16 +174,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for beginning, places in STORY:
         command = command_starting_with(beginning)
         steps[command] = [word.replace("PORT", port) for word in with_places(command, places)]
-    environment, _ = without_network(folder, ROOT, loopback=True)
-    subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(steps),
-        cwd=folder,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
+    outcomes = run_in_turn(steps, folder, loopback=True)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
     return folder
 
 

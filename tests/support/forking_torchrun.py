@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -53,10 +54,10 @@ def _work(command: Sequence[str], environment: dict[str, str]) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Run torchrun in this process, which should be a new or a forked one."""
+def main(arguments: list[str], folder: Path = ROOT) -> None:
+    """Run torchrun in this process, which should be a new or a forked one, and in a folder."""
     import_before_forking()
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
     # Rendezvous records events with the name of the calling function, for which it searches all modules, of which there
     # are more here: so long, on a busy machine, that the other node has always changed the state, and none ever joins.

@@ -43,3 +43,9 @@ def without_network(folder: Path, root: Path, loopback: bool = False) -> tuple[d
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder / "site"), str(root)])}
     environment |= {"SOCKET_RECORD": str(record)} | ({"LOOPBACK_ALLOWED": "1"} if loopback else {})
     return environment, record
+
+
+def block_network(environment: dict[str, str]) -> None:
+    """Take the network from this process, a forked one, and its children, with what `without_network` returned."""
+    os.environ.update(environment)
+    exec(SITECUSTOMIZE, {})
