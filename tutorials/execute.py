@@ -6,7 +6,12 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
-NAMES = ("generate_fictives_notes", "prepare_data_for_generative_finetuning", "mistral_finetune_7b")
+NAMES = (
+    "generate_fictives_notes",
+    "prepare_data_for_generative_finetuning",
+    "mistral_finetune_7b",
+    "icd10_weekly_loop",
+)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.support.patience import PATIENCE_S
+from tutorials.execute import NAMES
 from utils.icd10.answers import parse_answer
 from utils.icd10.codes import Cim10Table
 from utils.icd10.rules import guide_rules
@@ -24,6 +25,7 @@ PLOTS_AND_TABLES = {
     "generate_fictives_notes": (2, 3),
     "prepare_data_for_generative_finetuning": (2, 2),
     "mistral_finetune_7b": (2, 2),
+    "icd10_weekly_loop": (2, 8),
 }
 
 
@@ -59,7 +61,7 @@ def read_jsonl(path):
 def test_committed_outputs_are_complete(name):
     cells = code_cells(name)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    shows = re.compile(r"^(%%bash|!|table\(|Image\()|print\(|plt\.show", re.MULTILINE)
+    shows = re.compile(r"^(%%bash|!|table\(|Image\(|run\(|highlighted\(|print\()|plt\.show", re.MULTILINE)
     assert [cell.source for cell in cells if shows.search(cell.source) and not cell.outputs] == []
     outputs = [output for cell in cells for output in cell.outputs]
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
@@ -82,6 +84,12 @@ def test_committed_outputs_contain_no_paths_or_progress_bars(name):
 
 def test_committed_outputs_are_small():
     assert sum(path.stat().st_size for path in TUTORIALS) < 1_500_000
+
+
+def test_every_tutorial_is_executed_tested_and_linked():
+    assert {path.stem for path in TUTORIALS} == set(NAMES) == set(PLOTS_AND_TABLES)
+    page = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    assert all(f"/blob/main/tutorials/{path.name})" in page for path in TUTORIALS)
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
@@ -117,8 +125,8 @@ def test_colab_setup_stops_if_the_clone_is_another_project(tmp_path):
 
 def test_commands_of_the_tutorials_exist():
     sources = "".join(cell.source for path in TUTORIALS for cell in read_notebook(path.stem).cells)
-    modules = set(re.findall(r"(?<=-m )utils\.\w+", sources))
-    assert len(modules) >= 6
+    modules = set(re.findall(r"(?<=-m )utils\.\w+|(?<=run\(f\")utils\.\w+", sources))
+    assert len(modules) >= 10
     assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
 
 
@@ -166,3 +174,27 @@ def test_mistral_finetune_7b(tmp_path, monkeypatch):
     constrained = read_jsonl(run / "constrained.jsonl")
     items = [item for row in constrained for item in row["codes"]]
     assert all(guide_rules().allows(item["role"], table.get(item["code"])) for item in items)
+
+
+@pytest.mark.slow
+def test_icd10_weekly_loop(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    printed = execute("icd10_weekly_loop", tmp_path, monkeypatch)
+    weekly = tmp_path / WORK / "weekly"
+    events = read_jsonl(weekly / "worklist/journal.jsonl")
+    coded = [row["stay"] for row in events if row["event"] == "coded"]
+    changed = {stay for stay in coded if coded.count(stay) > 1}
+    assert changed and all(stay.startswith("week1-") and coded.count(stay) == 2 for stay in changed)
+    assert set(coded) == {f"week{week}-{number:03}" for week in (1, 2, 3) for number in (1, 2, 3)}
+    assert "stays coded now, 0 before" in printed and "0 stays coded now, 3 before" in printed
+    reviewed = {row["stay"] for row in events if row["event"] == "reviewed"}
+    rows = read_jsonl(weekly / "worklist/corrections.jsonl")
+    assert {row["id"] for row in rows} == reviewed == set(coded)
+    expected = {row["id"]: row for week in (1, 2, 3) for row in read_jsonl(weekly / f"week{week}.jsonl")}
+    for row in rows:
+        final, right = (
+            {item[:2] for item in parse_answer(each["messages"][-1]["content"])} for each in (row, expected[row["id"]])
+        )
+        assert final == right | ({("DAS", "N390")} if row["id"] in changed else set())
+    assert (weekly / "worklist/drift.html").is_file() and (weekly / "second_reading/review.html").is_file()
+    assert "with a broken rule" in printed
