@@ -48,14 +48,21 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Restore the root logger: with a training's log still on, later tests would read other libraries' lines."""
-    root = logging.getLogger()
+def restored_process() -> Iterator[None]:
+    """Restore what a module leaves changed in the process: the root logger, and the number of threads.
+
+    With a training's log still on, later tests would read other libraries' lines. With more threads than cores, as a
+    benchmark sets, they wait for each other in loops: later tests would use four times as much CPU time.
+    """
+    import torch
+
+    root, threads = logging.getLogger(), torch.get_num_threads()
     level, handlers = root.level, list(root.handlers)
     yield
     root.setLevel(level)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -110,8 +110,9 @@ def test_peer_rejects_unsupported_settings():
 
 def test_larger_vocabulary_does_not_change_the_batches():
     case = TINY | {"vocab_size": 40000, "set": ["lora.rank=4"]}
-    args = train_args(PRESETS["tiny"], case)
-    assert next(packed_batches(args)).x.max() < 32768
+    batches = packed_batches(train_args(PRESETS["tiny"], case))
+    assert next(batches).x.max() < 32768
+    batches.close()
 
 
 def test_work_counts_documents_pairs_and_complete_samples():
