@@ -19,7 +19,7 @@ help:
 	@echo "make kill-test    kill 200 runs at random instants, resume them and compare the results"
 	@echo "make fuzz         10,000 random inputs per fuzz target"
 	@echo "make check        lint, format, types, spelling, dead code;  make format  apply automatic fixes"
-	@echo "make docs         regenerate docs/configuration.md and docs/models.md from the code"
+	@echo "make docs         regenerate docs/configuration.md and tables of docs/models.md and docs/hardware.md"
 	@echo "make gpu-bundle   collect wheels for a GPU machine without network: PYTHON=3.12 CUDA=130 WITHOUT=\"matplotlib tensorboard\""
 	@echo "make constraints  write the versions installed in .venv to constraints.txt, after make test passed"
 	@echo "make clean        remove what make demo and make sample-data wrote"
@@ -110,6 +110,7 @@ format: setup
 docs: setup
 	$(BIN)/python -m docs.generate_configuration
 	$(BIN)/python -m docs.generate_models
+	$(BIN)/python -m docs.generate_waits
 
 constraints: setup
 	(echo "# Versions that all tests passed with. pyproject.toml has the supported ranges."; \

@@ -154,27 +154,79 @@ def memory_cases() -> "Iterator[tuple[str, Case]]":
         yield name, Case(shapes, base | settings, ranks=ranks, steps_before=1)
 
 
+_ANSWERING = ("dense varlen checkpoint=True", "moe varlen checkpoint=True", "dense on a V100")
+_RESUMED = (
+    *("dense varlen checkpoint=True", "dense on a V100", "dense full bf16", "dense full fp32", "dense nf4 fp16"),
+    *("moe full fp16", "moe nf4 bf16", "dense 8 ranks", "dense nf4 8 ranks", "moe full 8 ranks", "dense cpu_offload"),
+)
+
+
 def trace_matrix() -> Iterator[dict[str, Any]]:
     """Trace every case of `matrix` and `memory_cases`; yield its counts, or the error that ended it."""
-    from benchmarks.traced.steps import trace, trace_answers
-
-    for name, case in itertools.chain(matrix(), memory_cases()):
+    traced = [(name, case, _step_line) for name, case in itertools.chain(matrix(), memory_cases())]
+    cases = {name: case for name, case, _ in traced}
+    traced += [(f"{name}, answers", cases[name], _answers_line) for name in _ANSWERING]
+    traced += [(f"{name}, resumed", cases[name], resumed_line) for name in _RESUMED]
+    for name, case, trace_line in traced:
         try:
-            traced = trace(case)
+            yield {"case": name} | _units(case) | trace_line(case)
         except Exception as error:
             yield {"case": name, "error": f"{type(error).__name__}: {error}"}
-            continue
-        yield {
-            "case": name,
-            "attention": traced.hardware.attention,
-            "waits": _without_lines(traced.step.waits),
-            "copies": _without_lines(traced.step.copies),
-            "evaluation_waits": _without_lines(traced.evaluation.waits),
-            "peak": traced.step.peak if case.steps_before else None,
-            "planned": traced.planned,
-        }
-        if name in ("dense varlen checkpoint=True", "moe varlen checkpoint=True", "dense on a V100"):
-            yield {"case": f"{name}, answers", "waits": _without_lines(trace_answers(case).waits)}
+
+
+def _units(case: "Case") -> dict[str, Any]:
+    """Return what waits are counted per."""
+    args = case.args()
+    routers = case.shapes.n_layers if case.shapes.moe else 0  # one per layer
+    return {"routers": routers, "checkpoint": args.checkpoint, "cpu_offload": args.cpu_offload}
+
+
+def _step_line(case: "Case") -> dict[str, Any]:
+    from benchmarks.traced.steps import trace
+
+    traced = trace(case)
+    return {
+        "attention": traced.hardware.attention,
+        "micro_batches": case.args().num_microbatches,
+        "trained": traced.trained,
+        "waits": _without_lines(traced.step.waits),
+        "copies": _without_lines(traced.step.copies),
+        "evaluation_waits": _without_lines(traced.evaluation.waits),
+        "peak": traced.step.peak if case.steps_before else None,
+        "planned": traced.planned,
+    }
+
+
+def _answers_line(case: "Case") -> dict[str, Any]:
+    from benchmarks.traced.steps import trace_answers
+
+    shorter, longer = (Counter(_without_lines(trace_answers(case, tokens=tokens).waits)) for tokens in (1, 2))
+    return {"prompt_waits": dict(shorter - (longer - shorter)), "token_waits": dict(longer - shorter)}
+
+
+def resumed_line(case: "Case") -> dict[str, Any]:
+    """Return what a run's state is before it is saved and after it is restored, and the waits of both."""
+    from benchmarks.traced.resumed import trace_resume
+
+    resumed = trace_resume(case)
+    after = resumed.after
+    misplaced = [f"{name}: {after[name]}, not {old}" for name, old in resumed.before.items() if after[name] != old]
+    return {
+        "devices": sorted({tensor.device for tensor in resumed.before.values()}),
+        "dtypes": sorted({tensor.dtype for tensor in resumed.before.values()}),
+        "misplaced": misplaced,
+        "copies_of_a_tensor": sorted(set(resumed.copies.values())),
+        "tensors": len(resumed.before),
+        "exported": resumed.exported,
+        "restored": resumed.restored,
+        "scales": resumed.scales,
+        "random_restored": resumed.random_restored,
+        "micro_batches": 1,
+        "trained": resumed.exported,
+        "waits": _without_lines(resumed.step.waits),
+        "save_waits": _without_lines(resumed.save.waits),
+        "resume_waits": _without_lines(resumed.resume.waits),
+    }
 
 
 def _without_lines(counts: Counter[str]) -> dict[str, int]:

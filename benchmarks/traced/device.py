@@ -71,7 +71,6 @@ import torch.nn.functional as F  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.nn.attention import varlen  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from model import attention, elementwise, frozen_weights, generate  # noqa: E402
 
@@ -107,9 +106,33 @@ def _project_file(name: str) -> str | None:
 
 
 @functools.cache
+def _is_view(func: Any) -> bool:
+    return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+
+
+@functools.cache
 def _launches_kernel(func: Any) -> bool:
-    views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
-    return not views and str(func) not in _WITHOUT_KERNEL and not str(func).startswith("prim.")
+    return str(func) not in _WITHOUT_KERNEL and not str(func).startswith("prim.")
+
+
+def _is_on_gpu(tensor: Any) -> bool:
+    # Not Tensor.is_cuda, which is dispatched like an operator.
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in arguments or results of an operator."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _on_gpu(value: Any) -> Iterator[torch.Tensor]:
+    return filter(_is_on_gpu, _tensors(value))
 
 
 class Trace(TorchDispatchMode):
@@ -120,6 +143,7 @@ class Trace(TorchDispatchMode):
         moved: bytes read and written, by operator; a tensor that is read twice by one kernel counts once.
         waits: how often the host waited for the GPU, by reason and line.
         copies: copies from the host's memory that do not make it wait, by line and kind of memory.
+        copied_to_host: copies of each storage on the GPU to the host's memory.
         alive, peak: bytes of tensors now, and at most.
     """
 
@@ -132,50 +156,59 @@ class Trace(TorchDispatchMode):
         self._fused = False
         self.restart()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper that it avoids takes longer than `__torch_dispatch__`
+
     def restart(self) -> None:
         """Forget what was counted, except for what is alive."""
         self.kernels: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.copied_to_host: Counter[int] = Counter()
         self.peak = self.alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked more often than anything is computed
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            if args[0].is_cuda:
+            if _is_on_gpu(args[0]):
                 self.waits[f"item at {_project_line()}"] += 1
             return False if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **kwargs)
-        if not self._fused:
+        if not self._fused and not _is_view(func):
             self._count(func, str(func), args, kwargs, result)
         return result
 
     def _count(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
-        on_gpu = [each for each in tensors if each.is_cuda]
+        on_gpu = list(_on_gpu((args, kwargs, result)))
         if not on_gpu:
             return
+        if "._fused_" in name and len(on_gpu) < len(list(_tensors((args, kwargs)))):
+            raise RuntimeError(f"{name}: not all tensors are on the same device")  # which FakeTensorMode accepts
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             self._count_copy(func, args, kwargs, result)
         if func is None or _launches_kernel(func):
             self.kernels[name] += 1
             storages = {each.untyped_storage()._cdata: each for each in on_gpu}
             self.moved[name] += sum(min(each.nbytes, each.untyped_storage().nbytes()) for each in storages.values())
-        for each in tree_leaves(result):
-            if isinstance(each, FakeTensor) and each.is_cuda:
-                self._keep(each.untyped_storage())
+        for each in _on_gpu(result):
+            self._keep(each.untyped_storage())
 
     def _count_copy(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         in_place = func is torch.ops.aten.copy_.default
         source = args[1] if in_place else args[0]
-        if source.is_cuda == result.is_cuda:
+        if _is_on_gpu(source) == _is_on_gpu(result):
             return
-        way = "to the host" if source.is_cuda else "from the host"
+        way = "to the host" if _is_on_gpu(source) else "from the host"
+        if _is_on_gpu(source):
+            self.copied_to_host[source.untyped_storage()._cdata] += 1
         if not (args[2] if in_place and len(args) > 2 else kwargs.get("non_blocking", False)):
             self.waits[f"copy {way} at {_project_line()}"] += 1
             return
-        pinned = (source, result)[source.is_cuda].untyped_storage()._cdata in self._pinned
+        pinned = (source, result)[_is_on_gpu(source)].untyped_storage()._cdata in self._pinned
         self.copies[f"{way}, {'pinned' if pinned else 'pageable'} memory, at {_project_line()}"] += 1
 
     def _keep(self, storage: torch.UntypedStorage) -> None:
@@ -258,6 +291,7 @@ def pretended_gpu(model: GpuModel = H100) -> Iterator[Trace]:
 
 def _cuda_functions(model: GpuModel, trace: Trace) -> dict[str, Callable[..., Any]]:
     memory = model.memory_gib << 30
+    stream = type("Stream", (_Stream,), {"trace": trace})
     properties = types.SimpleNamespace(name=model.name, total_memory=memory, multi_processor_count=132)
     properties.major, properties.minor = model.capability
     return {
@@ -272,13 +306,13 @@ def _cuda_functions(model: GpuModel, trace: Trace) -> dict[str, Callable[..., An
         "mem_get_info": lambda device=None: (memory - trace.alive, memory),
         "memory_allocated": lambda device=None: trace.alive,
         "max_memory_allocated": lambda device=None: trace.peak,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: stream().synchronize(),
         "empty_cache": lambda: None,
         "is_current_stream_capturing": lambda: False,
         "is_initialized": lambda: True,
-        "Stream": _Stream,
-        "Event": _Stream,
-        "current_stream": lambda device=None: _Stream(),
+        "Stream": stream,
+        "Event": stream,
+        "current_stream": lambda device=None: stream(),
         "stream": lambda stream: contextlib.nullcontext(),
         "_is_in_bad_fork": lambda: False,
     }
@@ -306,13 +340,18 @@ def _kernels(model: GpuModel, trace: Trace) -> Iterator[tuple[Any, str, Callable
 
 
 class _Stream:
-    """A stream or an event on which nothing has to be waited for."""
+    """A stream or an event."""
+
+    trace: Trace
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
 
+    def synchronize(self) -> None:
+        self.trace.waits[f"synchronize at {_project_line()}"] += 1
+
     def __getattr__(self, name: str) -> Callable[..., "_Stream"]:
-        return lambda *args, **options: _Stream()
+        return lambda *args, **options: type(self)()
 
     def __enter__(self) -> None:
         pass

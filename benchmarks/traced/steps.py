@@ -5,7 +5,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from model.generate import collect_tokens, stream
 from model.transformer import Transformer
 from train import train_step
 
+T = TypeVar("T")
 DEVICE = torch.device("cuda", 0)
 
 
@@ -77,6 +78,7 @@ class Counts:
 @dataclasses.dataclass(frozen=True)
 class Traced:
     hardware: Hardware
+    trained: int  # parameters, each a tensor
     planned: float  # bytes of a step by finetune.memory_estimate
     step: Counts
     evaluation: Counts
@@ -93,34 +95,49 @@ class EmptyWeights(RandomWeights):
 
 def trace(case: Case) -> Traced:
     """Build the model, take a step and evaluate one batch."""
-    args = case.args()
-    with _pretended_ranks(case.ranks if case.ranks > 1 or args.cpu_offload else 0), pretended_gpu(case.gpu) as counts:
-        counts.slots_per_expert = _slots_per_expert(case.shapes, args)
-        world = _PretendedWorld(0, case.ranks, DEVICE, local_size=min(case.ranks, 8))
-        hardware, model = _build(case, args, world, trains=True)
+    with on_pretended_gpu(case) as (args, world, counts):
+        hardware, model = build(case, args, world)
         optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
         scaler = LossScaler(hardware.dtype)
         for _ in range(case.steps_before):
-            train_step(model, [_batch(case, args)], optimizer, schedule, scaler, args.max_norm, DEVICE)
-        batches = [_batch(case, args) for _ in range(args.num_microbatches)]
+            train_step(model, [empty_batch(case, args)], optimizer, schedule, scaler, args.max_norm, DEVICE)
+        batches = [empty_batch(case, args) for _ in range(args.num_microbatches)]
         counts.restart()
         train_step(model, batches, optimizer, schedule, scaler, args.max_norm, DEVICE)
         step = Counts.of(counts)
         counts.restart()
         evaluate(model, batches[:1], dataclasses.replace(world, size=1))
-        return Traced(hardware, _planned(case, args, hardware, world), step, Counts.of(counts))
+        trained = len(list(trainable_parameters(model)))
+        return Traced(hardware, trained, _planned(case, args, hardware, world), step, Counts.of(counts))
 
 
-def _build(case: Case, args: TrainArgs, world: World, trains: bool) -> tuple[Hardware, Transformer]:
+@contextlib.contextmanager
+def on_pretended_gpu(case: Case) -> Iterator[tuple[TrainArgs, World, Trace]]:
+    """Pretend the case's GPUs; yield its settings, the process of rank 0, and the counts."""
+    args = case.args()
+    with _pretended_ranks(case.ranks if case.ranks > 1 or args.cpu_offload else 0), pretended_gpu(case.gpu) as counts:
+        counts.slots_per_expert = _slots_per_expert(case.shapes, args)
+        yield args, _PretendedWorld(0, case.ranks, DEVICE, local_size=min(case.ranks, 8)), counts
+
+
+def build(case: Case, args: TrainArgs, world: World, trains: bool = True) -> tuple[Hardware, Transformer]:
     hardware = choose_hardware(DEVICE, args.param_dtype, args.attention, case.shapes)
     base = BaseModel(Path(), case.shapes, EmptyWeights(case.shapes, DEVICE, hardware.dtype), adapter=None)
     return hardware, build_model(base, args, hardware, world, trains)
 
 
 class _PretendedWorld(World):
+    """A world in which every rank has the values of rank 0."""
+
     def mesh(self, shards: int) -> DeviceMesh:
         with unset_fake_temporarily():  # a mesh computes with the values of its ranks
             return super().mesh(shards)
+
+    def gather(self, value: T) -> list[T]:
+        return [value] * self.size
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return value * self.size
 
 
 @contextlib.contextmanager
@@ -138,13 +155,13 @@ def _pretended_ranks(count: int) -> Iterator[None]:
 def trace_answers(case: Case, prompts: Sequence[int] = (9, 17), tokens: int = 3) -> Counts:
     """Continue prompts of these lengths by some tokens."""
     with pretended_gpu(case.gpu) as counts:
-        _, model = _build(case, case.args(), World(0, 1, DEVICE), trains=False)
+        _, model = build(case, case.args(), World(0, 1, DEVICE), trains=False)
         counts.restart()
         collect_tokens(stream(model, [list(range(length)) for length in prompts], tokens, eos_id=-1))
         return Counts.of(counts)
 
 
-def _batch(case: Case, args: TrainArgs) -> Batch:
+def empty_batch(case: Case, args: TrainArgs) -> Batch:
     positions = args.seq_len * args.batch_size
     sizes = [positions // case.documents] * case.documents
     sizes[-1] += positions - sum(sizes)

@@ -3,17 +3,17 @@
 import json
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from docs.generate_waits import PAGE, hardware_page
 from tests.support.documents import ROOT
 from tests.support.patience import PATIENCE_S
 
 LOADER = "from the host, pinned memory, at finetune/batch_tensors.py"
-STEP, ROUTING, EVALUATION = "item at train.py", "tolist at model/moe.py", "item at finetune/eval.py"
+ROUTING = "tolist at model/moe.py"
 
 
 def lines(*command: str) -> list[dict[str, Any]]:
@@ -39,29 +39,42 @@ def test_every_combination_runs(traced):
     assert len(list(steps(traced))) >= 60
 
 
-def test_the_host_waits_as_often_as_documented(traced):
-    for line in steps(traced):
-        case = line["case"]
-        routers = 2 if case.startswith("8x7B") else 1 if case.startswith("moe") else 0  # one per layer
-        micro_batches = 2 if line["peak"] else 1
-        passes = 1 if "checkpoint=False" in case else 2
-        expected = {ROUTING: routers * micro_batches * passes, STEP: 1}
-        if "cpu_offload" in case:
-            expected[STEP] = 0  # the gradients are on the host
-        assert Counter(line["waits"]) == Counter(expected), case
-        assert Counter(line["evaluation_waits"]) == Counter({ROUTING: routers, EVALUATION: 1}), case
+def test_the_table_of_waits_is_that_of_the_trace(traced):
+    assert PAGE.read_text(encoding="utf-8") == hardware_page(traced.values()), "run `make docs`"
+
+
+def test_a_wait_without_a_row_or_at_another_rate_is_refused(traced):
+    line = traced["moe varlen checkpoint=True"]
+    elsewhere = line | {"waits": line["waits"] | {"item at model/lora.py": 1}}
+    with pytest.raises(ValueError, match=r"moe varlen checkpoint=True: .* item at model/lora.py, which has no row"):
+        hardware_page([elsewhere])
+    oftener = line | {"case": "one more", "waits": {ROUTING: line["waits"][ROUTING] + 1}}
+    with pytest.raises(ValueError, match=r"one more: .* waits 3 times, not 2 as other cases imply"):
+        hardware_page([line, oftener | {"waits": line["waits"] | oftener["waits"]}])
+    with pytest.raises(ValueError, match="failed: no kernel"):
+        hardware_page([{"case": "failed", "error": "no kernel"}])
+
+
+def test_the_state_of_a_run_leaves_the_gpu_once_and_returns_to_it(traced):
+    resumed = {line["case"]: line for line in traced.values() if line["case"].endswith(", resumed")}
+    assert len(resumed) == 11
+    for case, line in resumed.items():
+        offload, full_fp32 = "cpu_offload" in case, "full fp32" in case
+        assert line["devices"] == (["cpu"] if offload else ["cuda"]), case
+        assert line["dtypes"] == ["torch.float32"], case  # trained parameters and moments, whatever the base has
+        assert line["misplaced"] == [], case
+        # Weights in fp32 are exported as they are, while others are cast first, and the copies copied.
+        assert line["copies_of_a_tensor"] == ([0] if offload else [1, 2] if full_fp32 else [1]), case
+        assert line["restored"] == line["tensors"] == 4 * line["exported"], case  # weights, moments, number of steps
+        assert line["random_restored"], case
+        scaled = "fp16" in case or "V100" in case
+        assert line["scales"] == ([2.0**10] * 2 if scaled else [1.0, 1.0]), case
 
 
 def test_batches_are_copied_from_pinned_memory(traced):
     for line in steps(traced):
         assert not [place for place in line["copies"] if "from the host, pageable" in place], line["case"]
         assert line["copies"][LOADER] in (4, 5, 8), line["case"]
-
-
-def test_answers_wait_for_each_token(traced):
-    answers = [line for line in traced.values() if line["case"].endswith("answers")]
-    assert len(answers) == 3
-    assert all(line["waits"]["tolist at model/generate.py"] == 6 for line in answers)
 
 
 def test_the_planned_memory_is_that_of_the_trace(traced):
@@ -79,30 +92,75 @@ def test_engines_are_those_of_the_gpu(traced):
 
 PLANTED = """
 import benchmarks.traced.device, json, torch
-from benchmarks.trace import matrix
+from benchmarks.trace import matrix, resumed_line
+from benchmarks.traced.resumed import trace_resume
 from benchmarks.traced.steps import trace
-from model import transformer
-case = dict(matrix())["dense varlen checkpoint=False"]
-forward = transformer.FeedForward.forward
+from finetune import resume
+from finetune.resume import RunState
+from model.transformer import FeedForward
+from unittest import mock
 
-def planted(self, x, norm=None):
+forward, restore, tensors = FeedForward.forward, RunState.restore, RunState.tensors
+
+def waiting(self, x, norm=None):
     result = forward(self, x, norm)
-    {line}
+    result.sum().item()
     return result
 
-transformer.FeedForward.forward = planted
-try:
-    print(json.dumps(dict(trace(case).step.waits)))
-except Exception as error:
-    print(json.dumps({{"error": str(error)}}))
+def misplaced(self, x, norm=None):
+    result = forward(self, x, norm)
+    return result + torch.ones(result.shape[1])
+
+def left_on_the_cpu(self, saved, args, world):
+    restore(self, saved, args, world)
+    for state in self.optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].cpu()
+
+def rounded(self, saved, args, world):
+    restore(self, saved, args, world)
+    for state in self.optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+
+def copied_twice(self):
+    for tensor in tensors(self).values():
+        tensor.cpu()
+    return tensors(self)
+
+PLANTS = {
+    "waiting": (FeedForward, "forward", waiting, lambda case: dict(trace(case).step.waits)),
+    "misplaced": (FeedForward, "forward", misplaced, trace),
+    "left on the cpu": (RunState, "restore", left_on_the_cpu, trace_resume),
+    "rounded": (RunState, "restore", rounded, lambda case: resumed_line(case)["misplaced"]),
+    "copied twice": (RunState, "tensors", copied_twice, lambda case: sorted(set(trace_resume(case).copies.values()))),
+    "random numbers": (resume, "_set_random_state", lambda *_: None, lambda case: trace_resume(case).random_restored),
+}
+case = dict(matrix())["dense varlen checkpoint=False"]
+for name, (target, attribute, value, traced) in PLANTS.items():
+    with mock.patch.object(target, attribute, value):
+        try:
+            print(json.dumps({"plant": name, "found": traced(case)}))
+        except Exception as error:
+            print(json.dumps({"plant": name, "found": str(error)}))
 """
 
 
-def test_a_planted_wait_is_found():
-    [waits] = lines("-c", PLANTED.format(line="result.sum().item()"))
-    assert sum(waits.values()) == 2  # that of the step, too
+@pytest.fixture(scope="module")
+def planted() -> dict[str, Any]:
+    """Return what a trace finds of each planted mistake."""
+    return {line["plant"]: line["found"] for line in lines("-c", PLANTED)}
 
 
-def test_a_planted_tensor_on_the_cpu_is_found():
-    [found] = lines("-c", PLANTED.format(line="result = result + torch.ones(result.shape[1])"))
-    assert "device" in found["error"]
+def test_a_planted_wait_is_found(planted):
+    assert sum(planted["waiting"].values()) == 2  # that of the step, too
+
+
+def test_a_planted_tensor_on_the_cpu_is_found(planted):
+    assert "device" in planted["misplaced"]
+
+
+def test_planted_mistakes_of_saving_and_resuming_are_found(planted):
+    assert "device" in planted["left on the cpu"]
+    assert len(planted["rounded"]) == 14
+    assert all("bfloat16" in each for each in planted["rounded"])
+    assert planted["copied twice"] != [1]
+    assert planted["random numbers"] is False
