@@ -78,7 +78,7 @@ def _trace_preset(case: dict[str, Any]) -> dict[str, Any]:
     settings |= {"seq_len": preset.seq_len, "batch_size": preset.batch_size}
     settings |= {"lora": LoraArgs(rank=preset.rank, scaling=2.0)}
     documents = max(1, preset.seq_len * preset.batch_size // 1200)
-    traced = trace(Case(preset.shapes, settings, documents=documents, steps_before=1))
+    traced = trace(Case(preset.shapes, settings, documents=documents, steps_before=True))
     moved = traced.step.moved.items()
     return {
         "attention": traced.hardware.attention,
@@ -136,7 +136,7 @@ def memory_cases() -> "Iterator[tuple[str, Case]]":
     from benchmarks.training.presets import PRESETS
     from model.args import LoraArgs
 
-    dense = dataclasses.replace(PRESETS["A"].shapes, n_layers=3)
+    dense = dataclasses.replace(PRESETS["A"].shapes, n_layers=2)
     mixture = dataclasses.replace(PRESETS["E"].shapes, n_layers=2)
     base = {"lora": LoraArgs(rank=64, scaling=2.0), "seq_len": 8192, "checkpoint": True, "compile": True}
     base |= {"num_microbatches": 2}
@@ -144,14 +144,14 @@ def memory_cases() -> "Iterator[tuple[str, Case]]":
         "7B": (dense, {}, 1),
         "7B checkpoint=False": (dense, {"checkpoint": False}, 1),
         "7B checkpoint=selective": (dense, {"checkpoint": "selective"}, 1),
-        "7B nf4": (dense, {"base_dtype": "nf4"}, 1),
+        "7B nf4": (dataclasses.replace(dense, n_layers=3), {"base_dtype": "nf4"}, 1),
         "7B fp8": (dense, {"base_dtype": "fp8"}, 1),
         "7B full": (dense, {"lora": LoraArgs(enable=False)}, 1),
         "7B 8 ranks": (dense, {}, 8),
         "8x7B": (mixture, {}, 1),
     }
     for name, (shapes, settings, ranks) in cases.items():
-        yield name, Case(shapes, base | settings, ranks=ranks, steps_before=1)
+        yield name, Case(shapes, base | settings, ranks=ranks, steps_before=True)
 
 
 _ANSWERING = ("dense varlen checkpoint=True", "moe varlen checkpoint=True", "dense on a V100")

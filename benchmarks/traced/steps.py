@@ -24,7 +24,7 @@ from finetune.eval import evaluate
 from finetune.hardware import Hardware, choose_hardware
 from finetune.memory_estimate import MemoryConfig
 from finetune.mixed_precision import LossScaler
-from finetune.optim import build_optimizer
+from finetune.optim import build_optimizer, initialize_state
 from finetune.wrapped_model import BaseModel, build_model, shard_count, trainable_parameters
 from model.args import ModelArgs
 from model.generate import collect_tokens, stream
@@ -44,17 +44,17 @@ class Case:
         documents: per micro-batch, of equal length.
         trained_share: share of the positions that are trained.
         ranks: processes that share the model; rank 0 is traced.
-        steps_before: steps of one micro-batch before the traced one. The first creates the optimizer's state, which
+        steps_before: whether there were any before the traced one. The first creates the optimizer's state, which
             belongs to the peak.
     """
 
     shapes: ModelArgs
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     gpu: GpuModel = H100
-    documents: int = 4
+    documents: int = 2
     trained_share: float = 1.0
     ranks: int = 1
-    steps_before: int = 0
+    steps_before: bool = False
 
     def args(self) -> TrainArgs:
         return TrainArgs(data=DataArgs(), model_id_or_path="", run_dir="", **self.settings)
@@ -99,8 +99,8 @@ def trace(case: Case) -> Traced:
         hardware, model = build(case, args, world)
         optimizer, schedule = build_optimizer(trainable_parameters(model), args.optim, args.max_steps)
         scaler = LossScaler(hardware.dtype)
-        for _ in range(case.steps_before):
-            train_step(model, [empty_batch(case, args)], optimizer, schedule, scaler, args.max_norm, DEVICE)
+        if case.steps_before:
+            initialize_state(optimizer)
         batches = [empty_batch(case, args) for _ in range(args.num_microbatches)]
         counts.restart()
         train_step(model, batches, optimizer, schedule, scaler, args.max_norm, DEVICE)
