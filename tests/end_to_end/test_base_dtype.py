@@ -18,9 +18,8 @@ from model.args import BLOCK_LINEARS
 from model.errors import UserError
 from model.frozen_weights import FORMATS
 from model.lora import quantizable_linears
-from tests.end_to_end.kill_runs import train_forked
 from tests.support.checkpoints import make_tiny_checkpoint
-from tests.support.run_trajectories import INPUTS, read_jsonl, write_config
+from tests.support.run_trajectories import INPUTS, read_jsonl, torchrun, write_config
 from tests.support.versions import shards_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,8 +104,8 @@ def test_two_processes_share_a_quantized_base(models, tmp_path):
         config(tmp_path, "moe_nf4", models["moe"], "nf4"),
         config(tmp_path, "moe", models["moe-nf4"], "same"),
     ]
-    for path in configs:
-        train_forked(path, 2)
+    done = torchrun("tests.support.run_trajectories", *configs)
+    assert done.returncode == 0, done.stderr
     torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
     torch.testing.assert_close(outcome(tmp_path / "moe_nf4"), outcome(tmp_path / "moe"))
 

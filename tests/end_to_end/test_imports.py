@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import re
 import subprocess
 import sys
@@ -103,14 +104,14 @@ HEAVY = ["torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "to
 HEAVY += ["torch.distributed.tensor", "torch.utils.tensorboard", "jinja2", "matplotlib", "sympy", "wandb"]
 
 
-def test_train_imports_heavy_modules_only_when_they_are_used():
+def test_importing_train_prints_nothing_and_imports_heavy_modules_only_when_they_are_used(tmp_path):
     """They would more than double the time that `import torch` needs. torch itself may load some of them."""
-    code = "import sys, torch; before = set(sys.modules); import train; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "finetune.run" in done.stdout.split()
-    assert [name for name in HEAVY if name in done.stdout.split()] == []
-
-
-def test_importing_train_does_nothing(capfd):
-    subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, check=True)
-    assert capfd.readouterr() == ("", "")
+    code = "import sys, torch; before = set(sys.modules); import train; imported = set(sys.modules) - before; "
+    code += "open('imported', 'w').write(' '.join(imported))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    imported = (tmp_path / "imported").read_text(encoding="utf-8").split()
+    assert "finetune.run" in imported and [name for name in HEAVY if name in imported] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
