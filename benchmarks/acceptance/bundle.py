@@ -37,7 +37,7 @@ _NO_NETWORK = ("connection broken", "Failed to establish", "name resolution", "t
 
 
 def needed_packages(python: str, without: Iterable[str] = ()) -> list[str]:
-    """Return `NAME==VERSION` of every package that the project needs and the machine lacks.
+    """Return `NAME==VERSION`, as installed here, of every package that the project needs and the machine lacks.
 
     Args:
         python: version of Python on the machine, such as 3.11.
@@ -47,9 +47,8 @@ def needed_packages(python: str, without: Iterable[str] = ()) -> list[str]:
     lines = [*project["dependencies"], *(line for extra in _EXTRAS for line in project["optional-dependencies"][extra])]
     there = _closure(map(Requirement, _COMPLETE), python, {*_FOR_PAGES, *map(canonicalize_name, (*_THERE, *without))})
     there |= {canonicalize_name(needed.name) for name in _THERE for needed in _needs(Requirement(name), python)}
-    versions = dict(_pins())
     names = sorted(_closure(map(Requirement, lines), python, there) - there)
-    return [f"{name}=={versions[name]}" for name in names]
+    return [f"{name}=={importlib.metadata.version(name)}" for name in names]
 
 
 def _closure(requirements: Iterable[Requirement], python: str, known: Iterable[str]) -> set[str]:
@@ -71,13 +70,6 @@ def _needs(requirement: Requirement, python: str) -> Iterator[Requirement]:
         extras = (*requirement.extras, "")
         if needed.marker is None or any(needed.marker.evaluate(machine | {"extra": extra}) for extra in extras):
             yield needed
-
-
-def _pins() -> Iterator[tuple[str, str]]:
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
-        name, separator, version = line.partition("==")
-        if separator:
-            yield canonicalize_name(name), version
 
 
 def download(packages: list[str], python: str, out: Path, wheels: Path | None) -> None:
