@@ -72,7 +72,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.nn.attention import varlen  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from model import attention, elementwise, frozen_weights, generate  # noqa: E402
+from model import attention, elementwise, frozen_weights, generate, lora  # noqa: E402
 
 _ALIGNMENT = 512  # of the CUDA allocator, in bytes
 _WITHOUT_KERNEL = {  # besides views
@@ -340,6 +340,7 @@ def _kernels(model: GpuModel, trace: Trace) -> Iterator[tuple[Any, str, Any]]:
     yield torch.Tensor, "record_stream", lambda tensor, stream: None
     for layer in (torch.nn.Linear, torch.nn.Embedding):
         yield layer, "reset_parameters", lambda self: None  # of values, which there are none of
+    yield lora, "_kaiming_uniform", lambda shape, dtype, generator: torch.empty(shape, dtype=dtype, device="cpu")
     yield frozen_weights, "_NF4_CHUNK", 1 << 40  # which bounds memory while weights are loaded
     yield torch.UntypedStorage, "resize_", functools.partialmethod(_resize, trace, torch.UntypedStorage.resize_)
     yield torch.Tensor, "pin_memory", lambda tensor, device=None: trace.pin(tensor)
