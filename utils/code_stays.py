@@ -102,6 +102,18 @@ def mark_again(marker: Any, export: Mapping[Key, Any], journal: Journal, version
             journal.append(MARKED, key, {"versions": versions} | facts)
 
 
+def coded_otherwise(export: Mapping[Key, Any], journal: Journal, versions: Row) -> str | None:
+    """Return a sentence on stays to review whose proposals are not those of this call's model and files, if any."""
+    waiting = (key for key in export if key in journal.coded and key not in journal.reviewed)
+    others = [key for key in waiting if not _same_model(journal.coded[key], versions)]
+    if not others:
+        return None
+    return (
+        f"{counted(len(others), 'stay')} to review: coded before with another model, CIM-10 table or rules file "
+        "or with other options, and not coded again. For proposals of the present ones, choose another --out."
+    )
+
+
 def _same_model(coded: Row, versions: Row) -> bool:
     return _without_calibration(coded.get("versions") or {}) == _without_calibration(versions)
 
@@ -322,6 +334,8 @@ def main() -> None:
         earlier = len(export.keys() & journal.coded.keys())
         left_out += code_new(choice, marker, export, journal, versions)
         mark_again(marker, export, journal, versions)
+        if others := coded_otherwise(export, journal, versions):
+            print(f"warning: {others}")
         if options.auto is not None and marker.decisions:
             print(marker.summary())
         if options.evidence:

@@ -111,6 +111,15 @@ def test_only_new_and_changed_notes_are_coded(week, tmp_path):
     assert len(rows) == 6
 
 
+def test_proposals_of_another_table_are_kept_and_counted(week, tmp_path):
+    assert "coded before with another" not in week({"s1": "Dyspnée.", "s2": "Toux."})[1]
+    with (tmp_path / "cim10.txt").open("a", encoding="utf-8") as file:
+        file.write("R05|0|OOOO|0|TOUX|Toux\n")
+    code, output = week({"s2": "Toux.", "s3": "Chute."})
+    assert code == 0 and "1 stay to review: coded before with another model, CIM-10 table or rules file" in output
+    assert week.engine.asked == ["s1", "s2", "s3"]
+
+
 def test_files_are_the_owners_and_text_stays_in_the_folder(week, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {path.name for path in tmp_path.iterdir()} | {"export.csv", "list"}
