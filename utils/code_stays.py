@@ -88,11 +88,15 @@ def code_new(
     return left_out
 
 
-def mark_again(marker: Any, export: Mapping[Key, Any], journal: Journal, versions: Row) -> None:
-    """Mark stays to review with this call's calibration and share, if the same model coded them."""
-    marker.decisions.clear()  # of the stays that were just coded, which follow once more
-    for key in export:
-        if key not in journal.coded or key in journal.reviewed or not _same_model(journal.coded[key], versions):
+def waiting(keys: Iterable[Key], journal: Journal) -> list[Key]:
+    """Return the stays, each with its note, that are coded and not reviewed."""
+    return [key for key in keys if key in journal.coded and key not in journal.reviewed]
+
+
+def mark_again(marker: Any, keys: Iterable[Key], journal: Journal, versions: Row) -> None:
+    """Mark stays that an earlier call coded with this call's calibration and share, if the same model coded them."""
+    for key in waiting(keys, journal):
+        if not _same_model(journal.coded[key], versions):
             continue
         before = journal.proposal(key)
         after = marker.mark(before)
@@ -104,8 +108,7 @@ def mark_again(marker: Any, export: Mapping[Key, Any], journal: Journal, version
 
 def coded_otherwise(export: Mapping[Key, Any], journal: Journal, versions: Row) -> str | None:
     """Return a sentence on stays to review whose proposals are not those of this call's model and files, if any."""
-    waiting = (key for key in export if key in journal.coded and key not in journal.reviewed)
-    others = [key for key in waiting if not _same_model(journal.coded[key], versions)]
+    others = [key for key in waiting(export, journal) if not _same_model(journal.coded[key], versions)]
     if not others:
         return None
     return (
@@ -124,7 +127,7 @@ def _without_calibration(versions: Row) -> Row:
 
 def explain_new(choice: EngineChoice, export: Mapping[Key, Any], journal: Journal) -> None:
     """Find the sentences that support the codes of stays to review, unless the journal has them, by their places."""
-    to_do = [key for key in export if key in journal.coded and key not in {*journal.explained, *journal.reviewed}]
+    to_do = [key for key in waiting(export, journal) if key not in journal.explained]
     if not to_do:
         return
     assert choice.folder is not None, "checked by the command"
@@ -160,14 +163,13 @@ def _with_evidence(key: Key, text: str, journal: Journal) -> list[Row]:
 def to_review(export: Mapping[Key, Any], journal: Journal) -> list[StayToReview]:
     """Return the stays of the export that are coded and not reviewed, the least sure main diagnosis first."""
     stays = []
-    for key, prompt in export.items():
-        if key in journal.coded and key not in journal.reviewed:
-            coded = journal.proposal(key)
-            text = note_of(prompt.messages)
-            items = proposals(_with_evidence(key, text, journal))
-            decision, reason = coded.get("decision") or "", coded.get("reason") or ""
-            broken = tuple(coded.get("rules", ()))
-            stays.append(StayToReview(*key, text, doubt(items), items, decision=decision, reason=reason, broken=broken))
+    for key in waiting(export, journal):
+        coded = journal.proposal(key)
+        text = note_of(export[key].messages)
+        items = proposals(_with_evidence(key, text, journal))
+        decision, reason = coded.get("decision") or "", coded.get("reason") or ""
+        broken = tuple(coded.get("rules", ()))
+        stays.append(StayToReview(*key, text, doubt(items), items, decision=decision, reason=reason, broken=broken))
     return sorted(stays, key=lambda found: (-found.priority, found.stay))
 
 
@@ -331,9 +333,9 @@ def main() -> None:
             remove_temporaries(path)  # they may quote notes
         if options.decisions:
             _take_decisions(options, journal, export, table, choice.rules)
-        earlier = len(export.keys() & journal.coded.keys())
+        earlier = [key for key in export if key in journal.coded]
         left_out += code_new(choice, marker, export, journal, versions)
-        mark_again(marker, export, journal, versions)
+        mark_again(marker, earlier, journal, versions)
         if others := coded_otherwise(export, journal, versions):
             print(f"warning: {others}")
         if options.auto is not None and marker.decisions:
@@ -345,9 +347,10 @@ def main() -> None:
         if options.train and journal.coded:
             save({options.out / DRIFT: _drift(journal, options, marker.reference(), table)})
         save_left_out(left_out, listed)
-        coded = len(export.keys() & journal.coded.keys())
-    summary = f"{counted(coded - earlier, 'stay')} coded now, {earlier:,} before; {len(stays):,} to review: {worklist}"
-    without = {found.stay for found in left_out} - {key.stay for key in export.keys() & journal.coded.keys()}
+        coded = export.keys() & journal.coded.keys()
+    now = counted(len(coded) - len(earlier), "stay")
+    summary = f"{now} coded now, {len(earlier):,} before; {len(stays):,} to review: {worklist}"
+    without = {found.stay for found in left_out} - {key.stay for key in coded}
     report_answered(Answered(summary, describe_left_out(left_out, worklist), not without))
 
 

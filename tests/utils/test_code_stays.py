@@ -233,7 +233,7 @@ def test_stays_are_marked_by_the_present_calibration_and_share(tmp_path):
         journal.append(CODED, key, {"versions": versions | {"calibrated": False}} | Marker().mark({"codes": codes}))
 
         def marks(marker, **more):
-            code_stays.mark_again(marker, {key: prompt}, journal, versions | more)
+            code_stays.mark_again(marker, [key], journal, versions | more)
             (stay,) = code_stays.to_review({key: prompt}, journal)
             drift = coded_once(journal)[0]
             assert (drift.marked or "", drift.confidence) == (stay.decision, stay.items[0].confidence)

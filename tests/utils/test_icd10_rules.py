@@ -174,7 +174,7 @@ def test_a_person_is_read_from_rows_that_agree():
 def test_a_note_in_the_column_of_the_age_is_not_quoted():
     people = People()
     people.add("a", {"age": "Patiente de 80 ans adressée pour chute."})
-    assert "(age a text of 39 characters)" in people.warnings()[0]
+    assert "(age of 39 characters)" in people.warnings()[0]
 
 
 # --- Reports ----------------------------------------------------------------------------------------------------------

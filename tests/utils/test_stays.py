@@ -206,7 +206,7 @@ def test_known_statuses(status, role):
 
 def test_a_note_in_the_column_of_the_status_is_not_quoted():
     note = "Patiente de 80 ans adressée par son médecin traitant pour chute."
-    with pytest.raises(UserError, match=r"A text of 64 characters as a code's status.*--columns role=COLUMN") as found:
+    with pytest.raises(UserError, match=r"A code's status has 64 characters.*--columns role=COLUMN") as found:
         read_statuses({note: 1, "CMA": 2}, {}, False)
     assert "Patiente" not in str(found.value)
     with pytest.raises(UserError, match=r"'Diagnostic associé très significatif' .* --roles Diagnostic associé très"):

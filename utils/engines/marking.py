@@ -139,7 +139,10 @@ def open_marker(choice: EngineChoice, given: Path | None = None, target: float |
         print(f"warning: {reason}, and is not used. {_how_to_calibrate(choice, given)}", file=sys.stderr)
         calibration = None
     if given and calibration and not _is_of_model(calibration, identity):
-        print(f"warning: {given} was fitted to answers of another model, or of a copy of this one: no other is right.")
+        print(
+            f"warning: {given} was fitted to answers of another model, or of a copy of this one: no other is right.",
+            file=sys.stderr,
+        )
     if target is None:
         return Marker(calibration)
     if calibration is None:

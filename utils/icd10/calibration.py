@@ -137,9 +137,9 @@ class Calibration(NamedTuple):
                 raise ValueError
         if not all(0 <= chance <= 1 and isinstance(right, bool) for chance, right in self.main_diagnoses):
             raise ValueError
-        if any(points != sorted(points) for of_role in self.maps.values() for points in (of_role.get("x", []),)):
+        points = [of_role.get("x", []) for of_role in self.maps.values()]
+        if any(each != sorted(each) for each in points) or not isinstance(self.conditions, dict):
             raise ValueError
-        self.conditions.keys()
 
 
 def observations(

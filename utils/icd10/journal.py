@@ -166,12 +166,8 @@ def _is_reviewed(code: Row) -> bool:
     return _has_texts(code, "role", "coded", "proposed", "decision", "final")
 
 
-_CODES = {
-    CODED: _is_coded,
-    MARKED: _is_coded,
-    EXPLAINED: _is_explained,
-    REVIEWED: _is_reviewed,
-}  # what an entry of `codes` is
+# What an entry of an event's `codes` is.
+_CODES = {CODED: _is_coded, MARKED: _is_coded, EXPLAINED: _is_explained, REVIEWED: _is_reviewed}
 
 
 def _foreign(path: Path, number: int) -> UserError:

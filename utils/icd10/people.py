@@ -109,7 +109,7 @@ class People:
 
 def _shown(text: str) -> str:
     """Return a cell for a message; a longer one may be a note."""
-    return repr(text) if len(text) <= _LONGEST_CELL else f"a text of {len(text)} characters"
+    return repr(text) if len(text) <= _LONGEST_CELL else f"of {len(text)} characters"
 
 
 def _parse_birth(text: str) -> str:

@@ -79,7 +79,7 @@ def read_statuses(counts: Mapping[str, int], given: Mapping[str, str], numbers_a
     unknown = sorted((status for status, role in found.items() if role is None), key=lambda status: -counts[status])
     if longest := [status for status in unknown if len(status) > _LONGEST_STATUS]:
         raise UserError(
-            f"A text of {len(longest[0])} characters as a code's status; expected a short one such as DAS: name "
+            f"A code's status has {len(longest[0])} characters; expected a short one such as DAS: name "
             "its column with --columns role=COLUMN."
         )
     if unknown:
