@@ -265,7 +265,8 @@ class TrainArgs(Settings):
     # activation checkpointing: what the backward pass recomputes. `true`: all of each block, for the least memory;
     # `selective`: the feed-forward networks; `false`: nothing; `auto`: the fastest of these that fits in memory
     checkpoint: CheckpointMode = "auto"
-    # dtype of computation and of frozen weights. `auto`: bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU
+    # dtype of computation and of frozen weights. `auto`: bf16 on GPUs from Ampere on, fp16 on older ones; measured on a
+    # CPU: bf16 where its products are at least 1.5 times as fast as those in fp32, else fp32
     param_dtype: Literal["auto", ParamDtype] = "auto"
     # multiply fp32 matrices as TF32, which keeps 10 of 23 bits: faster on GPUs from Ampere on. Only `param_dtype: fp32`
     # has such products

@@ -18,7 +18,7 @@ from model.attention import choose_engine
 from model.errors import UserError, first_line
 from model.fused_lora import SwiGLU
 
-from .mixed_precision import DTYPES, choose_dtype
+from .mixed_precision import DTYPE_NAMES, choose_dtype
 from .speed_estimate import Gpu, visible_gpu
 
 logger = logging.getLogger("hardware")
@@ -34,8 +34,7 @@ class Hardware:
 
     def settings(self) -> dict[str, Any]:
         """Return the resolved YAML keys."""
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        return {"param_dtype": names[self.dtype], "attention": self.attention}
+        return {"param_dtype": DTYPE_NAMES[self.dtype], "attention": self.attention}
 
     def gpu(self) -> Gpu | None:
         """Return the GPU, for an estimate of its speed; None on a CPU."""
@@ -106,7 +105,7 @@ def choose_hardware(device: torch.device, param_dtype: str, attention: str, mode
     Raises:
         UserError: the requested attention engine does not run here.
     """
-    dtype = choose_dtype(param_dtype, device)
+    dtype = choose_dtype(param_dtype, device, model_args)
     engine = choose_engine(attention, device, dtype, model_args.head_dim)
     if engine == "varlen":
         _enable_flash_attention_3(device)

@@ -14,8 +14,8 @@ from model.transformer import Head, Transformer
 from .batch_tensors import tensors_on
 from .data.data_loader import Batch
 
-# fp32 logits per chunk: 8 MiB, which stay in a CPU's cache; 128 MiB, which keep a GPU busy.
-LOGITS_PER_CHUNK_ON_CPU, LOGITS_PER_CHUNK = 1 << 21, 1 << 25
+# Logits per chunk: in fp32 16 MiB on a CPU, where products of more rows are no faster; 128 MiB, which keep a GPU busy.
+LOGITS_PER_CHUNK_ON_CPU, LOGITS_PER_CHUNK = 1 << 22, 1 << 25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -33,16 +33,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
         loss_weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = hidden.dtype
-        on_cpu = hidden.device.type == "cpu"
-        if on_cpu:
-            hidden = hidden.float()  # most CPUs multiply fp16 and bf16 matrices tens of times slower than fp32
-        working_weight = weight.to(dtype).to(hidden.dtype)  # [V, D]
+        working_weight = weight.to(hidden.dtype)  # [V, D]
         # Gradients are divided by N only in the backward pass: in fp16 the small ones would underflow here.
         grad_hidden = torch.empty_like(hidden) if needs_grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        rows = max(1, (LOGITS_PER_CHUNK_ON_CPU if on_cpu else LOGITS_PER_CHUNK) // weight.shape[0])
+        rows = rows_per_chunk(len(weight), hidden.device.type)
         for start in range(0, len(hidden), rows):
             chunk, chunk_targets = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, working_weight).float()  # [n, V]
@@ -61,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, working_weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ chunk
-        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(dtype), grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         if loss_weights is None:
             ctx.divisor = max(len(hidden), 1)
         else:
@@ -74,6 +70,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * (grad_output / ctx.divisor)).to(grad.dtype) for grad in ctx.saved_tensors
         )
         return *grads, None, None, None
+
+
+def rows_per_chunk(vocab_size: int, device_type: str) -> int:
+    """Return how many positions are multiplied with the head at once."""
+    return max(1, (LOGITS_PER_CHUNK_ON_CPU if device_type == "cpu" else LOGITS_PER_CHUNK) // vocab_size)
 
 
 def cross_entropy_head(targets: torch.Tensor, loss_weights: torch.Tensor | None = None) -> Head:

@@ -23,7 +23,7 @@ from model.lora import add_lora, quantize_linears
 from model.transformer import Transformer
 
 from .args import CheckpointMode, OptimArgs, TrainArgs
-from .loss import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_ON_CPU
+from .loss import rows_per_chunk
 from .optim import optimizer_bytes
 
 CHECKPOINTS: tuple[CheckpointMode, ...] = (False, "selective", True)  # fastest first, least memory last
@@ -347,16 +347,13 @@ class MemoryConfig:
     def _loss(self) -> float:
         """Bytes of finetune/loss.py, in addition to what is kept."""
         model, e, (_, trained) = self.model, self.dtype.itemsize, self._positions
-        on_cpu = self.device == "cpu"
         hidden, weight = trained * model.dim, model.vocab_size * model.dim
-        at_once = max(1, (LOGITS_PER_CHUNK_ON_CPU if on_cpu else LOGITS_PER_CHUNK) // model.vocab_size)
-        narrow = 0 if on_cpu or e == _FP32 else e  # logits before the cast to fp32, and their gradient
+        at_once = rows_per_chunk(model.vocab_size, self.device)
+        narrow = 0 if e == _FP32 else e  # logits before the cast to fp32, and their gradient
         # Logits and probabilities of a chunk, which are alive until those of the next one are computed.
         per_logit = 2 * _FP32 + narrow if trained <= at_once else 3 * _FP32 + 2 * narrow
         needed: float = per_logit * min(at_once, trained) * model.vocab_size + hidden * e
-        if on_cpu and e < _FP32:  # computes in fp32
-            needed += _FP32 * (2 * hidden + weight)
-        elif not self.lora.enable and e < _FP32:
+        if not self.lora.enable and e < _FP32:
             needed += e * weight
         return needed
 

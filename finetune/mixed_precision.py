@@ -4,18 +4,70 @@ Trained parameters are stored in fp32 and cast for computation (see model.lora.L
 copy. Frozen parameters are stored in the dtype of computation.
 """
 
+import functools
+import logging
+import math
+import time
+
 import torch
 
+from model.args import ModelArgs
+
+logger = logging.getLogger("mixed_precision")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve `param_dtype`: auto is bf16 on GPUs from Ampere on, fp16 on older ones, fp32 on a CPU."""
+_MIN_SPEEDUP = 1.5  # of bf16 products over fp32 ones, from which `auto` is bf16 on a CPU
+_MIN_WIDTH, _MAX_WIDTH = 256, 1024  # in narrower models little time goes into products; wider ones are as fast
+_ROWS, _ROUNDS = 128, 7
+
+
+def choose_dtype(name: str, device: torch.device, shapes: ModelArgs) -> torch.dtype:
+    """Resolve `param_dtype`: auto is bf16 on GPUs from Ampere on, fp16 on older ones, and measured on a CPU."""
+    if device.type == "cpu":
+        return _choose_on_cpu(name, shapes)
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def _choose_on_cpu(name: str, shapes: ModelArgs) -> torch.dtype:
+    width = min(shapes.dim, shapes.hidden_dim)
+    if name not in ("auto", "bf16") or width < _MIN_WIDTH:
+        return DTYPES.get(name, torch.float32)
+    speedup = bf16_speedup(min(shapes.dim, _MAX_WIDTH), min(shapes.hidden_dim, _MAX_WIDTH))
+    if name == "auto":
+        name = "bf16" if speedup >= _MIN_SPEEDUP else "fp32"
+        logger.info("bf16 products are %.2g times as fast as fp32 on this CPU: computing in %s", speedup, name)
+    elif speedup < 1:
+        logger.warning("`param_dtype: bf16`: on this CPU, bf16 products are %.2g times as fast as fp32.", speedup)
+    return DTYPES[name]
+
+
+@functools.cache
+def bf16_speedup(in_features: int, out_features: int) -> float:
+    """Return how many times as fast as in fp32 this CPU multiplies bf16 matrices of a linear layer, by measurement.
+
+    CPUs with instructions for bf16 (AMX, AVX512-BF16) are 2 to 8 times as fast; others convert, and are slower.
+    """
+    linear = torch.nn.functional.linear
+    operands = [
+        (torch.ones(_ROWS, in_features, dtype=dtype), torch.ones(out_features, in_features, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for x, weight in operands:
+        linear(x, weight)  # prepares the kernel
+    fastest = [math.inf, math.inf]
+    for _ in range(_ROUNDS):
+        for index, (x, weight) in enumerate(operands):
+            start = time.perf_counter()
+            linear(x, weight)
+            fastest[index] = min(fastest[index], time.perf_counter() - start)
+        if fastest[1] > 2 * fastest[0]:
+            break  # no need to be exact
+    return fastest[0] / fastest[1]
 
 
 class LossScaler:

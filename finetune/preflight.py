@@ -19,7 +19,7 @@ from .args import TrainArgs
 from .distributed import World
 from .hardware import Hardware, free_bytes
 from .memory_estimate import CHECKPOINTS, RESERVE, MemoryConfig, memory_rows
-from .mixed_precision import DTYPES
+from .mixed_precision import DTYPE_NAMES
 from .optim import check_optimizer
 from .run_dir import saved_checkpoints
 from .wrapped_model import BaseModel, shard_count
@@ -215,11 +215,11 @@ def _require(device: torch.device, processes: int, permanent: float, total: floa
 
 def settings_that_fit(config: MemoryConfig, free: float) -> str:
     """Return a sentence with the settings that fit in `free` bytes: those closest to the run's, at most three."""
-    usable, names = free * (1 - RESERVE), {dtype: name for name, dtype in DTYPES.items()}
+    usable = free * (1 - RESERVE)
     dtypes = [config.dtype, *([torch.bfloat16] if config.dtype == torch.float32 else [])]
     formats = BASE_DTYPES if config.lora.enable else BASE_DTYPES[:1]
     rows = [
-        row | {"param_dtype": names[dtype]}
+        row | {"param_dtype": DTYPE_NAMES[dtype]}
         for dtype in dtypes
         for row in memory_rows(dataclasses.replace(config, dtype=dtype), formats, usable)
     ]

@@ -220,6 +220,21 @@ class SavedState:
         same_folder = Path(args.run_dir).resolve() in self.folder.resolve().parents
         return self.evaluates_same(args, now_read) and same_answers and same_folder
 
+    def require_same_settings(self, args: TrainArgs) -> None:
+        """Raise UserError if a setting has changed that affects data, model or schedule."""
+        free = _FREE | _OF_LENGTH
+        if args.optim.schedule == "reduce_lr_on_plateau":
+            free -= _OF_EVALUATION
+        if self.changes_length(args):
+            free |= _OF_PLAN | _OF_EVALUATION
+        if changes := _changes(self.run["args"], args.to_dict(), free):
+            raise UserError(
+                f"The run in {self.folder.parent} cannot be resumed: settings that affect data, model or schedule have "
+                "changed:\n"
+                + "\n".join(f"  - {change}" for change in changes)
+                + "\nRestore them, or start a new run with another `run_dir`."
+            )
+
     def of_rank(self, world: World) -> dict[str, Any] | None:
         """Return this rank's own state; None if the run was saved by a different number of ranks.
 
@@ -252,8 +267,7 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
     Rank 0 chooses the checkpoint for all ranks.
 
     Raises:
-        UserError, SystemExit: on every rank, if the run folder contains something else, no checkpoint is valid, or a
-            setting that affects data, model or schedule has changed.
+        UserError, SystemExit: on every rank, if the run folder contains something else or no checkpoint is valid.
     """
     chosen: Path | None = None
     with world.synchronized_errors():
@@ -263,7 +277,7 @@ def find_saved_state(args: TrainArgs, run_dir: Path, world: World) -> SavedState
     if checkpoint is None:
         return None
     with world.synchronized_errors():
-        saved = _open(checkpoint, args)
+        saved = _open(checkpoint)
     logger.info("Resuming from %s (step %d)", checkpoint, saved.step)
     if saved.run["world_size"] != world.size:
         logger.warning(
@@ -320,11 +334,11 @@ def _latest_valid_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
+def _open(checkpoint: Path) -> SavedState:
     folder = checkpoint / STATE_NAME
     run = read_state_file(folder / RUN_NAME, RunRecord)
     try:
-        before, now = TrainArgs.from_dict(run["args"]).to_dict(), args.to_dict()
+        before = TrainArgs.from_dict(run["args"]).to_dict()
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
@@ -340,17 +354,6 @@ def _open(checkpoint: Path, args: TrainArgs) -> SavedState:
     if not starts_and_ends or max(step, run["schedule"]["last_epoch"]) > saved.max_steps:
         raise UserError(
             f"{folder / RUN_NAME} is corrupt: it has more steps than its run. Resume from another checkpoint."
-        )
-    free = _FREE | _OF_LENGTH
-    if args.optim.schedule == "reduce_lr_on_plateau":
-        free -= _OF_EVALUATION
-    if saved.changes_length(args):
-        free |= _OF_PLAN | _OF_EVALUATION
-    if changes := _changes(before, now, free):
-        raise UserError(
-            f"The run in {checkpoint} cannot be resumed: settings that affect data, model or schedule have changed:\n"
-            + "\n".join(f"  - {change}" for change in changes)
-            + "\nRestore them, or start a new run with another `run_dir`."
         )
     return saved
 

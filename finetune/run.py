@@ -20,7 +20,7 @@ from .epochs import count_epoch_steps, count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
 from .fingerprints import Fingerprints, fingerprints
 from .hardware import Hardware, choose_compile, choose_hardware, enable_tf32
-from .mixed_precision import LossScaler
+from .mixed_precision import DTYPE_NAMES, LossScaler, choose_dtype
 from .monitoring.metrics_logger import MetricsLogger
 from .optim import build_optimizer
 from .preemption import clear_interrupted
@@ -75,8 +75,11 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
     for warning in args.warnings(world.size) if world.is_master else ():
         logger.warning(warning)
     set_seed(args.seed)
+    saved = find_saved_state(args, Path(args.run_dir), world)
     with world.synchronized_errors():
         base = open_base_model(args)
+    args = dataclasses.replace(args, param_dtype=_agreed_dtype(args.param_dtype, base, saved, world))
+    with world.synchronized_errors():
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
         no_tf32 = enable_tf32(hardware) if args.tf32 else None
@@ -92,8 +95,9 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
     args = resolve_checkpoint(base, args, hardware, world)
     check_preflight(base, args, hardware, Path(args.run_dir), world)
 
-    saved = find_saved_state(args, Path(args.run_dir), world)
     with world.synchronized_errors():
+        if saved:
+            saved.require_same_settings(args)
         data_loader = build_data_loader(
             *(tokenizer, args.data, args.batch_size, args.seq_len, args.seed, world.rank, world.size),
             is_eval=False,
@@ -116,6 +120,18 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
         data_loader.wait_for_first()
     evaluator = Evaluator(args, tokenizer, score, world)
     return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, plan, inputs, epoch_steps)
+
+
+def _agreed_dtype(name: str, base: BaseModel, saved: SavedState | None, world: World) -> str:
+    """Resolve `param_dtype: auto` for all ranks, which may measure different rates on a CPU.
+
+    There, a resumed run keeps its dtype.
+    """
+    if name == "auto" and saved and world.device.type == "cpu":
+        name = saved.run["args"]["param_dtype"]
+    if name == "auto":
+        name = world.gather(DTYPE_NAMES[choose_dtype(name, world.device, base.args)])[0]
+    return name
 
 
 @contextlib.contextmanager

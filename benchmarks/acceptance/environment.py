@@ -33,7 +33,7 @@ def environment(setting: Setting) -> Iterator[Check]:
             "architectures": torch.cuda.get_arch_list(),
         }
     yield Check("versions", True, found)
-    dtype = choose_dtype("auto", setting.device)
+    dtype = choose_dtype("auto", setting.device, setting.shapes())
     rate = matmul_rate(setting.device, dtype, rounds=8 if setting.on_gpu else 2)
     yield Check("matrix products", None, {"dtype": str(dtype), "tflops": round(rate / 1e12, 2)})
     yield Check("copies", None, {"gb_per_second": round(_copy_rate(setting.device) / 1e9, 1)})

@@ -162,7 +162,7 @@ def _save(run: RunState, args: TrainArgs, world: World) -> Path:
     vocabulary = SimpleNamespace(file_path=__file__, version=SimpleNamespace(value="v3"))  # copied, and never read
     tokenizer: Any = SimpleNamespace(tokenizer=vocabulary)
     checkpointer = Checkpointer(
-        run.model, tokenizer, args, Path(args.run_dir), choose_dtype(args.param_dtype, DEVICE), world
+        run.model, tokenizer, args, Path(args.run_dir), choose_dtype(args.param_dtype, DEVICE, run.model.args), world
     )
     folder = checkpointer.save(run.state.step, run).parent
     checkpointer.finish()

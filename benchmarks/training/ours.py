@@ -33,4 +33,4 @@ def build_ours(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
     def step(batches: list[Batch]) -> torch.Tensor:
         return train_step(model, batches, optimizer, schedule, scaler, args.max_norm, device).loss
 
-    return Trainee(step, hardware.attention)
+    return Trainee(step, hardware.attention, hardware.dtype)

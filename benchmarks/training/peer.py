@@ -50,7 +50,7 @@ def build_peft(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
         raise UserError(
             "--impl peft does not support mixtures of experts; compare --impl ours with the preset cpu-60m."
         )
-    dtype = choose_dtype(args.param_dtype, device)
+    dtype = peer_dtype(args, shapes, device)
     if dtype == torch.float16:
         raise UserError("--impl peft is measured in bf16 or fp32: in fp16 it would train without loss scaling.")
     attention = _attention(args.attention, device)
@@ -74,7 +74,13 @@ def build_peft(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
         schedule.step()
         return loss
 
-    return Trainee(step, attention)
+    return Trainee(step, attention, dtype)
+
+
+def peer_dtype(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> torch.dtype:
+    """Return the dtype of a peer's products: for `auto` on a CPU fp32, its users' default."""
+    name = "fp32" if args.param_dtype == "auto" and device.type == "cpu" else args.param_dtype
+    return choose_dtype(name, device, shapes)
 
 
 def _attention(name: str, device: torch.device) -> str:

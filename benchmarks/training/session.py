@@ -15,7 +15,7 @@ from benchmarks.measure import peak_rss
 from finetune.args import TrainArgs, read_train_args
 from finetune.data.data_loader import TrainLoader, build_data_loader
 from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer
-from finetune.mixed_precision import choose_dtype
+from finetune.mixed_precision import DTYPE_NAMES
 
 from .ours import build_ours
 from .peer import build_peft
@@ -38,19 +38,21 @@ def measure_training(impl: str, case: dict[str, Any]) -> dict[str, Any]:
     preset, device = PRESETS[case["preset"]], torch.device(case["device"])
     shapes = dataclasses.replace(preset.shapes, vocab_size=case["vocab_size"])
     args = train_args(preset, case)
-    rate = matmul_rate(device, choose_dtype(args.param_dtype, device))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     trainee = BUILDERS[impl](args, shapes, device)
     work, numbers = _timed_steps(trainee, packed_batches(args), args, case["warmup"], device)
+    memory = _memory(device, import_bytes)
+    rate = matmul_rate(device, trainee.dtype)
     flops, seconds = model_flops(shapes, args.lora.rank, work), numbers["seconds"]
     recomputed = recomputed_flops(shapes, args.lora.rank, work) if str(args.checkpoint).lower() == "true" else 0.0
     return (
         numbers
-        | _memory(device, import_bytes)
+        | memory
         | {
             "attention": trainee.attention,
+            "dtype": DTYPE_NAMES[trainee.dtype],  # what `param_dtype: auto` came to
             "recomputed": str(args.checkpoint).lower(),  # what `checkpoint: auto` came to
             "tokens_per_second": numbers["tokens"] / seconds,
             "samples_per_second": work.complete / seconds,

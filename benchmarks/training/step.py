@@ -12,3 +12,4 @@ from finetune.data.data_loader import Batch
 class Trainee:
     step: Callable[[list[Batch]], torch.Tensor]  # runs one optimizer step on micro-batches and returns their mean loss
     attention: str  # the engine in use
+    dtype: torch.dtype  # of matrix products

@@ -1,6 +1,9 @@
 """Learning rate schedules compared step by step with the original's, edge cases, and the fp16 loss scale."""
 
+import dataclasses
+import itertools
 import json
+import logging
 import math
 import warnings
 from typing import get_args, get_type_hints
@@ -8,14 +11,17 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
+from finetune import mixed_precision
 from finetune.args import OptimArgs
 from finetune.mixed_precision import DTYPES, LossScaler, choose_dtype
 from finetune.optim import build_optimizer
 from finetune.schedules import step_schedule
-from model.args import PARAM_DTYPES
+from model.args import PARAM_DTYPES, ModelArgs
 from tests.support.golden import fixture, load_json_gz
 
 SCHEDULES = json.loads(fixture("expected/lr/one_cycle.json").read_text(encoding="utf-8"))["schedules"]
+CPU = torch.device("cpu")
+WIDE = ModelArgs(512, 1, 64, 768, 8, 8, 1e-5, 32768)
 RUNS = load_json_gz(fixture("expected/train/trajectories.json.gz"))
 
 
@@ -174,12 +180,48 @@ def test_other_dtypes_are_not_scaled(dtype):
 )
 def test_auto_is_bf16_on_ampere_and_later_and_fp16_before(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_dtype("auto", torch.device("cuda")) == expected
-    assert choose_dtype("fp32", torch.device("cuda")) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda"), WIDE) == expected
+    assert choose_dtype("fp32", torch.device("cuda"), WIDE) == torch.float32
 
 
-def test_auto_is_fp32_on_a_cpu():
-    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+@pytest.mark.parametrize("speedup, expected", [(0.03, torch.float32), (1.4, torch.float32), (1.5, torch.bfloat16)])
+def test_auto_on_a_cpu_is_bf16_where_its_products_are_faster(monkeypatch, speedup, expected):
+    monkeypatch.setattr(mixed_precision, "bf16_speedup", lambda *shape: speedup)
+    assert choose_dtype("auto", CPU, WIDE) == expected
+    assert choose_dtype("fp32", CPU, WIDE) == torch.float32
+    assert choose_dtype("bf16", CPU, WIDE) == torch.bfloat16
+
+
+def test_a_cpu_is_measured_with_a_product_of_the_models_shape_unless_that_is_narrow(monkeypatch):
+    measured = []
+    monkeypatch.setattr(mixed_precision, "bf16_speedup", lambda *shape: measured.append(shape) or 9.0)
+    assert choose_dtype("auto", CPU, dataclasses.replace(WIDE, dim=128)) == torch.float32
+    assert choose_dtype("auto", CPU, dataclasses.replace(WIDE, dim=4096)) == torch.bfloat16
+    assert measured == [(1024, 768)]
+
+
+def test_slow_bf16_products_are_reported(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(mixed_precision, "bf16_speedup", lambda *shape: 0.2)
+    choose_dtype("bf16", CPU, WIDE)
+    choose_dtype("auto", CPU, WIDE)
+    slow, chosen = caplog.records
+    assert slow.levelname == "WARNING" and "0.2 times as fast" in slow.message
+    assert chosen.levelname == "INFO" and chosen.message.endswith("computing in fp32")
+
+
+def test_the_speedup_is_measured_by_the_fastest_product_of_each_dtype(monkeypatch):
+    clock = 0.0
+    costs = {torch.float32: itertools.cycle([9.0, 5.0, 4.0]), torch.bfloat16: itertools.cycle([5.0, 2.0, 3.0])}
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+        nonlocal clock
+        assert x.shape[1] == weight.shape[1] == 300 and len(weight) == 500
+        clock += next(costs[x.dtype])
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(mixed_precision.time, "perf_counter", lambda: clock)
+    assert mixed_precision.bf16_speedup.__wrapped__(300, 500) == 2.0
 
 
 def test_every_dtype_is_a_setting():
