@@ -331,8 +331,6 @@ class MemoryConfig:
             return 0
         model, e = self.model, self.dtype.itemsize
         largest = model.dim * max(model.hidden_dim, model.n_heads * model.head_dim)
-        if self.device == "cpu":
-            return (e + _FP32) * largest  # through fp32
         return (2 * e if self.base_dtype == "fp8" else e) * largest  # NF4 in bitsandbytes' kernel
 
     def _head(self) -> float:

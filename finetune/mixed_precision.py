@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from model.args import ModelArgs
+from model.args import PARAM_DTYPES, ModelArgs, ParamDtype
 
 logger = logging.getLogger("mixed_precision")
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES: dict[torch.dtype, ParamDtype] = {DTYPES[name]: name for name in PARAM_DTYPES}
 
 
 _MIN_SPEEDUP = 1.5  # of bf16 products over fp32 ones, from which `auto` is bf16 on a CPU

@@ -7,7 +7,9 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
+
+from model.args import ParamDtype
 
 from .anomalies import AnomalyDetector
 from .args import TrainArgs
@@ -122,7 +124,9 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
     return Inputs(args, base, hardware, tokenizer, data_loader, evaluator, saved, plan, inputs, epoch_steps)
 
 
-def _agreed_dtype(name: str, base: BaseModel, saved: SavedState | None, world: World) -> str:
+def _agreed_dtype(
+    name: Literal["auto", ParamDtype], base: BaseModel, saved: SavedState | None, world: World
+) -> Literal["auto", ParamDtype]:
     """Resolve `param_dtype: auto` for all ranks, which may measure different rates on a CPU.
 
     There, a resumed run keeps its dtype.
