@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support.forked_python import forked_python
 from tests.support.patience import PATIENCE_S
 from tutorials.execute import NAMES
 from utils.icd10.answers import parse_answer
@@ -38,7 +39,10 @@ def code_cells(name):
 
 
 def execute(name, folder, monkeypatch):
-    """Run a tutorial in a copy of the project's layout; return everything it printed."""
+    """Run a tutorial in a copy of the project's layout; return everything it printed.
+
+    Its kernel and the commands in its cells are new processes, unless JUPYTER_PATH names another kernel.
+    """
     (folder / "tutorials").mkdir()
     for source in ("example", "finetune", "model", "train.py", "utils"):
         (folder / source).symlink_to(ROOT / source)
@@ -51,6 +55,18 @@ def execute(name, folder, monkeypatch):
     )
     client.execute()
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+@pytest.fixture
+def forked_kernel(tmp_path, monkeypatch):
+    """Fork kernels, and commands in cells, from a process that has imported torch."""
+    with forked_python(tmp_path / "programs") as programs:
+        argv = [str(programs / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel = tmp_path / "jupyter/kernels/python3/kernel.json"
+        kernel.parent.mkdir(parents=True)
+        kernel.write_text(json.dumps({"argv": argv, "display_name": "forked", "language": "python"}), encoding="utf-8")
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+        yield
 
 
 def read_jsonl(path):
@@ -140,6 +156,7 @@ def test_generate_fictives_notes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernel")
 def test_prepare_data_for_generative_finetuning(tmp_path, monkeypatch):
     printed = execute("prepare_data_for_generative_finetuning", tmp_path, monkeypatch)
     work = tmp_path / WORK
@@ -158,6 +175,7 @@ def test_prepare_data_for_generative_finetuning(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernel")
 def test_mistral_finetune_7b(tmp_path, monkeypatch):
     execute("mistral_finetune_7b", tmp_path, monkeypatch)
     work = tmp_path / WORK
@@ -177,6 +195,7 @@ def test_mistral_finetune_7b(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernel")
 def test_icd10_weekly_loop(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     printed = execute("icd10_weekly_loop", tmp_path, monkeypatch)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -44,25 +45,42 @@ def fork(command: Callable[[], object], stdout: Path, stderr: Path) -> int:
         stdout, stderr: files that the output is appended to; may be the same.
     """
     import_before_forking()
-    if pid := os.fork():
-        return pid
+    files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (stdout, stderr)]
+    pid = os.fork()
+    for stream, file in enumerate(files, start=1):
+        if pid == 0:
+            os.dup2(file, stream)
+        os.close(file)
+    return pid or end_as_python(command)
+
+
+def end_as_python(command: Callable[[], object], report: Callable[[int], object] = lambda code: None) -> NoReturn:
+    """Call a function in this process, a forked one, and end it as Python would.
+
+    Args:
+        command: what to do; its exceptions and SystemExit end the process.
+        report: called with the exit code.
+    """
     code = 1
     try:
         torch.set_num_threads(1)  # OpenMP would wait for the parent's threads, which are not copied
         gc.freeze()  # what the parent has is not searched for garbage again
-        for stream, path in enumerate((stdout, stderr), start=1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=2)  # a hang ends, and says where
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))  # pytest replaces them
         command()
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        code = 120
+    finally:
+        report(code)
+        os._exit(code)
 
 
 def finished(command: Callable[[], object]) -> subprocess.CompletedProcess[str]:
