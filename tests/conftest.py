@@ -23,6 +23,7 @@ settings.load_profile("short")
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting more compilers takes longer than compiling
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else, each process compiles programs that try the CPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,6 +64,19 @@ def restored_process() -> Iterator[None]:
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_without_plot() -> Iterator[None]:
+    """Let runs in this process and in forked ones draw no loss.png, which takes longer than most of their steps.
+
+    Commands draw it: those of `make demo`, of the documentation and of the tutorials.
+    """
+    train = sys.modules.get("train")  # a test that trains imports it
+    with pytest.MonkeyPatch.context() as patch:
+        if train is not None:
+            patch.setattr(train, "draw_loss_curve", lambda run_dir: None)
+        yield
 
 
 @pytest.fixture(scope="module")
