@@ -69,13 +69,22 @@ def outcome(run_dir: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, load_file(run_dir / f"checkpoints/checkpoint_{STEPS:06d}/consolidated" / ADAPTER_NAME)
 
 
+@pytest.fixture(scope="module")
+def dense(models, tmp_path_factory) -> dict[str, Path]:
+    """Return run folders, by the format that the trained weights were rounded to."""
+    folder = tmp_path_factory.mktemp("dense")
+    for name in NF4:
+        train.train(str(config(folder, name, models[name], "same")))
+    return {name: folder / name for name in NF4}
+
+
 @pytest.mark.parametrize("checkpoint", [True, "selective"])
 @pytest.mark.parametrize("base_dtype", NF4)
-def test_nf4_base_trains_like_its_dequantized_weights(base_dtype, checkpoint, models, tmp_path):
+def test_nf4_base_trains_like_its_dequantized_weights(base_dtype, checkpoint, models, dense, tmp_path):
     train.train(str(config(tmp_path, "nf4", models["same"], base_dtype, checkpoint=checkpoint)))
-    train.train(str(config(tmp_path, "dense", models[base_dtype], "same")))
-    torch.testing.assert_close(outcome(tmp_path / "nf4"), outcome(tmp_path / "dense"))
-    answers = [load_trained(tmp_path / name)[0](torch.arange(1, 40), [20, 19]) for name in ("nf4", "dense")]
+    run_dirs = [tmp_path / "nf4", dense[base_dtype]]
+    torch.testing.assert_close(*map(outcome, run_dirs))
+    answers = [load_trained(run_dir)[0](torch.arange(1, 40), [20, 19]) for run_dir in run_dirs]
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 

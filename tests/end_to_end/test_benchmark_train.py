@@ -19,6 +19,7 @@ from finetune.data.data_loader import Batch
 from model.args import ModelArgs
 from model.errors import UserError
 from model.transformer import Transformer
+from tests.support.forked_python import forked_python
 
 TINY = {
     "preset": "tiny",
@@ -61,7 +62,9 @@ def test_the_paired_mode_ends_with_the_ratios(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     options = "--preset tiny --device cpu --checkpoint false --warmup 0 --steps 1 --threads 1 --rounds 1 --paired peft"
     monkeypatch.setattr(sys, "argv", ["train", *options.split()])
-    train.main()
+    with forked_python(tmp_path / "programs") as programs, monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(programs / "python"))
+        train.main()
     record, ratios = map(json.loads, capsys.readouterr().out.splitlines())
     result = record["results"][0]
     assert [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [record]
