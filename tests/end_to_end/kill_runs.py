@@ -29,6 +29,7 @@ from tests.support.forked import fork, import_before_forking
 from tests.support.run_trajectories import INPUTS, write_config
 
 STEPS = 8  # of a run, unless set otherwise; its last checkpoints are those of steps 6 and 8
+EVAL_ROWS = 4
 COMPARED = {"train": ("step", "loss", "lr", "grad_norm"), "eval": ("step", "eval_loss", "train_loss")}
 
 
@@ -37,7 +38,11 @@ def kill_test_config(folder: Path, name: str, **settings: object) -> Path:
     model = folder / "model"
     if not model.exists():
         make_tiny_checkpoint(model, dtype=torch.float32, **SMALL)
-    data = {"instruct_data": f"{INPUTS}/train_icd.jsonl", "eval_instruct_data": f"{INPUTS}/eval_instruct.jsonl"}
+    few = folder / "eval.jsonl"
+    if not few.exists():
+        rows = Path(INPUTS, "eval_instruct.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        few.write_text("".join(rows[:EVAL_ROWS]), encoding="utf-8")
+    data = {"instruct_data": f"{INPUTS}/train_icd.jsonl", "eval_instruct_data": str(few)}
     defaults = {
         "data": data | {"shuffle": True, "packing": "best_fit"},
         "model_id_or_path": str(model),

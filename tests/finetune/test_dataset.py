@@ -29,7 +29,7 @@ from finetune.data.dataset import JsonlFile, MixedStream, build_training_stream
 from finetune.data.exceptions import BadRowError, JsonError
 from finetune.data.packing import Sequence
 from finetune.data.rows import line_offsets
-from finetune.data.tokenize import SampleEncoder, SampleType
+from finetune.data.tokenize import SampleEncoder, SampleType, TokenSample
 from model.errors import UserError
 from tests.support.golden import GOLDEN, fixture, instruct_tokenizer, load_json_gz
 from tests.support.make_golden_fixtures import condense_batches, digest
@@ -461,6 +461,20 @@ def mixed_sources(folder: Path) -> dict[str, str]:
     return {"data": f"{folder}/texts.jsonl:1.5", "instruct_data": f"{folder}/several:2,{folder}/tools.jsonl"}
 
 
+@pytest.fixture
+def rows_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the tokens of each row: a position depends on their number, and a few rows are read thousands of times."""
+    encode, samples = JsonlFile.encode, {}
+
+    def encode_once(file: JsonlFile, handle: Any, entry: int, encoder: Any) -> TokenSample:
+        if (file.path, entry) not in samples:
+            samples[file.path, entry] = encode(file, handle, entry, encoder)
+        return samples[file.path, entry]
+
+    monkeypatch.setattr(JsonlFile, "encode", encode_once)
+
+
+@pytest.mark.usefixtures("rows_encoded_once")
 @pytest.mark.parametrize(("packing", "seq_len"), [("concat", 23), ("best_fit", 150)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(

@@ -31,6 +31,16 @@ def tokenizer():
     return load_instruct_tokenizer(Path("no folder"), 32768)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, object]:
+    """The settings of data with 30 rows to train on, which make short epochs, and one to evaluate."""
+    rows, folder = ICD.read_text(encoding="utf-8").splitlines(keepends=True), tmp_path_factory.mktemp("data")
+    some, one = folder / "some.jsonl", folder / "one.jsonl"
+    some.write_text("".join(rows[:30]), encoding="utf-8")
+    one.write_text(rows[30], encoding="utf-8")
+    return {"instruct_data": str(some), "eval_instruct_data": str(one), "shuffle": True, "packing": "best_fit"}
+
+
 def loader(tokenizer, sources: object, rank: int = 0, world_size: int = 1, **settings) -> TrainLoader:
     data = DataArgs(instruct_data=str(sources), **settings)
     return build_data_loader(tokenizer, data, 1, SEQ_LEN, 3, rank, world_size, is_eval=False)
@@ -91,8 +101,8 @@ def steps_of(config: Path, tokenizer, ranks: int) -> float:
     return positions / (args.batch_size * args.num_microbatches * args.seq_len * ranks)
 
 
-def test_epochs_train_like_that_many_steps_and_resume(tmp_path, tokenizer):
-    settings = {"num_ckpt_keep": None, "num_microbatches": 2}
+def test_epochs_train_like_that_many_steps_and_resume(tmp_path, tokenizer, data):
+    settings = {"num_ckpt_keep": None, "num_microbatches": 2, "data": data}
     by_epochs = {"epochs": 0.6, "max_steps": None} | settings
     epochs = without_max_steps(kill_test_config(tmp_path, "epochs", **by_epochs))
     run = ForkedRun(epochs, 1)
@@ -134,8 +144,8 @@ def without_max_steps(config: Path) -> Path:
     return config
 
 
-def test_all_ranks_take_the_same_number_of_steps(tmp_path, tokenizer):
-    config = without_max_steps(kill_test_config(tmp_path, "two", epochs=0.5, no_eval=True))
+def test_all_ranks_take_the_same_number_of_steps(tmp_path, tokenizer, data):
+    config = without_max_steps(kill_test_config(tmp_path, "two", epochs=0.5, data=data, no_eval=True))
     run = ForkedRun(config, 2)
     assert run.wait() == [0, 0], run.log
     steps = [metrics["step"] for metrics in read_metrics(config.with_suffix(""), "train")]

@@ -42,6 +42,7 @@ from finetune.monitoring.plot import draw_loss_curve, smoothed
 from finetune.monitoring.summary import summary
 from finetune.monitoring.utils import set_up_logging
 from model.errors import UserError
+from tests.support.forked import finished
 from tests.support.patience import PATIENCE_S
 from tests.support.wandb_reader import read_offline_run
 
@@ -385,22 +386,20 @@ def server():
 
 
 def run_alone(script, tmp_path, **environment):
-    """Run `script` in a new process with an empty home directory; return its output."""
+    """Run `script` in a forked process with an empty home directory; return its output."""
     home = tmp_path / "home"
     home.mkdir()
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.upper().startswith("WANDB") and not name.upper().endswith("_PROXY")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")],
-        env=inherited | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+
+    def run():
+        for name in [*os.environ]:
+            if name.upper().startswith("WANDB") or name.upper().endswith("_PROXY"):
+                del os.environ[name]
+        os.environ.update({"HOME": str(home)} | environment)
+        os.chdir(tmp_path)
+        sys.argv = ["-c", str(tmp_path / "run")]
+        exec(compile(textwrap.dedent(script), "<script>", "exec"), {"__name__": "__main__"})
+
+    done = finished(run)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -512,7 +511,7 @@ except RuntimeError:
 def test_wandb_is_not_imported_without_a_project(tmp_path):
     script = training_script("WandbArgs(project='', key='unused', run_name='')")
     script += "assert 'wandb' not in sys.modules and 'mlflow' not in sys.modules and not connected\n"
-    run_alone(script, tmp_path)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], cwd=ROOT, check=True, timeout=PATIENCE_S)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.train.jsonl", "metrics.eval.jsonl", "tb"}
 
 

@@ -328,7 +328,8 @@ def one_of_two_ranks(rank: int, rendezvous: str) -> None:
 @pytest.mark.slow
 @shards_bytes
 def test_fsdp_shards_the_bytes_without_changing_them(tmp_path: Path):
-    torch.multiprocessing.spawn(one_of_two_ranks, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    rendezvous = str(tmp_path / "rendezvous")
+    torch.multiprocessing.start_processes(one_of_two_ranks, (rendezvous,), nprocs=2, start_method="fork")
 
 
 @every_format
