@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 STEPS = 20
 # A rank with which most tensors of the tiny model have the 4,096 elements that 8-bit moments need.
-SETTINGS = {"lora": {"rank": 256, "dropout": 0.1}, "max_steps": STEPS, "ckpt_freq": 10, "eval_freq": 10, "num_ckpt_keep": None}
+SETTINGS = {"lora": {"rank": 256, "dropout": 0.1}, "max_steps": STEPS, "ckpt_freq": 10, "eval_freq": 10}
+SETTINGS |= {"num_ckpt_keep": None}
 
 
 def optim(name: str) -> dict[str, object]:
