@@ -17,6 +17,7 @@ from .batch_tensors import prepare_for_gpu
 from .checkpointing import Checkpointer
 from .data.data_loader import TrainLoader, build_data_loader
 from .data.tokenizer_files import load_instruct_tokenizer, tokenizer_warnings
+from .data.word_cache import cache_words
 from .distributed import World
 from .epochs import count_epoch_steps, count_steps
 from .eval import EarlyStopping, Evaluator, Scoring
@@ -84,6 +85,7 @@ def resolve(args: TrainArgs, world: World, score: Scoring) -> Inputs:
     with world.synchronized_errors():
         hardware = choose_hardware(world.device, args.param_dtype, args.attention, base.args)
         tokenizer = load_instruct_tokenizer(base.folder, base.args.vocab_size)
+        cache_words(tokenizer)
         no_tf32 = enable_tf32(hardware) if args.tf32 else None
         compile_here = choose_compile(args.compile, hardware.device)
         if world.is_master:

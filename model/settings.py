@@ -162,9 +162,15 @@ class Setting:
     """One key of a block, for messages and docs."""
 
     expected: str  # the accepted values in words
-    description: str  # the comment on the field; of a block, its docstring
     default: Any  # dataclasses.MISSING: the key is required
     is_block: bool
+    block: type  # the key's own, or else the block that has it
+    name: str  # the last part of the key
+
+    @property
+    def description(self) -> str:
+        """The comment on the field; of a block, its docstring. Read from the source only where it is shown."""
+        return inspect.cleandoc(self.block.__doc__ or "") if self.is_block else _comment(self.block, self.name)
 
 
 def list_settings(block: type[Settings], prefix: str = "") -> dict[str, Setting]:
@@ -174,13 +180,13 @@ def list_settings(block: type[Settings], prefix: str = "") -> dict[str, Setting]
     for field in dataclasses.fields(block):
         hint, default = hints[field.name], field.default
         if dataclasses.is_dataclass(hint):
-            description = inspect.cleandoc(hint.__doc__ or "")
-            found[prefix + field.name] = Setting("a block of keys", description, field.default_factory, is_block=True)
-            found |= list_settings(cast(type[Settings], hint), f"{prefix}{field.name}.")
+            inner = cast(type[Settings], hint)
+            found[prefix + field.name] = Setting("a block of keys", field.default_factory, True, inner, field.name)
+            found |= list_settings(inner, f"{prefix}{field.name}.")
             continue
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        found[prefix + field.name] = Setting(_in_words(hint), _comment(block, field.name), default, is_block=False)
+        found[prefix + field.name] = Setting(_in_words(hint), default, False, block, field.name)
     return found
 
 

@@ -187,7 +187,10 @@ class Transformer(nn.Module):
         self.args = args
         self.compute_dtype = compute_dtype
         # As nn.Embedding initializes it, which on `meta` imports PyTorch's compiler, 2 s.
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.randn(args.vocab_size, args.dim), freeze=False)
+        embeddings = torch.empty(args.vocab_size, args.dim)
+        if not embeddings.is_meta:
+            embeddings.normal_()
+        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         blocks = (TransformerBlock(args, ENGINES[attention]) for _ in range(args.n_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]  # ModuleList is not generic
         self.norm = RMSNorm(args.dim, args.norm_eps)

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import zlib
+from array import array
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -26,8 +27,8 @@ from model.errors import UserError
 from .args import DataArgs, Source, parse_sources, training_sources
 from .conversation import chunk_ends, parse_conversation
 from .exceptions import BadRowError, RowError
-from .packing import LOOKAHEAD, PACKERS, LocatedSample, PackingCounts, Sequence, pack
-from .rows import line_offsets, parse_row, read_line, require_row_size
+from .packing import LOOKAHEAD, PACKERS, LocatedSample, Packer, PackingCounts, Sequence, pack
+from .rows import MAX_ROW_BYTES, line_offsets, parse_row, read_line, require_row_size
 from .shorten import FittingEncoder
 from .tokenize import SampleEncoder, SampleType, TokenSample
 
@@ -35,9 +36,31 @@ logger = logging.getLogger("data")
 
 Encoder = SampleEncoder | FittingEncoder
 
+_WORDS_OF_TOOLS = (b"tools", b"only_last")  # in each row with shorter conversations
 _ALL_MESSAGES = 0  # an entry that is the complete row, not a shorter conversation
 _SETTLED_NS = 50_000_000  # a file written more recently may be written again without a new modification time
 _Stamp = tuple[int, int, int, int]
+
+
+class _Places:
+    """The offsets at which words begin in a file that is read block by block."""
+
+    def __init__(self, words: tuple[bytes, ...]) -> None:
+        self.found = array("q")
+        self._words = words
+        self._kept = max(map(len, words)) - 1
+        self._read, self._end = 0, b""  # bytes read, and the last of them, in which a word may begin
+
+    def look_at(self, block: bytes) -> None:
+        """Search the next block."""
+        data, start = self._end + block, self._read - len(self._end)
+        for word in self._words:
+            place = data.find(word)
+            while place >= 0:
+                self.found.append(start + place)
+                place = data.find(word, place + 1)
+        self._read += len(block)
+        self._end = data[max(0, len(data) - self._kept) :]
 
 
 class JsonlFile:
@@ -62,8 +85,8 @@ class JsonlFile:
         self.path = path
         self.sample_type = sample_type
         self._stamp = _stamp(path)
-        digest = hashlib.sha256()
-        offsets = line_offsets(path, digest.update)
+        digest, of_tools = hashlib.sha256(), _Places(_WORDS_OF_TOOLS)
+        offsets = line_offsets(path, digest.update, *([of_tools.look_at] if chunk else []))
         self.fingerprint = digest.hexdigest()
         self.total_rows = len(offsets) - 1
         self.checksum = zlib.crc32(offsets.tobytes())  # changes if rows are added, removed or change their lengths
@@ -71,24 +94,24 @@ class JsonlFile:
         self._starts, self._ends = offsets[self._rows], offsets[self._rows + 1]
         # An entry is (index into _rows, messages to keep); the rank's rows first, then the shorter conversations.
         whole = np.stack([np.arange(len(self._rows)), np.full(len(self._rows), _ALL_MESSAGES)], axis=1)
-        self.entries = np.concatenate([whole, self._chunks()]) if chunk else whole
+        has_tools = np.isin(self._rows, np.searchsorted(offsets, of_tools.found, side="right") - 1)
+        self.entries = np.concatenate([whole, self._chunks(has_tools)]) if chunk else whole
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def _chunks(self) -> np.ndarray:
+    def _chunks(self, has_tools: np.ndarray) -> np.ndarray:
+        """Return the entries of shorter conversations, given which rows may have tools: parsing the others is slow."""
+        is_too_long = self._ends - self._starts > MAX_ROW_BYTES  # reading the row reports it
         found = []
         with self.open() as file:
-            for index in range(len(self._rows)):
+            for index in np.flatnonzero(has_tools | is_too_long).tolist():
                 found += [(index, keep) for keep in self._chunk_ends(file, index)]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
     def _chunk_ends(self, file: BufferedReader, index: int) -> list[int]:
         try:
             line = read_line(file, self._starts[index], self._ends[index])  # read again, and checked, for training
-            # Parsing is slow, and most rows have no tools.
-            if b"tools" not in line and b"only_last" not in line:
-                return []
             return chunk_ends(parse_conversation(parse_row(line)))
         except RowError as error:
             raise self._bad_row(index, error) from error
@@ -248,6 +271,26 @@ class SourceStream:
         stream._repeat, stream._warned = False, True
         stream.rewind()
         return stream
+
+    def count_positions(self, progress: tqdm) -> int:
+        """Count the positions of all sequences, of the last one only as far as it is filled.
+
+        Call it on a stream that does not repeat, see `once`; the position does not change.
+
+        Args:
+            progress: updated with the samples read.
+
+        Raises:
+            BadRowError: a row that cannot be trained on.
+        """
+        packer: Packer[LocatedSample[Cursor]] = self._packer(self._seq_len)
+        self._counts, before = PackingCounts(), progress.n
+        positions = padding = 0
+        for packed in pack(packer, self._samples(self.state)):
+            padding = self._seq_len - sum(piece.end - piece.start for piece in packed.pieces)
+            positions += self._seq_len
+            progress.update(before + self._counts.samples - progress.n)
+        return positions - padding
 
     def checksums(self) -> list[int]:
         """Return a number per file that changes if its rows are added, removed or change their lengths."""
@@ -409,14 +452,7 @@ class MixedStream:
         Raises:
             BadRowError: a row that cannot be trained on.
         """
-        positions = 0
-        for stream in self._streams:
-            once, padding, before = stream.once(), 0, progress.n
-            for sequence in once:
-                positions, padding = positions + len(sequence.x), sequence.padding
-                progress.update(before + once.state["counts"]["samples"] - progress.n)
-            positions -= padding
-        return positions
+        return sum(stream.once().count_positions(progress) for stream in self._streams)
 
     def fingerprints(self) -> dict[str, str]:
         """Return the hash of each file's content, by path."""

@@ -19,13 +19,14 @@ MAX_ROW_BYTES = 1 << 24  # the longest notes have about 100 kB; more is a file w
 _MAX_DEPTH = 100  # nesting of objects and lists: far below the recursion limit of Python's own functions
 _TOO_DEEP = f"Its JSON is nested too deeply, more than {_MAX_DEPTH} levels."
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}")
+_LINE_END = re.compile(rb"\r\n?|\n")
 _BLOCK = 1 << 20  # bytes read at a time while searching for line ends: fits into a core's cache
 
 
-def line_offsets(path: Path, each_block: Callable[[bytes], object] | None = None) -> "np.ndarray":
+def line_offsets(path: Path, *look_at: Callable[[bytes], object]) -> "np.ndarray":
     """Return the byte offsets [rows + 1] int64 at which rows start, and the end of the file.
 
-    CR, LF and CRLF end a row. `each_block` is called with the file's content, block by block.
+    CR, LF and CRLF end a row. Each function of `look_at` is called with the file's content, block by block.
 
     Raises:
         UserError: the file cannot be read.
@@ -37,21 +38,28 @@ def line_offsets(path: Path, each_block: Callable[[bytes], object] | None = None
     try:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
-                if each_block is not None:
-                    each_block(block)
-                data = np.frombuffer(block, dtype=np.uint8)
-                is_lf, is_cr = data == 10, data == 13
-                if after_cr and is_lf[0]:
+                for function in look_at:
+                    function(block)
+                if after_cr and block.startswith(b"\n"):
                     starts[-1] = starts[-1][:-1]  # the CR before the block did not end the row, this LF does
-                ends = is_lf | is_cr
-                ends[:-1] &= ~(is_cr[:-1] & is_lf[1:])
-                starts.append(np.flatnonzero(ends) + position + 1)
-                after_cr = bool(is_cr[-1])
+                starts.append(np.array(_line_ends(block), dtype=np.int64) + position)
+                after_cr = block.endswith(b"\r")
                 position += len(block)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     offsets = np.concatenate(starts)
     return offsets if offsets[-1] == position else np.append(offsets, position)
+
+
+def _line_ends(block: bytes) -> list[int]:
+    """Return the offsets after the line ends of a block. `find` is several times as fast as comparing each byte."""
+    if b"\r" in block:
+        return [match.end() for match in _LINE_END.finditer(block)]
+    ends, end = [], block.find(b"\n") + 1
+    while end:
+        ends.append(end)
+        end = block.find(b"\n", end) + 1
+    return ends
 
 
 def read_line(file: BinaryIO, start: int, end: int) -> bytes:

@@ -278,6 +278,17 @@ def test_a_rank_trains_only_on_its_rows_and_their_chunks(tmp_path: Path, tiny: I
         assert trained == {f"{i}.{turn}" for i in range(rank, 6, 2) for turn in range(3)}
 
 
+@pytest.mark.parametrize("block", [1, 5, 8, 1000])
+def test_rows_with_tools_are_found_across_blocks_and_others_are_not_parsed(
+    tmp_path: Path, tiny: InstructTokenizerBase, monkeypatch: pytest.MonkeyPatch, block: int
+):
+    plain, tools = conversations(1), conversations(2, turns=3, tools=TOOLS)
+    path = write_rows(tmp_path / "rows.jsonl", [*plain, tools[0], {"not": "a conversation"}, *plain, tools[1]])
+    monkeypatch.setattr("finetune.data.rows._BLOCK", block)
+    files = [JsonlFile(path, SampleType.INSTRUCT, chunk=True, rank=rank, world_size=2) for rank in range(2)]
+    assert [[file.line(entry) for entry in range(len(file))] for file in files] == [[1, 3, 5, 5, 5], [2, 4, 2, 2]]
+
+
 # ---- order and weights ----
 
 

@@ -1,11 +1,15 @@
 """Learning rate schedules compared step by step with the original's, edge cases, and the fp16 loss scale."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import logging
 import math
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -19,6 +23,7 @@ from finetune.schedules import step_schedule
 from model.args import PARAM_DTYPES, ModelArgs
 from tests.support.golden import fixture, load_json_gz
 
+ROOT = Path(__file__).parents[2]
 SCHEDULES = json.loads(fixture("expected/lr/one_cycle.json").read_text(encoding="utf-8"))["schedules"]
 CPU = torch.device("cpu")
 WIDE = ModelArgs(512, 1, 64, 768, 8, 8, 1e-5, 32768)
@@ -226,3 +231,44 @@ def test_the_speedup_is_measured_by_the_fastest_product_of_each_dtype(monkeypatc
 
 def test_every_dtype_is_a_setting():
     assert tuple(DTYPES) == PARAM_DTYPES
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad", "rmsprop", "adafactor"])
+def test_steps_are_those_of_pytorchs_own_class(name):
+    kinds = {"adamw": "AdamW", "sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop", "adafactor": "Adafactor"}
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for _ in range(2)]
+    ours, _ = build_optimizer(weights[:1], OptimArgs(name=name, lr=0.1), 10)
+    theirs_class = getattr(torch.optim, kinds[name])
+    group, accepted = ours.param_groups[0], inspect.signature(theirs_class).parameters.keys() - {"params"}
+    theirs = theirs_class(weights[1:], **{key: value for key, value in group.items() if key in accepted})
+    for _ in range(3):
+        for optimizer, weight in zip((ours, theirs), weights, strict=True):
+            optimizer.zero_grad()
+            (weight**3).sum().backward()
+            optimizer.step()
+        assert weights[0].equal(weights[1])
+    assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
+
+
+def test_a_run_does_not_wait_for_pytorchs_compiler():
+    """Its import takes longer than everything else that a small run does before its first step."""
+    code = """
+import sys, torch
+from finetune.args import OptimArgs
+from finetune.optim import build_optimizer
+from model.args import ModelArgs
+from model.transformer import Transformer
+args = ModelArgs(dim=8, n_layers=1, head_dim=4, hidden_dim=8, n_heads=2, n_kv_heads=1, norm_eps=1e-5, vocab_size=16)
+before = set(sys.modules)
+with torch.device("meta"):
+    Transformer(args)
+model = Transformer(args)
+optimizer, _ = build_optimizer(model.parameters(), OptimArgs(), 2)
+model(torch.tensor([1, 2, 3]), [3]).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print(*sorted({"torch._dynamo", "sympy"} & (set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "\n"

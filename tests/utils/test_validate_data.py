@@ -17,6 +17,7 @@ from finetune.data.dataset import JsonlFile
 from finetune.data.shorten import FittingEncoder
 from finetune.data.tokenize import SampleEncoder, SampleType
 from finetune.data.tokenizer_files import load_instruct_tokenizer
+from finetune.data.word_cache import cache_words
 from finetune.monitoring.plot import new_figure
 from finetune.speed_estimate import visible_gpu
 from model.errors import UserError
@@ -26,7 +27,6 @@ from tests.support.patience import PATIENCE_S
 from tests.support.tiny_tekken import write_tiny_tekken
 from utils import plan, validate_data
 from utils.validation import check_rows, length_plot, validator
-from utils.validation.word_cache import cache_words
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2}

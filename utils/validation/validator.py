@@ -11,6 +11,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from finetune.args import TrainArgs, read_train_args
 from finetune.data.rows import line_offsets
 from finetune.data.tokenizer_files import V3_VOCABULARY, load_instruct_tokenizer, tokenizer_warnings
+from finetune.data.word_cache import cache_words
 from model.args import ModelArgs, load_model_args
 from model.atomic import new_file
 from model.errors import Problem, UserError
@@ -22,7 +23,6 @@ from utils.validation.data_statistics import DataStatistics, RunPlan
 from utils.validation.findings import Findings
 from utils.validation.length_plot import plot_lengths
 from utils.validation.throughput import Speed, eta, run_speeds, visible_gpus
-from utils.validation.word_cache import cache_words
 
 _COPIED_AT_ONCE = 1 << 24  # bytes
 

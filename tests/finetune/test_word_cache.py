@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from finetune.data import word_cache
+from finetune.data.word_cache import WordCachingTokenizer, cache_words
 from tests.support.golden import fixture
 from tests.support.tiny_tekken import load_tiny_tekken
-from utils.validation import word_cache
-from utils.validation.word_cache import WordCachingTokenizer, cache_words
 
 PLAIN = MistralTokenizer.v3().instruct_tokenizer.tokenizer
 SHARED = WordCachingTokenizer(PLAIN)  # keeps the words of earlier examples
