@@ -1,4 +1,4 @@
-"""Time from the start of a training command to its first optimizer step: a 1.1 GB checkpoint, 200 MB of conversations.
+"""Time from the start of a training command to its first optimizer step, with a checkpoint of 1.1 GB.
 
 `python -m benchmarks.startup [--rounds 5] [--before CHECKOUT]` measures and appends to results/startup.jsonl; `--show`
 prints the last table. With `--before`, another checkout is measured in turn with this one.
@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from benchmarks.measure import ROOT, last_record, measure, peak_rss, print_table, run_json, spread
 
-MEGABYTES = 200
 LENGTHS: dict[str, dict[str, Any]] = {"max_steps": {"max_steps": 300}, "epochs": {"epochs": 3}}
 COLUMNS = {
+    "data, MB": lambda result: str(result["megabytes"]),
     "length in": lambda result: result["length"],
     "version": lambda result: result["version"],
     "imports, s": lambda result: spread(result["import_seconds"]),
@@ -63,13 +63,13 @@ def run_until_first_step(config: str, began: float) -> None:
     train.train(config)
 
 
-def write_config(folder: Path, length: str) -> Path:
+def write_config(folder: Path, length: str, megabytes: int) -> Path:
     """Write a training YAML into `folder` and return its path."""
     from benchmarks.data import icd_file  # not needed by the measured process
     from benchmarks.load_checkpoint import SAFETENSORS_NAME, checkpoint
 
     settings = {
-        "data": {"instruct_data": str(icd_file(MEGABYTES)), "packing": "best_fit"},
+        "data": {"instruct_data": str(icd_file(megabytes)), "packing": "best_fit"},
         "model_id_or_path": str(checkpoint(SAFETENSORS_NAME)),
         "run_dir": str(folder / "run"),
         "seq_len": 8192,
@@ -85,7 +85,7 @@ def in_fresh_process(case: dict[str, Any], checkouts: dict[str, Path]) -> dict[s
     from benchmarks.data import WORK_DIR
 
     WORK_DIR.mkdir(parents=True, exist_ok=True)
-    config = write_config(WORK_DIR, case["length"])
+    config = write_config(WORK_DIR, case["length"], case["megabytes"])
     shutil.rmtree(WORK_DIR / "run", ignore_errors=True)
     # Run by its path, so that another checkout measures the same.
     start = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure this checkout, too")
+    parser.add_argument("--megabytes", type=int, default=200, help="size of the data")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
     parser.add_argument("--config", help="measure only this process, with this training YAML")
@@ -105,15 +106,13 @@ def main() -> None:
     if options.config:
         run_until_first_step(options.config, options.began)
         return
-    checkouts = {"before": options.before.resolve()} if options.before else {}
-    checkouts["now"] = ROOT
-    cases = [{"length": length, "version": version} for length in options.lengths for version in checkouts]
-    record = (
-        last_record("startup")
-        if options.show
-        else measure("startup", cases, options.rounds, lambda case: in_fresh_process(case, checkouts))
-    )
-    print_table(record, COLUMNS)
+    if options.show:
+        print_table(last_record("startup"), COLUMNS)
+        return
+    checkouts = ({"before": options.before.resolve()} if options.before else {}) | {"now": ROOT}
+    grid = itertools.product(options.lengths, checkouts)
+    cases = [{"megabytes": options.megabytes, "length": length, "version": version} for length, version in grid]
+    print_table(measure("startup", cases, options.rounds, lambda case: in_fresh_process(case, checkouts)), COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Wall time and memory of the validator on one and two cores.
 
-`python -m benchmarks.validate [--rounds 3]` measures and appends to results/validate.jsonl; `--show` prints the last
-table.
+`python -m benchmarks.validate [--rounds 3] [--before CHECKOUT]` measures and appends to results/validate.jsonl;
+`--show` prints the last table. With `--before`, another checkout is measured in turn with this one.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -16,8 +17,8 @@ from typing import Any
 from benchmarks.data import WORK_DIR, icd_file
 from benchmarks.measure import ROOT, last_record, measure, print_table, spread
 
-CASES = [{"megabytes": size, "cores": cores} for size in (20, 200) for cores in (1, 2)]
 COLUMNS = {
+    "version": lambda result: result["version"],
     "file, MB": lambda result: str(result["megabytes"]),
     "million tokens": lambda result: spread(result["tokens"], 1e6),
     "cores": lambda result: str(result["cores"]),
@@ -27,13 +28,14 @@ COLUMNS = {
 }
 
 
-def validate(case: dict[str, Any]) -> dict[str, float]:
-    """Run the command as a user would, including imports."""
+def validate(case: dict[str, Any], root: Path) -> dict[str, float]:
+    """Run the command of a checkout as a user would, including imports."""
     statistics = WORK_DIR / "stats.json"
     command = [sys.executable, "-m", "utils.validate_data", "--train_yaml", str(_yaml(case["megabytes"]))]
     command += ["--num_workers", str(case["cores"]), "--num_gpus", "1", "--train_stats_json", str(statistics)]
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)  # includes the processes it started
     seconds = time.perf_counter() - start
     if status:
@@ -66,11 +68,19 @@ def _yaml(megabytes: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure this checkout, too")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 200], help="sizes of the file")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--show", action="store_true", help="print the table of the last results")
     options = parser.parse_args()
-    print_table(
-        last_record("validate") if options.show else measure("validate", CASES, options.rounds, validate), COLUMNS
-    )
+    if options.show:
+        print_table(last_record("validate"), COLUMNS)
+        return
+    checkouts = ({"before": options.before.resolve()} if options.before else {}) | {"now": ROOT}
+    grid = itertools.product(options.megabytes, options.cores, checkouts)
+    cases = [{"megabytes": size, "cores": cores, "version": version} for size, cores, version in grid]
+    record = measure("validate", cases, options.rounds, lambda case: validate(case, checkouts[case["version"]]))
+    print_table(record, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,16 @@ class RecordingEncoder(SampleEncoder):
                 fitted = max(len(fit().tokens) - 1, 0)
             else:  # concat splits it; for comparison, an estimate of what best_fit would keep
                 fitted = 0 if self._drops else self._seq_len
-        trained = tuple(match.span() for match in _TRAINED.finditer(bytes(map(bool, sample.masks[1:]))))
+        trained = tuple(match.span() for match in _TRAINED.finditer(_as_bytes(sample.masks[1:])))
         return PackedSample(positions, trained, fitted)
+
+
+def _as_bytes(masks: list[bool | float]) -> bytes:
+    """Return 1 for each trained token and 0 for the others."""
+    try:
+        return bytes(masks)  # type: ignore[arg-type]  # of most rows: bools, which are integers
+    except TypeError:  # a weight between 0 and 1
+        return bytes(map(bool, masks))
 
 
 def find_warnings(conversation: Conversation) -> list[str]:
