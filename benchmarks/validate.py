@@ -18,7 +18,7 @@ from benchmarks.data import WORK_DIR, icd_file
 from benchmarks.measure import ROOT, last_record, measure, print_table, spread
 
 COLUMNS = {
-    "version": lambda result: result["version"],
+    "version": lambda result: result.get("version", "now"),
     "file, MB": lambda result: str(result["megabytes"]),
     "million tokens": lambda result: spread(result["tokens"], 1e6),
     "cores": lambda result: str(result["cores"]),
