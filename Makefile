@@ -35,6 +35,7 @@ setup: .venv/installed
 DEMO_NOTES := 3000
 DEMO_HELD_OUT := 150
 DEMO_BASE_STEPS := 1500
+DEMO_SEED := 0
 DEMO_CODES := example/demo_cim10.tsv
 DEMO_GENERATE := $(BIN)/python -m utils.generate_notes --length short --cim10 $(DEMO_CODES)
 # Matrices this small do not benefit from more threads. torchrun would set one.
@@ -44,7 +45,7 @@ demo: setup
 	$(DEMO_GENERATE) --out demo/data --n $(DEMO_NOTES) --wordings train --split 0.97,0.03
 	$(DEMO_GENERATE) --out demo/held_out --n $(DEMO_HELD_OUT) --seed 1 --wordings train --split 1
 	$(DEMO_GENERATE) --out demo/unseen --n $(DEMO_HELD_OUT) --seed 1 --wordings unseen --split 1
-	$(BIN)/python -m utils.make_demo_model --out demo/model --cim10 $(DEMO_CODES) --steps $(DEMO_BASE_STEPS)
+	$(BIN)/python -m utils.make_demo_model --out demo/model --cim10 $(DEMO_CODES) --steps $(DEMO_BASE_STEPS) --seed $(DEMO_SEED)
 	$(BIN)/python -m utils.validate_data example/demo.yaml
 	$(BIN)/torchrun --nproc-per-node 1 -m train example/demo.yaml
 	$(call demo_score,base,model,held_out)
