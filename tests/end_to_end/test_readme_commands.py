@@ -99,7 +99,6 @@ ELSEWHERE = {
     "python -m docs.draw_images": "test_documentation_images.py::test_all_images_are_drawn",
     "python -m benchmarks.learning_curve": "test_documentation_images.py::test_a_point_of_the_learning_curve",
     "python -m benchmarks.learning_rate": "takes an hour",
-    "python -m benchmarks.demo": "test_benchmark_demo.py, without the runs",
     "python -m benchmarks.confidence": "takes an hour; its commands are those of test_icd10_confidence.py",
     "python -m benchmarks.evidence": "test_explain_icd10.py::test_effects_are_those_of_notes_without_a_sentence",
     "python -m benchmarks.moe_seeds": "takes an hour",
