@@ -179,8 +179,8 @@ class TrainLoader:
         return self._stream.fingerprints()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain numbers and lists, without any text of the data. Must not be changed."""
-        return self._state
+        """Return the position as plain numbers and lists, without any text of the data."""
+        return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch at which `state` was saved. Call it before the first batch."""
