@@ -3,7 +3,8 @@
 An untrained model of the demo's size codes fictional notes, one and 16 at a time, without constraints and constrained
 to the generator's CIM-10 table (or --cim10). With --answers N, a smaller model samples N constrained answers instead,
 with and without the forbidding rules of the guide, and the codes that the table does not allow and the answers that
-break a rule are counted.
+break a rule are counted. With --compare MODEL, this model and its export in transformers' generate answer notes of
+mixed length, with each of --batches at once.
 """
 
 import argparse
@@ -119,8 +120,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--answers", type=int, help="sample this many answers, count what is forbidden")
     parser.add_argument("--cim10", type=Path, metavar="TABLE", help="table to constrain answers to")
+    parser.add_argument("--compare", type=Path, metavar="MODEL", help="a run, a checkpoint or a model")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 50], help="of --compare (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.compare:
+        from benchmarks.generate_compared import compare  # imports transformers
+
+        return compare(options.compare, options.notes, options.rounds, options.threads, options.batches)
     model, prompts = untrained_model(), prompts_of(options.notes)
     table = Cim10Table.from_file(options.cim10) if options.cim10 else table_of(load_catalogue())
     if options.answers:

@@ -64,8 +64,8 @@ _ROWS = [
     ),
     _Row("evaluation", "evaluation_waits", ("item at finetune/eval.py",), "batch"),
     _Row(f"{_ROUTER}, in evaluation", "evaluation_waits", _ROUTING, "layer and batch", _routers),
-    _Row("prompts", "prompt_waits", _ANSWERING, "batch"),
-    _Row(f"{_ROUTER}, for prompts", "prompt_waits", _ROUTING, "layer and batch", _routers),
+    _Row("common prefix of the prompts", "prompt_waits", _ANSWERING, "file of prompts"),
+    _Row(f"{_ROUTER}, for the prefix", "prompt_waits", _ROUTING, "layer and file of prompts", _routers),
     _Row("generated answers", "token_waits", _ANSWERING, "token"),
     _Row(f"{_ROUTER}, for answers", "token_waits", _ROUTING, "layer and token", _routers),
     _Row(

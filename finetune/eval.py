@@ -160,20 +160,17 @@ class GenerationEval:
             All answers and the share of them that end before the token limit, on every rank.
         """
         args, tokenizer = self._args, self._tokenizer
-        own = self._prompts[world.rank :: world.size]
-        written: list[list[int]] = []
-        any_active = any_active or world.any
         with _evaluation_mode(model):
-            for start in range(0, -(-len(self._prompts) // world.size), args.batch_size):
-                batch = own[start : start + args.batch_size]
-                # A sharded model needs all ranks in every forward pass: a rank without prompts left gets a placeholder.
-                prompts = batch or [[tokenizer.bos_id]]
-                outputs = collect_tokens(
-                    stream(
-                        model, prompts, args.max_tokens, tokenizer.eos_id, any_active=any_active, device=world.device
-                    )
-                )
-                written += outputs[: len(batch)]
+            steps = stream(
+                model,
+                self._prompts[world.rank :: world.size],
+                args.max_tokens,
+                tokenizer.eos_id,
+                any_active=any_active or world.any,
+                device=world.device,
+                places=args.batch_size,
+            )
+            written = collect_tokens(steps)
         answers: list[list[int]] = [[]] * len(self._prompts)
         for rank, part in enumerate(world.gather(written)):
             answers[rank :: world.size] = part

@@ -3,6 +3,7 @@
 import functools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from finetune.data.conversation import parse_conversation
 from finetune.data.tokenize import SampleEncoder
 from finetune.inference import token_bytes
 from model.args import ModelArgs, MoeArgs
-from model.generate import collect_tokens, filtered_probabilities, stream
+from model.generate import answers, collect_tokens, filtered_probabilities, stream
 from model.sampling import Sampling
 from model.transformer import Transformer
 from tests.support.golden import GOLDEN, instruct_tokenizer
@@ -74,14 +75,41 @@ def test_common_prefix_does_not_change_the_output(rests: list[int]) -> None:
     assert collect_tokens(stream(model, prompts, 15, EOS)) == expected
 
 
-def test_all_ranks_run_the_same_number_of_steps_with_or_without_common_prefix() -> None:
-    model, steps = tiny_model(), []
-    model.register_forward_hook(lambda *_: steps.append(1))
-    for prompts in (prompts_of([20]), prompts_of([20, 5]), [prompts_of([20])[0]] * 2):
+class Agreement:
+    """Ranks that share a model: this one runs as many steps as the one with the most, and one for the prefix."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps + 1
+
+    def __call__(self, active: bool) -> bool:
+        self._left -= 1
+        return self._left >= 0
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The number of tokens of each document in each forward pass."""
+    found: list[list[int]] = []
+    forward = Transformer.forward
+
+    def recorded(self: Transformer, ids: torch.Tensor, documents: Any, **options: Any) -> torch.Tensor:
+        found.append(documents if isinstance(documents, list) else documents.lengths)
+        return forward(self, ids, documents, **options)
+
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    return found
+
+
+@pytest.mark.parametrize("places", [1, 2, 5])
+def test_all_ranks_run_the_same_number_of_steps_with_or_without_prompts_and_common_prefix(
+    places: int, passes: list[list[int]]
+) -> None:
+    model = tiny_model()
+    for prompts in ([], prompts_of([20]), prompts_of([20, 5]), [prompts_of([20])[0]] * 3):
         expected = [greedy_without_cache(model, prompt, 8, eos=-1) for prompt in prompts]
-        steps.clear()
-        assert collect_tokens(stream(model, prompts, 8, -1, any_active=lambda _: True)) == expected
-        assert len(steps) == 9
+        passes.clear()
+        assert collect_tokens(stream(model, prompts, 8, -1, any_active=Agreement(30), places=places)) == expected
+        assert len(passes) == 31
 
 
 def test_each_sequence_stops_at_its_own_eos() -> None:
@@ -145,6 +173,80 @@ def test_tokens_are_yielded_as_they_are_chosen() -> None:
     assert begun == [dict(enumerate(column)) for column in list(zip(*whole))[:2]]
     steps.close()
     assert collect_tokens(stream(model, prompts, 10, EOS)) == whole  # the model is as before
+
+
+# --- More prompts than places ----------------------------------------------------------------------------------------
+
+
+def test_the_next_prompt_takes_the_place_of_one_that_has_ended(passes: list[list[int]]) -> None:
+    model, limit = tiny_model(), 12
+    prompts = prompts_of([4, 6, 9, 3, 12, 5, 7])
+    free = [greedy_without_cache(model, prompt, limit, eos=-1) for prompt in prompts]
+    eos = free[0][3]
+    expected = [greedy_without_cache(model, prompt, limit, eos) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 1
+    passes.clear()
+    steps = list(stream(model, prompts, limit, eos, places=2))
+    assert collect_tokens(steps) == expected
+    busy_until = [0, 0]
+    for answer in expected:
+        busy_until[busy_until.index(min(busy_until))] += len(answer)
+    assert len(passes) == len(steps) == max(busy_until)
+    assert all(len(documents) <= 2 for documents in passes)
+    assert sum(map(sum, passes)) == sum(map(len, prompts)) + sum(len(answer) - 1 for answer in expected)
+
+
+def test_the_common_prefix_is_computed_once_for_all_prompts(passes: list[list[int]]) -> None:
+    model = tiny_model()
+    prefix, *rests = prompts_of([50, 3, 8, 1, 5, 30, 2])
+    other = prompts_of([61])[0][40:]  # shares nothing
+    prompts = [prefix + rest for rest in rests] + [other, prefix[:20], prefix]
+    expected = [greedy_without_cache(model, prompt, 6, eos=-1) for prompt in prompts]
+    passes.clear()
+    assert collect_tokens(stream(model, prompts, 6, -1, places=3)) == expected
+    own = [*map(len, rests), len(other), 1, 1]  # of a prompt within the prefix, the last token
+    assert passes[0] == [50]
+    assert sum(map(sum, passes[1:])) == sum(own) + 5 * len(prompts)
+
+
+def test_one_long_prompt_among_short_ones_does_not_change_the_output() -> None:
+    model = tiny_model()
+    prompts = prompts_of([5, 9, 700, 4, 6, 8])
+    expected = [greedy_without_cache(model, prompt, 10) for prompt in prompts]
+    for places in (1, 2, 3):
+        assert collect_tokens(stream(model, prompts, 10, EOS, places=places)) == expected
+
+
+def test_prompts_that_enter_at_once_have_a_bounded_number_of_tokens(
+    passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.generate._ENTERING_TOKENS", 20)
+    model, prompts = tiny_model(), prompts_of([10, 10, 1, 15, 30, 5, 5])
+    expected = [greedy_without_cache(model, prompt, 4, eos=-1) for prompt in prompts]
+    passes.clear()
+    assert collect_tokens(stream(model, prompts, 4, -1)) == expected
+    assert passes[:5] == [[10, 10], [1, 1, 1, 15], [1, 1, 1, 1, 30], [1, 1, 1, 1, 1, 5, 5], [1, 1, 1, 1, 1]]
+
+
+def test_prompts_are_taken_as_places_become_free() -> None:
+    model, taken = tiny_model(), []
+    prompts = (taken.append(1) or prompt for prompt in prompts_of([5] * 20))
+    for done, (_, answer) in enumerate(answers(stream(model, prompts, 3, -1, places=2)), start=1):
+        assert len(answer) == 3
+        assert len(taken) <= min(20, done + 5)
+    assert done == 20
+
+
+def test_sampled_and_constrained_answers_do_not_depend_on_the_places() -> None:
+    vocabulary, grammar = vocabulary_of("v3"), AnswerGrammar(TABLE, prefix=" ")
+    model, prompts = tiny_model(vocab_size=len(vocabulary.pieces)), prompts_of([5, 9, 3, 7, 30])
+    found = []
+    for places in (1, 2, 5):
+        constraints = [AnswerConstraint(grammar, vocabulary) for _ in prompts]
+        steps = stream(model, prompts, 150, vocabulary.eos_id, Sampling(30.0), range(5), constraints, places=places)
+        found.append((collect_tokens(steps), [constraint.text for constraint in constraints]))
+    assert found[0] == found[1] == found[2]
+    assert len(set(map(len, found[0][0]))) > 1
 
 
 # --- Constrained answers ----------------------------------------------------------------------------------------------

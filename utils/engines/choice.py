@@ -36,7 +36,7 @@ class EngineChoice:
         server: where the model is, for the engine `server`.
         table: codes that answers may contain; None for unconstrained answers.
         generation: length and sampling of the answers.
-        batch_size: prompts per batch, for engines that do not form their own.
+        batch_size: prompts at once, for engines that do not decide it themselves.
         rules: coding rules that answers with a table follow.
 
     Raises:
@@ -134,7 +134,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=int, help=f"prompts sent at once (default: {DEFAULT_CONCURRENCY})")
     group.add_argument("--allow_remote", action="store_true", help="the server may be another machine")
     group.add_argument("--log_probabilities", action="store_true", help="ask the server for them, if it supports that")
-    group.add_argument("--batch_size", type=int, help=f"rows per batch (default: {DEFAULT_BATCH_SIZE})")
+    group.add_argument("--batch_size", type=int, help=f"rows answered at once (default: {DEFAULT_BATCH_SIZE})")
     add_step_option(group)
     add_sampling_options(group)
 

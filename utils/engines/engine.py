@@ -48,11 +48,9 @@ class Engine(Protocol):
         """
 
 
-def by_length(prompts: Sequence["Prompt"], batch_size: int) -> Iterator[Sequence["Prompt"]]:
-    """Yield batches of prompts of similar length, the shortest first."""
-    ordered = sorted(prompts, key=lambda prompt: len(str(prompt.messages[-1])))
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
+def by_length(prompts: Sequence["Prompt"]) -> list["Prompt"]:
+    """Return prompts in the order of their lengths, the shortest first."""
+    return sorted(prompts, key=lambda prompt: len(str(prompt.messages[-1])))
 
 
 def seed_of(prompt: "Prompt", sampling: Sampling) -> int:

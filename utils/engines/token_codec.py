@@ -78,8 +78,9 @@ class TokenCodec:
             batch_size: prompts per call of `answer`.
             answer: answers prompts, given their tokens.
         """
-        for batch in by_length(prompts, batch_size):
-            kept, encoded, refused = self.encode(batch)
+        ordered = by_length(prompts)
+        for start in range(0, len(ordered), batch_size):
+            kept, encoded, refused = self.encode(ordered[start : start + batch_size])
             yield from refused
             if kept:
                 yield from zip(kept, answer(kept, encoded))
