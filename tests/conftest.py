@@ -95,8 +95,8 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let our engine stop after 8 tokens: an untrained model would reach the limit of 512."""
     from utils.engines import local
 
-    original = local.stream
-    monkeypatch.setattr(local, "stream", lambda model, prompts, _, *rest: original(model, prompts, 8, *rest))
+    original = local.Request
+    monkeypatch.setattr(local, "Request", lambda prompt, _, *rest: original(prompt, 8, *rest))
 
 
 @pytest.fixture
