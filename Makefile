@@ -5,7 +5,7 @@ VERSION := $(filter 3.%,$(PYTHON:python%=%))
 override PYTHON := $(if $(filter 3.%,$(PYTHON)),python$(PYTHON),$(PYTHON))
 BIN := .venv/bin
 # xformers' kernels are for NVIDIA GPUs only.
-EXTRAS := test,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
+EXTRAS := test,dev,peers$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)cuda)
 comma := ,
 
 .PHONY: help setup demo sample-data test test-fast test-oldest notebooks kill-test fuzz check format docs constraints gpu-bundle clean

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,18 @@ RESULTS = Path(__file__).parent / "results"
 
 # Packages whose versions are recorded, if installed.
 _PACKAGES = ("torch", "mistral-common", "sentencepiece", "safetensors", "numpy", "xformers")
-_PEERS = ("transformers", "peft", "flash-attn")
+_PEERS = ("transformers", "peft", "trl", "flash-attn")
 
 
 def peak_rss() -> int:
     """Return this process's peak memory in bytes (Linux). Unlike getrusage's, it does not include the parent's."""
     return _kilobytes("/proc/self/status", "VmHWM:") * 1024
+
+
+def seconds_since_start() -> float:
+    """Return the age of this process, to a hundredth of a second (Linux)."""
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()  # from the third on
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
 
 
 def _kilobytes(file: str, key: str) -> int:

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.measure import last_record, measure, print_table, spread
 from benchmarks.train import in_fresh_process
+from benchmarks.training.inputs import train_args
 from benchmarks.training.presets import PRESETS
-from benchmarks.training.session import train_args
 from finetune.cli import run_cli
 from finetune.hardware import choose_hardware
 from finetune.memory_estimate import CHECKPOINTS, MemoryConfig

@@ -10,9 +10,10 @@ from torch.autograd import DeviceType
 
 from benchmarks.acceptance.check import Check, Setting, within
 from benchmarks.plan import estimated_bytes
+from benchmarks.training.inputs import packed_batches, train_args
 from benchmarks.training.ours import build_ours
 from benchmarks.training.presets import PRESETS
-from benchmarks.training.session import measure_training, packed_batches, train_args
+from benchmarks.training.session import measure_training
 from benchmarks.training.work import synchronize
 from finetune.hardware import choose_device, free_bytes
 from model.errors import first_line, full_memory

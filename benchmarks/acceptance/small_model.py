@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from benchmarks.acceptance.check import Setting
-from benchmarks.training.session import packed_batches
+from benchmarks.training.inputs import packed_batches
 from benchmarks.training.weights import RandomWeights
 from finetune.args import TrainArgs, load_train_args
 from finetune.data.data_loader import Batch

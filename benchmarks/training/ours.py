@@ -15,7 +15,7 @@ from finetune.wrapped_model import BaseModel, build_model, trainable_parameters
 from model.args import ModelArgs
 from train import train_step
 
-from .step import Trainee
+from .trial import Trainee
 from .weights import RandomWeights
 
 

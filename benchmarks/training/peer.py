@@ -24,38 +24,21 @@ from model.hf_format import hf_name, to_hf
 from model.lora import add_lora, initial_lora_tensors
 from model.transformer import Transformer
 
-from .step import Trainee
+from .trial import Trainee
 from .weights import RandomWeights
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_IGNORED = -100  # label of a position without loss
+IGNORED = -100  # label of a position without loss
 
 
 def build_peft(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trainee:
     """Return the training step of a model with random weights.
 
     Raises:
-        UserError: transformers or PEFT is not installed, or they do not support a setting.
+        UserError: as `peft_model`.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import peft  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError('--impl peft needs transformers and PEFT: run `pip install -e ".[test]"`.') from error
-    recompute = str(args.checkpoint).lower()
-    if recompute not in ("true", "false"):
-        raise UserError(f"--checkpoint is {recompute}; transformers supports true and false.")
-    if shapes.moe:
-        raise UserError(
-            "--impl peft does not support mixtures of experts; compare --impl ours with the preset cpu-60m."
-        )
-    dtype = peer_dtype(args, shapes, device)
-    if dtype == torch.float16:
-        raise UserError("--impl peft is measured in bf16 or fp32: in fp16 it would train without loss scaling.")
-    attention = _attention(args.attention, device)
-    model = _build_model(args, shapes, device, dtype, attention)
-    if recompute == "true":
+    model, attention, dtype = peft_model(args, shapes, device)
+    if args.checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = trainable_parameters(model)
     optimizer, schedule = build_optimizer(parameters, args.optim, args.max_steps)
@@ -77,10 +60,41 @@ def build_peft(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> Trai
     return Trainee(step, attention, dtype)
 
 
+def peft_model(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> tuple[nn.Module, str, torch.dtype]:
+    """Return a model with random weights and an adapter, its attention, and the dtype of both.
+
+    Raises:
+        UserError: transformers or PEFT is not installed, or they do not support a setting.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError('This peer needs transformers and PEFT: run `pip install -e ".[test]"`.') from error
+    if shapes.moe:
+        raise UserError(
+            "transformers with PEFT is not measured with a mixture of experts; compare --impl ours with the preset "
+            "cpu-60m."
+        )
+    dtype = peer_dtype(args, shapes, device)
+    attention = _attention(args.attention, device)
+    return _build_model(args, shapes, device, dtype, attention), attention, dtype
+
+
 def peer_dtype(args: TrainArgs, shapes: ModelArgs, device: torch.device) -> torch.dtype:
-    """Return the dtype of a peer's products: for `auto` on a CPU fp32, its users' default."""
+    """Return the dtype of a peer's products: for `auto` on a CPU fp32, its users' default.
+
+    Raises:
+        UserError: a peer does not support the dtype, or `checkpoint`.
+    """
+    if not isinstance(args.checkpoint, bool):
+        raise UserError(f"--checkpoint is {args.checkpoint}; peers support true and false.")
     name = "fp32" if args.param_dtype == "auto" and device.type == "cpu" else args.param_dtype
-    return choose_dtype(name, device, shapes)
+    dtype = choose_dtype(name, device, shapes)
+    if dtype == torch.float16:
+        raise UserError("Peers are measured in bf16 or fp32: in fp16 they would train without loss scaling.")
+    return dtype
 
 
 def _attention(name: str, device: torch.device) -> str:
@@ -132,7 +146,7 @@ def _fill_adapters(model: nn.Module, args: TrainArgs, shapes: ModelArgs, dtype: 
 
 def _inputs(batch: Batch, seq_len: int, device: torch.device) -> dict[str, Any]:
     """Return a batch as [B, seq_len]; positions restart at each document."""
-    labels = batch.y if batch.y_mask is None else np.where(batch.y_mask, batch.y, _IGNORED)
+    labels = batch.y if batch.y_mask is None else np.where(batch.y_mask, batch.y, IGNORED)
     positions = np.concatenate([np.arange(size) for size in batch.sizes])
     inputs = {"input_ids": batch.x, "position_ids": positions, "labels": labels, "shift_labels": labels}
     return {name: torch.from_numpy(value).view(-1, seq_len).to(device) for name, value in inputs.items()}

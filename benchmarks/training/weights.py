@@ -15,6 +15,7 @@ class RandomWeights:
     def __init__(self, shapes: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
         with torch.device("meta"):
             model = Transformer(shapes)
+        self.model_args = shapes
         self.source = Path("random weights")
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.dtypes = dict.fromkeys(self.shapes, dtype)

@@ -1,6 +1,7 @@
 """FLOPs of a training step, and the machine's rate of matrix products."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from model.args import ModelArgs
 
 _BOS, _EOS = 1, 2  # in all of Mistral's tokenizers
 _MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
+_MATMUL_SECONDS = 5.0
 
 
 @dataclasses.dataclass
@@ -23,21 +25,27 @@ class Work:
     pairs: int = 0  # of a position and a position it attends to, including itself
     documents: int = 0
     complete: int = 0  # documents that are complete samples
+    complete_positions: int = 0  # of those: a sample of n tokens has n - 1, the predictions
 
-    def add(self, batch: Batch) -> None:
-        sizes = np.array(batch.sizes)
-        self.positions += len(batch.x)
-        self.trained += batch.trained_tokens
-        self.pairs += int((sizes * (sizes + 1) // 2).sum())
-        self.documents += len(batch.rows)
-        self.complete += sum(_complete(batch))
+    def add(self, *batches: Batch) -> None:
+        for batch in batches:
+            sizes, complete = np.array(batch.sizes), np.fromiter(_complete(batch), bool)
+            self.positions += len(batch.x)
+            self.trained += batch.trained_tokens
+            self.pairs += int((sizes * (sizes + 1) // 2).sum())
+            self.documents += len(batch.rows)
+            self.complete += int(complete.sum())
+            self.complete_positions += int(sizes[complete].sum())
+
+
+def document_bounds(batch: Batch) -> Iterator[tuple[int, int]]:
+    """Return the first position of each document, and the one after its last; padding is one, too."""
+    return itertools.pairwise(itertools.accumulate(batch.sizes, initial=0))
 
 
 def _complete(batch: Batch) -> Iterator[bool]:
     """Yield for each document whether it begins and ends like a sample, which padding does not."""
-    end = 0
-    for size in batch.sizes:
-        start, end = end, end + size
+    for start, end in document_bounds(batch):
         yield bool(batch.x[start] == _BOS and batch.y[end - 1] == _EOS)
 
 
@@ -80,12 +88,15 @@ def _attention_flops(shapes: ModelArgs, work: Work) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> float:
-    """Return the highest FLOP/s of products of square random matrices, the reference for MFU and HFU."""
+    """Return the highest FLOP/s of products of square random matrices, the reference for MFU and HFU.
+
+    There are fewer rounds where they take seconds: bf16 on a CPU without instructions for it.
+    """
     size = _MATMUL_SIZES[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
     seconds = []
-    for _ in range(rounds):
+    while len(seconds) < rounds and sum(seconds) < _MATMUL_SECONDS:
         synchronize(device)
         start = time.perf_counter()
         torch.mm(a, b, out=out)
