@@ -13,7 +13,7 @@ from model.args import ModelArgs
 
 _BOS, _EOS = 1, 2  # in all of Mistral's tokenizers
 _MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
-_MATMUL_SECONDS = 5.0
+_MATMUL_SECONDS = 5.0  # of one product
 
 
 @dataclasses.dataclass
@@ -90,19 +90,26 @@ def _attention_flops(shapes: ModelArgs, work: Work) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> float:
     """Return the highest FLOP/s of products of square random matrices, the reference for MFU and HFU.
 
-    There are fewer rounds where they take seconds: bf16 on a CPU without instructions for it.
+    They are smaller where one would take seconds: in bf16 on a CPU without instructions for it.
     """
     size = _MATMUL_SIZES[device.type]
+    small = size // 4
+    if 4**3 * min(_product_seconds(small, device, dtype, rounds=2)) > _MATMUL_SECONDS:
+        size = small
+    return 2 * size**3 / min(_product_seconds(size, device, dtype, rounds))
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype, rounds: int) -> list[float]:
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
     seconds = []
-    while len(seconds) < rounds and sum(seconds) < _MATMUL_SECONDS:
+    for _ in range(rounds):
         synchronize(device)
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return seconds
 
 
 def synchronize(device: torch.device) -> None:
