@@ -13,6 +13,7 @@ from model.transformer import Head, Transformer
 
 from .batch_tensors import tensors_on
 from .data.data_loader import Batch
+from .mixed_precision import head_dtype
 
 # Logits per chunk: in fp32 16 MiB on a CPU, where products of more rows are no faster; 128 MiB, which keep a GPU busy.
 LOGITS_PER_CHUNK_ON_CPU, LOGITS_PER_CHUNK = 1 << 22, 1 << 25
@@ -33,12 +34,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
         loss_weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        working_weight = weight.to(hidden.dtype)  # [V, D]
+        dtype, device_type = hidden.dtype, hidden.device.type
+        hidden = hidden.to(head_dtype(dtype, device_type))
+        working_weight = weight.to(dtype).to(hidden.dtype)  # [V, D]
         # Gradients are divided by N only in the backward pass: in fp16 the small ones would underflow here.
         grad_hidden = torch.empty_like(hidden) if needs_grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        rows = rows_per_chunk(len(weight), hidden.device.type)
+        rows = rows_per_chunk(len(weight), device_type)
         for start in range(0, len(hidden), rows):
             chunk, chunk_targets = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, working_weight).float()  # [n, V]
@@ -57,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, working_weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ chunk
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(dtype), grad_weight)
         if loss_weights is None:
             ctx.divisor = max(len(hidden), 1)
         else:

@@ -24,6 +24,7 @@ from model.transformer import Transformer
 
 from .args import CheckpointMode, OptimArgs, TrainArgs
 from .loss import rows_per_chunk
+from .mixed_precision import head_dtype
 from .optim import optimizer_bytes
 
 CHECKPOINTS: tuple[CheckpointMode, ...] = (False, "selective", True)  # fastest first, least memory last
@@ -347,11 +348,14 @@ class MemoryConfig:
         model, e, (_, trained) = self.model, self.dtype.itemsize, self._positions
         hidden, weight = trained * model.dim, model.vocab_size * model.dim
         at_once = rows_per_chunk(model.vocab_size, self.device)
-        narrow = 0 if e == _FP32 else e  # logits before the cast to fp32, and their gradient
+        widens = head_dtype(self.dtype, self.device) != self.dtype  # computes in fp32
+        narrow = 0 if e == _FP32 or widens else e  # logits before the cast to fp32, and their gradient
         # Logits and probabilities of a chunk, which are alive until those of the next one are computed.
         per_logit = 2 * _FP32 + narrow if trained <= at_once else 3 * _FP32 + 2 * narrow
         needed: float = per_logit * min(at_once, trained) * model.vocab_size + hidden * e
-        if not self.lora.enable and e < _FP32:
+        if widens:
+            needed += _FP32 * (2 * hidden + weight)
+        elif not self.lora.enable and e < _FP32:
             needed += e * weight
         return needed
 

@@ -33,6 +33,13 @@ def choose_dtype(name: str, device: torch.device, shapes: ModelArgs) -> torch.dt
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
+def head_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Return the dtype of the products of the loss: fp32 on a CPU where those of `dtype` are not fast."""
+    if device_type != "cpu" or (dtype == torch.bfloat16 and bf16_speedup(512, _MAX_WIDTH) >= _MIN_SPEEDUP):
+        return dtype
+    return torch.float32
+
+
 def _choose_on_cpu(name: str, shapes: ModelArgs) -> torch.dtype:
     width = min(shapes.dim, shapes.hidden_dim)
     if name not in ("auto", "bf16") or width < _MIN_WIDTH:

@@ -139,7 +139,7 @@ def test_settings_of_the_full_run_are_valid(part, tmp_path, monkeypatch):
     """A CPU cannot train these models, but can read their YAML and plan their memory."""
     rows = tmp_path / "rows.jsonl"
     rows.touch()
-    monkeypatch.setattr(session, "rows_file", lambda kind, megabytes: rows)
+    monkeypatch.setattr(inputs, "rows_file", lambda kind, megabytes: rows)
     monkeypatch.setattr(measured, "free_bytes", lambda device, processes: 1 << 40)
 
     def plan(impl: str, case: dict[str, Any]) -> dict[str, Any]:

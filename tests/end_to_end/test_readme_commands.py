@@ -63,7 +63,7 @@ STORY: list[tuple[str, dict[str, str]]] = [
     # Their latest results; measuring takes minutes.
     *(
         (f"python -m benchmarks.{name}", {f"benchmarks.{name}": f"benchmarks.{name} --show"})
-        for name in ("loader", "validate", "saving", "load_checkpoint", "plan", "startup")
+        for name in ("loader", "validate", "saving", "load_checkpoint", "plan")
     ),
 ]
 # Commands that another test runs, or why none does.

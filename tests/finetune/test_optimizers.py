@@ -451,7 +451,7 @@ def test_a_shorter_run_resumes_and_may_be_longer_again(name, tmp_path):
     shorter = resumed(tmp_path, first.save(tmp_path / "first" / "state"), optim, 4)
     rates = shorter.train(1)
     saved = shorter.save(tmp_path / "shorter" / "state")
-    assert open_saved(tmp_path / "shorter", shorter.args).plan == Plan(0, 8)
+    assert open_saved(tmp_path / "shorter").plan == Plan(0, 8)
     again = resumed(tmp_path, saved, optim, 7)
     rates += again.train(3)
     assert rates == first.train(4)
@@ -466,7 +466,7 @@ def test_a_plan_that_no_run_has_is_refused(plan, tmp_path):
     content = saved.run | {"schedule": saved.run["schedule"] | {"plan": plan | {"rate": None}}}
     (tmp_path / "state" / RUN_NAME).write_text(json.dumps(content))
     with pytest.raises(UserError, match="corrupt: it has more steps than its run"):
-        open_saved(tmp_path, run.args)  # of the checkpoint that contains `state`
+        open_saved(tmp_path)  # of the checkpoint that contains `state`
 
 
 def test_a_run_that_stopped_early_says_how_to_train_on(tmp_path, caplog):
