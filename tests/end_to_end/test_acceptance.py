@@ -22,7 +22,7 @@ from benchmarks.acceptance.parts import SPEED, Part, all_parts
 from benchmarks.acceptance.runner import run_parts
 from benchmarks.acceptance.summary import read_findings, write_summary
 from benchmarks.plan import estimated_bytes
-from benchmarks.training import session
+from benchmarks.training import inputs, session
 from benchmarks.training.presets import PRESETS
 from model.attention import ENGINES
 from tests.support.patience import PATIENCE_S
