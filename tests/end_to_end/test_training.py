@@ -426,6 +426,7 @@ def test_skipped_steps_are_counted_in_the_metrics(models, tmp_path, monkeypatch)
 def test_a_run_resumes_in_the_dtype_that_was_measured_at_its_start(models, tmp_path, monkeypatch):
     monkeypatch.setattr(mixed_precision, "_MIN_WIDTH", 1)
     monkeypatch.setattr(mixed_precision, "bf16_speedup", lambda *shape: 3.0)
+    monkeypatch.setattr("finetune.loss.head_dtype", lambda dtype, _: dtype)  # it is the same machine
     settings = {"resume": "auto", "optim": {"lr": 0.01, "pct_start": 0.0, "schedule": "constant"}, "max_steps": 4}
     whole = run_here(small_config(tmp_path, models["dense"], "whole", **settings))
     assert load_train_args(whole / "args.yaml").param_dtype == "bf16"
