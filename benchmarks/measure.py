@@ -52,6 +52,11 @@ def run_json(*command: str, root: Path = ROOT) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def checkouts(before: Path | None) -> dict[str, Path]:
+    """Return the folders to measure by version: this project, and another checkout before it if there is one."""
+    return ({"before": before.resolve()} if before else {}) | {"now": ROOT}
+
+
 def measure(
     name: str, cases: Sequence[dict[str, Any]], rounds: int, run: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:

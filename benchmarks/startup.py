@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.measure import ROOT, last_record, measure, peak_rss, print_table, run_json, spread
+from benchmarks.measure import last_record, measure, peak_rss, print_table, run_json, spread
 
 LENGTHS: dict[str, dict[str, Any]] = {"max_steps": {"max_steps": 300}, "epochs": {"epochs": 3}}
 COLUMNS = {
@@ -81,7 +81,7 @@ def write_config(folder: Path, length: str, megabytes: int) -> Path:
     return path
 
 
-def in_fresh_process(case: dict[str, Any], checkouts: dict[str, Path]) -> dict[str, Any]:
+def in_fresh_process(case: dict[str, Any], root: Path) -> dict[str, Any]:
     from benchmarks.data import WORK_DIR
 
     WORK_DIR.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def in_fresh_process(case: dict[str, Any], checkouts: dict[str, Path]) -> dict[s
     # Run by its path, so that another checkout measures the same.
     start = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
     command = [sys.executable, "-c", start, "--config", str(config), "--began", str(time.monotonic())]
-    return run_json(*command, root=checkouts[case["version"]])
+    return run_json(*command, root=root)
 
 
 def main() -> None:
@@ -109,10 +109,13 @@ def main() -> None:
     if options.show:
         print_table(last_record("startup"), COLUMNS)
         return
-    checkouts = ({"before": options.before.resolve()} if options.before else {}) | {"now": ROOT}
-    grid = itertools.product(options.lengths, checkouts)
+    from benchmarks.measure import checkouts  # an earlier checkout, which the measured process imports from, lacks it
+
+    versions = checkouts(options.before)
+    grid = itertools.product(options.lengths, versions)
     cases = [{"megabytes": options.megabytes, "length": length, "version": version} for length, version in grid]
-    print_table(measure("startup", cases, options.rounds, lambda case: in_fresh_process(case, checkouts)), COLUMNS)
+    record = measure("startup", cases, options.rounds, lambda case: in_fresh_process(case, versions[case["version"]]))
+    print_table(record, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import WORK_DIR, icd_file
-from benchmarks.measure import ROOT, last_record, measure, print_table, spread
+from benchmarks.measure import checkouts, last_record, measure, print_table, spread
 
 COLUMNS = {
     "version": lambda result: result.get("version", "now"),
@@ -76,10 +76,10 @@ def main() -> None:
     if options.show:
         print_table(last_record("validate"), COLUMNS)
         return
-    checkouts = ({"before": options.before.resolve()} if options.before else {}) | {"now": ROOT}
-    grid = itertools.product(options.megabytes, options.cores, checkouts)
+    versions = checkouts(options.before)
+    grid = itertools.product(options.megabytes, options.cores, versions)
     cases = [{"megabytes": size, "cores": cores, "version": version} for size, cores, version in grid]
-    record = measure("validate", cases, options.rounds, lambda case: validate(case, checkouts[case["version"]]))
+    record = measure("validate", cases, options.rounds, lambda case: validate(case, versions[case["version"]]))
     print_table(record, COLUMNS)
 
 
