@@ -103,6 +103,20 @@ def test_half_precision_stays_close(rows_per_chunk, dtype, tolerance, weight_dty
         assert error < tolerance
 
 
+@pytest.mark.parametrize(
+    "speedup, dtype, expected",
+    [(3.0, torch.bfloat16, torch.bfloat16), (0.2, torch.bfloat16, torch.float32), (3.0, torch.float16, torch.float32)],
+)
+def test_a_cpu_multiplies_in_the_dtype_in_which_it_is_fast(monkeypatch, speedup, dtype, expected):
+    monkeypatch.setattr("finetune.mixed_precision.bf16_speedup", lambda *shape: speedup)
+    used, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight: used.append((x.dtype, weight.dtype)) or linear(x, weight))
+    hidden, weight, targets = problem(5, dtype)
+    cross_entropy_head(targets)(hidden, weight).backward()
+    assert used == [(expected, expected)]
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+
+
 def test_small_fp16_gradients_do_not_underflow_in_a_large_batch(rows_per_chunk):
     """Divided by the number of tokens before the backward pass they would all round to zero."""
     tokens, scale = 20_000, 2.0**16
