@@ -59,7 +59,7 @@ def _bitsandbytes(kind: str, **options: Any) -> Callable[[Parameters, OptimArgs]
 def _plain(kind: type[Optimizer]) -> Callable[..., Optimizer]:
     """Return a class of PyTorch's optimizers without the wrappers that torch.compile needs around its methods.
 
-    They have no effect outside of a compiled function, but import the compiler: 2 s and 100 MB of a run's start.
+    They have no effect outside of a compiled function, but import the compiler, seconds of a run's start.
     """
     names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}

@@ -330,7 +330,7 @@ def _dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _dequantize_nf4_in_chunks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the same numbers in parts that stay in a CPU's cache: four times as fast, without an fp32 matrix."""
+    """Compute the same numbers in parts that stay in a CPU's cache, without an fp32 matrix."""
     out_features, in_features = len(codes), codes.shape[1] * 2
     pairs = _nf4_pairs(codes.device).view(torch.int64).flatten()  # [256], each two fp32 levels
     weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
