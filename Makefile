@@ -11,7 +11,7 @@ comma := ,
 .PHONY: help setup demo sample-data test test-fast test-oldest notebooks kill-test fuzz check format docs constraints gpu-bundle clean
 help:
 	@echo "make setup        create .venv with the versions of constraints.txt"
-	@echo "make demo         run the full pipeline on the CPU, about 5 minutes: notes, base model, LoRA, answers, scores"
+	@echo "make demo         run the full pipeline on the CPU, 5 to 8 minutes: notes, base model, LoRA, answers, scores"
 	@echo "make sample-data  write 1,000 fictional notes and their codes to sample_data: train, eval and test"
 	@echo "make notebooks    run the tutorials and save their outputs in them; replaces runs/tutorials"
 	@echo "make test         run all tests;  make test-fast  skip the slow ones"
